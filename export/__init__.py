@@ -1,0 +1,1 @@
+"""The build side: PyTorch modules in, bundles out."""

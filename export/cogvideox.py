@@ -1,0 +1,148 @@
+"""The CogVideoX denoiser as one function: classifier-free guidance and the solver update are part of the step.
+
+Every input is declared with what it depends on (`INPUTS`), which is all the compiler pass needs to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+INPUTS: Mapping[str, str] = MappingProxyType(
+    {
+        "latents": "step",
+        "previous_x0": "step",
+        "noise": "step",
+        "coefficients": "step",
+        "guidance": "step",
+        "timestep": "schedule",
+        "text": "request",
+        "negative_text": "request",
+        "motion": "request",
+        "image_latents": "request",
+        "motion_scale": "request",
+    }
+)
+
+
+def rotary_tables(config: Any, frames: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """RoPE (cos, sin), each `[F * H/p * W/p, d]` fp32, for a latent grid; as diffusers' CogVideoX pipeline makes them."""
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+    patch = config.patch_size
+    base_height, base_width = config.sample_height // patch, config.sample_width // patch
+    grid = (height // patch, width // patch)
+    crops = get_resize_crop_region_for_grid(grid, base_width, base_height)
+    cos, sin = get_3d_rotary_pos_embed(
+        embed_dim=config.attention_head_dim, crops_coords=crops, grid_size=grid, temporal_size=frames
+    )
+    return cos, sin
+
+
+class CogVideoXStep(nn.Module):
+    """One denoising step of a CogVideoX image-to-video transformer with Motion-Adapters.
+
+    Equations: v = v_u + g (v_c - v_u);  x0 = p0 x + p1 v;  x' = c0 x + c1 x0 + c2 x0_previous + c3 noise, with
+    (p0, p1, c0, c1, c2, c3) a row of `solver_rows`. B batch, F C H W latent frames, channels, height, width.
+    """
+
+    def __init__(self, transformer: nn.Module, unconditional_motion: Tensor, latents: tuple[int, int, int, int]) -> None:
+        """`unconditional_motion [1, M, D]`; `latents` (F, C, H, W), the fixed grid that positions are made for."""
+        super().__init__()
+        self.transformer = transformer
+        self.register_buffer("unconditional_motion", unconditional_motion)
+        config: Any = transformer.config
+        self.rotary = bool(config.use_rotary_positional_embeddings)
+        if self.rotary:
+            cos, sin = rotary_tables(config, latents[0], latents[2], latents[3])
+            self.register_buffer("rope_cos", cos, persistent=False)
+            self.register_buffer("rope_sin", sin, persistent=False)
+
+    def forward(
+        self,
+        latents: Tensor,
+        previous_x0: Tensor,
+        noise: Tensor,
+        coefficients: Tensor,
+        guidance: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        negative_text: Tensor,
+        motion: Tensor,
+        image_latents: Tensor,
+        motion_scale: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """`latents`, `previous_x0`, `noise`, `image_latents` `[B, F, C, H, W]`; `coefficients [6]`; `guidance []`;
+        `timestep [1]` int64; `text`, `negative_text` `[B, Lt, Dt]`; `motion [B, M, D]`; `motion_scale []`
+        -> (next latents, x0), both `[B, F, C, H, W]`.
+        """
+        batch = latents.shape[0]
+        sample = torch.cat([torch.cat([latents, latents]), torch.cat([image_latents, image_latents])], dim=2)
+        unconditional: Tensor = self.unconditional_motion  # type: ignore[assignment]
+        tokens = torch.cat([unconditional.expand(batch, -1, -1), motion])
+        output = self.transformer(
+            hidden_states=sample,
+            encoder_hidden_states=torch.cat([negative_text, text]),
+            timestep=timestep.expand(2 * batch),
+            image_rotary_emb=(self.rope_cos, self.rope_sin) if self.rotary else None,
+            attention_kwargs={"motion": tokens, "motion_scale": motion_scale},
+            return_dict=False,
+        )[0]
+        without, with_conditions = output[:batch], output[batch:]
+        guided = without + guidance * (with_conditions - without)
+        p0, p1, c0, c1, c2, c3 = coefficients.unbind()
+        x0 = p0 * latents + p1 * guided
+        return c0 * latents + c1 * x0 + c2 * previous_x0 + c3 * noise, x0
+
+
+def solver_rows(scheduler: Any, steps: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """A solver as data, read off diffusers' own scheduler: (timesteps [T], coefficients `[T, 6]` fp32).
+
+    A step of these solvers is linear in (sample, model output, previous x0, noise), so four probes of `scheduler.step`
+    with one of them set to 1 and the others to 0 give its coefficients exactly. Works for `CogVideoXDDIMScheduler` and
+    `CogVideoXDPMScheduler` (stochastic terms included); raises TypeError for any other class.
+    """
+    kind = type(scheduler).__name__
+    if kind not in ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"):
+        raise TypeError(f"solver_rows reads CogVideoXDDIMScheduler and CogVideoXDPMScheduler; got {kind}.")
+    scheduler.set_timesteps(steps)
+    timesteps = scheduler.timesteps
+    rows = np.zeros((len(timesteps), 6))
+    for index, timestep in enumerate(timesteps):
+
+        def probe(sample: float, output: float, previous: float, seed: int | None) -> tuple[float, float]:
+            tensors = [torch.tensor([value], dtype=torch.float64) for value in (output, sample, previous)]
+            if kind == "CogVideoXDDIMScheduler":
+                result = scheduler.step(tensors[0], timestep, tensors[1], return_dict=False)  # noqa: B023
+                return float(result[0]), float(result[1])
+            back = timesteps[index - 1] if index > 0 else None  # noqa: B023
+            generator = torch.Generator().manual_seed(seed or 0)
+            result = scheduler.step(
+                tensors[0],
+                tensors[2] if index > 0 else None,  # noqa: B023
+                timestep,  # noqa: B023
+                back,
+                tensors[1],
+                generator=generator,
+                return_dict=False,
+            )
+            return float(result[0]), float(result[1])
+
+        drift = probe(0, 0, 0, 0)[0]  # the noise term alone: zero inputs
+        draws = torch.Generator().manual_seed(0)
+        first, second = (torch.randn(1, generator=draws, dtype=torch.float64) for _ in range(2))
+        last = int(timestep) - scheduler.config.num_train_timesteps // steps < 0
+        unit = float(first if index == 0 or last else second)  # the multistep branch discards its first draw
+        (from_sample, p0), (from_output, p1) = probe(1, 0, 0, 0), probe(0, 1, 0, 0)
+        c2 = probe(0, 0, 1, 0)[0] - drift
+        # next = c0 x + c1 (p0 x + p1 v): the output enters through x0 alone
+        c1 = (from_output - drift) / p1 if p1 else 0.0
+        rows[index] = (p0, p1, from_sample - drift - c1 * p0, c1, c2, drift / unit)
+    return timesteps.numpy().astype(np.int64), rows.astype(np.float32)

@@ -1,0 +1,31 @@
+"""Errors that a user can act on: each says what, got, allowed and how to fix."""
+
+from __future__ import annotations
+
+
+class MotionRTError(Exception):
+    """Base of every error that MotionRT raises for bad input; the CLI prints it and exits with 2."""
+
+
+class BundleError(MotionRTError):
+    """A bundle is missing, damaged, from a newer version, or does not fit what was asked of it."""
+
+
+class MemoryStoreError(MotionRTError):
+    """A motion memory is missing, damaged, empty, or was made for another bundle."""
+
+
+class MediaError(MotionRTError):
+    """An image or video cannot be read or written."""
+
+
+class InputError(MotionRTError, ValueError):
+    """An argument of a call is out of range, of the wrong shape or dtype, or not finite."""
+
+
+class BackendError(MotionRTError):
+    """A backend is not installed, or failed while it ran a graph."""
+
+
+class Cancelled(MotionRTError):
+    """The progress callback asked to stop; raised within one step."""

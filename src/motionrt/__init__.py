@@ -1,0 +1,29 @@
+"""MotionRT: a deployment runtime for motion-conditioned image-to-video diffusion."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from motionrt.runtime.errors import MotionRTError
+    from motionrt.runtime.memory import MotionMemory
+    from motionrt.runtime.pipeline import MotionPipeline, Result
+
+__version__ = "0.1.0"
+__all__ = ["MotionMemory", "MotionPipeline", "MotionRTError", "Result", "__version__"]
+
+_HOME = {
+    "MotionMemory": "motionrt.runtime.memory",
+    "MotionPipeline": "motionrt.runtime.pipeline",
+    "Result": "motionrt.runtime.pipeline",
+    "MotionRTError": "motionrt.runtime.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `import motionrt` stays instant."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'motionrt' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)
