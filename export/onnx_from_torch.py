@@ -1,0 +1,224 @@
+"""One ONNX graph from one module, with its declared interface, proven in ONNX Runtime at other shapes than the traced.
+
+Which axes are dynamic is not written down twice: it is read off two example feeds that differ in their sizes.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from motionrt.kernels.motion_cross_attention import reference
+
+Feed = Mapping[str, Tensor]
+OPSET = 23
+_DTYPES = {torch.float32: "float32", torch.int64: "int64", torch.uint8: "uint8"}
+
+
+class ParityError(RuntimeError):
+    """An exported graph does not give what its module gives; nothing is published."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """A dynamic size: allowed from `min` to `max`, tuned for `opt`."""
+
+    min: int
+    opt: int
+    max: int
+
+
+@dataclass(frozen=True)
+class Example:
+    """Inputs of a graph at given sizes, such as `{"batch": 2}`."""
+
+    sizes: Mapping[str, int]
+    feed: Feed
+
+
+def dynamic_axes(first: Tensor, second: Tensor, a: Mapping[str, int], b: Mapping[str, int]) -> dict[int, tuple[str, int]]:
+    """Axes that change between two examples: axis -> (size name, factor), factor * size being the axis's length.
+
+    Raises ValueError where a length follows no declared size.
+    """
+    axes: dict[int, tuple[str, int]] = {}
+    for axis, (left, right) in enumerate(zip(first.shape, second.shape, strict=True)):
+        if left == right:
+            continue
+        for name in a:
+            factor, rest = divmod(left, a[name])
+            if rest == 0 and a[name] != b[name] and factor * b[name] == right:
+                axes[axis] = (name, factor)
+                break
+        else:
+            raise ValueError(f"axis {axis} is {left} at sizes {dict(a)} and {right} at {dict(b)}: no size explains it")
+    return axes
+
+
+def port(name: str, value: Tensor, axes: Mapping[int, tuple[str, int]], ranges: Mapping[str, Range]) -> dict[str, Any]:
+    """The manifest's declaration of an input or output."""
+    dims: list[Any] = list(value.shape)
+    for axis, (size, factor) in axes.items():
+        span = ranges[size]
+        dims[axis] = {
+            "name": size if factor == 1 else f"{factor}*{size}",
+            "min": factor * span.min,
+            "opt": factor * span.opt,
+            "max": factor * span.max,
+        }
+    return {"name": name, "dtype": _DTYPES[value.dtype], "dims": dims}
+
+
+def onnx_from_torch(
+    path: Path,
+    module: nn.Module,
+    examples: Sequence[Example],
+    outputs: Sequence[str],
+    ranges: Mapping[str, Range],
+    *,
+    atol: float = 2e-5,
+    opset: int = OPSET,
+    external: Mapping[str, NDArray[Any]] | None = None,
+) -> dict[str, Any]:
+    """Write `module` to `path` (whole or not at all) and return its ports: `{"inputs": [...], "outputs": [...]}`.
+
+    The first example is traced; all are checked: |ONNX Runtime - torch| <= atol * max(1, max |torch|), or `ParityError`.
+    `external` names tensors that stay outside: an initializer equal to one takes its name and holds no data.
+    """
+    module = module.eval()
+    first, second = examples[0], examples[1]
+    names = list(first.feed)
+    axes = {n: dynamic_axes(first.feed[n], second.feed[n], first.sizes, second.sizes) for n in names}
+    symbols = {n: torch.export.Dim(n, min=span.min, max=span.max) for n, span in ranges.items()}
+    shapes = tuple(
+        {axis: symbols[size] if factor == 1 else factor * symbols[size] for axis, (size, factor) in axes[n].items()}
+        for n in names
+    )
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(
+            module, tuple(first.feed.values()), dynamic_shapes=(shapes,) if _variadic(module) else shapes, strict=False
+        )
+        fused = torch.ops.motionrt.motion_cross_attention.default
+        program = program.run_decompositions({fused: reference})
+        exported = torch.onnx.export(
+            program, input_names=names, output_names=list(outputs), opset_version=opset, dynamo=True, verbose=False
+        )
+    assert exported is not None
+    model = _compact(exported.model_proto, external or {})
+    wanted = [_run(module, example.feed) for example in examples]
+    _publish(path, model, names, outputs, examples, wanted, atol, external or {})
+    results = {
+        n: dynamic_axes(x, y, first.sizes, second.sizes) for n, x, y in zip(outputs, wanted[0], wanted[1], strict=True)
+    }
+    return {
+        "inputs": [port(n, first.feed[n], axes[n], ranges) for n in names],
+        "outputs": [port(n, x, results[n], ranges) for n, x in zip(outputs, wanted[0], strict=True)],
+    }
+
+
+def _variadic(module: nn.Module) -> bool:
+    import inspect
+
+    kinds = [p.kind for p in inspect.signature(module.forward).parameters.values()]
+    return inspect.Parameter.VAR_POSITIONAL in kinds
+
+
+def _run(module: nn.Module, feed: Feed) -> list[Tensor]:
+    with torch.no_grad():
+        result = module(*feed.values())
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def _compact(model: onnx.ModelProto, external: Mapping[str, NDArray[Any]]) -> onnx.ModelProto:
+    """Store weights as fp16 with a cast where that loses nothing, and leave `external` ones out."""
+    known = {(v.shape, v.dtype.str, hash(v.tobytes())): k for k, v in external.items()}
+    graph, renamed, casts = model.graph, {}, []
+    for tensor in graph.initializer:
+        value = onnx.numpy_helper.to_array(tensor)
+        outside = known.get((value.shape, value.dtype.str, hash(value.tobytes())))
+        if outside is not None and outside not in renamed.values():
+            renamed[tensor.name] = outside
+            shell = onnx.TensorProto(
+                name=outside, data_type=tensor.data_type, dims=tensor.dims, data_location=onnx.TensorProto.EXTERNAL
+            )
+            shell.external_data.add(key="location", value="weights-stay-in-their-package")
+            tensor.CopyFrom(shell)
+        elif value.dtype == np.float32 and value.size >= 64:
+            with np.errstate(over="ignore"):
+                half = value.astype(np.float16)
+            if np.array_equal(half.astype(np.float32), value):
+                casts.append(
+                    onnx.helper.make_node("Cast", [f"{tensor.name}.half"], [tensor.name], to=onnx.TensorProto.FLOAT)
+                )
+                tensor.CopyFrom(onnx.numpy_helper.from_array(half, f"{tensor.name}.half"))
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = renamed.get(name, name)
+    body = list(graph.node)
+    del graph.node[:]
+    graph.node.extend(casts + body)
+    del graph.value_info[:]
+    for node in graph.node:  # source lines and trace-time notes: paths of the build machine do not travel
+        node.doc_string = ""
+        del node.metadata_props[:]
+    for entry in (*graph.input, *graph.output, *graph.initializer):
+        entry.doc_string = ""
+        del entry.metadata_props[:]
+    del graph.metadata_props[:]
+    del model.metadata_props[:]
+    return model
+
+
+def _publish(
+    path: Path,
+    model: onnx.ModelProto,
+    names: Sequence[str],
+    outputs: Sequence[str],
+    examples: Sequence[Example],
+    wanted: Sequence[Sequence[Tensor]],
+    atol: float,
+    external: Mapping[str, NDArray[Any]],
+) -> None:
+    import onnxruntime
+
+    partial = path.with_name(path.name + ".partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.write_bytes(model.SerializeToString(deterministic=True))
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        keep = {n: np.ascontiguousarray(external[n]) for n in external_names(model)}
+        if keep:
+            options.add_external_initializers(
+                list(keep), [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in keep.values()]
+            )
+        session = onnxruntime.InferenceSession(str(partial), options, providers=["CPUExecutionProvider"])
+        for example, reference_values in zip(examples, wanted, strict=True):
+            got = session.run(list(outputs), {n: example.feed[n].numpy() for n in names})
+            for name, ours, theirs in zip(outputs, got, reference_values, strict=True):
+                error = float(np.abs(ours - theirs.numpy()).max(initial=0.0))
+                limit = atol * max(1.0, float(theirs.abs().max()))
+                if tuple(ours.shape) != tuple(theirs.shape) or not error <= limit:
+                    raise ParityError(
+                        f"graph {path.stem}, output `{name}` at {dict(example.sizes)}: ONNX Runtime differs from torch by "
+                        f"{error:.2e}, allowed {limit:.2e} (shapes {ours.shape}, {tuple(theirs.shape)})"
+                    )
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def external_names(model: onnx.ModelProto) -> list[str]:
+    """Initializers of a graph whose values live elsewhere."""
+    return [t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
