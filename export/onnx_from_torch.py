@@ -22,6 +22,7 @@ from motionrt.kernels.motion_cross_attention import reference
 
 Feed = Mapping[str, Tensor]
 OPSET = 23
+_RESULT = "result of "  # the exporter does not keep output names apart from those of inner values: no inner one starts so
 _DTYPES = {torch.float32: "float32", torch.int64: "int64", torch.uint8: "uint8"}
 
 
@@ -112,10 +113,16 @@ def onnx_from_torch(
         fused = torch.ops.motionrt.motion_cross_attention.default
         program = program.run_decompositions({fused: reference})
         exported = torch.onnx.export(
-            program, input_names=names, output_names=list(outputs), opset_version=opset, dynamo=True, verbose=False
+            program,
+            input_names=names,
+            output_names=[f"{_RESULT}{name}" for name in outputs],
+            opset_version=opset,
+            dynamo=True,
+            verbose=False,
         )
     assert exported is not None
     model = _compact(exported.model_proto, external or {})
+    _name_outputs(model)
     wanted = [_run(module, example.feed) for example in examples]
     _publish(path, model, names, outputs, examples, wanted, atol, external or {})
     results = {
@@ -142,18 +149,29 @@ def _run(module: nn.Module, feed: Feed) -> list[Tensor]:
 
 def _compact(model: onnx.ModelProto, external: Mapping[str, NDArray[Any]]) -> onnx.ModelProto:
     """Store weights as fp16 with a cast where that loses nothing, and leave `external` ones out."""
-    known = {(v.shape, v.dtype.str, hash(v.tobytes())): k for k, v in external.items()}
+    known = {(v.shape, hash(v.tobytes())): k for k, v in external.items()}
     graph, renamed, casts = model.graph, {}, []
-    for tensor in graph.initializer:
+    shells: dict[str, onnx.TensorProto] = {}
+    for tensor in list(graph.initializer):
         value = onnx.numpy_helper.to_array(tensor)
-        outside = known.get((value.shape, value.dtype.str, hash(value.tobytes())))
-        if outside is not None and outside not in renamed.values():
-            renamed[tensor.name] = outside
-            shell = onnx.TensorProto(
-                name=outside, data_type=tensor.data_type, dims=tensor.dims, data_location=onnx.TensorProto.EXTERNAL
-            )
-            shell.external_data.add(key="location", value="weights-stay-in-their-package")
-            tensor.CopyFrom(shell)
+        outside = known.get((value.shape, hash(value.tobytes())))
+        flipped = None
+        if outside is None and value.ndim == 2:  # the exporter stores some weights transposed
+            flipped = known.get((value.T.shape, hash(np.ascontiguousarray(value.T).tobytes())))
+        if source := outside or flipped:
+            if source not in shells:
+                shells[source] = onnx.TensorProto(
+                    name=source,
+                    data_type=tensor.data_type,
+                    dims=external[source].shape,
+                    data_location=onnx.TensorProto.EXTERNAL,
+                )
+                shells[source].external_data.add(key="location", value="weights-stay-in-their-package")
+            if flipped:
+                casts.append(onnx.helper.make_node("Transpose", [source], [tensor.name], perm=[1, 0]))
+            else:
+                renamed[tensor.name] = source
+            graph.initializer.remove(tensor)
         elif value.dtype == np.float32 and value.size >= 64:
             with np.errstate(over="ignore"):
                 half = value.astype(np.float16)
@@ -162,6 +180,7 @@ def _compact(model: onnx.ModelProto, external: Mapping[str, NDArray[Any]]) -> on
                     onnx.helper.make_node("Cast", [f"{tensor.name}.half"], [tensor.name], to=onnx.TensorProto.FLOAT)
                 )
                 tensor.CopyFrom(onnx.numpy_helper.from_array(half, f"{tensor.name}.half"))
+    graph.initializer.extend(shells.values())
     for node in graph.node:
         for index, name in enumerate(node.input):
             node.input[index] = renamed.get(name, name)
@@ -178,6 +197,21 @@ def _compact(model: onnx.ModelProto, external: Mapping[str, NDArray[Any]]) -> on
     del graph.metadata_props[:]
     del model.metadata_props[:]
     return model
+
+
+def _name_outputs(model: onnx.ModelProto) -> None:
+    """Give outputs their names, and inner values that had the same name another."""
+    graph = model.graph
+    names = {f"{_RESULT}{n}": n for n in (v.name.removeprefix(_RESULT) for v in graph.output)}
+    names |= {n: f"{n}.inner" for n in list(names.values())}
+    for value in graph.input:
+        names.pop(value.name, None)
+    for node in graph.node:
+        for field in (node.input, node.output):
+            for index, name in enumerate(field):
+                field[index] = names.get(name, name)
+    for value in graph.output:
+        value.name = value.name.removeprefix(_RESULT)
 
 
 def _publish(

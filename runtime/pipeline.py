@@ -1,0 +1,335 @@
+"""MotionPipeline: one still image and a prompt in, frames out. The way of a request, stage by stage."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from motionrt.runtime.backend import Array, Backend, Graph, OnnxRuntimeBackend
+from motionrt.runtime.bundle import Bundle, Solver
+from motionrt.runtime.errors import BackendError, Cancelled, InputError
+from motionrt.runtime.noise import check_seed, noise
+from motionrt.runtime.sampler import sample
+from motionrt.runtime.video import read_image
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from motionrt.runtime.memory import MotionMemory, Reference
+
+STAGES = ("text", "search", "appearance", "cama", "encode", "request", "schedule", "step", "decode")
+_CACHED_SCHEDULES = 8
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `MotionPipeline.__call__` takes, as a value: for `batch`."""
+
+    image: str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
+    prompt: str
+    seed: int = 0
+    steps: int | None = None
+    guidance: float | None = None
+    motion_scale: float = 1.0
+    references: int | Sequence[Reference | int] | None = None
+    negative_prompt: str = ""
+    solver: str | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A generated video.
+
+    `frames` uint8 [F, H, W, 3]; `references` the clips whose motion was used, most similar first; `seconds` per stage
+    (`step` is the whole loop); `step_seconds` one per step; `fps` frames per second.
+    """
+
+    frames: NDArray[np.uint8]
+    references: list[Reference]
+    seconds: dict[str, float]
+    step_seconds: list[float]
+    seed: int
+    fps: float
+
+
+@dataclass
+class Prepared:
+    """What the loop of a request reads: the request's `inputs`, and `state`: those and what was computed from them."""
+
+    inputs: dict[str, Array]
+    state: dict[str, Array]
+    references: list[Reference]
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time of the block to stage `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+
+class MotionPipeline:
+    """Answers requests with one bundle, one backend and (unless references are given by hand) one motion memory.
+
+    Not safe to call from several threads at once; open one pipeline for each.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend, memory: MotionMemory | None = None) -> None:
+        self.bundle = bundle
+        self.memory = memory
+        self.backend = backend
+        self._graphs: dict[str, Graph] = {}
+        self._schedules: dict[tuple[str, int], dict[str, Array]] = {}
+        self._owns_memory = False
+        if memory is not None:
+            memory.check(bundle.digests)
+
+    @classmethod
+    def from_bundle(
+        cls,
+        path: str | Path,
+        memory: str | Path | MotionMemory | None = None,
+        *,
+        backend: Backend | None = None,
+        threads: int | None = None,
+    ) -> MotionPipeline:
+        """Open the bundle directory `path` and the motion memory (a directory, opened read-only, or an open memory).
+
+        `backend` defaults to ONNX Runtime with `threads` threads. Raises `BundleError`, `MemoryStoreError` (missing,
+        damaged, made for another bundle), `BackendError`, `InputError`. Graphs are loaded when they are first needed.
+        """
+        if backend is not None and threads is not None:
+            raise InputError("threads is for the default backend; give it to the backend that you pass instead.")
+        bundle = Bundle.open(path)
+        if isinstance(memory, str | Path):
+            from motionrt.runtime.memory import MotionMemory
+
+            opened = MotionMemory.open(Path(memory), readonly=True)
+            try:
+                pipeline = cls(bundle, backend or OnnxRuntimeBackend(threads), opened)
+            except BaseException:
+                opened.close()
+                raise
+            pipeline._owns_memory = True
+            return pipeline
+        return cls(bundle, backend or OnnxRuntimeBackend(threads), memory)
+
+    def close(self) -> None:
+        """Close the memory if this pipeline opened it."""
+        if self._owns_memory and self.memory is not None:
+            self.memory.close()
+
+    def __enter__(self) -> MotionPipeline:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def graph(self, name: str) -> Graph:
+        """Graph `name` of the bundle, loaded once."""
+        if name not in self._graphs:
+            self._graphs[name] = self.backend.load(self.bundle, name)
+        return self._graphs[name]
+
+    def warm(self) -> None:
+        """Load every graph that a request runs, so that the first request is as fast as the next."""
+        for name in ("text", "appearance", "cama", "encode", "request", "schedule", "step", "decode"):
+            if name in self.bundle.graphs:
+                self.graph(name)
+        if self.memory is not None:
+            self.graph("text_query")
+
+    def __call__(
+        self,
+        image: str | os.PathLike[str] | Image.Image | NDArray[np.uint8],
+        prompt: str,
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        motion_scale: float = 1.0,
+        references: int | Sequence[Reference | int] | None = None,
+        negative_prompt: str = "",
+        solver: str | None = None,
+        callback: Callable[[int, int], object] | None = None,
+    ) -> Result:
+        """Generate a video from a still `image` (file, Pillow image or uint8 array) and a `prompt`.
+
+        steps, guidance, solver: None takes the bundle's default. motion_scale: strength of the retrieved motion; 0 is
+        exactly the base model, and then nothing is retrieved. references: how many clips to retrieve, or the clips
+        themselves (`Reference`, or ids of clips in the memory), most similar first. callback(step, steps) is called
+        after each step; returning False stops with `Cancelled`. Same seed, bundle and memory: the same frames.
+        Raises `InputError`, `MediaError`, `MemoryStoreError`, `BackendError`.
+        """
+        values = (image, prompt, seed, steps, guidance, motion_scale, references, negative_prompt, solver)
+        return self._run(Request(*values), callback)
+
+    def batch(self, requests: Sequence[Request]) -> list[Result]:
+        """Answer several requests, in turn; each result is what the request would get alone."""
+        return [self._run(request, None) for request in requests]
+
+    def _run(self, request: Request, callback: Callable[[int, int], object] | None) -> Result:
+        seed = check_seed(request.seed)
+        solver = self.bundle.solver(request.solver, request.steps)
+        guidance = self.bundle.guidance if request.guidance is None else request.guidance
+        _check_number("guidance", guidance)
+        prepared = self.prepare(request)
+        with prepared.stage("schedule"):
+            tables = self.schedule(solver)
+        step, shape = self.graph("step"), (1, *self.bundle.model.latents)
+        step_seconds: list[float] = []
+        last = time.perf_counter()
+
+        def on_step(index: int, steps: int) -> None:
+            nonlocal last
+            now = time.perf_counter()
+            step_seconds.append(now - last)
+            if callback is not None and callback(index, steps) is False:
+                raise Cancelled(f"stopped by the callback after step {index + 1} of {steps}.")
+            last = time.perf_counter()  # the caller's own work is not the step's
+
+        latents = sample(
+            step,
+            latents=noise(seed, 0, shape),
+            state=self.select("step", prepared.state),
+            tables=tables,
+            coefficients=solver.coefficients,
+            guidance=guidance,
+            noise=lambda index: noise(seed, index + 1, shape),
+            on_step=on_step,
+        )
+        prepared.seconds["step"] = sum(step_seconds)
+        with prepared.stage("decode"):
+            frames = to_frames(self.graph("decode")({"latents": latents})["video"])
+        return Result(frames, prepared.references, prepared.seconds, step_seconds, seed, self.bundle.model.fps)
+
+    def prepare(self, request: Request) -> Prepared:
+        """Everything of a request that the loop does not change: text, retrieval, CAMA, image, request graph."""
+        _check_number("motion_scale", request.motion_scale)
+        height, width = self.bundle.model.height, self.bundle.model.width
+        prepared = Prepared({}, {}, [])
+        with prepared.stage("encode"):
+            image = read_image(request.image, height, width)[None]
+        with prepared.stage("text"):
+            text = self.text(request.prompt)
+            negative = self.text(request.negative_prompt)
+        motion = np.zeros((1, *self.bundle.model.motion_tokens), np.float32)
+        if request.motion_scale != 0:
+            prepared.references = self._references(request, prepared)
+            with prepared.stage("appearance"):
+                appearance = self.graph("appearance")({"image": image})["appearance"]
+            with prepared.stage("cama"):
+                stacked = {
+                    "reference_motion": np.stack([r.motion for r in prepared.references])[None],
+                    "reference_appearance": np.stack([r.appearance for r in prepared.references])[None],
+                }
+                tokens = {name: value.astype(np.float32, copy=False) for name, value in stacked.items()}
+                motion = self.graph("cama")({**tokens, "appearance": appearance})["motion"]
+        with prepared.stage("encode"):
+            image_latents = self.graph("encode")({"image": image})["image_latents"]
+        prepared.inputs = {
+            "text": text,
+            "negative_text": negative,
+            "motion": motion,
+            "image_latents": image_latents,
+            "motion_scale": np.asarray(request.motion_scale, np.float32),
+        }
+        prepared.state = dict(prepared.inputs)
+        if "request" in self.bundle.graphs:  # a step that hoists nothing has no request graph
+            with prepared.stage("request"):
+                prepared.state |= self.graph("request")(self.select("request", prepared.inputs))
+        return prepared
+
+    def text(self, prompt: str) -> Array:
+        """The prompt as text tokens, float32 [1, Lt, Dt]; `InputError` if it is longer than the tokenizer takes."""
+        return self.graph("text")(self.select("text", self.bundle.tokenize("text", prompt)))["text"]
+
+    def embed(self, prompt: str) -> NDArray[np.float32]:
+        """The prompt as a search vector, float32 [E], of length 1."""
+        inputs = self.select("text_query", self.bundle.tokenize("text_query", prompt))
+        embedding: NDArray[np.float32] = self.graph("text_query")(inputs)["embedding"][0]
+        return embedding
+
+    def schedule(self, solver: Solver) -> dict[str, Array]:
+        """The schedule tables [T, ...] of `solver`, all timesteps in one batch; kept for the next request."""
+        key = (solver.name, solver.steps)
+        if key not in self._schedules:
+            tables: dict[str, Array] = {}
+            if "schedule" in self.bundle.graphs:
+                tables = self.graph("schedule")({"timesteps": solver.timesteps})
+                ports = {port.name: port for port in self.bundle.graph("step").inputs}
+                for name, table in tables.items():
+                    if name in ports and len(ports[name].dims) == table.ndim:  # `step` keeps the row as a batch of one
+                        tables[name] = table[:, None]
+            while len(self._schedules) >= _CACHED_SCHEDULES:
+                del self._schedules[next(iter(self._schedules))]
+            self._schedules[key] = tables
+        return self._schedules[key]
+
+    def select(self, graph: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """Those of `arrays` that `graph` declares as inputs."""
+        return {port.name: arrays[port.name] for port in self.bundle.graph(graph).inputs if port.name in arrays}
+
+    def _references(self, request: Request, prepared: Prepared) -> list[Reference]:
+        model, given = self.bundle.model, request.references
+        if given is not None and not isinstance(given, int | Sequence) or isinstance(given, str | bool):
+            raise InputError(f"references is {given!r}; give a number of clips or a list of references.")
+        count = given if isinstance(given, int) else model.default_references if given is None else len(given)
+        if not 1 <= count <= model.max_references:
+            raise InputError(
+                f"references is {count}; this bundle takes 1 to {model.max_references}. "
+                "For no motion at all use motion_scale=0."
+            )
+        by_hand = [] if given is None or isinstance(given, int) else list(given)
+        for item in by_hand:
+            if isinstance(item, int | np.integer):
+                continue
+            for name in ("motion", "appearance"):
+                shape = getattr(getattr(item, name, None), "shape", None)
+                if shape != model.motion_tokens:
+                    raise InputError(
+                        f"references holds {item!r:.60} whose {name} tokens are {shape}; this bundle takes references "
+                        f"(or ids of clips in the memory) with tokens {model.motion_tokens}."
+                    )
+        if self.memory is None and (not by_hand or any(isinstance(item, int | np.integer) for item in by_hand)):
+            raise InputError(
+                "this pipeline has no motion memory to find motion in; open it with one "
+                "(MotionPipeline.from_bundle(bundle, memory=...)), pass references=[...], or use motion_scale=0."
+            )
+        if by_hand:
+            with prepared.stage("search"):
+                return [self._by_id(item) if isinstance(item, int | np.integer) else item for item in by_hand]
+        assert self.memory is not None
+        with prepared.stage("text"):
+            embedding = self.embed(request.prompt)
+        with prepared.stage("search"):
+            # The default bends to a small memory; a number that was asked for does not (search says so).
+            return self.memory.search(embedding, count if given is not None else max(1, min(count, len(self.memory))))
+
+    def _by_id(self, number: int) -> Reference:
+        assert self.memory is not None
+        return self.memory.get([int(number)])[0]
+
+
+def to_frames(video: Array) -> NDArray[np.uint8]:
+    """Float [1, F, 3, H, W] in [-1, 1] to uint8 [F, H, W, 3]; `BackendError` if a value is not finite."""
+    if not np.isfinite(video).all():
+        raise BackendError("the decoder gave NaN or infinite values; export the bundle again, or lower the guidance.")
+    pixels = np.clip(np.rint((video[0] + 1) * 127.5), 0, 255).astype(np.uint8)
+    return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not np.isfinite(value):
+        raise InputError(f"{name} is {value!r}; it must be a finite number.")

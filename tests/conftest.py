@@ -1,0 +1,97 @@
+"""Fixtures that several tests of the runtime share. Helpers are loaded by path: the tests are not a package."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+HERE = Path(__file__).resolve().parent
+CAPTIONS = (
+    "a red ball moves right",
+    "a blue ball moves left",
+    "the star moves up",
+    "the circle moves down",
+)
+
+
+@pytest.fixture(scope="session")
+def fake() -> ModuleType:
+    """The module tests/fake_bundle.py."""
+    pytest.importorskip("onnx")  # a run-time environment has no onnx to write graphs with
+    spec = importlib.util.spec_from_file_location("motionrt_fake_bundle", HERE / "fake_bundle.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def fake_bundle(fake: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small valid bundle with every graph. Shared: copy it before changing it."""
+    path: Path = fake.write_bundle(tmp_path_factory.mktemp("fake") / "bundle")
+    return path
+
+
+@pytest.fixture
+def edit_bundle(fake_bundle: Path, tmp_path: Path) -> Callable[[Callable[[dict[str, Any]], object]], Path]:
+    """Copy the fake bundle and change its bundle.json with a function: `edit_bundle(lambda m: m.update(format=2))`."""
+
+    def edit(change: Callable[[dict[str, Any]], object] = lambda manifest: None) -> Path:
+        path = tmp_path / "edited"
+        shutil.copytree(fake_bundle, path)
+        manifest = json.loads((path / "bundle.json").read_text())
+        change(manifest)
+        (path / "bundle.json").write_text(json.dumps(manifest))
+        return path
+
+    return edit
+
+
+@pytest.fixture(scope="session")
+def fake_clips(fake: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Four small mp4 files by caption, each of another brightness course."""
+    from motionrt.runtime.video import write_video
+
+    folder = tmp_path_factory.mktemp("clips")
+    clips = {}
+    for index, caption in enumerate(CAPTIONS):
+        course = np.linspace(40 * index, 255 - 50 * index, fake.FRAMES).astype(np.uint8)
+        frames = np.broadcast_to(course[:, None, None, None], (fake.FRAMES, 32, 32, 3))
+        clips[caption] = folder / f"clip{index}.mp4"
+        write_video(clips[caption], np.ascontiguousarray(frames), fake.FPS)
+    return clips
+
+
+@pytest.fixture(scope="session")
+def fake_memory(fake_bundle: Path, fake_clips: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A motion memory of the four clips, made for the fake bundle."""
+    from motionrt.runtime.backend import OnnxRuntimeBackend
+    from motionrt.runtime.bundle import Bundle
+    from motionrt.runtime.indexing import ClipEncoders, index_clips
+    from motionrt.runtime.memory import MotionMemory
+
+    path = tmp_path_factory.mktemp("memory") / "memory"
+    bundle = Bundle.open(fake_bundle)
+    tokens = list(bundle.model.motion_tokens)
+    dims = {"embedding": 8, "motion": tokens, "appearance": tokens}
+    with MotionMemory.create(path, digests=bundle.digests, dims=dims) as memory:
+        encoders = ClipEncoders.from_bundle(bundle, OnnxRuntimeBackend(1))
+        report = index_clips(memory, encoders, [(file, caption, None) for caption, file in fake_clips.items()])
+    assert not report.failed, report.failed
+    return path
+
+
+@pytest.fixture
+def still(fake: ModuleType) -> NDArray[np.uint8]:
+    """An input image, uint8 [h, w, 3], not of the bundle's size."""
+    picture: NDArray[np.uint8] = np.random.default_rng(1).integers(0, 256, (20, 30, 3), np.uint8)
+    return picture

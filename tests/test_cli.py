@@ -1,0 +1,395 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from motionrt.runtime import demo, video
+from motionrt.runtime.cli import main
+from motionrt.runtime.errors import InputError
+
+Edit = Callable[..., Path]
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in this process: (exit status, standard output, standard error)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture
+def picture(still: NDArray[np.uint8], tmp_path: Path) -> Path:
+    path = tmp_path / "still.png"
+    Image.fromarray(still).save(path)
+    return path
+
+
+@pytest.fixture
+def command(fake_bundle: Path, fake_memory: Path, picture: Path, tmp_path: Path) -> list[object]:
+    """A good `generate`; a later option overrides an earlier one."""
+    out = tmp_path / "made" / "video.mp4"
+    return ["generate", "-b", fake_bundle, "-m", fake_memory, "-i", picture, "-p", "a red ball", "-o", out]
+
+
+def test_generate_writes_a_video_and_says_how(run: Run, command: list[object], tmp_path: Path) -> None:
+    status, out, _ = run(*command, "--seed", 3, "--steps", 5, "-k", 2, "--solver", "dpm")
+    assert status == 0
+    assert video.read_clip(tmp_path / "made" / "video.mp4", 3, 16, 16, 8).shape == (3, 3, 16, 16)
+    assert "a red ball moves right" in out and "score" in out
+    for stage in ("text", "search", "appearance", "cama", "request", "schedule", "step", "decode", "write", "total"):
+        assert f"│ {stage} " in out, stage
+    assert "3 frames of 16x16 at 8 fps, seed 3" in out
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp", ".png", ".PNG"])
+def test_generate_writes_by_extension(run: Run, command: list[object], tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"other{suffix}"
+    assert run(*command, "-o", file)[0] == 0
+    assert file.stat().st_size > 0
+    assert not list(tmp_path.glob("**/*.partial"))
+
+
+def test_generate_without_motion_needs_no_memory(run: Run, fake_bundle: Path, picture: Path, tmp_path: Path) -> None:
+    command = ["generate", "-b", fake_bundle, "-i", picture, "-p", "a", "-o", tmp_path / "x.gif"]
+    status, out, _ = run(*command, "--motion-scale", 0)
+    assert status == 0 and "references" not in out
+    status, _, err = run(*command)
+    assert status == 2 and "has no motion memory" in err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["-i", "missing.png"], "missing.png"),
+        (["-b", "missing"], "bundle missing is not a directory"),
+        (["-m", "missing"], "no motion memory at missing"),
+        (["-o", "video.avi"], "'.avi' is not one of .mp4, .gif, .webp, .png"),
+        (["-o", "video"], "'' is not one of"),
+        (["-p", "a " * 7], "7 tokens long"),
+        (["-k", "5"], "4 clips"),
+        (["-k", "0"], "references is 0"),
+        (["--steps", "99"], "steps is 99"),
+        (["--solver", "euler"], "solver is 'euler'"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--guidance", "nan"], "guidance is nan"),
+        (["--motion-scale", "inf"], "motion_scale is inf"),
+        (["--threads", "0"], "threads is 0"),
+        (["--seed", "x"], "Invalid value"),
+        (["--no-such-option"], "No such option"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_generate_refuses_with_one_line(
+    run: Run, command: list[object], tmp_path: Path, options: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    status, out, err = run(*command, *options)
+    assert status == 2
+    assert message in err and "Traceback" not in err and not out
+    if err.startswith("motionrt:"):
+        assert err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n" + bytes(40)], ids=["empty", "text", "cut"]
+)
+def test_generate_refuses_a_corrupt_image(run: Run, command: list[object], tmp_path: Path, content: bytes) -> None:
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(content)
+    status, _, err = run(*command, "-i", bad)
+    assert status == 2 and "bad.png" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".png"])
+def test_generate_on_a_full_disk_leaves_nothing(
+    run: Run, command: list[object], tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(video.os, "replace", full)
+    target = tmp_path / "full" / f"video{suffix}"
+    status, _, err = run(*command, "-o", target)
+    assert status == 2 and "No space left on device" in err and err.count("\n") == 1
+    assert not target.exists() and not list(tmp_path.rglob("*.partial"))
+
+
+def test_generate_into_a_place_that_is_a_file(run: Run, command: list[object], picture: Path) -> None:
+    status, _, err = run(*command, "-o", picture / "video.mp4")
+    assert status == 2 and "cannot write" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("file", ["bundle.json", "graphs/step.onnx", "solvers.safetensors", "tokenizers/text.json"])
+def test_generate_refuses_a_corrupt_bundle(run: Run, command: list[object], edit_bundle: Edit, file: str) -> None:
+    path = edit_bundle()
+    (path / file).write_bytes((path / file).read_bytes()[:-7])
+    status, _, err = run(*command, "-b", path)
+    assert status == 2 and err.startswith("motionrt: ") and err.count("\n") == 1
+
+
+def test_generate_refuses_a_corrupt_memory(run: Run, command: list[object], fake_memory: Path, tmp_path: Path) -> None:
+    path = tmp_path / "memory"
+    shutil.copytree(fake_memory, path)
+    (path / "memory.sqlite").write_bytes(b"not a database" * 100)
+    status, _, err = run(*command, "-m", path)
+    assert status == 2 and err.startswith("motionrt: ") and err.count("\n") == 1
+
+
+def test_inspect_shows_where_the_work_went(run: Run, fake_bundle: Path, fake: ModuleType) -> None:
+    status, out, _ = run("inspect", fake_bundle)
+    assert status == 0
+    for text in (
+        "step: every step",
+        "25.0%",
+        "modulation",
+        "softmax-of-one",
+        "block [0]",
+        "B 1-2, 2, 4, 4, 4",
+        "ddim: 1-10",
+    ):
+        assert text in out, text
+    for name in fake.GRAPHS:
+        assert f"│ {name} " in out
+
+
+def test_inspect_needs_no_partition(run: Run, edit_bundle: Edit) -> None:
+    status, out, _ = run("inspect", edit_bundle(lambda manifest: manifest.pop("partition")))
+    assert status == 0 and "graphs and their ports" in out
+
+
+@pytest.mark.parametrize("with_memory", [True, False], ids=["memory", "no memory"])
+def test_bench_gives_percentiles_and_ratios(
+    run: Run, fake_bundle: Path, fake_memory: Path, tmp_path: Path, with_memory: bool
+) -> None:
+    file = tmp_path / "bench.json"
+    memory = ["--memory", fake_memory] if with_memory else []
+    status, out, _ = run("bench", fake_bundle, *memory, "--repeat", 3, "--json", file, "--threads", 1)
+    assert status == 0
+    document = json.loads(file.read_text())
+    seconds = document["seconds"]
+    for stage in ("text", "appearance", "cama", "request", "decode", "write", "all"):
+        assert len(seconds[stage]) == 3 and f"│ {stage} " in out
+        assert document["percentiles_ms"][stage]["p50"] <= document["percentiles_ms"][stage]["p95"]
+    assert len(seconds["step"]) == 12
+    assert len(seconds["search"]) == (3 if with_memory else 0)
+    assert ("search: not run" in out) != with_memory
+    assert set(document["step_seconds"]) == {"step", "step_plain"} and document["step_ratios"]["step_plain"] > 0
+    assert "torch eager: not run" in out and "largest difference" in out
+    assert document["versions"]["onnxruntime"] and document["threads"] == 1
+
+
+def test_bench_gives_no_ratio_on_a_red_gate(run: Run, edit_bundle: Edit, fake: ModuleType) -> None:
+    """A step_plain that computes something else is named, and not timed."""
+    body = fake.GRAPHS["step_plain"]
+    wrong = {**fake.GRAPHS, "step_plain": (*body[:2], body[2].replace("Cos", "Sin"))}
+    original, fake.GRAPHS = fake.GRAPHS, wrong
+    try:
+        data = fake.onnx_graph("step_plain")
+    finally:
+        fake.GRAPHS = original
+    path = edit_bundle(lambda manifest: manifest["graphs"]["step_plain"].update(sha256=fake.digest(data)))
+    (path / "graphs" / "step_plain.onnx").write_bytes(data)
+    status, out, _ = run("bench", path, "--repeat", 2)
+    assert status == 0 and "step_plain: no ratio: it differs from the rewritten step by" in out
+    assert "plain step, ONNX Runtime" not in out
+
+
+def test_memory_is_made_filled_and_searched(
+    run: Run, fake_bundle: Path, fake_clips: dict[str, Path], tmp_path: Path
+) -> None:
+    memory, files = tmp_path / "memory", list(fake_clips.values())
+    status, out, _ = run("memory", "create", memory, "--bundle", fake_bundle)
+    assert status == 0 and "memory add" in out
+    status, _, err = run("memory", "search", memory, "a ball", "-b", fake_bundle)
+    assert status == 2 and "empty" in err
+    assert run("memory", "add", memory, files[0], "-b", fake_bundle, "--caption", "the star moves up")[0] == 0
+    captions = tmp_path / "captions.json"
+    captions.write_text(json.dumps({file.name: text for text, file in fake_clips.items()}))
+    status, out, _ = run("memory", "add", memory, *files[1:], "-b", fake_bundle, "--captions", captions)
+    assert status == 0 and "3 added, 4 clips in all" in out
+    status, out, _ = run("memory", "search", memory, "a blue ball moves left", "-b", fake_bundle, "-k", 1)
+    assert status == 0 and "a blue ball moves left" in out and "the star" not in out
+    status, _, err = run("memory", "create", memory, "--bundle", fake_bundle)
+    assert status == 2 and "already" in err
+
+
+def test_memory_add_keeps_the_good_and_names_the_bad(
+    run: Run, fake_bundle: Path, fake_clips: dict[str, Path], tmp_path: Path
+) -> None:
+    memory, bad = tmp_path / "memory", tmp_path / "bad.mp4"
+    bad.write_bytes(b"no video")
+    run("memory", "create", memory, "--bundle", fake_bundle)
+    good = next(iter(fake_clips.values()))
+    status, out, err = run("memory", "add", memory, bad, good, "-b", fake_bundle, "--caption", "a ball")
+    assert status == 2 and "1 added" in out and "bad.mp4" in err and "1 of 2 clips" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ([], "give either --caption"),
+        (["--caption", "a", "--captions", "c.json"], "give either --caption"),
+        (["--captions", "c.json"], "cannot be read as JSON"),
+        (["--captions", "list.json"], "must hold an object"),
+        (["--captions", "other.json"], "has no caption for clip0.mp4"),
+    ],
+    ids=["none", "both", "missing", "list", "other"],
+)
+def test_memory_add_refuses_captions(
+    run: Run,
+    fake_bundle: Path,
+    fake_clips: dict[str, Path],
+    tmp_path: Path,
+    options: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("list.json").write_text("[]")
+    Path("other.json").write_text('{"x": "y"}')
+    clip = next(iter(fake_clips.values()))
+    status, _, err = run("memory", "add", tmp_path / "memory", clip, "-b", fake_bundle, *options)
+    assert status == 2 and message in err and err.count("\n") == 1
+
+
+def test_export_refuses(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, _, err = run("export", tmp_path / "none.safetensors", tmp_path / "bundle")
+    assert status == 2 and ("there is no checkpoint" in err or "pip install motionrt[export]" in err)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    status, _, err = run("export", tmp_path / "none.safetensors", tmp_path / "bundle")
+    assert status == 2 and "export needs torch, diffusers" in err and "pip install motionrt[export]" in err
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [],
+        ["demo"],
+        ["export"],
+        ["inspect"],
+        ["generate"],
+        ["bench"],
+        *(["memory", x] for x in ("create", "add", "search")),
+    ],
+    ids=lambda command: " ".join(command) or "motionrt",
+)
+def test_help_shows_an_example(run: Run, command: list[str]) -> None:
+    status, out, _ = run(*command, "--help")
+    assert status == 0 and " ".join(["motionrt", *command]) in out.split("Usage:")[1]
+    assert "xample" in out or not command
+
+
+def test_main_reports_an_oserror_in_one_line(run: Run, command: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error", "disk")
+
+    monkeypatch.setattr(video, "write_video", broken)
+    status, _, err = run(*command)
+    assert status == 2 and err == "motionrt: disk: Input/output error.\n"
+
+
+def test_command_line_process_has_no_traceback(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-m", "motionrt.runtime.cli", "inspect", str(tmp_path / "missing")]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "is not a directory" in done.stderr
+
+
+DOMAIN = """
+import numpy as np
+def track(frames):
+    assert frames.dtype == np.uint8 and frames.ndim == 4
+    return np.stack([frames.mean(axis=(1, 2, 3)), np.zeros(len(frames))], axis=1)
+"""
+
+
+@pytest.fixture
+def demo_folder(
+    fake_bundle: Path,
+    fake_clips: dict[str, Path],
+    picture: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run: Run,
+) -> Path:
+    """A demo of the fake bundle whose memory names its clips relative to the demo folder."""
+    place = tmp_path / "place" / "demo"
+    shutil.copytree(fake_bundle, place / "bundle")
+    (place / "inputs").mkdir()
+    (place / "clips").mkdir()
+    shutil.copy(picture, place / "inputs" / "still.png")
+    (place / "domain.py").write_text(DOMAIN)
+    prompts = [{"image": "still.png", "prompt": f"a {word} ball", "name": word} for word in ("red", "blue")]
+    (place / "prompts.json").write_text(json.dumps(prompts))
+    monkeypatch.chdir(place)
+    run("memory", "create", "memory", "-b", "bundle")
+    for caption, file in fake_clips.items():
+        shutil.copy(file, place / "clips" / file.name)
+        assert run("memory", "add", "memory", f"clips/{file.name}", "-b", "bundle", "--caption", caption)[0] == 0
+    monkeypatch.setattr(demo, "find_demo", lambda: place)
+    monkeypatch.chdir(tmp_path)
+    return place
+
+
+def test_demo_makes_videos_a_sheet_and_errors(run: Run, demo_folder: Path, tmp_path: Path) -> None:
+    status, out, err = run("demo", "--out", "here", "--threads", 1)
+    assert status == 0, err
+    assert sorted(file.name for file in (tmp_path / "here").iterdir()) == ["blue.mp4", "red.mp4", "sheet.png"]
+    with Image.open(tmp_path / "here" / "sheet.png") as sheet:
+        assert sheet.size == (3 * 5 * 16 + 4 * 12, 16 + 2 * (16 + 16 + 12))
+    assert (
+        "a red ball moves right" in out and "motion off" in out and "│ mean " in out and "stage times, 2 videos" in out
+    )
+
+
+@pytest.mark.parametrize("problem", ["missing", "not json", "no name", "empty"])
+def test_demo_refuses_its_prompts(run: Run, demo_folder: Path, problem: str) -> None:
+    file = demo_folder / "prompts.json"
+    file.unlink()
+    if problem != "missing":
+        file.write_text({"not json": "{", "no name": '[{"image": "x"}]', "empty": "[]"}[problem])
+    status, _, err = run("demo")
+    assert status == 2 and "prompts.json" in err and err.count("\n") == 1
+
+
+def test_find_demo_says_where_it_looked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(demo, "__file__", str(tmp_path / "site" / "runtime" / "demo.py"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="there is no demo in .*part of the repository"):
+        demo.find_demo()
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "domain.py").touch()
+    assert demo.find_demo() == tmp_path / "demo"
+
+
+def test_end_point_error_is_the_mean_distance() -> None:
+    def track(frames: Any) -> NDArray[np.float64]:
+        return np.array([[5.0, 5.0], [8.0, 9.0]])
+
+    moved = demo.displacement(track, np.zeros((2, 1, 1, 3), np.uint8))
+    np.testing.assert_array_equal(moved, [[0, 0], [3, 4]])
+    assert demo.end_point_error(moved, np.zeros((2, 2))) == 2.5

@@ -1,0 +1,167 @@
+"""The house stands as pyproject.toml says: one wheel with every module, links that hold, the right `kernels`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("export", "kernels", "runtime")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
+    """The wheel, built from a copy: a build in place would leave `build/` behind, which a later build would pick up."""
+    source = tmp_path_factory.mktemp("packaging") / "source"
+    source.mkdir()
+    skip = shutil.ignore_patterns("__pycache__", "*.partial", "*.tmp")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for folder in (*FOLDERS, "src"):
+        shutil.copytree(ROOT / folder, source / folder, symlinks=True, ignore=skip)
+    out = source.parent / "dist"
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=source.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = out.iterdir()
+    with zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+def expected_files() -> set[str]:
+    """Every Python file of the four packages in the working tree, as the wheel should name it."""
+    files = {f"motionrt/{folder}/{path.name}" for folder in FOLDERS for path in (ROOT / folder).glob("*.py")}
+    return files | {f"motionrt/{path.name}" for path in (ROOT / "src/motionrt").glob("*.py")} | {"motionrt/py.typed"}
+
+
+def test_wheel_holds_exactly_the_modules_of_the_repository(wheel: zipfile.ZipFile) -> None:
+    got = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert got == expected_files()
+    for name in sorted(got):
+        source = ROOT / ("src" if name.count("/") == 1 else "") / (name if name.count("/") == 1 else name[9:])
+        assert wheel.read(name) == source.read_bytes(), name
+
+
+def test_wheel_declares_version_licence_extras_and_command(wheel: zipfile.ZipFile) -> None:
+    from motionrt import __version__
+
+    (info,) = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
+    metadata = Parser().parsestr(wheel.read(f"{info}/METADATA").decode())
+    assert metadata["Version"] == __version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert set(metadata.get_all("Provides-Extra", [])) == {"export", "torch", "cpu", "gpu", "tensorrt", "rtx", "dev"}
+    assert "motionrt = motionrt.runtime.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
+    assert f"{info}/licenses/LICENSE" in wheel.namelist()
+
+
+def test_wheel_runs_from_elsewhere(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """Its packages import without the repository: no link, no editable finder, no PYTHONPATH."""
+    wheel.extractall(tmp_path / "site")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import motionrt.runtime, motionrt.kernels as k; print(k.__file__)"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, str(tmp_path / "site")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "site/motionrt/kernels/__init__.py")
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_link_is_relative_and_leads_to_the_root_folder(folder: str) -> None:
+    link = ROOT / "src/motionrt" / folder
+    assert link.is_symlink(), f"src/motionrt/{folder} is not a link: clone with symbolic links on (git core.symlinks)"
+    assert os.readlink(link) == f"../../{folder}"
+    assert link.resolve() == ROOT / folder
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folder_is_flat(folder: str) -> None:
+    """setuptools lists packages by name, so a folder inside one would silently miss the wheel."""
+    assert [path.name for path in (ROOT / folder).iterdir() if path.is_dir() and path.name != "__pycache__"] == []
+
+
+def test_kernels_init_is_empty() -> None:
+    assert (ROOT / "kernels/__init__.py").read_bytes() == b""
+
+
+def test_repository_root_is_not_on_sys_path() -> None:
+    entries = [entry for entry in sys.path if Path(entry or ".").resolve() == ROOT]
+    assert entries == [], "the root hides Hugging Face's `kernels`: run `pytest`, not `python -m pytest`"
+
+
+def test_no_top_level_kernels_of_ours() -> None:
+    spec = importlib.util.find_spec("kernels")
+    assert spec is None or spec.origin is None or ROOT not in Path(spec.origin).resolve().parents
+
+
+@pytest.mark.parametrize("path", ["conftest.py", "tests/__init__.py", "__init__.py", "setup.py", "setup.cfg"])
+def test_file_that_would_put_the_root_on_sys_path_is_absent(path: str) -> None:
+    assert not (ROOT / path).exists()
+
+
+def pinned(name: str) -> dict[str, str]:
+    """{package: version} of a requirements file; every line is a pin, a comment or an inclusion."""
+    pins = {}
+    for line in (ROOT / "requirements" / f"{name}.txt").read_text().splitlines():
+        if line.startswith(("#", "-r ")):
+            continue
+        package, separator, version = line.partition("==")
+        assert separator and package and version and "*" not in version, f"{name}.txt: {line!r} is not pinned"
+        pins[package] = version
+    return pins
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {requirement.split(">")[0].split("=")[0] for requirement in requirements}
+
+
+def test_locks_pin_what_the_project_asks_for() -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    runtime, dev = pinned("runtime"), pinned("dev")
+    assert names(PROJECT["project"]["dependencies"] + extras["cpu"]) <= runtime.keys()
+    assert names(extras["export"] + extras["torch"] + extras["dev"]) <= dev.keys()
+    assert not runtime.keys() & dev.keys(), "dev.txt includes runtime.txt: a package in both could differ"
+
+
+def test_run_side_lock_has_no_build_side_package() -> None:
+    runtime = pinned("runtime")
+    assert not {"torch", "transformers", "diffusers", "onnx", "onnxscript", "onnxruntime-gpu"} & runtime.keys()
+    assert not any(package.startswith("nvidia") for package in {**runtime, **pinned("dev")})
+
+
+def test_no_extra_brings_both_onnx_runtimes() -> None:
+    project = PROJECT["project"]
+    for extra, requirements in {"base": project["dependencies"], **project["optional-dependencies"]}.items():
+        assert not {"onnxruntime", "onnxruntime-gpu"} <= names(requirements), extra
+    assert not {"onnxruntime", "onnxruntime-gpu"} & names(project["dependencies"])
+
+
+RUN_SIDE_FORBIDDEN = ("torch", "transformers", "diffusers", "onnx", "onnxscript", "motionrt.export")
+
+
+@pytest.mark.parametrize(
+    "module", ["motionrt", "motionrt.runtime", "motionrt.runtime.cli", "motionrt.runtime.pipeline"]
+)
+def test_run_side_import_pulls_in_no_build_side(module: str, tmp_path: Path) -> None:
+    code = f"import sys, {module}; print([name for name in {RUN_SIDE_FORBIDDEN!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"

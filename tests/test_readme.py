@@ -1,0 +1,133 @@
+"""What README.md tells people to type works: its shell and Python blocks run, in a folder like the root.
+
+The folder holds links to what the README names, so that `out/` lands in a temporary place. A block is left out only
+where a comment above it says so, and only if it does nothing but make environments; any other block runs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+EXCLUDED = "<!-- not run by tests:"
+SETS_UP = re.compile(r"(make [a-z]+|pip install .*|git clone .*|cd .*|\. \.venv/bin/activate)")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block: its language, text, first line number, and whether a comment above it leaves it out."""
+
+    language: str
+    text: str
+    line: int
+    excluded: bool
+
+    def __str__(self) -> str:
+        return f"{self.language}-line{self.line}"
+
+
+def blocks(markdown: str) -> list[Block]:
+    """Every fenced block of `markdown`, in order."""
+    found = []
+    lines = markdown.splitlines()
+    start = None
+    for index, line in enumerate(lines):
+        if not line.startswith("```"):
+            continue
+        if start is None:
+            start = index
+            continue
+        above = next((text for text in reversed(lines[:start]) if text.strip()), "")
+        text = "\n".join(lines[start + 1 : index])
+        found.append(Block(lines[start][3:].strip(), text, start + 1, above.startswith(EXCLUDED)))
+        start = None
+    assert start is None, f"README.md: the block at line {start} is not closed"
+    return found
+
+
+ALL = blocks(README.read_text(encoding="utf-8"))
+RUN = [block for block in ALL if not block.excluded]
+SHELL = "\n".join(block.text for block in ALL if block.language == "bash" and not block.excluded)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like the root, with `motionrt` and `python` of this interpreter first on PATH."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("demo", "benchmarks"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "out").mkdir()
+    (folder / "bin").mkdir()
+    # -P: the folder itself stays off sys.path, as it does for an installed command.
+    scripts = {"python": '"$@"', "motionrt": '-c "from motionrt.runtime.cli import main; main()" "$@"'}
+    for name, arguments in scripts.items():
+        script = folder / "bin" / name
+        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P {arguments}\n')
+        script.chmod(0o755)
+    return folder
+
+
+def run(command: list[str], place: Path) -> subprocess.CompletedProcess[str]:
+    path = f"{place / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
+    environment = {**os.environ, "PATH": path, "COLUMNS": "120"}
+    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", RUN, ids=str)
+def test_readme_block_runs(block: Block, place: Path) -> None:
+    """In order of the page: a later block may use what an earlier one wrote."""
+    if block.language == "bash":
+        # As typed, one after the other; the first failure stops, with the command shown.
+        done = run(["bash", "-euxo", "pipefail", "-c", block.text], place)
+    else:
+        script = place / f"line{block.line}.py"
+        script.write_text(block.text)
+        done = run([sys.executable, "-P", str(script)], place)
+    assert done.returncode == 0, f"README.md line {block.line}:\n{done.stdout}\n{done.stderr}"
+    for output in re.findall(r"\bout/[\w./-]+\.(?:mp4|gif|webp|png)\b", block.text):
+        assert (place / output).stat().st_size > 0, f"README.md line {block.line} should have written {output}"
+
+
+@pytest.mark.parametrize("block", ALL, ids=str)
+def test_readme_block_is_of_a_kind_that_runs(block: Block) -> None:
+    assert block.language in {"bash", "python"}, f"README.md line {block.line}: mark the block as bash or python"
+
+
+@pytest.mark.parametrize("block", [block for block in ALL if block.excluded], ids=str)
+def test_readme_block_left_out_only_sets_up(block: Block) -> None:
+    lines = [line for line in block.text.splitlines() if line.strip() and not line.startswith("#")]
+    assert block.language == "bash"
+    assert [line for line in lines if not SETS_UP.fullmatch(line)] == []
+
+
+def test_readme_has_what_it_promises() -> None:
+    assert any(block.language == "python" for block in RUN)
+    assert {"generate", "inspect", "bench", "memory"} <= set(re.findall(r"\bmotionrt ([a-z]+)", SHELL))
+
+
+def test_readme_targets_exist_in_the_makefile() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    wanted = set(re.findall(r"^make ([a-z]+)", README.read_text(encoding="utf-8"), re.MULTILINE))
+    wanted |= set(re.findall(r"`make ([a-z]+)`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")))
+    assert wanted and {name for name in wanted if not re.search(rf"^{name}:", makefile, re.MULTILINE)} == set()
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_page_links_lead_somewhere(page: str) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text(encoding="utf-8"))
+    assert [link for link in links if not (ROOT / link).is_file()] == []
+
+
+def test_blocks_reads_markers_languages_and_lines() -> None:
+    text = "a\n```bash\nx\n```\n<!-- not run by tests: why -->\n\n```bash\nmake it\n```\n```python\ny\nz\n```\n"
+    got = [(block.language, block.text, block.line, block.excluded) for block in blocks(text)]
+    assert got == [("bash", "x", 2, False), ("bash", "make it", 7, True), ("python", "y\nz", 10, False)]
