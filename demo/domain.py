@@ -1,7 +1,8 @@
 """The demo's procedural video domain: one saturated sprite on a muted, smooth background, moving along a named path.
 
-Numpy only, and without imports from the rest of the project, so that the demo, the tests and the training recipe can load it by path.
-Pixels are addressed by their centres: pixel column `i` of a 64-pixel frame lies at x = i + 0.5; x grows right, y grows down.
+Numpy only, and without imports from the rest of the project, so that the demo, the tests and the training recipe can
+load it by path. Pixels are addressed by their centres: pixel column `i` of a 64-pixel frame lies at x = i + 0.5;
+x grows right, y grows down.
 
     spec = sample_spec(rng, "slide_left")
     frames, mask = render(spec)              # uint8 [17, 64, 64, 3], float32 [17, 64, 64]
@@ -54,7 +55,10 @@ def _turn(first: tuple[float, float], second: tuple[float, float]) -> Callable[[
 
 @dataclass(frozen=True)
 class Family:
-    """A named motion: `path(u in [0, 1]) -> (x, y)` in units of REACH from (0, 0), and the phrases that name it (the first one is its caption)."""
+    """A named motion: `path(u in [0, 1]) -> (x, y)` in units of REACH from (0, 0), and the phrases that name it.
+
+    The first phrase is the one captions use.
+    """
 
     path: Callable[[Array], tuple[Array, Array]]
     phrases: tuple[str, ...]
@@ -71,9 +75,7 @@ FAMILIES: dict[str, Family] = {
     "diagonal_down_left": Family(lambda u: (-0.8 * u, 0.8 * u), ("drifts diagonally down and left",)),
     "diagonal_down_right": Family(lambda u: (0.8 * u, 0.8 * u), ("drifts diagonally down and right",)),
     "diagonal_up_left": Family(lambda u: (-0.8 * u, -0.8 * u), ("drifts diagonally up and left",), seen=False),
-    "circle_clockwise": Family(
-        lambda u: (0.5 * np.sin(_TAU * u), 0.5 - 0.5 * np.cos(_TAU * u)), ("circles around clockwise",)
-    ),
+    "circle_clockwise": Family(lambda u: (0.5 * np.sin(_TAU * u), 0.5 - 0.5 * np.cos(_TAU * u)), ("circles around clockwise",)),
     "circle_counterclockwise": Family(
         lambda u: (-0.5 * np.sin(_TAU * u), 0.5 - 0.5 * np.cos(_TAU * u)),
         ("circles around counterclockwise",),
@@ -86,9 +88,7 @@ FAMILIES: dict[str, Family] = {
     "bounce": Family(lambda u: (0 * u, -0.9 * np.abs(np.sin(_TAU * u))), ("bounces in place",)),
     "hop_right": Family(lambda u: (u, -0.6 * np.abs(np.sin(_TAU * u))), ("hops in arcs to the right",)),
     "hop_left": Family(lambda u: (-u, -0.6 * np.abs(np.sin(_TAU * u))), ("hops in arcs to the left",), seen=False),
-    "spiral": Family(
-        lambda u: (0.7 * u * np.sin(1.5 * _TAU * u), -0.7 * u * np.cos(1.5 * _TAU * u)), ("spirals outwards",)
-    ),
+    "spiral": Family(lambda u: (0.7 * u * np.sin(1.5 * _TAU * u), -0.7 * u * np.cos(1.5 * _TAU * u)), ("spirals outwards",)),
     "swing": Family(lambda u: (0.75 * np.sin(_TAU * u), 0 * u), ("swings right and left and back",)),
     "bob": Family(lambda u: (0 * u, 0.75 * np.sin(_TAU * u)), ("bobs down and up and back",)),
     "return_right": Family(lambda u: (np.sin(math.pi * u), 0 * u), ("dashes right then returns",)),
@@ -102,7 +102,10 @@ UNSEEN = tuple(name for name, family in FAMILIES.items() if not family.seen)
 
 @dataclass(frozen=True)
 class Spec:
-    """Everything a clip depends on. `path` is [FRAMES, 2], displacement from `start` in px; `start` is the sprite's centre in frame 0."""
+    """Everything a clip depends on.
+
+    `start` is the sprite's centre in frame 0, `path` [FRAMES, 2] the displacement from it, both in px.
+    """
 
     family: str  # a key of FAMILIES, or "free" for an unnamed random path
     colour: str
@@ -157,7 +160,10 @@ def sample_spec(
     start: tuple[float, float] | None = None,
     jitter: bool = True,
 ) -> Spec:
-    """A random clip. `family`: a key of FAMILIES (None: a random seen one); `path` [FRAMES, 2] px overrides it under the name "free"."""
+    """A random clip.
+
+    `family`: a key of FAMILIES (None: a random seen one); `path` [FRAMES, 2] px overrides it under the name "free".
+    """
     if path is None:
         family = family if family is not None else SEEN[rng.integers(len(SEEN))]
         base = named_path(family)
@@ -218,7 +224,10 @@ def background(seed: int, size: int = SIZE) -> Array:
 
 
 def render(spec: Spec, size: int = SIZE, frames: int | None = None) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Draw a clip: frames uint8 [F, size, size, 3] and the sprite's coverage float32 [F, size, size]. `frames` limits F (1: the still)."""
+    """Draw a clip: frames uint8 [F, size, size, 3] and the sprite's coverage float32 [F, size, size].
+
+    `frames` limits F (1: the still).
+    """
     centres = spec.centres[: frames if frames is not None else FRAMES]
     unit = SIZE / size
     axis = (np.arange(size) + 0.5) * unit
@@ -235,7 +244,10 @@ def render(spec: Spec, size: int = SIZE, frames: int | None = None) -> tuple[NDA
 
 
 def caption(spec: Spec, phrase: int | None = 0) -> str:
-    """ "a red square slides straight up"; `phrase` picks among the family's phrases, None leaves the motion out (as a free path always does)."""
+    """The caption, such as "a red square slides straight up".
+
+    `phrase` picks among the family's phrases; None leaves the motion out, as a free path always does.
+    """
     subject = f"a {spec.colour} {spec.shape}"
     if phrase is None or spec.family == "free":
         return f"{subject} moves"
@@ -254,8 +266,9 @@ def words() -> list[str]:
 def track(frames: NDArray[np.uint8]) -> NDArray[np.float64]:
     """Centres float64 [F, 2] in px (x, y) of the sprite in uint8 frames [F, H, W, 3].
 
-    The sprite is the saturated thing in a muted picture: pixels weigh by saturation and by likeness to the saturated colour of frame 0, which
-    holds on blurred, generated frames too. A frame in which nothing is left repeats the centre before it.
+    The sprite is the saturated thing in a muted picture: pixels weigh by saturation and by likeness to the saturated
+    colour of frame 0, which holds on blurred, generated frames too. A frame in which nothing is left repeats the centre
+    before it.
     """
     if frames.ndim != 4 or frames.shape[-1] != 3:
         raise ValueError(f"frames have shape {frames.shape}; track() takes uint8 [F, H, W, 3].")
@@ -285,7 +298,7 @@ def end_point_error(frames: NDArray[np.uint8], centres: Array) -> float:
 
 
 def reference_specs(seed: int = 7, per_family: int = 4) -> Iterable[Spec]:
-    """The clips of the demo's motion memory: every family, seen or not, `per_family` times with different sprites and starts."""
+    """The clips of the demo's motion memory: every family, seen or not, `per_family` times with different sprites."""
     rng = np.random.default_rng(seed)
     for name in FAMILIES:
         for _ in range(per_family):

@@ -102,12 +102,7 @@ class Autoencoder(nn.Module):
         x = self.from_latent(torch.cat([latents, context], dim=2).flatten(0, 1))
         x = F.gelu(self.decode_mix(F.gelu(x))).unflatten(0, (batch, count))
         first = self.split_first(x[:, 0])[:, None]
-        rest = (
-            self.split_group(x[:, 1:].flatten(0, 1))
-            .unflatten(1, (4, -1))
-            .unflatten(0, (batch, count - 1))
-            .flatten(1, 2)
-        )
+        rest = self.split_group(x[:, 1:].flatten(0, 1)).unflatten(1, (4, -1)).unflatten(0, (batch, count - 1)).flatten(1, 2)
         frames = torch.cat([first, rest], dim=1)
         x = F.gelu(F.pixel_shuffle(frames.flatten(0, 1), 2))
         return F.pixel_shuffle(self.to_pixels(self.fine_mix(x)), 4).unflatten(0, (batch, -1))
@@ -117,7 +112,7 @@ class Autoencoder(nn.Module):
         return (self.encode_raw(video) - self.mean) / self.std
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """`[B, 3, 64, 64]` in [-1, 1] -> image latents `[B, 5, 16, 8, 8]`: the still's latent first, the others zero."""
+        """`[B, 3, 64, 64]` in [-1, 1] -> image latents `[B, 5, 16, 8, 8]`: the still's latent, then zeros."""
         return F.pad(self.encode(image[:, None]), (0, 0, 0, 0, 0, 0, 0, LATENTS[0] - 1))
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -166,9 +161,7 @@ class AppearanceEncoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.model = Dinov2Model(
-            Dinov2Config(
-                image_size=64, patch_size=8, hidden_size=96, num_hidden_layers=3, num_attention_heads=4, mlp_ratio=4
-            )
+            Dinov2Config(image_size=64, patch_size=8, hidden_size=96, num_hidden_layers=3, num_attention_heads=4, mlp_ratio=4)
         )
         self.normalise = Normalise()
 
@@ -184,7 +177,8 @@ class TextEncoder(nn.Module):
         self.model = T5EncoderModel(
             T5Config(
                 vocab_size=VOCABULARY, d_model=TEXT_WIDTH, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
-                dropout_rate=0.0, relative_attention_num_buckets=16, relative_attention_max_distance=16, pad_token_id=PAD,
+                dropout_rate=0.0, relative_attention_num_buckets=16, relative_attention_max_distance=16,
+                pad_token_id=PAD,
             )
         )  # fmt: skip
 
@@ -194,9 +188,7 @@ class TextEncoder(nn.Module):
 
 def resampler() -> Resampler:
     """Features of width 96 -> `[B, 8, 64]`."""
-    return Resampler(
-        dim=64, depth=2, dim_head=16, heads=4, num_queries=TOKENS, embedding_dim=96, output_dim=WIDTH, ff_mult=2
-    )
+    return Resampler(dim=64, depth=2, dim_head=16, heads=4, num_queries=TOKENS, embedding_dim=96, output_dim=WIDTH, ff_mult=2)
 
 
 def denoiser() -> CogVideoXTransformer3DModel:

@@ -1,7 +1,7 @@
 """Train the demo checkpoint, stage by stage: `PYTHONPATH=src python demo/train.py STAGE [--seconds S] [--resume]`.
 
-Stages (`all` runs them in this order): data, autoencoder, motion, appearance, text, cama, denoiser, refine, pack, clips, evaluate.
-Budgets are process seconds of one thread, so a busy machine gives the same checkpoint. Work files lie in demo/work (not kept).
+Stages (`all` runs them in this order): data, autoencoder, motion, appearance, text, cama, denoiser, refine, pack, clips,
+evaluate. Budgets are process seconds of one thread, so a busy machine trains as much. Work files: demo/work (not kept).
 `autoencoder` and motion -> appearance -> text -> cama do not depend on each other and may run side by side.
 """
 
@@ -29,7 +29,8 @@ GROUP = 6  # clips of one free path
 NAMED, FREE = 90, 640  # clips per seen family; free paths
 HELD = 24  # clips per unseen family, for evaluation only
 BUDGET = {
-    "autoencoder": 400.0, "motion": 200.0, "appearance": 60.0, "text": 15.0, "cama": 180.0, "denoiser": 600.0, "refine": 240.0,
+    "autoencoder": 400.0, "motion": 200.0, "appearance": 60.0, "text": 15.0, "cama": 180.0,
+    "denoiser": 600.0, "refine": 240.0,
 }  # fmt: skip
 
 
@@ -93,10 +94,11 @@ def stage_data() -> None:
     (WORK / "pool.json").write_text(json.dumps(info))
 
 
-def training(
-    parameters: Any, lr: float, seconds: float, name: str, decay: float = 0.01
-) -> Iterator[Callable[[Tensor], None]]:
-    """Yield, until `seconds` of process time are gone, a function that takes the loss and steps AdamW (warm-up, then cosine to 2%)."""
+def training(parameters: Any, lr: float, seconds: float, name: str, decay: float = 0.01) -> Iterator[Callable[[Tensor], None]]:
+    """Yield, until `seconds` of process time are gone, a function that takes the loss and steps AdamW.
+
+    The rate warms up over 50 steps and falls as a cosine to 2%.
+    """
     optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=decay)
     base = [group["lr"] for group in optimiser.param_groups]
     everything = [p for group in optimiser.param_groups for p in group["params"]]
@@ -133,7 +135,7 @@ def restore(module: nn.Module, name: str) -> None:
 
 
 def reconstruct_loss(made: Tensor, true: Tensor, mask: Tensor) -> Tensor:
-    """Squared and absolute error; pixels on and around the sprite (coverage `mask [B, T, 16, 16]`) weigh 7 times the background's."""
+    """Squared and absolute error; pixels on and around the sprite (coverage `mask [B, T, 16, 16]`) weigh 7 times."""
     near = F.max_pool2d((mask > 0.02).float(), 3, stride=1, padding=1)
     weight = 1 + 6 * F.interpolate(near, scale_factor=4, mode="nearest")[:, :, None]
     error = made - true
@@ -141,7 +143,7 @@ def reconstruct_loss(made: Tensor, true: Tensor, mask: Tensor) -> Tensor:
 
 
 def group_window(rng: np.random.Generator, batch: int, pieces: int = 2) -> np.ndarray:
-    """Frame 0 and `pieces` of the 4 groups of 4 frames: all that a group depends on, at half the cost of a clip. int [B, 1 + 4 pieces]."""
+    """Frame 0 and `pieces` of the 4 groups of 4 frames, int [B, 1 + 4 pieces]: all that a group depends on, at half cost."""
     rows = []
     for _ in range(batch):
         groups = np.sort(rng.choice(4, pieces, replace=False))
@@ -178,9 +180,7 @@ def stage_autoencoder(seconds: float, refine: bool = False) -> None:
     net.eval()
     with torch.no_grad():
         if not refine:
-            raw = torch.cat(
-                [net.encode_raw(pool.video(part)) for part in np.array_split(rng.choice(pool.train, 256), 16)]
-            )
+            raw = torch.cat([net.encode_raw(pool.video(part)) for part in np.array_split(rng.choice(pool.train, 256), 16)])
             net.mean.copy_(raw.mean(dim=(0, 1, 3, 4), keepdim=True))
             net.std.copy_(raw.std(dim=(0, 1, 3, 4), keepdim=True))
         video, mask = pool.video(pool.check[:64]), pool.mask(pool.check[:64])
@@ -189,7 +189,8 @@ def stage_autoencoder(seconds: float, refine: bool = False) -> None:
         square = (made - video).square() / 4
         log(
             "check PSNR",
-            f"{-10 * math.log10(float(square.mean())):.2f} dB, sprite {-10 * math.log10(float(square[inside].mean())):.2f} dB",
+            f"{-10 * math.log10(float(square.mean())):.2f} dB,",
+            f"sprite {-10 * math.log10(float(square[inside].mean())):.2f} dB",
         )
     keep(net, "autoencoder")
 
@@ -198,17 +199,14 @@ PICKS = [*range(8), *range(9, 17)]  # the frames VideoMAE sees
 
 
 def supervised(net: Any, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Run a Resampler and also return how far its attention is from `target [B, M, n]` (rows sum to 1): cross-entropy."""
+    """A Resampler's tokens, and the cross-entropy of its attention from `target [B, M, n]` (rows sum to 1)."""
     loss = features.new_zeros(())
     features = net.proj_in(features)
     latents = net.latents.expand(features.shape[0], -1, -1)
     for attention, feed_forward in net.layers:
         query = attention.to_q(attention.norm2(latents)).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
         key = (
-            attention.to_kv(attention.norm1(features))
-            .chunk(2, dim=-1)[0]
-            .unflatten(-1, (attention.heads, -1))
-            .transpose(1, 2)
+            attention.to_kv(attention.norm1(features)).chunk(2, dim=-1)[0].unflatten(-1, (attention.heads, -1)).transpose(1, 2)
         )
         score = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).log_softmax(dim=-1)
         loss = loss - (target[:, None] * score).sum(dim=-1).mean() / len(net.layers)
@@ -224,7 +222,7 @@ def token_masks(mask: Tensor) -> Tensor:
 
 
 def stage_motion(seconds: float) -> None:
-    """VideoMAE on dense targets (what each token covers, where the sprite is), then the Resampler alone on cached features."""
+    """VideoMAE on dense targets (what a token covers, where the sprite is), then the Resampler on cached features."""
     pool, rng = Pool(), np.random.default_rng(3)
     torch.manual_seed(3)
     net, dense = demo.MotionEncoder(), nn.Linear(96, 36)
@@ -260,7 +258,8 @@ def stage_motion(seconds: float) -> None:
         where = head(tokens).unflatten(-1, (2, 2)).flatten(1, 2) * 32 + 32
     error = (where - pool.centres[:, PICKS]).norm(dim=-1).mean(dim=1)
     log(
-        f"motion tokens hold the path to {float(error[pool.check].mean()):.2f} px (unseen families {float(error[pool.held].mean()):.2f})"
+        f"motion tokens hold the path to {float(error[pool.check].mean()):.2f} px,",
+        f"unseen families {float(error[pool.held].mean()):.2f} px",
     )
     torch.save(tokens, WORK / "motion_tokens.pt")
 
@@ -276,12 +275,7 @@ def stage_appearance(seconds: float) -> None:
         index = rng.choice(pool.train, 24)
         image = torch.from_numpy(pool.frames[index, 0]).permute(0, 3, 1, 2).float() / 127.5 - 1
         mask = (
-            pool.mask(index)[:, 0]
-            .unflatten(1, (8, 2))
-            .unflatten(3, (8, 2))
-            .permute(0, 1, 3, 2, 4)
-            .flatten(3)
-            .flatten(1, 2)
+            pool.mask(index)[:, 0].unflatten(1, (8, 2)).unflatten(3, (8, 2)).permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2)
         )  # B 64 4
         where = (pool.centres[index, 0] - 32) / 32
         features = net(image)
@@ -313,7 +307,8 @@ def tokenizer() -> Any:
     vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *domain.words()])}
     if len(vocabulary) > demo.VOCABULARY:
         raise RuntimeError(
-            f"the domain has {len(vocabulary)} words; the text encoder holds {demo.VOCABULARY}. Raise VOCABULARY in demo/model.py."
+            f"the domain has {len(vocabulary)} words; the text encoder holds {demo.VOCABULARY}. "
+            "Raise VOCABULARY in demo/model.py."
         )
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     made.normalizer = normalizers.Lowercase()
@@ -345,9 +340,7 @@ def stage_text(seconds: float) -> None:
     head = nn.Linear(demo.TEXT_WIDTH, len(colours) + len(domain.SHAPES) + len(motions))
     parameters = [{"params": [*net.parameters(), *head.parameters()]}]
     for advance in training(parameters, 3e-3, seconds, "text"):
-        pick = torch.from_numpy(
-            np.stack([rng.integers(n, size=64) for n in (len(colours), len(domain.SHAPES), len(motions))])
-        )
+        pick = torch.from_numpy(np.stack([rng.integers(n, size=64) for n in (len(colours), len(domain.SHAPES), len(motions))]))
         out = net(ids(words, [f"a {colours[c]} {domain.SHAPES[s]} {motions[m]}" for c, s, m in pick.T.tolist()]))
         logits = head(out.mean(dim=1)).split([len(colours), len(domain.SHAPES), len(motions)], dim=-1)
         advance(sum((F.cross_entropy(part, true) for part, true in zip(logits, pick, strict=True)), torch.zeros(())))
@@ -364,7 +357,10 @@ def siblings(pool: Pool) -> dict[int, np.ndarray]:
 def references(
     rng: np.random.Generator, pool: Pool, groups: dict[int, np.ndarray], index: np.ndarray, count: int, stray: float
 ) -> np.ndarray:
-    """For each clip `count` others of its motion, int [B, count]; with chance `stray` the last one is of any motion, as retrieval errs."""
+    """For each clip `count` others of its motion, int [B, count].
+
+    With chance `stray` the last one is of any motion, as retrieval errs.
+    """
     rows = []
     for clip in index:
         others = groups[int(pool.group[clip])]
@@ -383,7 +379,7 @@ def tokens_of_pool() -> tuple[Tensor, Tensor]:
 
 
 def stage_cama(seconds: float, resume: bool = False) -> None:
-    """Predict each clip's motion tokens from others of its motion and its own still. Groups are drawn anew every step."""
+    """Predict each clip's motion tokens from others of its motion and its own still; groups are drawn anew each step."""
     pool, rng = Pool(), np.random.default_rng(6 + resume)
     torch.manual_seed(6)
     motion, appearance = tokens_of_pool()
@@ -416,9 +412,7 @@ def stage_cama(seconds: float, resume: bool = False) -> None:
 
 
 @torch.no_grad()
-def cama_for(
-    pool: Pool, net: Any, motion: Tensor, appearance: Tensor, index: np.ndarray, rng: np.random.Generator
-) -> Tensor:
+def cama_for(pool: Pool, net: Any, motion: Tensor, appearance: Tensor, index: np.ndarray, rng: np.random.Generator) -> Tensor:
     """CAMA's prediction for clips of the pool from 4 others of their motion: `[B, M, D]`."""
     refs = references(rng, pool, siblings(pool), index, 4, 0.0)
     return torch.cat(
@@ -446,16 +440,14 @@ def cached_latents(pool: Pool) -> Tensor:
     log("encoding the pool with", source.name)
     with torch.no_grad():
         everything = np.arange(len(pool.frames))
-        latents = torch.cat(
-            [net.encode(pool.video(part)) for part in np.array_split(everything, len(everything) // 16)]
-        )
+        latents = torch.cat([net.encode(pool.video(part)) for part in np.array_split(everything, len(everything) // 16)])
     torch.save(latents, path)
     stamp.write_text(digest)
     return latents
 
 
 def stage_denoiser(seconds: float, resume: bool = False, rate: float = 1e-3) -> None:
-    """v-prediction on latents; adapters start larger and learn twice as fast; an auxiliary head finds the sprite in the hidden states."""
+    """v-prediction on latents; adapters start larger and learn twice as fast; an auxiliary head finds the sprite."""
     from motionrt.export.cogvideox import rotary_tables
 
     pool, rng, batch = Pool(), np.random.default_rng(8 + 10 * resume), 16
@@ -493,9 +485,7 @@ def stage_denoiser(seconds: float, resume: bool = False, rate: float = 1e-3) -> 
     for advance in training(groups, rate, seconds, "denoiser"):
         index = rng.choice(pool.train, batch)
         clean, mask = latents[index], pool.mask(index)
-        t = torch.from_numpy(
-            np.where(rng.random(batch) < 0.3, rng.integers(600, 1000, batch), rng.integers(0, 1000, batch))
-        )
+        t = torch.from_numpy(np.where(rng.random(batch) < 0.3, rng.integers(600, 1000, batch), rng.integers(0, 1000, batch)))
         noise = torch.randn_like(clean)
         a = alphas[t][:, None, None, None, None]
         noisy, target = a.sqrt() * clean + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * clean
@@ -512,16 +502,15 @@ def stage_denoiser(seconds: float, resume: bool = False, rate: float = 1e-3) -> 
             context = text(ids(words, captions))
         hidden.clear()
         out = net(
-            hidden_states=torch.cat([noisy, still], dim=2), encoder_hidden_states=context, timestep=t, image_rotary_emb=(cos, sin),
+            hidden_states=torch.cat([noisy, still], dim=2), encoder_hidden_states=context,
+            timestep=t, image_rotary_emb=(cos, sin),
             attention_kwargs={"motion": tokens, "motion_scale": 0.0 if steps % 14 == 13 else 1.0}, return_dict=False,
         )[0]  # fmt: skip
         cover = F.max_pool2d(mask, 2)  # B 17 8 8
         cover = torch.cat([cover[:, :1], cover[:, 1:].unflatten(1, (4, 4)).amax(dim=2)], dim=1)[:, :, None]
         weight = 1 + 4 * (cover > 0.05).float()
         loss = (weight * (out - target).square()).mean() / weight.mean()
-        groups16 = torch.cat(
-            [mask[:, :1].expand(-1, 4, -1, -1), mask[:, 1:]], dim=1
-        )  # B 20 16 16: 4 frames per latent frame
+        groups16 = torch.cat([mask[:, :1].expand(-1, 4, -1, -1), mask[:, 1:]], dim=1)  # B 20 16 16: 4 frames per latent frame
         where = (
             groups16.unflatten(1, (5, 4))
             .unflatten(3, (4, 4))
@@ -563,8 +552,10 @@ def write_mp4(path: Path, frames: np.ndarray) -> None:
 
 
 PROMPTS = (
-    ("star_slides_left", "red_star", "slide_left"), ("star_circles", "red_star", "circle_clockwise"), ("star_bounces", "red_star", "bounce"),
-    ("star_zigzags_left", "red_star", "zigzag_left"), ("square_slides_up", "blue_square", "slide_up"), ("square_hops", "blue_square", "hop_right"),
+    ("star_slides_left", "red_star", "slide_left"), ("star_circles", "red_star", "circle_clockwise"),
+    ("star_bounces", "red_star", "bounce"),
+    ("star_zigzags_left", "red_star", "zigzag_left"), ("square_slides_up", "blue_square", "slide_up"),
+    ("square_hops", "blue_square", "hop_right"),
     ("circle_waves", "yellow_circle", "wave_right"), ("circle_turns", "yellow_circle", "turn_left_up"),
     ("triangle_drifts", "green_triangle", "diagonal_down_right"), ("diamond_swings", "purple_diamond", "swing"),
 )  # fmt: skip
@@ -622,7 +613,8 @@ def sample(
     x = torch.randn(batch, *demo.LATENTS, generator=torch.Generator().manual_seed(seed))
     for t in solver.timesteps:
         out = net.denoiser(
-            hidden_states=torch.cat([torch.cat([x, still], dim=2)] * 2), encoder_hidden_states=context, timestep=t.expand(2 * batch),
+            hidden_states=torch.cat([torch.cat([x, still], dim=2)] * 2), encoder_hidden_states=context,
+            timestep=t.expand(2 * batch),
             image_rotary_emb=rotary, attention_kwargs={"motion": tokens, "motion_scale": scale}, return_dict=False,
         )[0]  # fmt: skip
         without, with_conditions = out.chunk(2)
@@ -639,10 +631,7 @@ def stage_evaluate(count: int = 36, guidance: float = 2.0) -> None:
     net = demo.load(HERE / "checkpoint.safetensors")
     words = tokenizer()
     clips = list(domain.reference_specs())
-    video = (
-        torch.stack([torch.from_numpy(domain.render(spec)[0]) for spec in clips]).permute(0, 1, 4, 2, 3).float() / 127.5
-        - 1
-    )
+    video = torch.stack([torch.from_numpy(domain.render(spec)[0]) for spec in clips]).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
     memory_motion, memory_appearance = net.motion_tokens(video), net.appearance_tokens(video[:, 0])
     result: dict[str, Any] = {"targets_per_set": count, "steps": 8, "guidance": guidance}
     for kind, names in (("seen", domain.SEEN), ("unseen", domain.UNSEEN)):

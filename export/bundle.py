@@ -68,7 +68,7 @@ def write_manifest(
     `graphs`: what `onnx_from_torch` returned (and `weights` where they stay in a package); `solvers`: name -> step count ->
     `solver_rows`; `tokenizers`: name -> (tokenizer JSON, max length, padding id).
     """
-    tables = {
+    tables: dict[str, NDArray[Any]] = {
         f"{solver}/{steps}/{leaf}": value
         for solver, entries in solvers.items()
         for steps, rows in entries.items()

@@ -143,7 +143,8 @@ class MotionMemory:
                 head = stream.read(20)
             if not head.startswith(b"SQLite format 3\0"):
                 raise _damaged(directory, "memory.sqlite is not an SQLite file")
-            readonly = readonly or not (os.access(directory, os.W_OK) and os.access(file, os.W_OK))
+            effective = os.access in os.supports_effective_ids
+            readonly |= not all(os.access(place, os.W_OK, effective_ids=effective) for place in (directory, file))
             log = file.with_name("memory.sqlite-wal")
             # SQLite cannot share a WAL-mode file that it may not write beside; without a log nobody else has it open.
             alone = head[18:20] == b"\2\2" and not (log.exists() and log.stat().st_size)

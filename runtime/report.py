@@ -37,7 +37,7 @@ def progress() -> Iterator[Progress]:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1) -> Table:
     """A table whose first `left` columns are text and whose others are numbers."""
-    result = Table(title=title, title_justify="left", title_style="bold")
+    result = Table(title=title, title_justify="left", title_style="bold", min_width=len(title), show_header=any(columns))
     for index, name in enumerate(columns):
         result.add_column(name, justify="left" if index < left else "right", overflow="fold")
     for row in rows:
@@ -76,7 +76,7 @@ def inspect_tables(bundle: Bundle) -> Iterator[Table]:
     sizes = [(name, value) for name, value in manifest["model"].items()]
     solvers = [f"{name}: {min(steps)}-{max(steps)} steps" for name, steps in bundle.solvers.items()]
     rows: list[tuple[object, ...]] = [*sizes, ("solvers", ", ".join(solvers)), ("guidance", bundle.guidance)]
-    yield table(f"{bundle.name} (format {manifest['format']}, motionrt {manifest['motionrt']})", ("", ""), rows)
+    yield table(f"{bundle.name} (format {manifest['format']}, motionrt {manifest['motionrt']})", ("", ""), rows, left=2)
     partition: Mapping[str, Any] = manifest.get("partition") or {}
     if classes := partition.get("classes"):
         original = partition.get("original") or {}

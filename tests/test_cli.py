@@ -224,7 +224,7 @@ def test_memory_is_made_filled_and_searched(
     status, out, _ = run("memory", "create", memory, "--bundle", fake_bundle)
     assert status == 0 and "memory add" in out
     status, _, err = run("memory", "search", memory, "a ball", "-b", fake_bundle)
-    assert status == 2 and "empty" in err
+    assert status == 2 and "holds no clips" in err
     assert run("memory", "add", memory, files[0], "-b", fake_bundle, "--caption", "the star moves up")[0] == 0
     captions = tmp_path / "captions.json"
     captions.write_text(json.dumps({file.name: text for text, file in fake_clips.items()}))

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from motionrt.runtime import indexing
 from motionrt.runtime import memory as memory_module
 from motionrt.runtime.errors import InputError, MemoryStoreError
 from motionrt.runtime.memory import Clip, MotionMemory, Reference
@@ -129,7 +130,7 @@ def test_equal_captions_come_in_the_order_of_their_ids(tmp_path: Path) -> None:
 @pytest.mark.parametrize("threshold", [100, 2])
 def test_too_few_clips_is_a_plain_error(tmp_path: Path, threshold: int) -> None:
     with MotionMemory.create(tmp_path / "m", digests=DIGESTS, dims=DIMS, index_threshold=threshold) as memory:
-        with pytest.raises(MemoryStoreError, match="1 references were asked for; .* holds no clips.*motionrt memory add"):
+        with pytest.raises(MemoryStoreError, match="1 references .* holds no clips.*motionrt memory add"):
             memory.search(query(), 1)
         memory.add(clip(i, source="a" if i < 3 else "b") for i in range(5))
         with pytest.raises(MemoryStoreError, match="6 references .* holds 5 clips"):
@@ -140,7 +141,8 @@ def test_too_few_clips_is_a_plain_error(tmp_path: Path, threshold: int) -> None:
 
 
 @pytest.mark.parametrize("vector", [
-    np.full(E, np.nan, np.float32), np.full(E, np.inf, np.float32), np.zeros(E, np.float32), np.ones(E + 1, np.float32),
+    np.full(E, np.nan, np.float32), np.full(E, np.inf, np.float32), np.zeros(E, np.float32),
+    np.ones(E + 1, np.float32),
     np.ones((1, E), np.float32), np.ones(E, np.int64), np.array(["x"] * E), None,
 ], ids=["nan", "inf", "zero", "long", "rank", "int", "text", "none"])  # fmt: skip
 def test_impossible_embeddings_are_refused(tmp_path: Path, vector: np.ndarray) -> None:
@@ -154,7 +156,7 @@ def test_impossible_embeddings_are_refused(tmp_path: Path, vector: np.ndarray) -
 
 @pytest.mark.parametrize("k", [0, -1, 1.5, True, None])
 def test_impossible_k_is_refused(tmp_path: Path, k: int) -> None:
-    with MotionMemory.open(filled(tmp_path / "m", 3)) as memory, pytest.raises(InputError, match="number of references"):
+    with MotionMemory.open(filled(tmp_path / "m", 3)) as memory, pytest.raises(InputError, match="of references"):
         memory.search(query(), k)
 
 
@@ -181,7 +183,7 @@ def test_contains_and_unknown_ids(tmp_path: Path) -> None:
 def test_check_compares_digests(tmp_path: Path) -> None:
     with MotionMemory.open(filled(tmp_path / "m", 1)) as memory:
         memory.check(DIGESTS)
-        with pytest.raises(MemoryStoreError, match="`motion` bbbbbbbbbbbb; this bundle has dddddddddddd.*Use the bundle"):
+        with pytest.raises(MemoryStoreError, match="`motion` b{12}; this bundle has d{12}.*Use the bundle"):
             memory.check(DIGESTS | {"motion": "d" * 64})
         for other in ({}, DIGESTS | {"more": "e"}):
             with pytest.raises(MemoryStoreError, match="none"):
@@ -237,6 +239,7 @@ def test_a_read_only_directory_works(shared: Path) -> None:
         (folder / "memory.sqlite").chmod(0o444)
         folder.chmod(0o555)
     root = os.geteuid() == 0
+    indexing._usearch()  # imported while every file of the environment can be read
     if root:
         os.seteuid(65534)  # root could write anywhere
     try:

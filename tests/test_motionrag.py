@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
+from safetensors import safe_open
+
 from motionrt.export.motionrag import (
     Cama,
     MotionAdapterCogVideoX,
@@ -16,7 +18,6 @@ from motionrt.export.motionrag import (
     Resampler,
     sinusoidal_table,
 )
-from safetensors import safe_open
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -111,7 +111,7 @@ def test_default_references_bend_to_a_small_memory(
     dims = {"embedding": 8, "motion": [2, 4], "appearance": [2, 4]}
     with MotionMemory.create(tmp_path / "empty", digests=bundle.digests, dims=dims) as memory:
         pipeline = MotionPipeline.from_bundle(fake_bundle, memory, threads=1)
-        with pytest.raises(MemoryStoreError, match="empty"):
+        with pytest.raises(MemoryStoreError, match="holds no clips"):
             pipeline(still, "a red ball")
 
 

@@ -23,8 +23,10 @@ def grey(level: int, height: int = 36, width: int = 50) -> np.ndarray:
     return np.full((height, width, 3), level, np.uint8)
 
 
-def encode(path: Path, frames: list[np.ndarray], rate: int = 8, times_ms: list[int] | None = None, rotate: int | None = None,
-           mirror: bool = False, aspect: Fraction | None = None) -> Path:  # fmt: skip
+def encode(
+    path: Path, frames: list[np.ndarray], rate: int = 8, times_ms: list[int] | None = None,
+    rotate: int | None = None, mirror: bool = False, aspect: Fraction | None = None,
+) -> Path:  # fmt: skip
     """A video with PyAV alone, so that reading is tested against another writer than ours."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264" if path.suffix != ".gif" else "gif", rate=rate)
@@ -262,7 +264,8 @@ def test_read_clip_of_files_that_hold_no_video(tmp_path: Path) -> None:
         stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv420p"
         container.start_encoding()
     for name, words in {
-        "sound.mp4": "no video stream", "empty.mp4": "cannot be decoded", "garbage.mp4": "cannot be decoded", "half.mp4": "cannot be decoded",
+        "sound.mp4": "no video stream", "empty.mp4": "cannot be decoded", "garbage.mp4": "cannot be decoded",
+        "half.mp4": "cannot be decoded",
         "frameless.avi": "frame|decoded", "missing.mp4": "there is no video file", ".": "there is no video file",
         "http://127.0.0.1/a.mp4": "there is no video file", "nul\0.mp4": "there is no video file",
     }.items():  # fmt: skip
@@ -305,7 +308,8 @@ def test_read_clip_refuses_a_start_behind_the_end_and_impossible_sizes(tmp_path:
     ("RGB", (200, 100, 50), (200, 100, 50)), ("L", 90, (90, 90, 90)), ("1", 1, (255, 255, 255)),
     ("RGBA", (200, 100, 50, 255), (200, 100, 50)), ("RGBA", (200, 100, 50, 0), (255, 255, 255)),
     ("RGBA", (0, 0, 0, 51), (204, 204, 204)), ("LA", (0, 51), (204, 204, 204)), ("CMYK", (255, 0, 0, 0), (0, 255, 255)),
-    ("I;16", 257 * 40, (40, 40, 40)), ("I", 257 * 40, (40, 40, 40)), ("F", 0.2, (51, 51, 51)), ("F", 51.0, (51, 51, 51)),
+    ("I;16", 257 * 40, (40, 40, 40)), ("I", 257 * 40, (40, 40, 40)),
+    ("F", 0.2, (51, 51, 51)), ("F", 51.0, (51, 51, 51)),
     ("La", (0, 51), (204, 204, 204)), ("RGBa", (0, 0, 0, 51), (204, 204, 204)), ("HSV", (0, 255, 255), (255, 0, 0)),
     ("YCbCr", (90, 128, 128), (90, 90, 90)),
 ])  # fmt: skip
@@ -363,7 +367,8 @@ def test_read_image_shrinks_without_aliasing() -> None:
 
 
 @pytest.mark.parametrize("array", [
-    np.zeros((4, 4, 3), np.float32), np.full((4, 4, 3), np.nan), np.zeros((0, 4, 3), np.uint8), np.zeros(4, np.uint8),
+    np.zeros((4, 4, 3), np.float32), np.full((4, 4, 3), np.nan), np.zeros((0, 4, 3), np.uint8),
+    np.zeros(4, np.uint8),
     np.zeros((4, 4, 2), np.uint8), np.zeros((2, 4, 4, 3), np.uint8), np.zeros((4, 4), np.uint16), np.zeros((4, 4), bool),
 ])  # fmt: skip
 def test_read_image_refuses_other_arrays(array: np.ndarray) -> None:
@@ -376,8 +381,10 @@ def test_read_image_of_damaged_files_is_a_media_error(tmp_path: Path) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(good)
     data = good.read_bytes()
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    bomb = data[:8] + struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + data[33:]
-    for name, content in {"cut.png": data[: len(data) // 2], "none.png": b"", "text.png": b"hello", "bomb.png": bomb}.items():
+    chunk = b"IHDR" + header
+    bomb = data[:8] + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
+    contents = {"cut.png": data[: len(data) // 2], "none.png": b"", "text.png": b"hello", "bomb.png": bomb}
+    for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(MediaError, match="cannot be read as an image"):
             read_image(tmp_path / name, 8, 8)
