@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 import harness
 from motionrt.runtime.backend import Graph, OnnxRuntimeBackend
-from motionrt.runtime.bundle import Bundle, Port
+from motionrt.runtime.bundle import Bundle, Port, sha256_of
 from motionrt.runtime.noise import noise
 from motionrt.runtime.sampler import sample
 
@@ -88,29 +88,44 @@ def make_request(bundle: Bundle, load: Callable[[str], Graph]) -> Request:
     reads = {port.name for port in bundle.graph("step").inputs}
     return Request(
         latents=random_input(bundle.port("step", "latents"), len(ports)),
-        coefficients=solver.coefficients,
+        coefficients=np.array(solver.coefficients),  # a copy: PyTorch warns of arrays that it may not write to
         guidance=bundle.guidance,
         rewritten=(
             {name: value for name, value in {**inputs, **state}.items() if name in reads},
             {name: value for name, value in tables.items() if name in reads},
         ),
-        plain=(inputs, {"timestep": solver.timesteps[:, None]}),
+        plain=(inputs, {"timestep": np.array(solver.timesteps[:, None])}),
     )
 
 
-def eager_step(checkpoint: Path, threads: int, **options: Any) -> Graph | None:
-    """The plain module in PyTorch behind the same call, from demo/export.py; None where PyTorch is not installed."""
-    if importlib.util.find_spec("torch") is None:
-        return None
-    import torch
-
-    torch.set_num_threads(threads)
+def demo_export() -> Any:
+    """The module demo/export.py, by path: the build side of the demo. It imports PyTorch."""
     spec = importlib.util.spec_from_file_location("motionrt_demo_export", DEMO / "export.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    step: Graph = module.eager_step(checkpoint, **options)
+    return module
+
+
+def check_checkpoint(bundle: Bundle, checkpoint: Path) -> None:
+    """Raise ParityError where the bundle was exported from another checkpoint: parity could only fail, and obscurely."""
+    exported = bundle.manifest.get("provenance", {}).get("checkpoint")
+    if exported is not None and exported != sha256_of(checkpoint):
+        raise harness.ParityError(
+            f"bundle {bundle.path} was exported from another checkpoint than {checkpoint}. "
+            f"Export it again: `motionrt export {checkpoint} {bundle.path}`."
+        )
+
+
+def eager_step(checkpoint: Path, threads: int) -> Graph | None:
+    """The plain module in PyTorch behind the same call; None where PyTorch is not installed."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+
+    torch.set_num_threads(threads)
+    step: Graph = demo_export().eager_step(checkpoint)
     return step
 
 
@@ -120,9 +135,7 @@ def check_schedule(request: Request, steps: Mapping[str, tuple[Graph, tuple[Arra
     errors = {name: harness.difference(result, results["plain"]) for name, result in results.items()}
     for name, error in errors.items():
         if error > TOLERANCE:
-            raise harness.ParityError(
-                f"after all steps {name} differs from plain by {error:.3g}; allowed {TOLERANCE:.3g}"
-            )
+            raise harness.ParityError(f"after all steps {name} differs from plain by {error:.3g}; allowed {TOLERANCE:.3g}")
     return errors
 
 
@@ -149,6 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
     if eager is None:
         print("eager: not run: PyTorch is not installed")
     else:
+        check_checkpoint(bundle, options.checkpoint)
         steps["eager"] = (eager, request.plain)
     whole = check_schedule(request, steps)
 
@@ -156,9 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
         return lambda: step(inputs)
 
     candidates = {name: candidate(step, request.one_step(inputs)) for name, (step, inputs) in steps.items()}
-    result = harness.compare(
-        candidates, reference="plain", tolerance=TOLERANCE, warmups=options.warmups, rounds=options.rounds
-    )
+    result = harness.compare(candidates, reference="plain", tolerance=TOLERANCE, warmups=options.warmups, rounds=options.rounds)
     for name in candidates:
         row = {
             **result.row(name),

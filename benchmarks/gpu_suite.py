@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import bench_step
 import harness
@@ -50,8 +52,16 @@ def main(arguments: list[str] | None = None) -> None:
     bundle = Bundle.open(options.bundle)
     backend = OnnxRuntimeBackend(threads=1)
     request = bench_step.make_request(bundle, lambda name: backend.load(bundle, name))
-    eager = bench_step.eager_step(options.checkpoint, 1, device="cuda")
-    assert eager is not None
+    bench_step.check_checkpoint(bundle, options.checkpoint)
+    build = bench_step.demo_export()
+    module = build.step_module(options.checkpoint).to("cuda")
+
+    def eager(arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """Host arrays to the device, one step, and back: `.cpu()` waits for the device."""
+        with torch.no_grad():
+            results = module(**{name: torch.as_tensor(arrays[name]).to("cuda") for name in build.INPUTS})
+        return {name: value.cpu().numpy() for name, value in zip(build.STEP_OUTPUTS, results, strict=True)}
+
     inputs = request.one_step(request.plain)
 
     def candidate(step: Graph) -> harness.Candidate:

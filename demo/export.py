@@ -104,7 +104,7 @@ def eager_step(checkpoint: Path) -> Callable[[Mapping[str, Any]], dict[str, Any]
 
     def run(arrays: Mapping[str, Any]) -> dict[str, Any]:
         with torch.no_grad():
-            results = step(**{name: torch.as_tensor(arrays[name]) for name in INPUTS})
+            results = step(**{name: torch.tensor(arrays[name]) for name in INPUTS})
         return {name: value.numpy() for name, value in zip(STEP_OUTPUTS, results, strict=True)}
 
     return run

@@ -68,12 +68,11 @@ def write_manifest(
     `graphs`: what `onnx_from_torch` returned (and `weights` where they stay in a package); `solvers`: name -> step count ->
     `solver_rows`; `tokenizers`: name -> (tokenizer JSON, max length, padding id).
     """
-    tables: dict[str, NDArray[Any]] = {
-        f"{solver}/{steps}/{leaf}": value
-        for solver, entries in solvers.items()
-        for steps, rows in entries.items()
-        for leaf, value in zip(("timesteps", "coefficients"), rows, strict=True)
-    }
+    tables: dict[str, NDArray[Any]] = {}
+    for solver, entries in solvers.items():
+        for steps, (timesteps, coefficients) in entries.items():
+            tables[f"{solver}/{steps}/timesteps"] = timesteps
+            tables[f"{solver}/{steps}/coefficients"] = coefficients
     save_file(tables, stage / "solvers.safetensors")
     for key, (text, _, _) in tokenizers.items():
         (stage / "tokenizers" / f"{key}.json").write_text(text, encoding="utf-8")

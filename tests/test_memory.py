@@ -127,6 +127,16 @@ def test_equal_captions_come_in_the_order_of_their_ids(tmp_path: Path) -> None:
             assert [r.id for r in memory.search(same, 4)] == [1, 2, 3, 4]
 
 
+def test_an_index_that_finds_too_little_is_not_the_last_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Poor:
+        def search(self, *_: object, **__: object) -> object:
+            return type("Matches", (), {"keys": np.array([4], np.uint64)})
+
+    with MotionMemory.open(filled(tmp_path / "m", 30), index_threshold=10) as memory:
+        monkeypatch.setattr(memory, "_vector_index", lambda db: Poor())
+        assert [r.id for r in memory.search(query(), 3)] == [n for n, _ in ranked(30, query())[:3]]
+
+
 @pytest.mark.parametrize("threshold", [100, 2])
 def test_too_few_clips_is_a_plain_error(tmp_path: Path, threshold: int) -> None:
     with MotionMemory.create(tmp_path / "m", digests=DIGESTS, dims=DIMS, index_threshold=threshold) as memory:
@@ -170,6 +180,18 @@ def test_impossible_clips_are_refused_and_nothing_is_added(tmp_path: Path, chang
         with pytest.raises(InputError, match="clip 1"):
             memory.add([clip(7), clip(8, **changes)])
         assert len(memory) == 3 and memory.add([clip(9)]) == [4]
+
+
+def test_an_error_in_the_middle_of_adding_adds_nothing(tmp_path: Path) -> None:
+    path = filled(tmp_path / "m", 3)
+    with sqlite3.connect(path / "memory.sqlite") as db:
+        when = "BEFORE INSERT ON clips WHEN NEW.caption = 'caption 8'"
+        db.execute(f"CREATE TRIGGER t {when} BEGIN SELECT RAISE(FAIL, 'x'); END")
+    db.close()
+    with MotionMemory.open(path) as memory:
+        with pytest.raises(MemoryStoreError):
+            memory.add([clip(7), clip(8), clip(9)])
+        assert len(memory) == 3 and not memory.contains(clip(7).source_sha256, 7 / 8, "caption 7")
 
 
 def test_contains_and_unknown_ids(tmp_path: Path) -> None:
