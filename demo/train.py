@@ -586,7 +586,7 @@ def stage_clips() -> None:
             }
         )
     (HERE / "prompts.json").write_text(json.dumps(rows, indent=1) + "\n")
-    log("wrote", len(lines), "clips and", len(rows), "prompts")
+    log("wrote", len(captions), "clips and", len(rows), "prompts")
 
 
 @torch.no_grad()
