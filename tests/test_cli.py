@@ -52,6 +52,12 @@ def command(fake_bundle: Path, fake_memory: Path, picture: Path, tmp_path: Path)
     return ["generate", "-b", fake_bundle, "-m", fake_memory, "-i", picture, "-p", "a red ball", "-o", out]
 
 
+def test_version_prints_and_stops(run: Run) -> None:
+    import motionrt
+
+    assert run("--version") == (0, f"motionrt {motionrt.__version__}\n", "")
+
+
 def test_generate_writes_a_video_and_says_how(run: Run, command: list[object], tmp_path: Path) -> None:
     status, out, _ = run(*command, "--seed", 3, "--steps", 5, "-k", 2, "--solver", "dpm")
     assert status == 0
