@@ -44,7 +44,7 @@ def check_inputs(spec: GraphSpec, inputs: Mapping[str, Array]) -> None:
         value = inputs[port.name]
         accepts = f"this bundle accepts {port.dtype} [{', '.join(map(str, port.dims))}]"
         if not isinstance(value, np.ndarray) or value.dtype != port.dtype:
-            got = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
+            got = value.dtype if isinstance(value, np.ndarray) else f"{type(value).__name__}, not an array"
             raise InputError(f"{spec.name} input `{port.name}` is {got}; {accepts}. Convert it with .astype.")
         in_range = len(value.shape) == len(port.dims) and all(
             dim.min <= size <= dim.max for size, dim in zip(value.shape, port.dims, strict=True)

@@ -70,7 +70,7 @@ def _nan(value: NDArray[Any]) -> NDArray[Any]:
         (lambda i: i.pop("noise"), "step: missing inputs: noise; unknown: none"),
         (lambda i: i.update(extra=np.zeros(2)), "unknown: extra; this graph takes latents"),
         (lambda i: i.update(noise=i["noise"].astype(np.float64)), "`noise` is float64; this bundle accepts float32"),
-        (lambda i: i.update(guidance=2.0), "`guidance` is float; this bundle accepts"),
+        (lambda i: i.update(guidance=2.0), "`guidance` is float, not an array; this bundle accepts"),
         (
             lambda i: i.update(guidance=np.zeros(1, np.float32)),
             r"`guidance` is \[1\]; this bundle accepts float32 \[\]",

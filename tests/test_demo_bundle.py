@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +13,7 @@ from motionrt.export.cogvideox import INPUTS
 from motionrt.export.onnx_from_torch import Example, Range, onnx_from_torch
 from motionrt.runtime.backend import OnnxRuntimeBackend
 from motionrt.runtime.bundle import Bundle, sha256_of
+from motionrt.runtime.demo import load_by_path
 from motionrt.runtime.noise import noise
 from motionrt.runtime.pipeline import MotionPipeline
 
@@ -24,12 +23,7 @@ CHECKPOINT = DEMO / "checkpoint.safetensors"
 
 @pytest.fixture(scope="module")
 def export() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("motionrt_demo_export", DEMO / "export.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_by_path(DEMO / "export.py")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +43,7 @@ def test_rewritten_step_equals_the_plain_one_over_all_steps(bundle: Bundle, expo
     eager = export.eager_step(CHECKPOINT)
     solver = bundle.solver("dpm", 8)
     feed = {name: value.numpy() for name, value in export.step_feed(1, seed).items()}
-    feed["guidance"] = np.float32(2.0)
+    feed["guidance"] = np.array(2.0, np.float32)
     inputs = {port.name for port in bundle.graph("request").inputs}
     state = feed | request({name: feed[name] for name in inputs})
     tables = schedule({"timesteps": solver.timesteps})
@@ -74,7 +68,7 @@ def test_motion_scale_zero_is_the_base_model(bundle: Bundle, export: ModuleType)
     """With scale 0 the motion tokens have no say at all: bit for bit the same step."""
     backend = OnnxRuntimeBackend(threads=1)
     request, step = backend.load(bundle, "request"), backend.load(bundle, "step")
-    feed = {name: value.numpy() for name, value in export.step_feed(1).items()} | {"motion_scale": np.float32(0.0)}
+    feed = {name: value.numpy() for name, value in export.step_feed(1).items()} | {"motion_scale": np.array(0.0, np.float32)}
     tables = backend.load(bundle, "schedule")({"timesteps": np.array([500])})
     results = []
     for factor in (1.0, -3.0):
@@ -115,11 +109,7 @@ def test_every_plain_input_is_declared(bundle: Bundle) -> None:
 
 def test_retrieved_motion_moves_the_same_image_differently() -> None:
     """From one still: a prompt's references decide the path, motion_scale 0 does not follow it, a seed repeats itself."""
-    spec = importlib.util.spec_from_file_location("motionrt_demo_domain_for_test", DEMO / "domain.py")
-    assert spec is not None and spec.loader is not None
-    domain = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = domain
-    spec.loader.exec_module(domain)
+    domain = load_by_path(DEMO / "domain.py")
     image = DEMO / "inputs" / "red_star.png"
     with MotionPipeline.from_bundle(DEMO / "bundle", DEMO / "memory", threads=1) as pipeline:
         drift = {}
