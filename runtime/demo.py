@@ -74,9 +74,10 @@ def run_demo(out: Path, threads: int | None = None) -> None:
                 wanted = np.mean([displacement(track, clip) for clip in clips], axis=0)
                 errors.append([end_point_error(displacement(track, result.frames), wanted) for result in pair])
                 rows.append((item, clips[0], pair[0], pair[1]))
-    write_sheet(
-        out / "sheet.png", [(f"{r[0]['name']}: {r[0]['prompt']}", r[1], r[2].frames, r[3].frames) for r in rows]
-    )
+    titles = [f"{item['name']}: {item['prompt']}" for item, *_ in rows]
+    shown = [(clip, on.frames, off.frames) for _, clip, on, off in rows]
+    columns = ("best retrieved clip", "generated", "generated without motion")
+    write_sheet(out / "sheet.png", columns, list(zip(titles, shown, strict=True)))
     for item, _, result, _ in rows:
         console.print(f"{out / item['name']}.mp4: {item['prompt']}", markup=False)
         console.print(report.references_table(result.references))
@@ -84,8 +85,8 @@ def run_demo(out: Path, threads: int | None = None) -> None:
     lines = [(item["name"], f"{on:.1f}", f"{off:.1f}") for (item, *_), (on, off) in zip(rows, errors, strict=True)]
     mean_on, mean_off = np.mean(errors, axis=0)
     lines.append(("mean", f"{mean_on:.1f}", f"{mean_off:.1f}"))
-    columns = ("video", "motion on", "motion off")
-    console.print(report.table("end-point error, px: tracked sprite against the references' motion", columns, lines))
+    title = "end-point error, px: tracked sprite against the references' motion"
+    console.print(report.table(title, ("video", "motion on", "motion off"), lines))
     console.print(f"{out / 'sheet.png'}: retrieved clip, generated, generated without motion", markup=False)
 
 
@@ -131,16 +132,16 @@ def end_point_error(got: NDArray[np.float64], wanted: NDArray[np.float64]) -> fl
     return float(np.linalg.norm(got - wanted, axis=1).mean())
 
 
-def write_sheet(path: Path, rows: Sequence[tuple[str, Frames, Frames, Frames]]) -> None:
-    """A PNG with a row per video: its caption, then frames of the top reference, of motion on, and of motion off."""
-    height, width = rows[0][1].shape[1:3]
+def write_sheet(path: Path, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Frames]]]) -> None:
+    """A PNG with a row per example: its title, then some frames of each of its videos, one video per column."""
+    height, width = rows[0][1][0].shape[1:3]
     gap, label = 12, 16
     strip = _SHOWN * width
-    sheet = Image.new("RGB", (3 * strip + 4 * gap, label + len(rows) * (height + label + gap)), "white")
+    sheet = Image.new("RGB", (len(columns) * (strip + gap) + gap, label + len(rows) * (height + label + gap)), "white")
     draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(("best retrieved clip", "generated", "generated without motion")):
+    for column, title in enumerate(columns):
         draw.text((gap + column * (strip + gap), 2), title, fill="black")
-    for row, (title, *videos) in enumerate(rows):
+    for row, (title, videos) in enumerate(rows):
         top = label + row * (height + label + gap)
         draw.text((gap, top + 2), title, fill="dimgray")
         for column, frames in enumerate(videos):

@@ -180,13 +180,41 @@ class MotionPipeline:
         return [self._run(request, None) for request in requests]
 
     def _run(self, request: Request, callback: Callable[[int, int], object] | None) -> Result:
-        seed = check_seed(request.seed)
-        solver = self.bundle.solver(request.solver, request.steps)
-        guidance = self.bundle.guidance if request.guidance is None else request.guidance
+        check_seed(request.seed)  # bad input before any work
+        self.bundle.solver(request.solver, request.steps)
+        if request.guidance is not None:
+            _check_number("guidance", request.guidance)
+        return self.generate(
+            self.prepare(request),
+            seed=request.seed,
+            steps=request.steps,
+            guidance=request.guidance,
+            solver=request.solver,
+            callback=callback,
+        )
+
+    def generate(
+        self,
+        prepared: Prepared,
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        solver: str | None = None,
+        callback: Callable[[int, int], object] | None = None,
+    ) -> Result:
+        """The loop and the decoder, on what `prepare` or `condition` gave; arguments as in `__call__`.
+
+        What was prepared can be generated from again, with another seed or schedule; `seconds` includes preparing.
+        """
+        seed = check_seed(seed)
+        rows = self.bundle.solver(solver, steps)
+        guidance = self.bundle.guidance if guidance is None else guidance
         _check_number("guidance", guidance)
-        prepared = self.prepare(request)
-        with prepared.stage("schedule"):
-            tables = self.schedule(solver)
+        seconds = dict(prepared.seconds)
+        start = time.perf_counter()
+        tables = self.schedule(rows)
+        seconds["schedule"] += time.perf_counter() - start
         step, shape = self.graph("step"), (1, *self.bundle.model.latents)
         step_seconds: list[float] = []
         last = time.perf_counter()
@@ -204,15 +232,16 @@ class MotionPipeline:
             latents=noise(seed, 0, shape),
             state=self.select("step", prepared.state),
             tables=tables,
-            coefficients=solver.coefficients,
+            coefficients=rows.coefficients,
             guidance=guidance,
             noise=lambda index: noise(seed, index + 1, shape),
             on_step=on_step,
         )
-        prepared.seconds["step"] = sum(step_seconds)
-        with prepared.stage("decode"):
-            frames = to_frames(self.graph("decode")({"latents": latents})["video"])
-        return Result(frames, prepared.references, prepared.seconds, step_seconds, seed, self.bundle.model.fps)
+        seconds["step"] += sum(step_seconds)
+        start = time.perf_counter()
+        frames = to_frames(self.graph("decode")({"latents": latents})["video"])
+        seconds["decode"] += time.perf_counter() - start
+        return Result(frames, prepared.references, seconds, step_seconds, seed, self.bundle.model.fps)
 
     def prepare(self, request: Request) -> Prepared:
         """Everything of a request that the loop does not change: text, retrieval, CAMA, image, request graph."""
@@ -245,6 +274,10 @@ class MotionPipeline:
             "image_latents": image_latents,
             "motion_scale": np.asarray(request.motion_scale, np.float32),
         }
+        return self.condition(prepared)
+
+    def condition(self, prepared: Prepared) -> Prepared:
+        """Compute the state from `prepared.inputs`; call it again after changing one of them (such as `motion`)."""
         prepared.state = dict(prepared.inputs)
         if "request" in self.bundle.graphs:  # a step that hoists nothing has no request graph
             with prepared.stage("request"):
