@@ -11,29 +11,37 @@ import errno
 import math
 import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from motionrt.runtime.errors import InputError, MediaError, MotionRTError
-
-if TYPE_CHECKING:
-    from av import VideoFrame
+from motionrt.runtime.frames import (
+    Float,
+    Picture,
+    Pixels,
+    Rate,
+    check_size,
+    cover,
+    decode,
+    existing,
+    fraction,
+    length,
+    normalise,
+    pick,
+    reason,
+    undecodable,
+)  # fmt: skip
 
 File = str | os.PathLike[str]
-Rate = float | Fraction  # frames per second, exact if a Fraction
-Float = NDArray[np.float32]
-Pixels = NDArray[np.uint8]
-Picture = Callable[[], tuple[Pixels, float]]  # converts a decoded frame when called: RGB [h,w,3], pixel width / height
 WRITABLE = (".mp4", ".gif", ".webp", ".png")
-_SEEK_AFTER = 2  # seconds: up to here, decoding from the beginning is cheaper than what can go wrong with a seek
+SPANS = ("start", "centre")  # where in its limits a clip is cut
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +65,7 @@ def read_image(source: File | Image.Image | NDArray[Any], height: int, width: in
     filter until it covers `height` x `width`, then cropped around the centre. Raises MediaError for files that are
     missing or damaged and InputError for arrays and sizes that cannot be used.
     """
-    _check_size(height=height, width=width)
+    check_size(height=height, width=width)
     if isinstance(source, np.ndarray):
         plain = source.dtype == np.uint8 and source.ndim in (2, 3) and source.shape[2:] in ((), (3,), (4,))
         if not plain or 0 in source.shape:
@@ -66,7 +74,7 @@ def read_image(source: File | Image.Image | NDArray[Any], height: int, width: in
                 " For floats in [0,1] pass `(x * 255).round().astype('uint8')`."
             )
         source = Image.fromarray(np.ascontiguousarray(source))
-    name = "the image" if isinstance(source, Image.Image) else str(_existing(source, "image"))
+    name = "the image" if isinstance(source, Image.Image) else str(existing(source, "image"))
     try:
         with contextlib.nullcontext(source) if isinstance(source, Image.Image) else Image.open(name) as image:
             image.load()
@@ -74,8 +82,8 @@ def read_image(source: File | Image.Image | NDArray[Any], height: int, width: in
                 image = ImageOps.exif_transpose(image)
             pixels = np.asarray(_rgb(image))
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        raise MediaError(f"{name} cannot be read as an image: {_reason(error)}. Use an intact png or jpeg.") from error
-    video = _normalise(_cover(pixels, height, width)[None])
+        raise MediaError(f"{name} cannot be read as an image: {reason(error)}. Use an intact png or jpeg.") from error
+    video = normalise(cover(pixels, height, width)[None])
     return video.reshape(video.shape[1:])
 
 
@@ -85,46 +93,77 @@ def read_clip(path: File, frames: int, height: int, width: int, fps: Rate, start
 
 
 def decode_clip(
-    path: File, frames: int, height: int, width: int, fps: Rate, start: float | None = None
+    path: File, frames: int, height: int, width: int, fps: Rate, start: float | None = None, end: float | None = None
 ) -> DecodedClip:
     """Cut `frames` frames at `fps` out of a video of any frame rate, from `start` seconds (default 0) on.
 
     Frame i is the decoded frame nearest to `start + i / fps`, of two equally near ones the earlier: at a constant rate
     this is the first frame at or after the target minus half a frame. A clip that ends before the last target is
     stretched: targets are spread evenly from `start` to its last frame, and frames repeat if there are too few.
-    Rotation, mirroring and non-square pixels are undone; size as in `read_image`. Raises MediaError (missing, damaged,
-    no video, `start` behind the end) and InputError.
+    No frame at or after `end` seconds is used. Rotation, mirroring and non-square pixels are undone; size as in
+    `read_image`. Raises MediaError (missing, damaged, no video, `start` behind the end) and InputError.
     """
     import av
 
-    _check_size(frames=frames, height=height, width=width)
-    begin, rate = _fraction("start", start or 0), _fraction("fps", fps)
+    check_size(frames=frames, height=height, width=width)
+    begin, rate = fraction("start", start or 0), fraction("fps", fps)
+    limit = None if end is None else fraction("end", end)
     if rate <= 0:
         raise InputError(f"fps is {fps!r}; allowed is any number above 0.")
-    file = _existing(path, "video")
+    if limit is not None and limit <= begin:
+        raise InputError(f"end is {end!r}; allowed are seconds after the start, {float(begin):g}.")
+    file = existing(path, "video")
+    cut = False
 
     def convert(picture: Picture) -> Pixels:
         pixels, aspect = picture()
-        return _cover(pixels, height, width, aspect)
+        return cover(pixels, height, width, aspect)
+
+    def frames_from(begin: Fraction) -> Iterator[tuple[Fraction, Picture]]:
+        nonlocal cut
+        for time, picture in decode(file, begin):
+            if limit is not None and time >= limit:
+                cut = True
+                return
+            yield time, picture
 
     targets = [begin + i / rate for i in range(frames)]
     try:
-        picked, times = _pick(_decode(file, begin), targets, convert)
+        picked, times = pick(frames_from(begin), targets, convert)
         if not times:
             raise MediaError(f"{file} holds no video frame; use a file with at least one.")
         last = times[-1]
         step = (last - times[0]) / (len(times) - 1) if len(times) > 1 else 1 / rate
-        if begin > last + step:
+        if begin > last + step and not cut:
             raise MediaError(f"{file} ends at {float(last):g} s; choose a start before {float(begin):g} s.")
         duration = frames / rate
         if targets[-1] > last + step / 2:
             first = min(max(begin, times[0]), last)
             targets = [first + (last - first) * i / max(frames - 1, 1) for i in range(frames)]
-            picked, _ = _pick(_decode(file, first), targets, convert)
+            picked, _ = pick(frames_from(first), targets, convert)
             duration = last - first + step
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise MediaError(f"{file} cannot be decoded: {_reason(error)}. Use an intact mp4, webm or gif.") from error
-    return DecodedClip(_normalise(np.stack(picked)), float(begin), float(duration), float(frames / duration))
+        raise undecodable(file, error) from error
+    return DecodedClip(normalise(np.stack(picked)), float(begin), float(duration), float(frames / duration))
+
+
+def span_start(path: File, span: str, seconds: float, start: float | None = None, end: float | None = None) -> float:
+    """Where a clip of `seconds` begins by the rule `span`, within the limits `start` and `end` of the file, in seconds.
+
+    "start": at `start`, or the beginning. "centre": in the middle between the limits, or at `start` if they are nearer
+    to each other than `seconds`; without `end`, the file's own end counts. Raises InputError, MediaError.
+    """
+    if span not in SPANS:
+        raise InputError(f"the span rule is {span!r}; allowed are {', '.join(SPANS)}.")
+    first = fraction("start", start or 0)
+    limit = None if end is None else fraction("end", end)
+    if limit is not None and limit <= first:
+        raise InputError(f"end is {end!r}; allowed are seconds after the start, {float(first):g}.")
+    if span == "centre":
+        last = length(existing(path, "video"))
+        last = last if limit is None else min(last, limit)
+        first = max(first, (first + last - fraction("seconds", seconds)) / 2)
+    return float(first.limit_denominator(10**6))
 
 
 def write_video(path: File, frames: Pixels, fps: Rate) -> None:
@@ -140,7 +179,7 @@ def write_video(path: File, frames: Pixels, fps: Rate) -> None:
     array = np.asarray(frames)
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape:
         raise InputError(f"the frames are {array.dtype} {list(array.shape)}; allowed is uint8 [F,H,W,3], none 0.")
-    rate = _fraction("fps", fps)
+    rate = fraction("fps", fps)
     if rate <= 0:
         raise InputError(f"fps is {fps!r}; allowed is any number above 0.")
     with replacing(file, MediaError) as temporary:
@@ -172,7 +211,7 @@ def replacing(path: Path, error: type[MotionRTError]) -> Iterator[Path]:
     except OSError as cause:
         full = cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         fix = "Free space on the disk" if full else "Check the folder and its permissions"
-        text = f"cannot write {path}: {_reason(cause)}. Nothing was written. {fix}, or choose another place."
+        text = f"cannot write {path}: {reason(cause)}. Nothing was written. {fix}, or choose another place."
         raise error(text) from cause
     finally:
         with contextlib.suppress(OSError):
@@ -207,85 +246,6 @@ def _sheet(frames: Pixels) -> Pixels:
     return cells.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
 
 
-def _decode(path: Path, start: Fraction) -> Iterator[tuple[Fraction, Picture]]:
-    """Yield (seconds since the stream began, frame) in rising order, from a frame at or before `start` on if it can."""
-    if start > _SEEK_AFTER:
-        frames = _decode_from(path, start)
-        first = next(frames, None)
-        if first is not None and first[0] <= start:
-            yield first
-            yield from frames
-            return  # otherwise the file's index is missing or wrong: decode all of it
-    yield from _decode_from(path, None)
-
-
-def _decode_from(path: Path, seek: Fraction | None) -> Iterator[tuple[Fraction, Picture]]:
-    import av
-
-    with av.open(str(path.absolute())) as container:  # an absolute path is never taken for a protocol (`http:`)
-        videos = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-        if not videos:
-            raise MediaError(f"{path} has no video stream (audio or a cover picture only); use a file with video.")
-        stream = videos[0]
-        base, origin = stream.time_base, stream.start_time
-        if seek is not None and base is not None:
-            container.seek(int(seek / base) + (origin or 0), stream=stream)
-        interval = 1 / (stream.average_rate or stream.guessed_rate or Fraction(25))
-        last: Fraction | None = None
-        for frame in container.decode(stream):
-            if frame.pts is not None and base is not None:
-                origin = frame.pts if origin is None else origin
-                time = (frame.pts - origin) * base
-            elif seek is None:  # raw streams carry no times: count frames
-                time = Fraction(0) if last is None else last + interval
-            else:
-                return
-            if last is None or time > last:
-                last = time
-                yield time, partial(_upright, frame, float(stream.sample_aspect_ratio or 1))
-
-
-def _pick(
-    decoded: Iterator[tuple[Fraction, Picture]], targets: Sequence[Fraction], convert: Callable[[Picture], Pixels]
-) -> tuple[list[Pixels], list[Fraction]]:
-    """The frame nearest to each rising target (none if nothing decodes), and the times of the frames looked at."""
-    picked: list[Pixels] = []
-    times: list[Fraction] = []
-    earlier: Picture | None = None
-    done: tuple[Picture, Pixels] | None = None
-
-    def take(picture: Picture) -> None:
-        nonlocal done
-        if done is None or done[0] is not picture:
-            done = (picture, convert(picture))
-        picked.append(done[1])
-
-    for time, picture in decoded:
-        while len(picked) < len(targets) and targets[len(picked)] <= time:
-            target = targets[len(picked)]
-            take(earlier if earlier is not None and target - times[-1] <= time - target else picture)
-        times.append(time)
-        earlier = picture
-        if len(picked) == len(targets):
-            break
-    while earlier is not None and len(picked) < len(targets):
-        take(earlier)
-    return picked, times
-
-
-def _upright(frame: VideoFrame, aspect: float) -> tuple[Pixels, float]:
-    """RGB [h,w,3] as it is to be seen (the display matrix undone), and the width of a pixel over its height."""
-    pixels = np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
-    extras: Any = frame.side_data
-    if "DISPLAYMATRIX" in extras:
-        # x' = a x + c y, y' = b x + d y: turns by right angles, mirrored or not
-        a, b, _, c, d = np.frombuffer(bytes(extras["DISPLAYMATRIX"]), np.int32)[:5].tolist()
-        if abs(b) > abs(a):
-            pixels, aspect, a, d = pixels.swapaxes(0, 1), 1 / aspect, c, b
-        pixels = np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
-    return pixels, aspect
-
-
 def _rgb(image: Image.Image) -> Image.Image:
     """Any mode to 8-bit RGB: alpha over white; 32-bit integers hold 16 bits; floats are 0..1, else 0..255."""
     if image.mode.startswith("I") or image.mode == "F":
@@ -298,51 +258,3 @@ def _rgb(image: Image.Image) -> Image.Image:
         rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
-
-
-def _cover(pixels: Pixels, height: int, width: int, aspect: float = 1.0) -> Pixels:
-    """Bicubic resize of [h,w,3] to cover [height,width,3] and crop around the centre, in one filter pass.
-
-    Only the box that stays is read and only the result is made: a 1 x 50000 picture costs no more than any other.
-    """
-    rows, columns = pixels.shape[:2]
-    scale = max(width / (columns * aspect), height / rows)
-    box_width, box_height = min(width / scale / aspect, columns), min(height / scale, rows)
-    left, top = (columns - box_width) / 2, (rows - box_height) / 2
-    box = (left, top, min(left + box_width, columns), min(top + box_height, rows))
-    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC, box=box))
-
-
-def _normalise(pixels: Pixels) -> Float:
-    """uint8 [F,H,W,3] -> float32 [F,3,H,W] in [-1,1]."""
-    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32) / np.float32(127.5) - np.float32(1)
-
-
-def _existing(source: object, what: str) -> Path:
-    if not isinstance(source, (str, os.PathLike)):
-        raise InputError(f"the {what} is a {type(source).__name__}; allowed is the path of a file.")
-    path = Path(os.fsdecode(source))
-    with contextlib.suppress(OSError, ValueError):
-        if path.is_file():
-            return path
-    raise MediaError(f"there is no {what} file {str(path)!r}; check the path.")
-
-
-def _check_size(**sizes: object) -> None:
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
-            raise InputError(f"{name} is {size!r}; allowed is a whole number from 1 on.")
-
-
-def _fraction(name: str, value: Rate) -> Fraction:
-    try:
-        number = Fraction(value).limit_denominator(10**6)
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise InputError(f"{name} is {value!r}; allowed is a finite number.") from error
-    if number < 0:
-        raise InputError(f"{name} is {value!r}; allowed is 0 or more.")
-    return number
-
-
-def _reason(error: BaseException) -> str:
-    return str(getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from motionrt.runtime import video as video_module
+from motionrt.runtime import frames as frames_module
 from motionrt.runtime.errors import InputError, MediaError
 from motionrt.runtime.video import decode_clip, read_clip, read_image, write_video
 
@@ -81,12 +81,12 @@ def test_read_clip_from_a_start_in_the_middle_needs_no_exact_key_frame(tmp_path:
 
 def test_read_clip_of_a_file_with_a_wrong_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = encode(tmp_path / "a.mp4", [grey(5 * i) for i in range(50)], 8)
-    whole = video_module._decode_from
+    whole = frames_module.decode_from
 
     def late(path: Path, seek: Fraction | None) -> object:
         return (item for item in whole(path, None) if seek is None or item[0] > seek + 1)
 
-    monkeypatch.setattr(video_module, "_decode_from", late)
+    monkeypatch.setattr(frames_module, "decode_from", late)
     assert near(levels(read_clip(path, 3, H, W, 8, 3.0)), [120, 125, 130])
 
 
