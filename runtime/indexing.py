@@ -18,9 +18,12 @@ from motionrt.runtime.bundle import Bundle
 from motionrt.runtime.errors import InputError, MediaError, MemoryStoreError, MotionRTError
 from motionrt.runtime.manifest import sha256_of
 from motionrt.runtime.memory import Clip, MotionMemory
-from motionrt.runtime.video import DecodedClip, decode_clip, replacing
+from motionrt.runtime.resume import FileHashes
+from motionrt.runtime.sources import Item
+from motionrt.runtime.video import SPANS, DecodedClip, decode_clip, replacing, span_start
 
 BATCH = 8  # clips through the encoders, and into the memory, at once
+SAME_ENCODER = 0.98  # cosine of two vectors of one caption, above which one encoder made both (float16 costs 1e-3)
 _log = logging.getLogger(__name__)
 
 
@@ -47,96 +50,167 @@ class ClipEncoders:
             model.frames, model.height, model.width, model.fps,
         )  # fmt: skip
 
+    def embed(self, caption: str) -> NDArray[np.float32]:
+        """The vector of a caption, float32 [E]. Raises InputError if it is too long."""
+        embedding = self.text_query(self.tokenize(caption))["embedding"]
+        return embedding.reshape(embedding.shape[1:])
+
 
 @dataclass
 class IndexReport:
-    """added: clips new in the memory; skipped: clips that it already had; failed: (path, reason) of the others."""
+    """added: clips new in the memory; skipped: clips that it already had; failed: the other items, and why.
+
+    vectors: how many of the added clips kept the vector that came with their caption.
+    """
 
     added: int = 0
     skipped: int = 0
-    failed: list[tuple[str, str]] = field(default_factory=list)
+    failed: list[tuple[Item, str]] = field(default_factory=list)
+    vectors: int = 0
 
 
 def index_clips(
     memory: MotionMemory,
     encoders: ClipEncoders,
-    items: Iterable[tuple[str | Path, str, float | None]],
+    items: Iterable[Item | tuple[str | Path, str, float | None]],
     progress: Callable[[int, str], None] | None = None,
+    *,
+    span: str = "start",
+    reembed: bool = False,
 ) -> IndexReport:
-    """Cut, encode and add clips: `items` of (video file, caption, start in seconds or None for 0).
+    """Cut, encode and add clips: `items`, or the first fields of them (video file, caption, start in seconds or None).
 
-    Each clip is the window that `decode_clip` cuts, so indexing is reproducible. A clip that the memory has (same
-    bytes, start and caption) is skipped; one that cannot be read, or whose caption is empty or too long, is reported
-    and the rest go on. progress(done, path) is called after each item. Clips are added in batches: after an error that
-    concerns them all (a full disk, a failing backend) the earlier batches are there, the last is not.
+    Each clip is the window that `span_start` places by the rule `span` ("start" or "centre") and `decode_clip` cuts, so
+    indexing is reproducible; its metadata says `span` (start, centre, or explicit where the item gave the start) and the
+    item's limits. What identifies a clip is the SHA-256 of its file, its start and its caption: one that the memory has is
+    skipped. An item that cannot be used (damaged, too short, no caption or one too long) is reported and the rest go on.
+
+    Vectors that come with the captions are kept if they have the memory's dimension, unless `reembed`: they must come from
+    the bundle's own text encoder, and the first one is compared with it (MemoryStoreError if they differ).
+
+    progress(done, path) is called after each item. Clips are added in batches: after a kill, or an error that concerns them
+    all (a full disk, a failing backend), the earlier batches are there, the last is not, and the same call goes on from
+    there; files that did not change meanwhile are not even read again (`resume.FileHashes`).
     """
-    report = IndexReport()
-    pending: list[_Pending] = []
-    for done, (path, caption, start) in enumerate(items, 1):
-        try:
-            prepared = _prepare(memory, encoders, Path(path), caption, float(start or 0), pending)
-        except (MediaError, InputError) as error:
-            report.failed.append((str(path), str(error)))
-        else:
-            pending += prepared
-            report.skipped += not prepared
-        if len(pending) == BATCH:
-            _flush(memory, encoders, pending, report)
+    if span not in SPANS:
+        raise InputError(f"the span rule is {span!r}; allowed are {', '.join(SPANS)}.")
+    run = _Run(memory, encoders, span, reembed, FileHashes(memory.path / "resume.jsonl"))
+    for done, item in enumerate(items, 1):
+        run.take(Item(*item))
         if progress is not None:
-            progress(done, str(path))
-    _flush(memory, encoders, pending, report)
+            progress(done, str(item[0]))
+    run.flush()
     memory.refresh()
-    return report
+    run.hashes.finish()
+    return run.report
 
 
 @dataclass(frozen=True, eq=False)
 class _Pending:
-    path: Path
-    caption: str
-    sha256: str
+    item: Item
     start: float
+    sha256: str
     decoded: DecodedClip
     embedding: NDArray[np.float32]
 
 
-def _prepare(
-    memory: MotionMemory, encoders: ClipEncoders, path: Path, caption: str, start: float, pending: list[_Pending]
-) -> list[_Pending]:
-    """The decoded clip, or nothing if the memory or the batch has it already."""
-    if not isinstance(caption, str) or not caption.strip():
-        raise InputError(f"the caption of {path} is {caption!r}; say in a few words what moves and how.")
-    try:
-        sha256 = sha256_of(path)
-    except OSError as error:
-        raise MediaError(f"the video file {path} cannot be read: {error.strerror}. Check the path.") from error
-    waiting = any((p.sha256, p.start, p.caption) == (sha256, start, caption) for p in pending)
-    if waiting or memory.contains(sha256, start, caption):
-        return []
-    embedding = encoders.text_query(encoders.tokenize(caption))["embedding"]
-    decoded = decode_clip(path, encoders.frames, encoders.height, encoders.width, encoders.fps, start)
-    return [_Pending(path, caption, sha256, start, decoded, embedding.reshape(embedding.shape[1:]))]
+@dataclass(eq=False)
+class _Run:
+    """One call of `index_clips`."""
 
+    memory: MotionMemory
+    encoders: ClipEncoders
+    span: str
+    reembed: bool
+    hashes: FileHashes
+    report: IndexReport = field(default_factory=IndexReport)
+    pending: list[_Pending] = field(default_factory=list)
+    trusted: bool = False  # whether the vectors that come with the captions are of the bundle's encoder
 
-def _flush(memory: MotionMemory, encoders: ClipEncoders, pending: list[_Pending], report: IndexReport) -> None:
-    """Encode and add `pending`, and empty it."""
-    if not pending:
-        return
-    videos = np.stack([item.decoded.video for item in pending])
-    motion = encoders.motion({"video": videos})["motion"]
-    appearance = encoders.appearance({"image": np.ascontiguousarray(videos[:, 0])})["appearance"]
-    clips = []
-    for row, item in enumerate(pending):
-        if np.isfinite(motion[row]).all() and np.isfinite(appearance[row]).all() and np.isfinite(item.embedding).all():
-            clips.append(
-                Clip(
-                    item.caption, str(item.path), item.start, item.decoded.duration, item.decoded.fps, item.sha256,
-                    item.embedding, motion[row], appearance[row],
+    def take(self, item: Item) -> None:
+        """Skip or report `item`, or decode it; a full batch is added."""
+        try:
+            prepared = self._prepare(item)
+        except (MediaError, InputError, MemoryError) as error:
+            self.report.failed.append((item, str(error) or "it is too large for the memory of this machine."))
+            return
+        if prepared is None:
+            self.report.skipped += 1
+            return
+        self.pending.append(prepared)
+        if len(self.pending) == BATCH:
+            self.flush()
+
+    def _prepare(self, item: Item) -> _Pending | None:
+        """The decoded clip, or nothing if the memory or the batch has it already."""
+        if item.problem:
+            raise InputError(item.problem)
+        path, caption, encoders = Path(item.video), item.caption, self.encoders
+        if not isinstance(caption, str) or not caption.strip():
+            raise InputError(f"the caption of {path} is {caption!r}; say in a few words what moves and how.")
+        try:
+            f"{path}{caption}".encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"the path and the caption {caption[:80]!r} must be valid text ({error}).") from None
+        start = span_start(path, self.span, encoders.frames / encoders.fps, item.start, item.end)
+        sha256 = self.hashes.sha256(path)
+        waiting = any((p.sha256, p.start, p.item.caption) == (sha256, start, caption) for p in self.pending)
+        if waiting or self.memory.contains(sha256, start, caption):
+            return None
+        embedding = self._embedding(item)
+        decoded = decode_clip(path, encoders.frames, encoders.height, encoders.width, encoders.fps, start, item.end)
+        return _Pending(item, start, sha256, decoded, embedding)
+
+    def _embedding(self, item: Item) -> NDArray[np.float32]:
+        given = item.embedding
+        if self.reembed or given is None or [len(given)] != self.memory.dims["embedding"]:
+            return self.encoders.embed(item.caption)
+        if not np.isfinite(given).all() or not given.any():
+            raise InputError(f"the vector of {item.video} is all zeros or not finite; use --reembed.")
+        if not self.trusted:
+            own = self.encoders.embed(item.caption)
+            cosine = float(own @ given / (np.linalg.norm(own) * np.linalg.norm(given)))
+            if cosine < SAME_ENCODER:
+                raise MemoryStoreError(
+                    f"the vector that comes with {item.caption[:80]!r} has a cosine of {cosine:.3f} with the bundle's own"
+                    f" (needed: {SAME_ENCODER}): another text encoder made it. Embed the captions anew: --reembed."
                 )
-            )  # fmt: skip
-        else:
-            report.failed.append((str(item.path), "the encoders gave NaN or infinite values; leave it out"))
-    pending.clear()
-    report.added += len(memory.add(clips))
+            self.trusted = True
+        return given
+
+    def flush(self) -> None:
+        """Encode and add what is pending."""
+        if self.pending:
+            videos = np.stack([p.decoded.video for p in self.pending])
+            motion = self.encoders.motion({"video": videos})["motion"]
+            appearance = self.encoders.appearance({"image": np.ascontiguousarray(videos[:, 0])})["appearance"]
+            clips = [self._clip(p, motion[row], appearance[row]) for row, p in enumerate(self.pending)]
+            added = self._add(self.pending, clips)
+            self.report.added += len(added)
+            self.report.vectors += sum(p.embedding is p.item.embedding for p in added)
+            self.pending.clear()
+        self.hashes.save()
+
+    def _add(self, pending: list[_Pending], clips: list[Clip]) -> list[_Pending]:
+        """Add clips at once, or one by one if the memory refuses one of them; those that were added."""
+        try:
+            self.memory.add(clips)
+            return list(pending)
+        except InputError as error:
+            if len(clips) > 1:
+                return [p for one, clip in zip(pending, clips, strict=True) for p in self._add([one], [clip])]
+            self.report.failed.append((pending[0].item, f"{error} Leave it out."))
+            return []
+
+    def _clip(self, pending: _Pending, motion: NDArray[np.float32], appearance: NDArray[np.float32]) -> Clip:
+        item, decoded = pending.item, pending.decoded
+        limits = {"start_sec": item.start, "end_sec": item.end}
+        rule = "explicit" if self.span == "start" and item.start is not None else self.span
+        metadata = {**item.metadata, **{k: f"{v:.12g}" for k, v in limits.items() if v is not None}, "span": rule}
+        return Clip(
+            item.caption, str(item.video), pending.start, decoded.duration, decoded.fps, pending.sha256,
+            pending.embedding, motion, appearance, metadata, item.dataset,
+        )  # fmt: skip
 
 
 def vector_index(

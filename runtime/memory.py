@@ -53,6 +53,7 @@ class Clip:
     motion: NDArray[np.float32]
     appearance: NDArray[np.float32]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    dataset: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -112,7 +112,7 @@ def test_index_clips_reports_what_it_cannot_take_and_goes_on(tmp_path: Path, mem
         report = index_clips(memory, ENCODERS, items)
         assert report.added == len(memory) == 1 and memory.get([1])[0].caption == "good one"
     reasons = ["be read", "be decoded", "be read", "caption", "too long", "ends at", "start", "NaN"]
-    assert [path for path, _ in report.failed] == [str(path) for path, _, _ in items[:8]]
+    assert [item[:3] for item, _ in report.failed] == items[:8]
     for (_, got), want in zip(report.failed, reasons, strict=True):
         assert want in got
 
@@ -160,7 +160,7 @@ def test_index_clips_leaves_an_index_where_one_is_wanted(tmp_path: Path, memory:
     memory.index_threshold = 2
     with memory:
         index_clips(memory, ENCODERS, [(video(tmp_path / f"{i}.mp4", i), f"{i} clip", None) for i in range(3)])
-    assert sorted(os.listdir(tmp_path / "memory")) == ["index.json", "index.usearch", "memory.sqlite"]
+    assert sorted(os.listdir(tmp_path / "memory")) == ["index.json", "index.usearch", "memory.sqlite"]  # no journal is left
 
 
 def test_encoders_from_a_bundle(fake_bundle: Path, fake_memory: Path, fake_clips: dict[str, Path]) -> None:

@@ -61,7 +61,9 @@ def test_wheel_declares_version_licence_extras_and_command(wheel: zipfile.ZipFil
     assert metadata["Version"] == __version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"export", "torch", "cpu", "gpu", "tensorrt", "rtx", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {
+        *("export", "torch", "cpu", "gpu", "tables", "lancedb", "tensorrt", "rtx", "dev"),
+    }
     assert "motionrt = motionrt.runtime.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
     assert f"{info}/licenses/LICENSE" in wheel.namelist()
 
@@ -69,9 +71,7 @@ def test_wheel_declares_version_licence_extras_and_command(wheel: zipfile.ZipFil
 def test_wheel_runs_from_elsewhere(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     """Its packages import without the repository: no link, no editable finder, no PYTHONPATH."""
     wheel.extractall(tmp_path / "site")
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import motionrt.runtime, motionrt.kernels as k; print(k.__file__)"
-    )
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import motionrt.runtime, motionrt.kernels as k; print(k.__file__)"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-P", "-c", code, str(tmp_path / "site")],
@@ -157,9 +157,7 @@ def test_no_extra_brings_both_onnx_runtimes() -> None:
 RUN_SIDE_FORBIDDEN = ("torch", "transformers", "diffusers", "onnx", "onnxscript", "motionrt.export")
 
 
-@pytest.mark.parametrize(
-    "module", ["motionrt", "motionrt.runtime", "motionrt.runtime.cli", "motionrt.runtime.pipeline"]
-)
+@pytest.mark.parametrize("module", ["motionrt", "motionrt.runtime", "motionrt.runtime.cli", "motionrt.runtime.pipeline"])
 def test_run_side_import_pulls_in_no_build_side(module: str, tmp_path: Path) -> None:
     code = f"import sys, {module}; print([name for name in {RUN_SIDE_FORBIDDEN!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path)
