@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from motionrt.runtime.cli_memory import BundlePath, Threads, memory_app, open_pipeline
+from motionrt.runtime.cli_common import BundlePath, Threads, open_pipeline
+from motionrt.runtime.cli_memory import memory_app
 from motionrt.runtime.errors import BackendError, InputError, MediaError, MotionRTError
 
 if TYPE_CHECKING:
@@ -68,7 +69,10 @@ def generate(
     image: Annotated[Path, typer.Option("--image", "-i", help="The still: any size, mode and orientation.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What moves, and how.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Video to write: .mp4, .gif, .webp or .png (a sheet).")],
-    memory: Annotated[Path | None, typer.Option("--memory", "-m", help="Motion memory directory.")] = None,
+    memory: Annotated[
+        list[str] | None,
+        typer.Option("--memory", "-m", help="Motion memory directory; again: searched together, `directory=0.5` for a weight."),
+    ] = None,
     negative_prompt: Annotated[str, typer.Option(help="What to keep away from.")] = "",
     seed: Annotated[int, typer.Option(help="Same seed, bundle and memory: same video.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
@@ -83,6 +87,7 @@ def generate(
     \b
     Examples:
       motionrt generate -b demo/bundle -m demo/memory -i star.png -p "a red star moves in a circle" -o star.mp4
+      motionrt generate -b demo/bundle -m birds -m sea=0.5 -i star.png -p "waves" -o star.mp4
       motionrt generate -b demo/bundle -i star.png -p "a red star" --motion-scale 0 -o still.gif --steps 20
     """
     from motionrt.runtime import report
@@ -91,7 +96,7 @@ def generate(
     if out.suffix.lower() not in WRITABLE:  # said before the work, not after it
         raise MediaError(f"cannot write {out}: extension {out.suffix!r} is not one of {', '.join(WRITABLE)}.")
     console = report.console()
-    with open_pipeline(bundle, memory, threads) as pipeline, report.progress() as bars:
+    with open_pipeline(bundle, memory or [], threads) as pipeline, report.progress() as bars:
         load = _warm(pipeline)
         task = bars.add_task("denoising", total=pipeline.bundle.solver(solver, steps).steps)
         result = pipeline(
@@ -149,7 +154,7 @@ def bench(
     from motionrt.runtime import measure, report
     from motionrt.runtime.video import replacing
 
-    with open_pipeline(bundle, memory, threads) as pipeline, report.progress() as bars:
+    with open_pipeline(bundle, [str(memory)] if memory else [], threads) as pipeline, report.progress() as bars:
         task = bars.add_task("requests", total=repeat + measure.WARMUPS)
         rows = measure.bench_stages(pipeline, repeat, lambda: bars.advance(task))
         task = bars.add_task("steps", total=repeat)

@@ -4,29 +4,40 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
-from motionrt.runtime.errors import InputError
+from motionrt.runtime.cli_common import (
+    BundlePath,
+    Conditions,
+    Distinct,
+    Diversity,
+    MemoryPath,
+    MinimumScore,
+    Threads,
+    open_memory,
+    open_pipeline,
+    parse_where,
+)  # fmt: skip
+from motionrt.runtime.errors import InputError, MemoryStoreError
 
-if TYPE_CHECKING:
-    from motionrt.runtime.pipeline import MotionPipeline
+SHOWN = 20  # failed clips that are listed on standard error
 
 memory_app = typer.Typer(
-    help="Make, fill and search a motion memory: the clips whose motion can be used.",
+    help="Make, fill, search and keep a motion memory: the clips whose motion can be used.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-BundlePath = Annotated[Path, typer.Option("--bundle", "-b", help="Bundle directory, as written by `motionrt export`.")]
-Threads = Annotated[int | None, typer.Option(help="Threads of ONNX Runtime; all cores if not given.")]
 
 
 @memory_app.command("create")
 def memory_create(
     memory: Annotated[Path, typer.Argument(help="Directory to make.")],
     bundle: BundlePath,
+    tokens: Annotated[str, typer.Option(help="How tokens are kept: float16, or int8 in half the space.")] = "float16",
 ) -> None:
     """Make an empty motion memory for a bundle.
 
@@ -43,86 +54,217 @@ def memory_create(
         "motion": list(opened.model.motion_tokens),
         "appearance": list(opened.model.motion_tokens),
     }
-    MotionMemory.create(memory, digests=opened.digests, dims=dims).close()
+    MotionMemory.create(memory, digests=opened.digests, dims=dims, tokens=tokens).close()
     typer.echo(f"{memory}: an empty motion memory. Fill it with: motionrt memory add {memory} CLIP... -b {bundle}")
 
 
 @memory_app.command("add")
 def memory_add(
-    memory: Annotated[Path, typer.Argument(help="Motion memory directory.")],
-    clips: Annotated[list[Path], typer.Argument(help="Video files.")],
+    memory: MemoryPath,
+    clips: Annotated[list[Path], typer.Argument(help="Video files, folders, .csv, .jsonl, .parquet or LanceDB tables.")],
     bundle: BundlePath,
     caption: Annotated[str | None, typer.Option(help="One caption for all of them.")] = None,
     captions: Annotated[Path | None, typer.Option(help='JSON file: {"file name": "caption"}.')] = None,
-    start: Annotated[float | None, typer.Option(help="Where to cut, in seconds; the beginning if not given.")] = None,
+    start: Annotated[float | None, typer.Option(help="Where spans of videos begin, in seconds.")] = None,
+    span: Annotated[str, typer.Option(help="Where in its span a clip is cut: start or centre.")] = "start",
+    dataset: Annotated[str | None, typer.Option(help="Dataset of all of them; else a table's column.")] = None,
+    videos: Annotated[
+        Path | None, typer.Option(help="Folder that a table's relative paths start from; its own if not given.")
+    ] = None,
+    failed: Annotated[Path | None, typer.Option(help="CSV file for what could not be added, and why.")] = None,
+    reembed: Annotated[bool, typer.Option("--reembed", help="Leave vectors that a table brings; embed captions anew.")] = False,
     threads: Threads = None,
 ) -> None:
-    """Add video files to a motion memory. Their tokens are computed once, here.
+    """Add clips to a motion memory. Their tokens are computed once, here. Called again, it goes on where it stopped.
+
+    A caption comes from --caption, --captions, the .txt file of the video's name, or a table's column motion_caption,
+    caption or text; a table's columns start_sec and end_sec are the span, `video` the file, others are kept as metadata.
 
     \b
     Examples:
       motionrt memory add my-memory wave.mp4 --bundle demo/bundle --caption "a wave rolls to the left"
-      motionrt memory add my-memory clips/*.mp4 --bundle demo/bundle --captions captions.json
+      motionrt memory add my-memory folder/ --bundle demo/bundle --dataset mine --failed failed.csv
+      motionrt memory add my-memory openvid.parquet --bundle demo/bundle --videos videos/ --span centre
     """
     from motionrt.runtime import report
     from motionrt.runtime.indexing import ClipEncoders, index_clips
-    from motionrt.runtime.memory import MotionMemory
+    from motionrt.runtime.sources import open_sources, write_failed
 
-    texts = _captions(clips, caption, captions)
-    with open_pipeline(bundle, None, threads) as pipeline, MotionMemory.open(memory) as opened, report.progress() as bars:
+    source = open_sources(clips, caption=caption, captions=captions, start=start, videos=videos, dataset=dataset)
+    if failed is not None:
+        if failed.resolve() in [path.resolve() for path in clips]:
+            raise InputError(f"{failed} is read from; write what failed to another file.")
+        write_failed(failed, [])  # what cannot be written is said before the work
+    with open_pipeline(bundle, [], threads) as pipeline, open_memory(memory) as opened, report.progress() as bars:
         opened.check(pipeline.bundle.digests)
-        task = bars.add_task("indexing", total=len(clips))
-        items = [(clip, text, start) for clip, text in zip(clips, texts, strict=True)]
+        task = bars.add_task("indexing", total=source.count)
         encoders = ClipEncoders.from_bundle(pipeline.bundle, pipeline.backend)
-        outcome = index_clips(opened, encoders, items, lambda *_: bars.advance(task))
+        advance = lambda *_: bars.advance(task)  # noqa: E731
+        outcome = index_clips(opened, encoders, source.items(), advance, span=span, reembed=reembed)
         count = len(opened)
-    typer.echo(f"{memory}: {outcome.added} added, {count} clips in all.")
+    before = f"{outcome.skipped} there before, " if outcome.skipped else ""
+    typer.echo(f"{memory}: {outcome.added} added, {before}{count} clips in all.")
+    if outcome.vectors:
+        typer.echo(f"{outcome.vectors} vectors were kept as they came: they must be of this bundle's text encoder.")
     if outcome.failed:
-        for path, reason in outcome.failed:
-            typer.echo(f"{path}: {reason}", err=True)
-        raise InputError(f"{len(outcome.failed)} of {len(clips)} clips could not be added (listed above).")
+        for item, reason in outcome.failed[:SHOWN]:
+            typer.echo(f"{item.video}: {reason}", err=True)
+        rest = f" and {len(outcome.failed) - SHOWN} more" if len(outcome.failed) > SHOWN else ""
+        where = f"listed in {failed}" if failed else f"listed above{rest}; --failed failed.csv keeps them all"
+        if failed is not None:
+            write_failed(failed, outcome.failed)
+        raise InputError(f"{len(outcome.failed)} of {source.count} clips could not be added ({where}).")
 
 
 @memory_app.command("search")
 def memory_search(
-    memory: Annotated[Path, typer.Argument(help="Motion memory directory.")],
-    prompt: Annotated[str, typer.Argument(help="What moves, and how.")],
+    memory: MemoryPath,
     bundle: BundlePath,
+    prompt: Annotated[str | None, typer.Argument(help="What moves, and how.")] = None,
+    image: Annotated[Path | None, typer.Option("--image", "-i", help="Search by the looks of this still instead.")] = None,
+    video: Annotated[Path | None, typer.Option("--video", help="Search by the motion of this video instead.")] = None,
     references: Annotated[int, typer.Option("--references", "-k", help="How many clips.")] = 4,
+    where: Conditions = None,
+    minimum_score: MinimumScore = None,
+    distinct: Distinct = None,
+    diversity: Diversity = None,
+    start: Annotated[float | None, typer.Option(help="Where the span of --video begins, in seconds.")] = None,
+    exclude: Annotated[str | None, typer.Option("--exclude-source", help="Leave out clips of this source.")] = None,
     threads: Threads = None,
 ) -> None:
-    """Show the clips that a prompt would retrieve.
+    """Show the clips that a prompt would retrieve, or the ones that look like a still or move like a video.
+
+    \b
+    Examples:
+      motionrt memory search demo/memory "a red star moves in a circle" --bundle demo/bundle -k 3
+      motionrt memory search my-memory --video wave.mp4 --bundle demo/bundle --where dataset=sea --min-score 0.5
+    """
+    from motionrt.runtime import report
+    from motionrt.runtime.video import read_clip, read_image
+
+    if sum(query is not None for query in (prompt, image, video)) != 1:
+        raise InputError("give one thing to search by: a prompt, --image or --video.")
+    choice: dict[str, Any] = {
+        "where": parse_where(where), "exclude_source": exclude, "minimum_score": minimum_score,
+        "distinct": distinct, "diversity": diversity,
+    }  # fmt: skip
+    with open_pipeline(bundle, [str(memory)], threads) as pipeline:
+        assert pipeline.memory is not None
+        model = pipeline.bundle.model
+        if image is not None:
+            still = read_image(image, model.height, model.width)[None]
+            tokens = pipeline.graph("appearance")({"image": still})["appearance"][0]
+            found = pipeline.memory.search_tokens("appearance", tokens, references, **choice)
+        elif video is not None:
+            clip = read_clip(video, model.frames, model.height, model.width, model.fps, start)[None]
+            tokens = pipeline.graph("motion")({"video": clip})["motion"][0]
+            found = pipeline.memory.search_tokens("motion", tokens, references, **choice)
+        else:
+            found = pipeline.memory.search(pipeline.embed(prompt or ""), references, **choice)
+    if found:
+        report.console().print(report.found_table(found))
+    else:
+        typer.echo("no clip passes --min-score; lower it.")
+
+
+@memory_app.command("remove")
+def memory_remove(
+    memory: MemoryPath,
+    ids: Annotated[list[int] | None, typer.Argument(help="Ids, as `memory search` shows them.")] = None,
+    where: Conditions = None,
+) -> None:
+    """Remove clips by id, or all clips of a dataset or metadata value. The space is free for new clips, or `compact` it.
+
+    \b
+    Examples:
+      motionrt memory remove my-memory 3 17
+      motionrt memory remove my-memory --where dataset=mine
+    """
+    if bool(ids) == bool(where):
+        raise InputError("say what to remove: either ids, or --where key=value.")
+    with open_memory(memory) as opened:
+        removed = opened.remove(ids or opened.ids(parse_where(where)))
+        typer.echo(f"{memory}: {removed} removed, {len(opened)} clips in all.")
+
+
+@memory_app.command("verify")
+def memory_verify(memory: MemoryPath) -> None:
+    """Read everything and say what is wrong; exit status 2 if anything is.
 
     \b
     Example:
-      motionrt memory search demo/memory "a red star moves in a circle" --bundle demo/bundle -k 3
+      motionrt memory verify my-memory
+    """
+    with open_memory(memory, readonly=True) as opened:
+        problems, count = opened.verify(), len(opened)
+    for problem in problems:
+        typer.echo(f"{memory}: {problem}", err=True)
+    if problems:
+        raise MemoryStoreError(f"{memory} has {len(problems)} problems (listed above).")
+    typer.echo(f"{memory}: {count} clips, all sound.")
+
+
+@memory_app.command("compact")
+def memory_compact(memory: MemoryPath) -> None:
+    """Give the space of removed clips back, and bring the index up to date.
+
+    \b
+    Example:
+      motionrt memory compact my-memory
+    """
+    with open_memory(memory) as opened:
+        before = opened.stats()
+        opened.compact()
+        after = opened.stats()
+    sizes = [(s.bytes_db + s.bytes_index) / 2**20 for s in (before, after)]
+    typer.echo(f"{memory}: {sizes[0]:.1f} MiB before, {sizes[1]:.1f} MiB now.")
+
+
+@memory_app.command("export")
+def memory_export(memory: MemoryPath, file: Annotated[Path, typer.Argument(help="File to write.")]) -> None:
+    """Write a motion memory as one file, to be moved and imported elsewhere.
+
+    \b
+    Example:
+      motionrt memory export my-memory my-memory.mrtm
+    """
+    with open_memory(memory, readonly=True) as opened:
+        opened.export_file(file)
+        typer.echo(f"{file}: {len(opened)} clips, {file.stat().st_size / 2**20:.1f} MiB.")
+
+
+@memory_app.command("import")
+def memory_import(
+    file: Annotated[Path, typer.Argument(help="File that `memory export` wrote.")],
+    memory: Annotated[Path, typer.Argument(help="Directory to make.")],
+) -> None:
+    """Make a motion memory out of an exported file. It is checked before, and appears whole or not at all.
+
+    \b
+    Example:
+      motionrt memory import my-memory.mrtm my-memory
+    """
+    from motionrt.runtime.memory import MotionMemory
+
+    with MotionMemory.import_file(file, memory) as opened:
+        typer.echo(f"{memory}: {len(opened)} clips.")
+
+
+@memory_app.command("stats")
+def memory_stats(
+    memory: MemoryPath, as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False
+) -> None:
+    """Show how much a motion memory holds, and of what.
+
+    \b
+    Example:
+      motionrt memory stats demo/memory
     """
     from motionrt.runtime import report
 
-    with open_pipeline(bundle, memory, threads) as pipeline:
-        assert pipeline.memory is not None
-        found = pipeline.memory.search(pipeline.embed(prompt), references)
-    report.console().print(report.references_table(found))
-
-
-def open_pipeline(bundle: Path, memory: Path | None, threads: int | None) -> MotionPipeline:
-    from motionrt.runtime.pipeline import MotionPipeline
-
-    return MotionPipeline.from_bundle(bundle, memory, threads=threads)
-
-
-def _captions(clips: list[Path], caption: str | None, captions: Path | None) -> list[str]:
-    if (caption is None) == (captions is None):
-        raise InputError("give either --caption (one for all clips) or --captions (a JSON file with one for each).")
-    if captions is None:
-        return [caption or ""] * len(clips)
-    try:
-        table = json.loads(captions.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"captions file {captions} cannot be read as JSON: {error}.") from None
-    if not isinstance(table, dict) or not all(isinstance(text, str) for text in table.values()):
-        raise InputError(f'captions file {captions} must hold an object like {{"wave.mp4": "a wave rolls"}}.')
-    missing = [clip.name for clip in clips if clip.name not in table]
-    if missing:
-        raise InputError(f"captions file {captions} has no caption for {', '.join(missing)}.")
-    return [table[clip.name] for clip in clips]
+    with open_memory(memory, readonly=True) as opened:
+        stats = asdict(opened.stats())
+    if as_json:
+        typer.echo(json.dumps(stats, ensure_ascii=False))
+    else:
+        report.console().print(report.stats_table(str(memory), stats))

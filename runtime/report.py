@@ -57,6 +57,27 @@ def references_table(references: Sequence[Reference]) -> Table:
     return table("references", ("caption", "source", "span", "score"), rows, left=3)
 
 
+def found_table(references: Sequence[Reference]) -> Table:
+    """Clips that a search found, with the ids that `memory remove` takes."""
+    rows = [
+        (r.caption, r.source, r.dataset, f"{r.start:g}-{r.start + r.duration:g} s", r.id, f"{r.score:.3f}") for r in references
+    ]
+    return table("clips found", ("caption", "source", "dataset", "span", "id", "score"), rows, left=4)
+
+
+def stats_table(title: str, stats: Mapping[str, Any]) -> Table:
+    """Figures of a motion memory by name; a mapping (datasets) has a row for each of its entries."""
+    rows: list[tuple[str, str]] = []
+    for name, value in stats.items():
+        named = (
+            {f"{name}: {key or 'none'}": number for key, number in value.items()}
+            if isinstance(value, Mapping)
+            else {name: value}
+        )
+        rows += [(key, f"{number:,}" if isinstance(number, int) else str(number)) for key, number in named.items()]
+    return table(title, ("", ""), rows)
+
+
 def stages_table(results: Sequence[Result], extra: Mapping[str, float] | None = None) -> Table:
     """Milliseconds per stage: the sum over `results`, and `extra` stages such as writing the file."""
     seconds: dict[str, float] = {}

@@ -256,13 +256,11 @@ def test_memory_add_keeps_the_good_and_names_the_bad(
 @pytest.mark.parametrize(
     "options, message",
     [
-        ([], "give either --caption"),
         (["--caption", "a", "--captions", "c.json"], "give either --caption"),
         (["--captions", "c.json"], "cannot be read as JSON"),
         (["--captions", "list.json"], "must hold an object"),
-        (["--captions", "other.json"], "has no caption for clip0.mp4"),
     ],
-    ids=["none", "both", "missing", "list", "other"],
+    ids=["both", "missing", "list"],
 )
 def test_memory_add_refuses_captions(
     run: Run,
@@ -275,10 +273,20 @@ def test_memory_add_refuses_captions(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("list.json").write_text("[]")
-    Path("other.json").write_text('{"x": "y"}')
     clip = next(iter(fake_clips.values()))
     status, _, err = run("memory", "add", tmp_path / "memory", clip, "-b", fake_bundle, *options)
     assert status == 2 and message in err and err.count("\n") == 1
+
+
+def test_memory_add_names_files_without_a_caption(
+    run: Run, fake_bundle: Path, fake_clips: dict[str, Path], tmp_path: Path
+) -> None:
+    run("memory", "create", tmp_path / "memory", "--bundle", fake_bundle)
+    captions = tmp_path / "captions.json"
+    captions.write_text(json.dumps({"clip1.mp4": "a ball"}))
+    files = list(fake_clips.values())[:2]
+    status, out, err = run("memory", "add", tmp_path / "memory", *files, "-b", fake_bundle, "--captions", captions)
+    assert status == 2 and "1 added" in out and "clip0.mp4: it has no caption: write one into clip0.txt" in err
 
 
 def test_export_refuses(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,7 +307,7 @@ def test_export_refuses(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ["inspect"],
         ["generate"],
         ["bench"],
-        *(["memory", x] for x in ("create", "add", "search")),
+        *(["memory", x] for x in "create add search remove verify compact export import stats".split()),
     ],
     ids=lambda command: " ".join(command) or "motionrt",
 )

@@ -1,0 +1,77 @@
+"""What the commands share: options that come again, filters, and a pipeline with the memories that were named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from motionrt.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from motionrt.runtime.memory import MotionMemory
+    from motionrt.runtime.memory_set import MemorySet
+    from motionrt.runtime.pipeline import MotionPipeline
+
+BundlePath = Annotated[Path, typer.Option("--bundle", "-b", help="Bundle directory, as written by `motionrt export`.")]
+MemoryPath = Annotated[Path, typer.Argument(help="Motion memory directory.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of ONNX Runtime; all cores if not given.")]
+Conditions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--where", metavar="KEY=VALUE", help="Only clips of this dataset or metadata; a key again: any of its values."
+    ),
+]
+MinimumScore = Annotated[float | None, typer.Option("--min-score", help="Only clips with at least this cosine.")]
+Distinct = Annotated[float | None, typer.Option(help="Leave out copies: cosine of motion tokens from which one is a copy.")]
+Diversity = Annotated[float | None, typer.Option(help="Prefer clips that differ: 0 off, up to 1.")]
+
+
+def parse_where(conditions: Sequence[str] | None) -> dict[str, list[str]] | None:
+    """`key=value` options as a filter: a key that comes again may have any of its values."""
+    where: dict[str, list[str]] = {}
+    for condition in conditions or ():
+        key, equals, value = condition.partition("=")
+        if not key or not equals:
+            raise InputError(f"--where is {condition!r}; allowed is key=value, such as dataset=mine.")
+        where.setdefault(key, []).append(value)
+    return where or None
+
+
+def open_memory(memory: Path, readonly: bool = False) -> MotionMemory:
+    from motionrt.runtime.memory import MotionMemory
+
+    return MotionMemory.open(memory, readonly=readonly)
+
+
+@contextmanager
+def open_pipeline(bundle: Path, memories: Sequence[str], threads: int | None) -> Iterator[MotionPipeline]:
+    """A pipeline with no memory, with one, or with several that are searched together: `directory` or `directory=weight`."""
+    from motionrt.runtime.pipeline import MotionPipeline
+
+    with ExitStack() as stack:
+        memory: MotionMemory | MemorySet | None = None
+        weights = dict(_weighted(text) for text in memories)
+        if len(weights) < len(memories):
+            raise InputError("one motion memory is named twice; name each once.")
+        opened = {path: stack.enter_context(open_memory(Path(path), readonly=True)) for path in weights}
+        if list(weights.values()) == [1.0]:
+            (memory,) = opened.values()
+        elif weights:
+            from motionrt.runtime.memory_set import MemorySet
+
+            memory = MemorySet(opened, weights=weights)
+        yield stack.enter_context(MotionPipeline.from_bundle(bundle, memory, threads=threads))
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    path, _, weight = text.rpartition("=")
+    if path and not Path(text).exists():
+        try:
+            return path, float(weight)
+        except ValueError:
+            raise InputError(f"--memory is {text!r}; allowed is a directory, or directory=weight with a number.") from None
+    return text, 1.0
