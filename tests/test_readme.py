@@ -1,4 +1,4 @@
-"""What README.md tells people to type works: its shell and Python blocks run, in a folder like the root.
+"""What README.md and the pages of docs/ tell people to type works: their blocks run, in a folder like the root.
 
 The folder holds links to what the README names, so that `out/` lands in a temporary place. A block is left out only
 where a comment above it says so, and only if it does nothing but make environments; any other block runs.
@@ -17,24 +17,26 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+PAGES = ("README.md", "docs/bring-your-own-videos.md")  # in this order, in one folder
 EXCLUDED = "<!-- not run by tests:"
 SETS_UP = re.compile(r"(make [a-z]+|pip install .*|git clone .*|cd .*|\. \.venv/bin/activate)")
 
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block: its language, text, first line number, and whether a comment above it leaves it out."""
+    """One fenced block: its language, text, first line number, whether a comment above it leaves it out, and its page."""
 
     language: str
     text: str
     line: int
     excluded: bool
+    page: str = "README.md"
 
     def __str__(self) -> str:
-        return f"{self.language}-line{self.line}"
+        return f"{Path(self.page).stem}-{self.language}-line{self.line}"
 
 
-def blocks(markdown: str) -> list[Block]:
+def blocks(markdown: str, page: str = "README.md") -> list[Block]:
     """Every fenced block of `markdown`, in order."""
     found = []
     lines = markdown.splitlines()
@@ -47,13 +49,13 @@ def blocks(markdown: str) -> list[Block]:
             continue
         above = next((text for text in reversed(lines[:start]) if text.strip()), "")
         text = "\n".join(lines[start + 1 : index])
-        found.append(Block(lines[start][3:].strip(), text, start + 1, above.startswith(EXCLUDED)))
+        found.append(Block(lines[start][3:].strip(), text, start + 1, above.startswith(EXCLUDED), page))
         start = None
-    assert start is None, f"README.md: the block at line {start} is not closed"
+    assert start is None, f"{page}: the block at line {start} is not closed"
     return found
 
 
-ALL = blocks(README.read_text(encoding="utf-8"))
+ALL = [block for page in PAGES for block in blocks((ROOT / page).read_text(encoding="utf-8"), page)]
 RUN = [block for block in ALL if not block.excluded]
 SHELL = "\n".join(block.text for block in ALL if block.language == "bash" and not block.excluded)
 
@@ -84,7 +86,7 @@ def run(command: list[str], place: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("block", RUN, ids=str)
 def test_readme_block_runs(block: Block, place: Path) -> None:
-    """In order of the page: a later block may use what an earlier one wrote."""
+    """In order of the pages: a later block may use what an earlier one wrote."""
     if block.language == "bash":
         # As typed, one after the other; the first failure stops, with the command shown.
         done = run(["bash", "-euxo", "pipefail", "-c", block.text], place)
@@ -92,14 +94,14 @@ def test_readme_block_runs(block: Block, place: Path) -> None:
         script = place / f"line{block.line}.py"
         script.write_text(block.text)
         done = run([sys.executable, "-P", str(script)], place)
-    assert done.returncode == 0, f"README.md line {block.line}:\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, f"{block.page} line {block.line}:\n{done.stdout}\n{done.stderr}"
     for output in re.findall(r"\bout/[\w./-]+\.(?:mp4|gif|webp|png)\b", block.text):
-        assert (place / output).stat().st_size > 0, f"README.md line {block.line} should have written {output}"
+        assert (place / output).stat().st_size > 0, f"{block.page} line {block.line} should have written {output}"
 
 
 @pytest.mark.parametrize("block", ALL, ids=str)
 def test_readme_block_is_of_a_kind_that_runs(block: Block) -> None:
-    assert block.language in {"bash", "python"}, f"README.md line {block.line}: mark the block as bash or python"
+    assert block.language in {"bash", "python"}, f"{block.page} line {block.line}: mark the block as bash or python"
 
 
 @pytest.mark.parametrize("block", [block for block in ALL if block.excluded], ids=str)
@@ -112,6 +114,8 @@ def test_readme_block_left_out_only_sets_up(block: Block) -> None:
 def test_readme_has_what_it_promises() -> None:
     assert any(block.language == "python" for block in RUN)
     assert {"generate", "inspect", "bench", "memory"} <= set(re.findall(r"\bmotionrt ([a-z]+)", SHELL))
+    memory = {"create", "add", "search", "remove", "verify", "compact", "export", "import", "stats"}
+    assert memory == set(re.findall(r"\bmotionrt memory ([a-z]+)", SHELL))
 
 
 def test_readme_targets_exist_in_the_makefile() -> None:
@@ -121,10 +125,10 @@ def test_readme_targets_exist_in_the_makefile() -> None:
     assert wanted and {name for name in wanted if not re.search(rf"^{name}:", makefile, re.MULTILINE)} == set()
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_page_links_lead_somewhere(page: str) -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text(encoding="utf-8"))
-    assert [link for link in links if not (ROOT / link).is_file()] == []
+    assert [link for link in links if not ((ROOT / page).parent / link).is_file()] == []
 
 
 def test_blocks_reads_markers_languages_and_lines() -> None:
