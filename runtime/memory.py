@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from motionrt.runtime import memory_index as derived
 from motionrt.runtime import memory_search as choosing
 from motionrt.runtime import memory_store as store
-from motionrt.runtime.errors import InputError, MemoryStoreError
+from motionrt.runtime.errors import MemoryStoreError
 from motionrt.runtime.memory_file import INDEX_THRESHOLD, MemoryFile, new_file
 from motionrt.runtime.memory_rows import Clip, MemoryStats, Reference, unit
 from motionrt.runtime.memory_search import Choice, Found, Ranked, Where
@@ -108,8 +108,7 @@ class MotionMemory(MemoryFile):
         By cosine of the flattened tokens; keywords as in `search`. Exact, and so linear in the clips that pass `where`:
         every token is read. An index of tokens would be as large as the tokens, for a question asked by people.
         """
-        if part not in ("motion", "appearance"):
-            raise InputError(f"the tokens to search by are {part!r}; allowed is 'motion' or 'appearance'.")
+        choosing.check_tokens(part)
         return self._answer(part, tokens, k, Choice(where, exclude_source, minimum_score, distinct, diversity))
 
     def found(self, part: str, query: NDArray[Any], k: int, choice: Choice) -> list[Found]:

@@ -210,6 +210,12 @@ def check_k(k: object) -> int:
     return int(k)
 
 
+def check_tokens(part: str) -> None:
+    """InputError unless `part` names the tokens of a clip."""
+    if part not in ("motion", "appearance"):
+        raise InputError(f"the tokens to search by are {part!r}; allowed is 'motion' or 'appearance'.")
+
+
 def directions(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     """Rows [n,·] divided by their length; zero rows stay zero."""
     norm = np.linalg.norm(vectors, axis=1, keepdims=True)
