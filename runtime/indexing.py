@@ -1,30 +1,24 @@
-"""Indexing: video files to clips of a motion memory, and the vector index that a large memory derives from itself."""
+"""Indexing: video files to clips of a motion memory."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from motionrt.runtime.backend import Backend, Graph
 from motionrt.runtime.bundle import Bundle
-from motionrt.runtime.errors import InputError, MediaError, MemoryStoreError, MotionRTError
-from motionrt.runtime.manifest import sha256_of
+from motionrt.runtime.errors import InputError, MediaError, MemoryStoreError
 from motionrt.runtime.memory import Clip, MotionMemory
 from motionrt.runtime.resume import FileHashes
 from motionrt.runtime.sources import Item
-from motionrt.runtime.video import SPANS, DecodedClip, decode_clip, replacing, span_start
+from motionrt.runtime.video import SPANS, DecodedClip, decode_clip, span_start
 
 BATCH = 8  # clips through the encoders, and into the memory, at once
 SAME_ENCODER = 0.98  # cosine of two vectors of one caption, above which one encoder made both (float16 costs 1e-3)
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -211,61 +205,3 @@ class _Run:
             item.caption, str(item.video), pending.start, decoded.duration, decoded.fps, pending.sha256,
             pending.embedding, motion, appearance, metadata, item.dataset,
         )  # fmt: skip
-
-
-def vector_index(
-    directory: Path,
-    wanted: Mapping[str, object],
-    load: Callable[[], tuple[NDArray[np.int64], NDArray[np.float32]]],
-    readonly: bool,
-) -> Any:
-    """The USearch index (HNSW, cosine, float16) of the memory in `directory`: the stored one if sound, else a new one.
-
-    wanted: what the sidecar must say (generation, content, count); load: ids [N] and unit vectors [N,E] for a new one.
-    A stored index is trusted by its SHA-256 alone, checked before USearch sees the file: flipped bytes crash it. A new
-    one is stored by renaming, because others may have the old one mapped; where that fails it serves from memory.
-    """
-    file, sidecar = directory / "index.usearch", directory / "index.json"
-    stored = _stored_index(file, sidecar, wanted)
-    if stored is not None:
-        return stored
-    ids, vectors = load()
-    index = _usearch().Index(
-        ndim=vectors.shape[1], metric="cos", dtype="f16", connectivity=16, expansion_add=128, expansion_search=64
-    )
-    index.add(ids, vectors, threads=1)  # one thread: the graph, and so every answer, depends on the clips alone
-    if readonly:
-        return index
-    try:
-        with replacing(file, MemoryStoreError) as temporary:
-            try:
-                index.save(str(temporary))
-            except RuntimeError as error:  # USearch's word for a full disk
-                raise OSError(str(error)) from error
-            record = {"format": 1, **wanted, "sha256": sha256_of(temporary)}
-        with replacing(sidecar, MemoryStoreError) as temporary:
-            temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    except MotionRTError as error:
-        _log.warning("the vector index is used but could not be kept: %s", error)
-    return index
-
-
-def _stored_index(file: Path, sidecar: Path, wanted: Mapping[str, object]) -> Any:
-    try:
-        record = json.loads(sidecar.read_text(encoding="utf-8"))
-        if record != {"format": 1, **wanted, "sha256": record["sha256"]} or sha256_of(file) != record["sha256"]:
-            return None
-        index = _usearch().Index.restore(str(file), view=True)  # never added to: USearch crashes on adding to a view
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
-        return None
-    return index if index is not None and len(index) == wanted["count"] else None
-
-
-def _usearch() -> Any:
-    # USearch's Linux wheels export their own copy of libstdc++: an ONNX Runtime that is imported after them segfaults
-    # (2.26.6 with 1.31.1), the other order is sound. So it goes first, where it is installed.
-    with contextlib.suppress(ImportError):
-        import onnxruntime  # noqa: F401
-    import usearch.index
-
-    return usearch.index

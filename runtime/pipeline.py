@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from motionrt.runtime.memory import MotionMemory, Reference
+    from motionrt.runtime.memory_search import Where
+    from motionrt.runtime.memory_set import MemorySet
 
 STAGES = ("text", "search", "appearance", "cama", "encode", "request", "schedule", "step", "decode")
 _CACHED_SCHEDULES = 8
@@ -42,6 +44,10 @@ class Request:
     references: int | Sequence[Reference | int] | None = None
     negative_prompt: str = ""
     solver: str | None = None
+    minimum_score: float | None = None
+    where: Where | None = None
+    diversity: float | None = None
+    distinct: float | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,8 @@ class Result:
     """A generated video.
 
     `frames` uint8 [F, H, W, 3]; `references` the clips whose motion was used, most similar first; `seconds` per stage
-    (`step` is the whole loop); `step_seconds` one per step; `fps` frames per second.
+    (`step` is the whole loop); `step_seconds` one per step; `fps` frames per second; `fallback` says why there is no
+    motion although some was asked for.
     """
 
     frames: NDArray[np.uint8]
@@ -58,6 +65,7 @@ class Result:
     step_seconds: list[float]
     seed: int
     fps: float
+    fallback: str | None = None
 
 
 @dataclass
@@ -67,6 +75,7 @@ class Prepared:
     inputs: dict[str, Array]
     state: dict[str, Array]
     references: list[Reference]
+    fallback: str | None = None
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
     @contextmanager
@@ -85,7 +94,7 @@ class MotionPipeline:
     Not safe to call from several threads at once; open one pipeline for each.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, memory: MotionMemory | None = None) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, memory: MotionMemory | MemorySet | None = None) -> None:
         self.bundle = bundle
         self.memory = memory
         self.backend = backend
@@ -99,12 +108,12 @@ class MotionPipeline:
     def from_bundle(
         cls,
         path: str | Path,
-        memory: str | Path | MotionMemory | None = None,
+        memory: str | Path | MotionMemory | MemorySet | None = None,
         *,
         backend: Backend | None = None,
         threads: int | None = None,
     ) -> MotionPipeline:
-        """Open the bundle directory `path` and the motion memory (a directory, opened read-only, or an open memory).
+        """Open the bundle directory `path` and the motion memory (a directory, opened read-only, or an open memory or set).
 
         `backend` defaults to ONNX Runtime with `threads` threads. Raises `BundleError`, `MemoryStoreError` (missing,
         damaged, made for another bundle), `BackendError`, `InputError`. Graphs are loaded when they are first needed.
@@ -162,18 +171,27 @@ class MotionPipeline:
         references: int | Sequence[Reference | int] | None = None,
         negative_prompt: str = "",
         solver: str | None = None,
+        minimum_score: float | None = None,
+        where: Where | None = None,
+        diversity: float | None = None,
+        distinct: float | None = None,
         callback: Callable[[int, int], object] | None = None,
     ) -> Result:
         """Generate a video from a still `image` (file, Pillow image or uint8 array) and a `prompt`.
 
         steps, guidance, solver: None takes the bundle's default. motion_scale: strength of the retrieved motion; 0 is
         exactly the base model, and then nothing is retrieved. references: how many clips to retrieve, or the clips
-        themselves (`Reference`, or ids of clips in the memory), most similar first. callback(step, steps) is called
+        themselves (`Reference`, or ids of clips in the memory), most similar first. minimum_score, where, diversity,
+        distinct: which clips may be retrieved, as in `MotionMemory.search`; if none passes, the video is that of
+        motion_scale=0, and `Result.fallback` says so. callback(step, steps) is called
         after each step; returning False stops with `Cancelled`. Same seed, bundle and memory: the same frames.
         Raises `InputError`, `MediaError`, `MemoryStoreError`, `BackendError`.
         """
-        values = (image, prompt, seed, steps, guidance, motion_scale, references, negative_prompt, solver)
-        return self._run(Request(*values), callback)
+        request = Request(
+            image, prompt, seed, steps, guidance, motion_scale, references, negative_prompt, solver,
+            minimum_score, where, diversity, distinct,
+        )  # fmt: skip
+        return self._run(request, callback)
 
     def batch(self, requests: Sequence[Request]) -> list[Result]:
         """Answer several requests, in turn; each result is what the request would get alone."""
@@ -241,7 +259,8 @@ class MotionPipeline:
         start = time.perf_counter()
         frames = to_frames(self.graph("decode")({"latents": latents})["video"])
         seconds["decode"] += time.perf_counter() - start
-        return Result(frames, prepared.references, seconds, step_seconds, seed, self.bundle.model.fps)
+        fps = self.bundle.model.fps
+        return Result(frames, prepared.references, seconds, step_seconds, seed, fps, prepared.fallback)
 
     def prepare(self, request: Request) -> Prepared:
         """Everything of a request that the loop does not change: text, retrieval, CAMA, image, request graph."""
@@ -256,6 +275,11 @@ class MotionPipeline:
         motion = np.zeros((1, *self.bundle.model.motion_tokens), np.float32)
         if request.motion_scale != 0:
             prepared.references = self._references(request, prepared)
+            if not prepared.references:
+                prepared.fallback = "no motion: no clip of the motion memory passes" + "".join(
+                    f", {name} {value}" for name in ("minimum_score", "where") if (value := getattr(request, name)) is not None
+                ).lstrip(",")
+        if prepared.references:
             with prepared.stage("appearance"):
                 appearance = self.graph("appearance")({"image": image})["appearance"]
             with prepared.stage("cama"):
@@ -272,7 +296,7 @@ class MotionPipeline:
             "negative_text": negative,
             "motion": motion,
             "image_latents": image_latents,
-            "motion_scale": np.asarray(request.motion_scale, np.float32),
+            "motion_scale": np.asarray(request.motion_scale if prepared.references else 0, np.float32),
         }
         return self.condition(prepared)
 
@@ -347,11 +371,24 @@ class MotionPipeline:
         with prepared.stage("text"):
             embedding = self.embed(request.prompt)
         with prepared.stage("search"):
-            # The default bends to a small memory; a number that was asked for does not (search says so).
-            return self.memory.search(embedding, count if given is not None else max(1, min(count, len(self.memory))))
+            # The default bends to what there is (any cosine will do, but fewer clips as well); a number that was asked for
+            # does not (search says so).
+            minimum = -1.0 if given is None and request.minimum_score is None else request.minimum_score
+            return self.memory.search(
+                embedding,
+                count,
+                where=request.where,
+                minimum_score=minimum,
+                diversity=request.diversity,
+                distinct=request.distinct,
+            )
 
     def _by_id(self, number: int) -> Reference:
+        from motionrt.runtime.memory_set import MemorySet
+
         assert self.memory is not None
+        if isinstance(self.memory, MemorySet):
+            raise InputError(f"references holds the id {number}, and the memory is a set; pass memory.get([(name, id)]).")
         return self.memory.get([int(number)])[0]
 
 

@@ -15,11 +15,8 @@ from PIL import Image
 from motionrt.runtime.cli import main
 from motionrt.runtime.cli_common import _weighted, parse_where
 from motionrt.runtime.errors import InputError
-from motionrt.runtime.memory import MotionMemory
 
 Run = Callable[..., tuple[int, str, str]]
-merged = pytest.mark.skipif(not hasattr(MotionMemory, "remove"), reason="needs the operations of the memory")
-pytestmark = merged
 
 
 @pytest.fixture
@@ -197,7 +194,6 @@ def test_memory_of_int8_tokens(run: Run, fake_bundle: Path, folder: Path, tmp_pa
 
 
 def test_generate_with_several_memories(run: Run, fake_bundle: Path, memory: Path, folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("motionrt.runtime.memory_set")
     second = tmp_path / "second"
     run("memory", "create", second, "-b", fake_bundle)
     run("memory", "add", second, folder / "clip1.mp4", "-b", fake_bundle)

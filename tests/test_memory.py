@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from motionrt.runtime import indexing
 from motionrt.runtime import memory as memory_module
+from motionrt.runtime import memory_index
 from motionrt.runtime.errors import InputError, MemoryStoreError
 from motionrt.runtime.memory import Clip, MotionMemory, Reference
 
@@ -61,7 +61,17 @@ def ranked(count: int, q: np.ndarray, without: str | None = None) -> list[tuple[
 
 
 def names(path: Path) -> list[str]:
-    return sorted(item.name for item in path.iterdir())
+    """What is in the directory; an index file without its digest."""
+    return sorted("index.usearch" if item.suffix == ".usearch" else item.name for item in path.iterdir())
+
+
+def stamped(file: Path) -> tuple[int, ...]:
+    status = file.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def index_of(path: Path) -> Path:
+    return path / json.loads((path / "index.json").read_text())["file"]
 
 
 def digest(path: Path) -> str:
@@ -94,11 +104,11 @@ def test_search_gives_the_nearest_first(tmp_path: Path, threshold: int, without:
     filled(tmp_path / "m", 60)
     q = 3 * query()  # cosine: the length of the query does not matter
     with MotionMemory.open(tmp_path / "m", index_threshold=threshold) as memory:
-        found = memory.search(q, k, without)
+        found = memory.search(q, k, exclude_source=without)
     want = ranked(60, q, without)[:k]
     assert [r.id for r in found] == [number for number, _ in want]
     np.testing.assert_allclose([r.score for r in found], [score for _, score in want], atol=1e-6)
-    assert (tmp_path / "m" / "index.usearch").exists() == (threshold == 10)
+    assert ("index.usearch" in names(tmp_path / "m")) == (threshold == 10)
 
 
 def test_a_reference_is_the_clip_that_was_added(tmp_path: Path) -> None:
@@ -128,12 +138,9 @@ def test_equal_captions_come_in_the_order_of_their_ids(tmp_path: Path) -> None:
 
 
 def test_an_index_that_finds_too_little_is_not_the_last_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Poor:
-        def search(self, *_: object, **__: object) -> object:
-            return type("Matches", (), {"keys": np.array([4], np.uint64)})
-
     with MotionMemory.open(filled(tmp_path / "m", 30), index_threshold=10) as memory:
-        monkeypatch.setattr(memory, "_vector_index", lambda db: Poor())
+        memory.refresh()
+        monkeypatch.setattr(memory_index.Base, "nearest", lambda self, query, count: np.array([4], np.int64))
         assert [r.id for r in memory.search(query(), 3)] == [n for n, _ in ranked(30, query())[:3]]
 
 
@@ -146,8 +153,8 @@ def test_too_few_clips_is_a_plain_error(tmp_path: Path, threshold: int) -> None:
         with pytest.raises(MemoryStoreError, match="6 references .* holds 5 clips"):
             memory.search(query(), 6)
         with pytest.raises(MemoryStoreError, match="3 of them from the excluded a"):
-            memory.search(query(), 3, "a")
-        assert len(memory.search(query(), 2, "a")) == 2
+            memory.search(query(), 3, exclude_source="a")
+        assert len(memory.search(query(), 2, exclude_source="a")) == 2
 
 
 @pytest.mark.parametrize("vector", [
@@ -231,9 +238,9 @@ def test_equal_contents_give_equal_state(tmp_path: Path) -> None:
     states = []
     for name in ("a", "b"):
         with sqlite3.connect(filled(tmp_path / name, 5) / "memory.sqlite") as db:
-            states.append(dict(db.execute("SELECT key, value FROM meta")))
+            states.append((db.execute("SELECT * FROM meta").fetchall(), db.execute("SELECT * FROM history").fetchall()))
         db.close()
-    assert states[0] == states[1] and states[0]["generation"] == "1"
+    assert states[0] == states[1] and states[0][1][-1][0] == 1
 
 
 def test_create_refuses_to_overwrite_and_impossible_dims(tmp_path: Path) -> None:
@@ -261,7 +268,7 @@ def test_a_read_only_directory_works(shared: Path) -> None:
         (folder / "memory.sqlite").chmod(0o444)
         folder.chmod(0o555)
     root = os.geteuid() == 0
-    indexing._usearch()  # imported while every file of the environment can be read
+    memory_index._usearch()  # imported while every file of the environment can be read
     if root:
         os.seteuid(65534)  # root could write anywhere
     try:
@@ -303,10 +310,9 @@ def test_readers_see_what_a_writer_adds_and_the_last_one_tidies_up(tmp_path: Pat
         with MotionMemory.open(path, True, index_threshold=threshold) as reader, MotionMemory.open(path) as writer:
             reader.search(query(), 1)
             number = writer.add([clip(900, embedding=-query())])[0]
-            assert reader.search(-query(), 1)[0].id == number == len(reader)
-            with sqlite3.connect(path / "memory.sqlite", isolation_level=None) as db:
-                db.execute("DELETE FROM clips WHERE id = ?", (number,))
-            db.close()
+            assert reader.search(-query(), 1)[0].id == number and len(reader) == 31
+            assert writer.remove([number, number, 999]) == 1
+            assert reader.search(-query(), 1)[0].id != number and len(reader) == 30
     with MotionMemory.open(path) as memory:
         assert memory.add([clip(1)])
     assert not {"memory.sqlite-wal", "memory.sqlite-shm"} & set(names(path))
@@ -366,13 +372,13 @@ def test_missing_and_damaged_truth(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change, words", [
-    ("PRAGMA user_version=2", "schema 2; this MotionRT reads up to 1. Upgrade"),
+    ("PRAGMA user_version=3", "schema 3; this MotionRT reads up to 2. Upgrade"),
     ("DELETE FROM meta", "damaged"), ("UPDATE meta SET value='[' WHERE key='dims'", "damaged"),
-    ("UPDATE meta SET value='x' WHERE key='generation'", "damaged"), ("DROP TABLE clips", "damaged"),
-    ("UPDATE clips SET motion=x'00'", "damaged: clip 2 has 1 bytes of motion"),
-    ("UPDATE clips SET embedding=x'0000'", "2 bytes of embedding"),
-    (f"UPDATE clips SET appearance=x'{'007e' * M * D}'", "impossible appearance"),
-    (f"UPDATE clips SET embedding=x'{'0000c07f' * E}'", "impossible embedding"),
+    ("UPDATE history SET clips='x'", "its history ends in"), ("DELETE FROM history", "damaged"), ("DROP TABLE clips", "damaged"),
+    ("UPDATE tokens SET motion=x'00'", "damaged: clip 2 has 1 bytes of motion"),
+    ("UPDATE vectors SET embedding=x'0000'", "2 bytes of embedding"),
+    (f"UPDATE tokens SET appearance=x'{'007e' * M * D}'", "impossible appearance"),
+    (f"UPDATE vectors SET embedding=x'{'0000c07f' * E}'", "impossible embedding"),
 ])  # fmt: skip
 def test_damage_inside_the_truth(tmp_path: Path, change: str, words: str) -> None:
     path = filled(tmp_path / "m", 3)
@@ -385,7 +391,7 @@ def test_damage_inside_the_truth(tmp_path: Path, change: str, words: str) -> Non
 
 def test_an_index_that_cannot_be_trusted_is_made_again(tmp_path: Path) -> None:
     path, q = filled(tmp_path / "m", 300), query()
-    index, sidecar = path / "index.usearch", path / "index.json"
+    sidecar = path / "index.json"
     want = [number for number, _ in ranked(300, q)[:5]]
 
     def search() -> list[int]:
@@ -393,23 +399,26 @@ def test_an_index_that_cannot_be_trusted_is_made_again(tmp_path: Path) -> None:
             return [r.id for r in memory.search(q, 5)]
 
     assert search() == want
+    index = index_of(path)
     good, record = index.read_bytes(), json.loads(sidecar.read_text())
     assert record["sha256"] == digest(index) and record["count"] == 300 and record["generation"] == 1
     stamp = index.stat().st_mtime_ns
     assert search() == want and index.stat().st_mtime_ns == stamp  # a good one is kept
-    random = np.random.default_rng(0)
     flipped = np.frombuffer(good, np.uint8).copy()
-    flipped[random.integers(len(good) // 2, len(good), 400)] ^= 255  # loading this crashes USearch
+    flipped[np.random.default_rng(0).integers(len(good) // 2, len(good), 400)] ^= 255  # loading this crashes USearch
     for content in (flipped.tobytes(), good[:1000], b"", None):
         index.unlink()
         if content is not None:
             index.write_bytes(content)
         assert search() == want and index.read_bytes() == good
-    for text in ("", "{}", "[1]", json.dumps(record | {"sha256": "0" * 64}), json.dumps(record | {"count": 299}),
-                 json.dumps(record | {"content": "0"}), json.dumps(record | {"format": 2})):  # fmt: skip
-        sidecar.write_text(text)
-        assert search() == want and json.loads(sidecar.read_text()) == record
-    filled(tmp_path / "other", 0).joinpath("memory.sqlite")  # another memory with as many clips and changes
+    good_sidecar = sidecar.read_text()
+    record = json.loads(good_sidecar)
+    for change in ("", "{}", "[1]", {"sha256": "0" * 64, "stamp": []}, {"count": 299}, {"content": "0"}, {"format": 1},
+                   {"generation": 7}, {"file": "../m/" + index.name}, {"file": "gone"}):  # fmt: skip
+        sidecar.write_text(change if isinstance(change, str) else json.dumps(record | change))
+        assert search() == want
+        assert json.loads(sidecar.read_text()) == record | {"stamp": list(stamped(index))}
+    filled(tmp_path / "other", 0)  # another memory with as many clips and changes
     with MotionMemory.open(tmp_path / "other", index_threshold=10) as other:
         other.add(clip(i + 1000) for i in range(300))
     shutil.copy(tmp_path / "other" / "memory.sqlite", path / "memory.sqlite")
@@ -444,7 +453,7 @@ def test_a_full_disk_adds_nothing(tmp_path: Path) -> None:
         assert memory._db is not None
         pages = memory._db.execute("PRAGMA page_count").fetchone()[0]
         memory._db.execute(f"PRAGMA max_page_count={pages + 2}")  # SQLite's own SQLITE_FULL, in the middle of the clips
-        with pytest.raises(MemoryStoreError, match="disk is full.*Nothing was added. Free space"):
+        with pytest.raises(MemoryStoreError, match="disk is full.*Nothing was changed. Free space"):
             memory.add(clip(i) for i in range(500))
         assert len(memory) == 3
         memory._db.execute("PRAGMA max_page_count=1000000")

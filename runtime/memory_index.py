@@ -1,0 +1,228 @@
+"""What a motion memory derives from its embeddings to search them fast: a USearch index file, and a matrix of newer rows.
+
+The index (HNSW, cosine) is never changed in place: `index-<digest>.usearch` is written beside and renamed, then the
+sidecar `index.json` is renamed to name it. The sidecar says which state of the memory it knows. Clips added later are
+searched exactly, in a matrix, until a new index takes them in; clips removed later are skipped when their rows are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from motionrt.runtime.errors import MemoryStoreError, MotionRTError
+from motionrt.runtime.manifest import sha256_of
+from motionrt.runtime.memory_store import State
+from motionrt.runtime.video import replacing
+
+SIDECAR = "index.json"
+_FORMAT = 2
+# bf16 is a third faster than f16 where the CPU has neither; what it misorders is put right from the float32 rows.
+_DTYPE, _CONNECTIVITY, _EXPANSION_ADD, _EXPANSION_SEARCH = "bf16", 16, 128, 64
+_STALE = 3600.0  # seconds after which a half-written file is a dead writer's
+_log = logging.getLogger(__name__)
+
+Chunks = Iterable[tuple[NDArray[np.int64], NDArray[np.float32]]]  # ids [n] rising, unit vectors [n,E]
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """An index and what it knows: `count` clips with ids up to `last`, of the state `generation`, `content`.
+
+    file: what it is mapped from; None for one that could not be stored.
+    """
+
+    index: Any
+    file: Path | None
+    stamp: tuple[int, ...]
+    generation: int
+    content: str
+    last: int
+    count: int
+
+    def intact(self) -> bool:
+        """Whether the file is the one that was mapped: reading what was overwritten ends the process."""
+        with contextlib.suppress(OSError):
+            return self.file is None or _stamp(self.file) == self.stamp
+        return False
+
+    def nearest(self, query: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+        """Ids of about the `count` nearest clips, removed ones among them."""
+        count = min(count, self.count)
+        self.index.expansion_search = max(count, _EXPANSION_SEARCH)
+        return np.asarray(self.index.search(query, count, threads=1).keys, np.int64)
+
+
+class Recent:
+    """The rows after an index (all rows where there is none), in memory: ids int64 [n] rising, unit vectors float32 [n,E]."""
+
+    def __init__(self, size: int) -> None:
+        self.after = self.seen = 0
+        self.ids, self.vectors = np.empty(0, np.int64), np.empty((0, size), np.float32)
+
+    def update(self, after: int, state: State, load: Callable[[int], Chunks]) -> None:
+        """Hold the rows with ids above `after`; load(id) gives those above an id. Removed rows may stay for a while."""
+        all_of = after == 0 and len(self.ids) > state.clips  # rows were removed: begin again
+        if after < self.after or state.last < self.seen or all_of:
+            self.__init__(self.vectors.shape[1])  # type: ignore[misc]
+        if after > self.after:
+            keep = self.ids > after
+            self.ids, self.vectors = self.ids[keep], self.vectors[keep]
+        self.after = after
+        if state.last > self.seen:
+            chunks = list(load(max(after, self.seen)))
+            self.ids = np.concatenate([self.ids, *(ids for ids, _ in chunks)])
+            self.vectors = np.concatenate([self.vectors, *(vectors for _, vectors in chunks)])
+            self.seen = state.last
+
+    def nearest(self, query: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+        """Ids of the `count` nearest rows, of equal ones the lowest."""
+        scores = self.vectors @ query
+        if count < len(scores):
+            least = np.partition(scores, len(scores) - count)[len(scores) - count]
+            rows = np.flatnonzero(scores >= least)
+            return self.ids[rows[np.argsort(-scores[rows], kind="stable")[:count]]]
+        return self.ids
+
+
+def signature(directory: Path) -> tuple[int, ...] | None:
+    """Changes whenever the sidecar does; None where there is none."""
+    with contextlib.suppress(OSError):
+        return _stamp(directory / SIDECAR)
+    return None
+
+
+def open_base(directory: Path, readonly: bool) -> Base | None:
+    """The stored index, mapped read-only, or None where there is none that is sound.
+
+    Flipped bytes crash USearch, so it only sees a file whose SHA-256 is the sidecar's. An unchanged file is not hashed
+    again: the sidecar holds the inode, size, mtime and ctime that it had when it was last hashed, and no program can set
+    a ctime. What that misses is a disk that changes bytes by itself (`MotionMemory.verify` always reads them all).
+    """
+    for _ in range(3):  # a writer may replace the index between reading the sidecar and opening the file
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RuntimeError):
+            record = _record(directory)
+            file = directory / str(record["file"])
+            stamp = list(_stamp(file))
+            if stamp != record["stamp"]:
+                if sha256_of(file) != record["sha256"]:
+                    if _record(directory) == record:
+                        return None
+                    continue
+                if not readonly:
+                    _write_record(directory, {**record, "stamp": stamp})
+            # Never added to: USearch crashes on adding to a view. No table of keys: opening stays cheap.
+            index = _usearch().Index.restore(str(file), view=True, enable_key_lookups=False)
+            if index is None or len(index) != record["count"]:
+                return None
+            return Base(index, file, tuple(stamp), *(record[name] for name in ("generation", "content", "last", "count")))
+        if signature(directory) is None:
+            return None
+        time.sleep(0.01)
+    return None
+
+
+def sound(directory: Path) -> bool:
+    """Whether the stored index is, byte for byte, what was written."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        record = _record(directory)
+        return bool(sha256_of(directory / str(record["file"])) == record["sha256"])
+    return False
+
+
+def make_base(directory: Path, state: State, chunks: Chunks, size: int, threads: int, base: Base | None) -> Base:
+    """An index of `state`, stored: of `chunks` (all clips), or a copy of `base` with `chunks` (those after it) added.
+
+    With one thread it depends on the clips alone. Where it cannot be stored, a warning says so and it serves from memory.
+    """
+    options = {"expansion_add": _EXPANSION_ADD, "connectivity": _CONNECTIVITY}
+    index, count = _usearch().Index(ndim=size, metric="cos", dtype=_DTYPE, **options), 0
+    if base is not None:
+        try:
+            index.load(str(base.file))
+        except RuntimeError as error:
+            text = f"the index of {directory} was replaced by another process ({error}); try again."
+            raise MemoryStoreError(text) from error
+        count = base.count
+    for ids, vectors in chunks:
+        index.add(ids, vectors, threads=threads)
+        count += len(ids)
+    made = Base(index, None, (), state.generation, state.content, state.last, count)
+    try:
+        _save(directory, made)
+    except MotionRTError as error:
+        _log.warning("the vector index is used but could not be kept: %s", error)
+        return made
+    return open_base(directory, True) or made
+
+
+def tidy(directory: Path) -> None:
+    """Remove index files that no sidecar names, and what writers left half-written an hour ago or more."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        keep = str(_record(directory)["file"])
+        for file in directory.glob("index-*.usearch"):
+            if file.name != keep:
+                file.unlink(missing_ok=True)
+    for file in directory.glob(".*.partial"):
+        with contextlib.suppress(OSError):
+            if time.time() - file.stat().st_mtime > _STALE:
+                file.unlink(missing_ok=True)
+
+
+def stored_bytes(directory: Path) -> int:
+    """Bytes of the index on disk."""
+    return sum(file.stat().st_size for file in [*directory.glob("index-*.usearch"), *directory.glob(SIDECAR)])
+
+
+def _save(directory: Path, base: Base) -> None:
+    file = directory / f"index-{base.content[:16]}.usearch"
+    with replacing(file, MemoryStoreError) as temporary:
+        try:
+            base.index.save(str(temporary))
+        except RuntimeError as error:  # USearch's word for a full disk
+            raise OSError(str(error)) from error
+        if temporary.stat().st_size != base.index.serialized_length:
+            raise OSError(errno.ENOSPC, "the index was written in part")
+        sha256 = sha256_of(temporary)
+    record = {"format": _FORMAT, "file": file.name, "sha256": sha256, "stamp": list(_stamp(file))}
+    known = {"generation": base.generation, "content": base.content, "last": base.last, "count": base.count}
+    _write_record(directory, record | known)
+    tidy(directory)
+
+
+def _record(directory: Path) -> dict[str, Any]:
+    """The sidecar; ValueError for one of another format."""
+    record = json.loads((directory / SIDECAR).read_text(encoding="utf-8"))
+    if record["format"] != _FORMAT or Path(record["file"]).name != record["file"]:
+        raise ValueError("another format")
+    return dict(record)
+
+
+def _write_record(directory: Path, record: dict[str, Any]) -> None:
+    with replacing(directory / SIDECAR, MemoryStoreError) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    status = file.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _usearch() -> Any:
+    # USearch's Linux wheels export their own copy of libstdc++: an ONNX Runtime that is imported after them segfaults
+    # (2.26.6 with 1.31.1), the other order is sound. So it goes first, where it is installed.
+    with contextlib.suppress(ImportError):
+        import onnxruntime  # noqa: F401
+    import usearch.index
+
+    return usearch.index
