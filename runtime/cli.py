@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from motionrt.runtime.cli_common import BundlePath, Threads, open_pipeline
+from motionrt.runtime.cli_common import (
+    BundlePath,
+    Conditions,
+    Distinct,
+    Diversity,
+    MinimumScore,
+    Threads,
+    open_pipeline,
+    parse_where,
+)  # fmt: skip
 from motionrt.runtime.cli_memory import memory_app
 from motionrt.runtime.errors import BackendError, InputError, MediaError, MotionRTError
 
@@ -79,6 +88,10 @@ def generate(
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     motion_scale: Annotated[float, typer.Option(help="Strength of the retrieved motion; 0 is the base model.")] = 1.0,
     references: Annotated[int | None, typer.Option("--references", "-k", help="How many clips to retrieve.")] = None,
+    where: Conditions = None,
+    minimum_score: MinimumScore = None,
+    distinct: Distinct = None,
+    diversity: Diversity = None,
     solver: Annotated[str | None, typer.Option(help="Solver, such as ddim or dpm.")] = None,
     threads: Threads = None,
 ) -> None:
@@ -108,6 +121,10 @@ def generate(
             motion_scale=motion_scale,
             references=references,
             negative_prompt=negative_prompt,
+            where=parse_where(where),
+            minimum_score=minimum_score,
+            distinct=distinct,
+            diversity=diversity,
             solver=solver,
             callback=lambda step, steps: bars.update(task, completed=step + 1),
         )
@@ -115,6 +132,8 @@ def generate(
     write_video(out, result.frames, result.fps)
     if result.references:
         console.print(report.references_table(result.references))
+    if result.fallback is not None:
+        console.print(result.fallback, markup=False)
     console.print(report.stages_table([result], {"write": time.perf_counter() - start, "load": load}))
     frames, height, width, _ = result.frames.shape
     console.print(f"{out}: {frames} frames of {width}x{height} at {result.fps:g} fps, seed {seed}", markup=False)

@@ -53,8 +53,13 @@ def _plain(text: str) -> str:
 
 def references_table(references: Sequence[Reference]) -> Table:
     """The clips whose motion was used."""
-    rows = [(r.caption, r.source, f"{r.start:g}-{r.start + r.duration:g} s", f"{r.score:.3f}") for r in references]
-    return table("references", ("caption", "source", "span", "score"), rows, left=3)
+    several = any(r.memory for r in references)
+    rows = [
+        (r.caption, r.source, *([r.memory] if several else []), f"{r.start:g}-{r.start + r.duration:g} s", f"{r.score:.3f}")
+        for r in references
+    ]
+    columns = ("caption", "source", *(["memory"] if several else []), "span", "score")
+    return table("references", columns, rows, left=len(columns) - 1)
 
 
 def found_table(references: Sequence[Reference]) -> Table:

@@ -9,12 +9,16 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from motionrt.runtime.backend import OnnxRuntimeBackend
+from motionrt.runtime.bundle import Bundle
 from motionrt.runtime.cli import main
 from motionrt.runtime.cli_common import _weighted, parse_where
 from motionrt.runtime.errors import InputError
+from motionrt.runtime.indexing import ClipEncoders
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -90,6 +94,42 @@ def test_memory_add_from_a_table_with_spans(run: Run, fake_bundle: Path, memory:
     assert status == 2 and "leave out --caption" in err
     status, _, err = run("memory", "add", memory, folder, "-b", fake_bundle, "--span", "end")
     assert status == 2 and "span rule is 'end'; allowed are start, centre" in err
+
+
+@pytest.mark.filterwarnings("default")
+def test_memory_add_from_parquet_and_lancedb(run: Run, fake_bundle: Path, memory: Path, folder: Path, tmp_path: Path) -> None:
+    """Rows as the release's script writes them: vectors of the bundle's own encoder are kept, those of another are refused."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    lancedb = pytest.importorskip("lancedb")
+    bundle = Bundle.open(fake_bundle)
+    encoders = ClipEncoders.from_bundle(bundle, OnnxRuntimeBackend(1))
+
+    def rows(words: str, sign: int, width: int) -> object:
+        vector = np.resize(sign * encoders.embed(words), width)
+        columns = {"text": [words] * 2, "id": [0, 1], "uid": ["openvid/0", "openvid/1"], "dataset": ["openvid"] * 2,
+                   "video": ["clip0.mp4", "clip1.mp4"], "start_sec": [0.0, 0.0], "end_sec": [0.3, 0.3]}  # fmt: skip
+        return arrow.table({**columns, "text_embedding": arrow.array([vector] * 2, arrow.list_(arrow.float32(), width))})
+
+    add = ["memory", "add", memory, "-b", fake_bundle, "--videos", folder]
+    database = lancedb.connect(str(tmp_path / "db"))
+    database.create_table("own", rows("the star", 1, 8))
+    database.create_table("other", rows("the circle", -1, 8))
+    database.create_table("wide", rows("up and down", 1, 768))
+    status, out, _ = run(*add, tmp_path / "db" / "own.lance")
+    assert status == 0 and "2 added, 7 clips" in out and "2 vectors were kept as they came: they must be of this" in out
+    status, _, err = run(*add, tmp_path / "db" / "other.lance")
+    assert status == 2 and "another text encoder made it. Embed the captions anew: --reembed." in err and err.count("\n") == 1
+    status, out, _ = run(*add, tmp_path / "db" / "other.lance", "--reembed")
+    assert status == 0 and "2 added, 9 clips" in out and "vectors" not in out
+    status, out, _ = run(*add, tmp_path / "db" / "wide.lance")
+    assert status == 0 and "2 added, 11 clips" in out and "vectors" not in out
+    parquet.write_table(rows("a blue circle", 1, 8), tmp_path / "t.parquet")
+    status, out, _ = run(*add, tmp_path / "t.parquet")
+    assert status == 0 and "2 added, 13 clips" in out and "2 vectors" in out
+    search = ["memory", "search", memory, "-b", fake_bundle, "--where", "uid=openvid/1", "-k", 4, "the circle"]
+    status, out, _ = run(*search)
+    assert status == 0 and set(captions(out)) == {"the star", "the circle", "up and down", "a blue circle"}
+    assert captions(out)[0] == "the circle" and "openvid" in out
 
 
 def test_memory_add_lists_no_more_failures_than_one_can_read(run: Run, fake_bundle: Path, memory: Path, tmp_path: Path) -> None:
@@ -193,17 +233,40 @@ def test_memory_of_int8_tokens(run: Run, fake_bundle: Path, folder: Path, tmp_pa
     assert status == 2 and "int4" in err and not (tmp_path / "other" / "memory.sqlite").exists()
 
 
-def test_generate_with_several_memories(run: Run, fake_bundle: Path, memory: Path, folder: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def generate(fake_bundle: Path, tmp_path: Path) -> list[object]:
+    Image.new("RGB", (40, 30), (80, 80, 80)).save(tmp_path / "still.png")
+    command = ["generate", "-b", fake_bundle, "-i", tmp_path / "still.png", "-p", "a blue ball moves left"]
+    return [*command, "-o", tmp_path / "out.gif"]
+
+
+def test_generate_with_several_memories(
+    run: Run, fake_bundle: Path, generate: list[object], memory: Path, folder: Path, tmp_path: Path
+) -> None:
     second = tmp_path / "second"
     run("memory", "create", second, "-b", fake_bundle)
     run("memory", "add", second, folder / "clip1.mp4", "-b", fake_bundle)
-    Image.new("RGB", (40, 30), (80, 80, 80)).save(tmp_path / "still.png")
-    command = ["generate", "-b", fake_bundle, "-i", tmp_path / "still.png", "-p", "a blue ball", "-o", tmp_path / "out.gif"]
-    status, out, _ = run(*command, "-m", memory, "-m", f"{second}=0.5", "-k", 3)
+    status, out, _ = run(*generate, "-m", memory, "-m", f"{second}=0.5", "-k", 6)
     assert status == 0 and (tmp_path / "out.gif").stat().st_size > 0
-    for wrong, message in (([f"{second}=much"], "directory=weight"), ([second, second], "named twice"), ([second, "no"], "no")):
-        status, _, err = run(*command, *(x for path in wrong for x in ("-m", path)))
+    scores = [float(line.split("│")[5]) for line in out.splitlines() if line.startswith("│ a blue ball")]
+    assert str(second) in out and scores == pytest.approx([1, 0.5], abs=2e-3)
+    for wrong, message in (
+        ([f"{second}=much"], "directory=weight"), ([second, second], "named twice"), ([second, "no"], "no motion memory at no"),
+        ([f"{second}=0"], "above 0"),
+    ):  # fmt: skip
+        status, _, err = run(*generate, *(x for path in wrong for x in ("-m", path)))
         assert status == 2 and message in err and err.count("\n") == 1
+
+
+def test_generate_chooses_what_may_be_retrieved(run: Run, generate: list[object], memory: Path) -> None:
+    status, out, _ = run(*generate, "-m", memory, "--where", "dataset=other", "-k", 1)
+    assert status == 0 and "very red" in out
+    status, out, _ = run(*generate, "-m", memory, "--min-score", 0.999)
+    assert status == 0 and "a blue ball moves left" in out and "very red" not in out
+    status, out, _ = run(*generate, "-m", memory, "--min-score", 0.999, "-p", "star")
+    assert status == 0 and "no motion: no clip of the motion memory passes" in out and "references" not in out
+    status, _, err = run(*generate, "-m", memory, "--diversity", 2)
+    assert status == 2 and "diversity" in err
 
 
 def test_weights_and_conditions_are_read_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
