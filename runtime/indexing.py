@@ -178,12 +178,23 @@ class _Run:
             videos = np.stack([p.decoded.video for p in self.pending])
             motion = self.encoders.motion({"video": videos})["motion"]
             appearance = self.encoders.appearance({"image": np.ascontiguousarray(videos[:, 0])})["appearance"]
+            self._check_sizes(embedding=self.pending[0].embedding, motion=motion[0], appearance=appearance[0])
             clips = [self._clip(p, motion[row], appearance[row]) for row, p in enumerate(self.pending)]
             added = self._add(self.pending, clips)
             self.report.added += len(added)
             self.report.vectors += sum(p.embedding is p.item.embedding for p in added)
             self.pending.clear()
         self.hashes.save()
+
+    def _check_sizes(self, **arrays: NDArray[np.float32]) -> None:
+        """Stop a run whose encoders are not the memory's: it could add nothing."""
+        sizes = {name: list(array.shape) for name, array in arrays.items()}
+        kept = {name: list(self.memory.dims[name]) for name in arrays}
+        if sizes != kept:
+            raise MemoryStoreError(
+                f"the encoders give {sizes}; the motion memory {self.memory.path} keeps {kept}. Use the bundle that it was made"
+                " for, or `motionrt memory create` another one."
+            )
 
     def _add(self, pending: list[_Pending], clips: list[Clip]) -> list[_Pending]:
         """Add clips at once, or one by one if the memory refuses one of them; those that were added."""

@@ -20,7 +20,7 @@ from motionrt.runtime.video import replacing
 
 CAPTIONS = ("motion_caption", "caption", "text")  # columns that a caption is taken from: the first that is there
 VECTOR = "text_embedding"
-VIDEOS = frozenset(".3gp .avi .flv .gif .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split())
+VIDEOS = frozenset(".3gp .avi .flv .gif .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .webm .wmv".split())
 _TAKEN = ("video", "start_sec", "end_sec", "dataset", "reason", VECTOR)  # columns that are no metadata
 
 
@@ -126,6 +126,8 @@ def _with_caption(
             text = beside.read_text(encoding="utf-8-sig").strip()
         except FileNotFoundError:
             problem = f"it has no caption: write one into {beside.name} beside it, or give --caption or --captions."
+            if not file.is_file():
+                problem = "there is no such file; check the path."
         except (OSError, ValueError) as error:
             problem = f"its caption {beside.name} cannot be read: {error}."
     return Item(file, text or "", start, None, dataset, problem=problem)

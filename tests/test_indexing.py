@@ -131,10 +131,15 @@ def test_index_clips_adds_nothing_twice(tmp_path: Path, memory: MotionMemory) ->
 def test_index_clips_with_no_items_and_with_wrong_encoders(tmp_path: Path, memory: MotionMemory) -> None:
     path = video(tmp_path / "a.mp4")
     wrong = ClipEncoders(tokenize, text_query, appearance, appearance, F, H, W, FPS)
+    narrow = ClipEncoders(
+        tokenize, text_query, lambda inputs: {"motion": motion(inputs)["motion"][:, :1]}, appearance, F, H, W, FPS
+    )
     with memory:
         assert index_clips(memory, ENCODERS, []) == IndexReport()
         with pytest.raises((InputError, KeyError)):
             index_clips(memory, wrong, [(path, "x", None)])
+        with pytest.raises(MemoryStoreError, match=r"the encoders give .*'motion': \[1, 5\].* keeps .*'motion': \[2, 5\]"):
+            index_clips(memory, narrow, [(path, "x", None)])
         assert len(memory) == 0
 
 

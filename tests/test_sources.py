@@ -189,6 +189,7 @@ def test_a_folder_gives_its_videos_with_the_captions_beside_them(tmp_path: Path)
     assert [Path(item.video).name for item in found] == ["a.mov", "b.mp4", "bad.mp4", "none.mp4", "ü.WEBM"]
     assert [item.caption for item in found] == ["rises", "turns left", "", "", "東へ"]
     assert "bad.txt cannot be read" in found[2].problem and "write one into none.txt beside it" in found[3].problem
+    assert items(tmp_path / "gone.mp4")[0].problem == "there is no such file; check the path."
     assert {(item.dataset, item.start) for item in found} == {("mine", 2.0)}
     assert [item.caption for item in items(tmp_path, caption="same")] == ["same"] * 5
     (tmp_path / "c.json").write_text(json.dumps({"none.mp4": "named", "sub/ü.WEBM": "by path"}), encoding="utf-8")
