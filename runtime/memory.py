@@ -168,12 +168,12 @@ class MotionMemory(MemoryFile):
                 wanted, base = view.state.clips > self.index_threshold, view.base
         except MemoryStoreError as error:
             return [str(error)]
-        if base is None and derived.signature(self.path) is not None:
-            wrong.append("the index is damaged or of another memory; it will be made again when a writer needs it")
-        elif base is not None and not derived.sound(self.path):
-            wrong.append("the index is not what was written; remove index.json to have it made again")
-        elif base is None and wanted:
+        if wanted and base is None and derived.signature(self.path) is None:
             wrong.append("the index is missing; it will be made when a writer needs it")
+        elif wanted and base is None:
+            wrong.append("the index is damaged, out of date or of another memory; it will be made again when a writer needs it")
+        elif wanted and not derived.sound(self.path):
+            wrong.append("the index is not what was written; remove index.json to have it made again")
         return wrong
 
     def stats(self) -> MemoryStats:

@@ -39,7 +39,6 @@ _INSERTS = (
     "INSERT INTO clips VALUES (:id, :caption, :source, :start, :duration, :fps, :source_sha256, :dataset, :metadata)",
     "INSERT INTO vectors VALUES (:id, :embedding)",
     "INSERT INTO tokens VALUES (:id, :crc, :motion, :appearance)",
-    "INSERT INTO tags SELECT key, value, :id FROM json_each(:metadata) UNION ALL SELECT 'dataset', :dataset, :id",
 )
 # Schema 1 had one wide table. Temporary views give it the names of schema 2: it is read as it is, without a write.
 _OLD = {
@@ -172,6 +171,8 @@ def insert(db: sqlite3.Connection, path: Path, rows: Iterable[Mapping[str, Any]]
     for number, row in enumerate(rows, last + 1):
         for statement in _INSERTS:
             db.execute(statement, {"id": number, **row})
+        tags = {"dataset": row["dataset"], **json.loads(row["metadata"])}  # SQLite's own JSON ends a text at a zero byte
+        db.executemany("INSERT INTO tags VALUES (?, ?, ?)", [(*tag, number) for tag in tags.items()])
         content = hashlib.sha256(f"{content} {number} ".encode() + row["embedding"]).hexdigest()
         ids.append(number)
     if ids:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
+import runpy
 import shutil
 import sqlite3
 import subprocess
@@ -14,6 +14,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,66 +22,12 @@ import pytest
 from motionrt.runtime import memory as memory_module
 from motionrt.runtime import memory_index
 from motionrt.runtime.errors import InputError, MemoryStoreError
-from motionrt.runtime.memory import Clip, MotionMemory, Reference
+from motionrt.runtime.memory import MotionMemory, Reference
 
-E, M, D = 16, 3, 4
-DIMS = {"embedding": E, "motion": [M, D], "appearance": [M, D]}
-DIGESTS = {"text_query": "a" * 64, "motion": "b" * 64, "appearance": "c" * 64}
-
-
-def clip(number: int, **changes: object) -> Clip:
-    random = np.random.default_rng(number)
-    values: dict[str, object] = {
-        "caption": f"caption {number}", "source": f"video{number % 7}.mp4", "start": number / 8, "duration": 2.125,
-        "fps": 8.0, "source_sha256": f"{number:064x}", "embedding": random.standard_normal(E).astype(np.float32),
-        "motion": random.standard_normal((M, D)).astype(np.float32),
-        "appearance": random.standard_normal((M, D)).astype(np.float32), "metadata": {"licence": "CC0"},
-    }  # fmt: skip
-    return Clip(**(values | changes))  # type: ignore[arg-type]
-
-
-def filled(path: Path, count: int, **options: int) -> Path:
-    with MotionMemory.create(path, digests=DIGESTS, dims=DIMS, **options) as memory:
-        memory.add(clip(i) for i in range(count))
-    return path
-
-
-def query(number: int = 1000) -> np.ndarray:
-    return np.random.default_rng(number).standard_normal(E).astype(np.float32)
-
-
-def ranked(count: int, q: np.ndarray, without: str | None = None) -> list[tuple[int, float]]:
-    """(id, cosine) best first, the slow way."""
-    scores = []
-    for number in range(count):
-        item = clip(number)
-        vector = item.embedding.astype(np.float64)
-        if item.source != without:
-            scores.append((number + 1, float(vector @ q / np.linalg.norm(vector) / np.linalg.norm(q))))
-    return sorted(scores, key=lambda pair: (-pair[1], pair[0]))
-
-
-def names(path: Path) -> list[str]:
-    """What is in the directory; an index file without its digest."""
-    return sorted("index.usearch" if item.suffix == ".usearch" else item.name for item in path.iterdir())
-
-
-def stamped(file: Path) -> tuple[int, ...]:
-    status = file.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def index_of(path: Path) -> Path:
-    return path / json.loads((path / "index.json").read_text())["file"]
-
-
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def environment() -> dict[str, str]:
-    """For a child process: motionrt is found where it was found here."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+_fake = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("fake_memory.py"))))
+D, DIGESTS, DIMS, E, M = _fake.D, _fake.DIGESTS, _fake.DIMS, _fake.E, _fake.M
+clip, digest, environment, filled = _fake.clip, _fake.digest, _fake.environment, _fake.filled
+index_of, names, query, ranked, stamped = _fake.index_of, _fake.names, _fake.query, _fake.ranked, _fake.stamped
 
 
 @pytest.fixture
@@ -294,7 +241,7 @@ def test_clips_survive_a_kill_after_add(tmp_path: Path) -> None:
         "import os, sys, runpy; t = runpy.run_path(sys.argv[1]); m = t['MotionMemory'].open(sys.argv[2]);"
         "m.add([t['clip'](5)]); os._exit(9)"
     )
-    done = subprocess.run([sys.executable, "-c", code, __file__, str(path)], check=False, env=environment())
+    done = subprocess.run([sys.executable, "-c", code, _fake.__file__, str(path)], check=False, env=environment())
     assert done.returncode == 9
     assert "memory.sqlite-wal" in names(path)
     with MotionMemory.open(path, readonly=True) as memory:
@@ -374,7 +321,7 @@ def test_missing_and_damaged_truth(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change, words", [
     ("PRAGMA user_version=3", "schema 3; this MotionRT reads up to 2. Upgrade"),
     ("DELETE FROM meta", "damaged"), ("UPDATE meta SET value='[' WHERE key='dims'", "damaged"),
-    ("UPDATE history SET clips='x'", "its history ends in"), ("DELETE FROM history", "damaged"), ("DROP TABLE clips", "damaged"),
+    ("UPDATE history SET clips='x'", "history ends in"), ("DELETE FROM history", "damaged"), ("DROP TABLE clips", "damaged"),
     ("UPDATE tokens SET motion=x'00'", "damaged: clip 2 has 1 bytes of motion"),
     ("UPDATE vectors SET embedding=x'0000'", "2 bytes of embedding"),
     (f"UPDATE tokens SET appearance=x'{'007e' * M * D}'", "impossible appearance"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,8 @@ from PIL import Image
 from motionrt.runtime.backend import Graph, OnnxRuntimeBackend
 from motionrt.runtime.bundle import Bundle
 from motionrt.runtime.errors import BackendError, Cancelled, InputError, MediaError, MemoryStoreError
-from motionrt.runtime.memory import MotionMemory, Reference
+from motionrt.runtime.memory import Clip, MotionMemory, Reference
+from motionrt.runtime.memory_set import MemorySet
 from motionrt.runtime.noise import noise
 from motionrt.runtime.pipeline import STAGES, MotionPipeline, Request, to_frames
 from motionrt.runtime.sampler import sample
@@ -115,6 +117,71 @@ def test_default_references_bend_to_a_small_memory(
             pipeline(still, "a red ball")
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"minimum_score": 1.0, "prompt": "and very"}, "passes minimum_score 1.0"),
+        ({"where": {"dataset": "other"}}, "passes where {'dataset': 'other'}"),
+        ({"minimum_score": 1.0, "prompt": "and very", "where": {"dataset": ""}, "references": 2}, "1.0, where {'dataset': ''}"),
+    ],
+    ids=["score", "where", "both"],
+)
+def test_without_a_clip_that_passes_it_is_the_base_model_and_says_so(
+    pipeline: MotionPipeline, still: Still, change: dict[str, Any], words: str
+) -> None:
+    request = {"image": still, "prompt": "a red ball", **change}
+    result = pipeline(**request)
+    base = pipeline(still, request["prompt"], motion_scale=0)
+    np.testing.assert_array_equal(result.frames, base.frames)
+    assert result.references == [] and result.fallback is not None and words in result.fallback
+    assert base.fallback is None and pipeline(still, "a red ball").fallback is None
+    assert pipeline.batch([Request(**request)])[0].fallback == result.fallback
+
+
+def test_a_minimum_score_leaves_the_clips_above_it(pipeline: MotionPipeline, still: Still) -> None:
+    scores = [found.score for found in pipeline(still, "a red ball", references=4).references]
+    for references in (None, 4):
+        found = pipeline(still, "a red ball", references=references, minimum_score=scores[1]).references
+        assert [item.score for item in found] == scores[:2]
+
+
+def test_requests_choose_among_clips_by_metadata_motion_and_diversity(
+    fake_bundle: Path, still: Still, tmp_path: Path
+) -> None:
+    bundle = Bundle.open(fake_bundle)
+    dims = {"embedding": 8, "motion": [2, 4], "appearance": [2, 4]}
+    with MotionMemory.create(tmp_path / "m", digests=bundle.digests, dims=dims) as memory:
+        pipeline = MotionPipeline.from_bundle(fake_bundle, memory, threads=1)
+        for number, prompt in enumerate(("a red ball", "a red ball", "a blue ball", "the star")):
+            tokens = reference(number).motion
+            memory.add([Clip(prompt, "s", number, 1, 8, "0", pipeline.embed(prompt), tokens, tokens, {}, "ab"[number % 2])])
+
+        def ids(**keywords: Any) -> list[int]:
+            return [found.id for found in pipeline(still, "a red ball", references=2, **keywords).references]
+
+        motion = memory.get([1])[0].motion
+        memory.remove([2])  # the next one moves as the first does
+        memory.add([Clip("a red ball", "s", 9, 1, 8, "0", pipeline.embed("a red ball"), motion, motion, {}, "b")])
+        assert ids() == [1, 5] and ids(distinct=0.99) == [1, 3] and ids(diversity=0.9)[0] == 1 != ids(diversity=0.9)[1] != 5
+        assert ids(where={"dataset": "b"}) == [5, 4]
+        assert len(pipeline(still, "a red ball", where={"dataset": "b"}).references) == 2  # the default bends to what passes
+        with pytest.raises(MemoryStoreError, match="2 of them with"):
+            pipeline(still, "a red ball", references=3, where={"dataset": "b"})
+
+
+def test_a_set_of_memories_is_a_memory(fake_bundle: Path, fake_memory: Path, still: Still, tmp_path: Path) -> None:
+    shutil.copytree(fake_memory, tmp_path / "b")
+    with MemorySet({"a": MotionMemory.open(fake_memory, True), "b": MotionMemory.open(tmp_path / "b")}, {"b": 2.0}) as both:
+        with MotionPipeline.from_bundle(fake_bundle, both, threads=1) as pipeline:
+            found = pipeline(still, "a red ball", references=5).references
+            assert found[0].memory == "b" and {item.memory for item in found} == {"a", "b"}
+            again = pipeline(still, "a red ball", references=both.get([(item.memory, item.id) for item in found]))
+            assert [item.id for item in again.references] == [item.id for item in found]
+            with pytest.raises(InputError, match="the memory is a set"):
+                pipeline(still, "a red ball", references=[1])
+        assert len(both) == 8  # still open
+
+
 @pytest.mark.parametrize("kind", ["path", "pillow", "array", "rgba", "grey", "tiny", "wide"])
 def test_call_takes_any_image(pipeline: MotionPipeline, still: Still, tmp_path: Path, kind: str) -> None:
     image: Any = {
@@ -173,6 +240,10 @@ def test_callback_counts_steps_and_can_stop(pipeline: MotionPipeline, still: Sti
         ({"references": [reference(1, (3, 4))]}, InputError, r"motion tokens are \(3, 4\); .* with tokens \(2, 4\)"),
         ({"references": [reference(1), reference(2, (3, 4))]}, InputError, "motion tokens"),
         ({"references": [object()]}, InputError, "references holds"),
+        ({"minimum_score": 2}, InputError, "minimum_score is 2; allowed"),
+        ({"where": {"dataset": 3}}, InputError, "where is"),
+        ({"diversity": -1}, InputError, "diversity is -1"),
+        ({"distinct": "no"}, InputError, "distinct is 'no'"),
     ],
 )
 def test_call_refuses(
