@@ -104,12 +104,13 @@ def connect(directory: Path, readonly: bool) -> tuple[sqlite3.Connection, bool]:
         log = file.with_name(f"{FILE}-wal")
         # SQLite cannot share a WAL-mode file that it may not write beside; without a log nobody else has it open.
         alone = head[18:20] == b"\2\2" and not (log.exists() and log.stat().st_size)
-        mode = "ro&immutable=1" if alone and not writable else "ro" if readonly or not writable else "rw"
+        # Readers open it for writing where they may, so that SQLite can undo what a killed writer left half done.
+        mode = "rw" if writable else "ro&immutable=1" if alone else "ro"
         uri = f"{file.absolute().as_uri()}?mode={mode}"
         db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=10)
         db.execute("PRAGMA temp_store=MEMORY")  # for the views; nothing else is temporary
         db.execute("PRAGMA cache_size=-8000")  # KiB: the upper levels of a million rows
-    return db, mode != "rw"
+    return db, readonly or not writable
 
 
 def recognise(db: sqlite3.Connection, path: Path) -> int:
