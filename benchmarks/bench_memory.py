@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 import harness
 import memory_plot
+from motionrt.runtime import memory_index
 from motionrt.runtime.memory import Clip, MotionMemory
 
 K, WARMUPS, TOPICS, PER_SUBJECT, CHUNK = 9, 50, 1000, 20, 10_000
@@ -117,6 +118,7 @@ def memory_of_process() -> dict[str, float]:
 def reader(path: Path, queries: Path) -> None:
     """In a process of its own: open, search, and print as JSON what it took."""
     asked = np.load(queries)
+    memory_index._usearch()  # its import is a program's, not a memory's
     before = memory_of_process()
     start = perf_counter()
     memory = MotionMemory.open(path, readonly=True)
@@ -184,16 +186,10 @@ def lance(folder: Path, memory: MotionMemory, count: int, size: int) -> dict[str
             table.create_index(metric="cosine", index_type="IVF_HNSW_SQ", num_partitions=1, m=16, ef_construction=128)
 
     def search(name: str, tune: Callable[[Any], Any]) -> Search:
-        table, columns = db.open_table(name), ["id", "caption", "motion", "appearance"]
+        table, columns = db.open_table(name), ["id", "caption", "motion", "appearance", "_distance"]
 
         def run(query: Floats) -> list[int]:
-            found = (
-                tune(table.search(query).distance_type("cosine"))
-                .limit(K)
-                .select(columns)
-                .disable_scoring_autoprojection()
-                .to_arrow()
-            )
+            found = tune(table.search(query).distance_type("cosine")).limit(K).select(columns).to_arrow()
             for column in ("motion", "appearance"):
                 np.stack([np.frombuffer(blob.as_py(), "<f2").astype(np.float32) for blob in found[column]])
             return list(found["id"].to_pylist())
