@@ -156,6 +156,20 @@ def test_a_far_away_filter_keeps_recall(tmp_path: Path, monkeypatch: pytest.Monk
         assert [r.id for r in found] == [number for number in order if number in far][:9]
 
 
+@pytest.mark.parametrize("indexed", [0, 150, 300], ids=["exact", "half", "index"])
+def test_leaving_out_nearly_all_keeps_the_order_of_the_rest(tmp_path: Path, indexed: int) -> None:
+    """The best 260 of 300 clips are of one source: far more than a first look fetches."""
+    near = {number for number, _ in ranked(300, query())[:260]}
+    with MotionMemory.create(tmp_path / "m", digests=DIGESTS, dims=DIMS, index_threshold=20 if indexed else 1000) as memory:
+        clips = [clip(i, source="same" if i + 1 in near else "other") for i in range(300)]
+        memory.add(clips[:indexed])
+        memory.refresh()
+        memory.add(clips[indexed:])
+        assert memory.stats().index_state == {0: "not needed", 150: "behind by 150 clips", 300: "current"}[indexed]
+        found = memory.search(query(), 9, exclude_source="same")
+        assert [r.id for r in found] == [number for number, _ in ranked(300, query())[260:269]]
+
+
 # The index that grows
 
 
