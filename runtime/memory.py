@@ -7,6 +7,7 @@ nothing else, so a memory can be committed, mounted read-only or copied. E embed
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sqlite3
@@ -29,6 +30,7 @@ from motionrt.runtime.memory_store import State, plain_errors
 from motionrt.runtime.video import replacing
 
 __all__ = ["INDEX_THRESHOLD", "Clip", "MemoryStats", "MotionMemory", "Reference"]
+_log = logging.getLogger(__name__)
 DELTA = 4096  # clips newer than the index that `refresh` leaves to exact search: about half a millisecond
 
 
@@ -49,6 +51,7 @@ class MotionMemory(MemoryFile):
         self._base: derived.Base | None = None
         self._base_known = False  # that its state is one of this memory's
         self._signature: tuple[int, ...] | None = None  # of the sidecar that `_base` was last looked for in
+        self._warned = False
         self._recent = derived.Recent(self.dims["embedding"][0])
 
     @classmethod
@@ -117,6 +120,9 @@ class MotionMemory(MemoryFile):
         with self._view() as view:
             if part != "embedding":
                 return self._pick_by_tokens(view, part, vector, k, choice)
+            if not view.useful and self.readonly and not self._warned:
+                _log.warning("%s has no index that fits; it is searched row by row until a writer makes one", self.path)
+                self._warned = True
             if view.useful or self.readonly:
                 return self._pick(view, vector, k, choice)
         self.refresh()
