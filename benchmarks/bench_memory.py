@@ -183,7 +183,8 @@ def lance(folder: Path, memory: MotionMemory, count: int, size: int) -> dict[str
             continue
         table = db.create_table(name, batches(), schema=schema)
         if name == "hnsw":  # one partition: no recall is lost to the choice of partitions
-            table.create_index(metric="cosine", index_type="IVF_HNSW_SQ", num_partitions=1, m=16, ef_construction=128)
+            config = importlib.import_module("lancedb.index").HnswSq
+            table.create_index("vector", config=config(distance_type="cosine", num_partitions=1, m=16, ef_construction=128))
 
     def search(name: str, tune: Callable[[Any], Any]) -> Search:
         table, columns = db.open_table(name), ["id", "caption", "motion", "appearance", "_distance"]
