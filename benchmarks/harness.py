@@ -27,7 +27,9 @@ from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "torch", "triton", "tensorrt", "tensorrt-rtx", "diffusers")
+PACKAGES = (
+    "numpy", "usearch", "lancedb", "onnxruntime", "onnxruntime-gpu", "torch", "triton", "tensorrt", "tensorrt-rtx", "diffusers",
+)  # fmt: skip
 
 Candidate = Callable[[], Mapping[str, NDArray[Any]]]
 

@@ -7,7 +7,7 @@ nothing else, so a memory can be committed, mounted read-only or copied. E embed
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import os
 import sqlite3
@@ -30,8 +30,8 @@ from motionrt.runtime.memory_store import State, plain_errors
 from motionrt.runtime.video import replacing
 
 __all__ = ["INDEX_THRESHOLD", "Clip", "MemoryStats", "MotionMemory", "Reference"]
+_log = logging.getLogger(__name__)
 DELTA = 4096  # clips newer than the index that `refresh` leaves to exact search: about half a millisecond
-_TOKENS = (("motion", 6), ("appearance", 7))  # and the column of a reference that has them
 
 
 class _View(NamedTuple):
@@ -51,6 +51,7 @@ class MotionMemory(MemoryFile):
         self._base: derived.Base | None = None
         self._base_known = False  # that its state is one of this memory's
         self._signature: tuple[int, ...] | None = None  # of the sidecar that `_base` was last looked for in
+        self._warned = False
         self._recent = derived.Recent(self.dims["embedding"][0])
 
     @classmethod
@@ -119,6 +120,9 @@ class MotionMemory(MemoryFile):
         with self._view() as view:
             if part != "embedding":
                 return self._pick_by_tokens(view, part, vector, k, choice)
+            if not view.useful and self.readonly and not self._warned:
+                _log.warning("%s has no index that fits; it is searched row by row until a writer makes one", self.path)
+                self._warned = True
             if view.useful or self.readonly:
                 return self._pick(view, vector, k, choice)
         self.refresh()
@@ -128,7 +132,7 @@ class MotionMemory(MemoryFile):
     def get(self, ids: Sequence[int]) -> list[Reference]:
         """The clips of these ids, in this order; their score is NaN. Raises MemoryStoreError for an unknown id."""
         with self._transaction() as db:
-            return self._references(db, [int(number) for number in ids], [math.nan] * len(ids))
+            return store.references(db, self.path, self._layout, [int(number) for number in ids], [math.nan] * len(ids))
 
     def refresh(self, threads: int = 1) -> None:
         """Bring the index up to date: made if it is missing or half of it is removed, extended if it lacks many clips.
@@ -204,17 +208,16 @@ class MotionMemory(MemoryFile):
 
     def _pick(self, view: _View, query: NDArray[np.float32], k: int, choice: Choice) -> list[Found]:
         condition, parameters = choice.of_row()
-        question = f"SELECT v.embedding FROM vectors v WHERE v.id = ?{condition}"
 
         def rows(ids: NDArray[np.int64]) -> tuple[list[int], NDArray[np.float32]]:
             """Ids and unit vectors of those clips that are there and pass."""
-            asked = ((number, view.db.execute(question, (number, *parameters)).fetchone()) for number in ids.tolist())
-            kept = [(number, row[0]) for number, row in asked if row is not None]
+            question = f"SELECT v.id, v.embedding FROM vectors v WHERE v.id IN ({store.marks(ids)}){condition}"
+            kept = view.db.execute(question, (*ids.tolist(), *parameters)).fetchall() if len(ids) else []
             numbers = [number for number, _ in kept]
-            return numbers, unit(self._layout.unpack("embedding", numbers, [blob for _, blob in kept]))
+            return numbers, self._layout.unpack("embedding", numbers, [blob for _, blob in kept])
 
         def ranked(want: int) -> Ranked:
-            fetch = 2 * want + 16
+            fetch = want + 16  # the index rounds vectors: its order is right to within a few places
             while not few and fetch <= choosing.FETCH and (base is None or fetch < base.count):
                 numbers, vectors = rows(self._recent.nearest(query, fetch))
                 complete = fetch >= len(self._recent.ids)
@@ -224,13 +227,17 @@ class MotionMemory(MemoryFile):
                     numbers, vectors = numbers + more, np.concatenate([vectors, others])
                     enough, complete = enough and len(more) >= want, False
                 if enough:
-                    return *choosing.in_order(np.array(numbers, np.int64), choosing.dots(vectors, query)), complete
+                    scores = choosing.dots(unit(vectors), query)
+                    return *choosing.in_order(np.array(numbers, np.int64), scores), complete
                 fetch *= 4
             return *choosing.rank_all(view.db, self._layout, "embedding", query, choice), True
 
         def fetch(ids: NDArray[np.int64], scores: NDArray[np.float32]) -> list[Found]:
-            references = self._references(view.db, ids.tolist(), scores.tolist())
-            vectors = rows(ids)[1] if choice.diversity else np.empty((len(ids), 0), np.float32)
+            references = store.references(view.db, self.path, self._layout, ids.tolist(), scores.tolist())
+            vectors = np.empty((len(ids), 0), np.float32)
+            if choice.diversity:
+                numbers, found = rows(ids)
+                vectors = unit(found)[[numbers.index(number) for number in ids]]
             return [Found(*pair) for pair in zip(references, vectors, strict=True)]
 
         base, few = view.base, choice.leaves_few(view.db)
@@ -243,26 +250,10 @@ class MotionMemory(MemoryFile):
         ranked = choosing.rank_all(view.db, self._layout, part, query, choice)
 
         def fetch(ids: NDArray[np.int64], scores: NDArray[np.float32]) -> list[Found]:
-            references = self._references(view.db, ids.tolist(), scores.tolist())
+            references = store.references(view.db, self.path, self._layout, ids.tolist(), scores.tolist())
             return [Found(item, choosing.directions(getattr(item, part).reshape(1, -1))[0]) for item in references]
 
         return choosing.pick(lambda want: (*ranked, True), fetch, choice, choice.pool(k))
-
-    def _references(self, db: sqlite3.Connection, ids: list[int], scores: list[float]) -> list[Reference]:
-        columns = "caption, source, start, duration, dataset, metadata, motion, appearance"
-        rows = []
-        for number in ids:
-            row = db.execute(f"SELECT {columns} FROM clips JOIN tokens USING (id) WHERE id = ?", (number,)).fetchone()
-            if row is None:
-                raise MemoryStoreError(f"the motion memory {self.path} has no clip {number}; use an id that search gave.")
-            rows.append(row)
-        motion, appearance = (self._layout.unpack(part, ids, [row[column] for row in rows]) for part, column in _TOKENS)
-        answer = []
-        for n, (caption, source, start, duration, dataset, metadata, *_) in enumerate(rows):
-            known = {"memory": "", "dataset": dataset, "metadata": json.loads(metadata)}
-            tokens = {"motion": motion[n], "appearance": appearance[n]}
-            answer.append(Reference(ids[n], scores[n], caption, source, start, duration, **tokens, **known))
-        return answer
 
     @contextmanager
     def _view(self) -> Iterator[_View]:

@@ -20,7 +20,7 @@ from motionrt.runtime.memory_search import Choice, Where
 from motionrt.runtime.memory_store import plain_errors
 from motionrt.runtime.video import replacing
 
-INDEX_THRESHOLD = 20_000  # clips up to which exact search is as fast as an index (shared/FACTS.md, USearch)
+INDEX_THRESHOLD = 5_000  # clips up to which exact search is as fast as an index (benchmarks/bench_memory.py)
 
 
 class MemoryFile:

@@ -159,7 +159,7 @@ def pick(
             return fetch(ids[:need], scores[:need])
         chosen: list[Found] = []
         motions: list[NDArray[np.float32]] = []
-        for start in range(0, len(ids), 64):
+        for start in range(0, min(len(ids), max(LOOK, need)), 64):
             for found in fetch(ids[start : start + 64], scores[start : start + 64]):
                 motion = directions(found.reference.motion.reshape(1, -1))[0]
                 if all(float(motion @ other) <= choice.distinct for other in motions):
@@ -168,7 +168,7 @@ def pick(
                     return chosen
         if complete or want >= LOOK:
             return chosen
-        want *= 4
+        want = min(4 * want, LOOK)
 
 
 def diverse(pool: Sequence[Found], k: int, diversity: float | None) -> list[Reference]:

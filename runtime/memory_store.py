@@ -13,18 +13,19 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from motionrt.runtime.errors import MemoryStoreError
-from motionrt.runtime.memory_rows import DamagedRow, Layout, checksum
+from motionrt.runtime.memory_rows import DamagedRow, Layout, Reference, checksum
 
 SCHEMA = 2
 FILE = "memory.sqlite"
 _APPLICATION = 0x4D52544D  # "MRTM", marks the SQLite file as ours
 _PAGE = 8192  # five 384-d vectors to a page, and a fourth of the pages of a large blob
+_AT_ONCE = 4096  # values in one statement; SQLite takes 32,766
 _TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE history (generation INTEGER PRIMARY KEY, content TEXT NOT NULL, last INTEGER NOT NULL, clips INTEGER NOT NULL);
@@ -103,12 +104,13 @@ def connect(directory: Path, readonly: bool) -> tuple[sqlite3.Connection, bool]:
         log = file.with_name(f"{FILE}-wal")
         # SQLite cannot share a WAL-mode file that it may not write beside; without a log nobody else has it open.
         alone = head[18:20] == b"\2\2" and not (log.exists() and log.stat().st_size)
-        mode = "ro&immutable=1" if alone and not writable else "ro" if readonly or not writable else "rw"
+        # Readers open it for writing where they may, so that SQLite can undo what a killed writer left half done.
+        mode = "rw" if writable else "ro&immutable=1" if alone else "ro"
         uri = f"{file.absolute().as_uri()}?mode={mode}"
         db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=10)
         db.execute("PRAGMA temp_store=MEMORY")  # for the views; nothing else is temporary
         db.execute("PRAGMA cache_size=-8000")  # KiB: the upper levels of a million rows
-    return db, mode != "rw"
+    return db, readonly or not writable
 
 
 def recognise(db: sqlite3.Connection, path: Path) -> int:
@@ -199,6 +201,25 @@ def delete(db: sqlite3.Connection, path: Path, ids: Iterable[int]) -> int:
     return gone
 
 
+def references(db: sqlite3.Connection, path: Path, layout: Layout, ids: list[int], scores: list[float]) -> list[Reference]:
+    """The clips of these ids, in this order, with these scores; MemoryStoreError for an id that is not there."""
+    columns = "caption, source, start, duration, dataset, metadata, motion, appearance"
+    rows: dict[int, Any] = {}
+    for start in range(0, len(ids), _AT_ONCE):
+        some = ids[start : start + _AT_ONCE]
+        question = f"SELECT id, {columns} FROM clips JOIN tokens USING (id) WHERE id IN ({marks(some)})"
+        rows |= {row[0]: row[1:] for row in db.execute(question, some)}
+    if missing := [number for number in ids if number not in rows]:
+        raise MemoryStoreError(f"the motion memory {path} has no clip {missing[0]}; use an id that search gave.")
+    motion, appearance = (layout.unpack(x, ids, [rows[n][c] for n in ids]) for x, c in (("motion", 6), ("appearance", 7)))
+    found = []
+    for n, (number, score) in enumerate(zip(ids, scores, strict=True)):
+        caption, source, start, duration, dataset, metadata, *_ = rows[number]
+        told = (number, score, caption, source, start, duration)
+        found.append(Reference(*told, motion[n], appearance[n], dataset=dataset, metadata=json.loads(metadata)))
+    return found
+
+
 def problems(db: sqlite3.Connection, path: Path, layout: Layout) -> list[str]:
     """All that is wrong in the file, in sentences: pages, numbers of rows, blobs and their checksums."""
     found = [str(row[0]) for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
@@ -270,6 +291,6 @@ def damaged(path: Path, why: str) -> MemoryStoreError:
     )
 
 
-def marks(values: Sequence[object]) -> str:
+def marks(values: Sized) -> str:
     """A question mark for each value, for SQL."""
-    return ", ".join("?" * len(values))
+    return ",".join("?" * len(values))

@@ -388,7 +388,7 @@ def test_refresh_makes_the_index_that_a_large_memory_wants(tmp_path: Path) -> No
         with MotionMemory.open(filled(tmp_path / str(threshold), 3), index_threshold=threshold) as memory:
             memory.refresh()
         assert names(tmp_path / str(threshold)) == files
-    assert memory_module.INDEX_THRESHOLD == 20_000
+    assert memory_module.INDEX_THRESHOLD == 5_000
 
 
 # A full disk

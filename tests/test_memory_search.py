@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from motionrt.runtime import memory as memory_module
-from motionrt.runtime import memory_search
+from motionrt.runtime import memory_index, memory_search
 from motionrt.runtime.errors import InputError, MemoryStoreError
 from motionrt.runtime.memory import MotionMemory, Reference
 from motionrt.runtime.memory_set import MemorySet
@@ -105,6 +106,12 @@ def test_distinct_keeps_the_best_of_each_motion(tmp_path: Path, threshold: int) 
         assert [r.id for r in memory.search(query(), 5, distinct=1.0)] == [n for n, _ in ranked(120, query())[:5]]
 
 
+def test_distinct_looks_at_no_more_than_it_says(memory: MotionMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_search, "LOOK", 64)
+    assert len(memory.search(query(), 100, distinct=1.0)) == 100  # what is asked for is looked at in any case
+    assert len(memory.search(query(), 60, distinct=-1.0)) == 1
+
+
 def test_diversity_is_maximal_marginal_relevance(memory: MotionMemory) -> None:
     k, d = 6, 0.7
     vectors = {n + 1: clip(n).embedding / np.linalg.norm(clip(n).embedding) for n in range(120)}
@@ -154,6 +161,20 @@ def test_a_far_away_filter_keeps_recall(tmp_path: Path, monkeypatch: pytest.Monk
         memory.add(clip(i, dataset="far" if i + 1 in far else "near") for i in range(600))
         found = memory.search(query(), 9, where={"dataset": "far"})
         assert [r.id for r in found] == [number for number in order if number in far][:9]
+
+
+@pytest.mark.parametrize("indexed", [0, 150, 300], ids=["exact", "half", "index"])
+def test_leaving_out_nearly_all_keeps_the_order_of_the_rest(tmp_path: Path, indexed: int) -> None:
+    """The best 260 of 300 clips are of one source: far more than a first look fetches."""
+    near = {number for number, _ in ranked(300, query())[:260]}
+    with MotionMemory.create(tmp_path / "m", digests=DIGESTS, dims=DIMS, index_threshold=20 if indexed else 1000) as memory:
+        clips = [clip(i, source="same" if i + 1 in near else "other") for i in range(300)]
+        memory.add(clips[:indexed])
+        memory.refresh()
+        memory.add(clips[indexed:])
+        assert memory.stats().index_state == {0: "not needed", 150: "behind by 150 clips", 300: "current"}[indexed]
+        found = memory.search(query(), 9, exclude_source="same")
+        assert [r.id for r in found] == [number for number, _ in ranked(300, query())[260:269]]
 
 
 # The index that grows
@@ -207,12 +228,37 @@ def test_an_index_of_which_most_is_removed_is_made_again(tmp_path: Path) -> None
         assert [r.id for r in memory.search(query(), 9)] == want[:9] and count_of(path) == 46
 
 
-def test_a_reader_without_an_index_answers_exactly_and_writes_nothing(tmp_path: Path) -> None:
+def test_a_reader_without_an_index_answers_exactly_and_writes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = filled(tmp_path / "m", 50)
     with MotionMemory.open(path, True, index_threshold=10) as reader:
         reader.refresh()
         assert [r.id for r in reader.search(query(), 9)] == [n for n, _ in ranked(50, query())[:9]]
+        reader.search(query(), 1)
         assert names(path) == ["memory.sqlite"] and reader.stats().index_state == "missing"
+        assert caplog.text.count("searched row by row until a writer makes one") == 1
+
+
+def test_a_memory_can_be_used_while_its_index_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, go, real = threading.Event(), threading.Event(), memory_index.make_base
+
+    def slow(*arguments: Any) -> Any:
+        started.set()
+        assert go.wait(30)
+        return real(*arguments)
+
+    with MotionMemory.open(filled(tmp_path / "m", 60), index_threshold=10) as memory:
+        memory.refresh()
+        memory.remove(range(1, 35))
+        monkeypatch.setattr(memory_index, "make_base", slow)
+        thread = threading.Thread(target=memory.refresh)
+        thread.start()
+        assert started.wait(30)
+        assert memory.add([clip(60)]) == [61] and memory.get([61])[0].caption == "caption 60"
+        go.set()
+        thread.join()
+        want = [number for number, _ in ranked(61, query()) if number >= 35]
+        assert [r.id for r in memory.search(query(), 9)] == want[:9]
+        assert memory.stats().index_state in ("current", "behind by 1 clips")  # the clip came before or after its state
 
 
 def test_random_changes_never_make_a_wrong_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
