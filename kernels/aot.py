@@ -1,0 +1,165 @@
+"""Compile the motion-cross-attention kernels ahead of time, for GPUs that are not here.
+
+    python kernels/aot.py                          # table: registers, shared memory, spills for every target
+    python kernels/aot.py --out DIR --targets 80,90 --dtypes bf16
+
+With --out, DIR/<name>.{ptx,cubin,json} are written: what an engine or a C++ host loads. Run by path, never as a module of the
+root folder. Needs Triton and no GPU. Exit status 1 where a kernel spills registers or asks for more shared memory than its
+target has. Source of the limits: tiles.SHARED_LIMIT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from motionrt.kernels import motion_cross_attention_triton as kernels
+from motionrt.kernels.tiles import LAYOUTS, SHARED_LIMIT, choose_tile
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+# The oldest PTX that knows the target: a driver loads PTX no newer than itself (8.0: CUDA 12.0; 8.6: 12.7; 8.7: 12.8).
+# Triton refuses or crashes below these; the cubin beside it needs no PTX at all.
+PTX_VERSION = {80: 80, 86: 80, 89: 80, 90: 80, 100: 86, 120: 87}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a kernel is compiled for: D, N heads, M tokens, head width d, and whether h is added."""
+
+    inner: int
+    heads: int
+    tokens: int
+    width: int
+    residual: bool = True
+
+
+RELEASED = Shape(3072, 48, 25, 64)  # CogVideoX-5B; DynamiCrafter's three widths follow
+SHAPES = (RELEASED, Shape(320, 5, 25, 64), Shape(640, 10, 25, 64), Shape(1280, 20, 25, 64))
+
+
+@dataclass(frozen=True)
+class Report:
+    """One compiled kernel: bytes of shared memory per program, registers per thread, bytes spilled per thread."""
+
+    name: str
+    target: int
+    registers: int
+    shared: int
+    spills: int
+    warps: int
+    ptx_version: str
+    entry: str
+
+    @property
+    def faults(self) -> list[str]:
+        """Why it must not be shipped; empty where it may."""
+        limit = SHARED_LIMIT[self.target]
+        faults = [f"{self.spills} bytes of registers spilled; allowed: 0"] if self.spills else []
+        return faults + ([f"{self.shared} bytes of shared memory; sm_{self.target} has {limit}"] if self.shared > limit else [])
+
+
+def compile_forward(target: int, dtype: str, shape: Shape, layout: str | None = None) -> tuple[Report, str, bytes]:
+    """(report, PTX, cubin) of motion_cross_attention_kernel for one target, such as 90, and one shape class."""
+    kind = DTYPES[dtype]
+    tile = choose_tile(target, kind, shape.inner, shape.heads, shape.tokens, shape.width, layout)
+    fixed = kernels.constants(tile, shape.tokens, shape.width, shape.inner, kind)
+    fixed |= {"RESIDUAL": shape.residual, "WEIGHTS_ONLY": False}
+    aligned = {"inner", "p_hidden", "p_folded", "p_values", "p_out"}  # multiples of 16, as torch's allocator and D give them
+    aligned |= {name for name in kernels.motion_cross_attention_kernel.arg_names if name.startswith("s_")}
+    name = f"motion_cross_attention_{'packed' if tile.packed else 'padded'}_{dtype}"
+    name += f"_D{shape.inner}_N{shape.heads}_M{shape.tokens}_d{shape.width}_sm{target}"
+    return _compile(name, kernels.motion_cross_attention_kernel, target, dtype, fixed, aligned, tile.warps, tile.stages)
+
+
+def _compile(
+    name: str, kernel: Any, target: int, dtype: str, fixed: dict[str, Any], aligned: set[str], warps: int, stages: int
+) -> tuple[Report, str, bytes]:
+    def kind(argument: str) -> str:
+        if argument in fixed:
+            return "constexpr"
+        return f"*{dtype}" if argument.startswith("p_") else "i32"
+
+    signature = {argument: kind(argument) for argument in kernel.arg_names}
+    divisible = {(kernel.arg_names.index(a),): [["tt.divisibility", 16]] for a in aligned if signature[a] != "constexpr"}
+    constexprs = {(kernel.arg_names.index(k),): v for k, v in fixed.items()}
+    options = {**kernels.OPTIONS, "num_warps": warps, "num_stages": stages, "ptx_version": PTX_VERSION[target]}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=divisible)
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    version = re.search(r"\.version (\S+)", ptx)
+    registers, spills = _resources(ptx, target)
+    shared = int(compiled.metadata.shared)
+    report = Report(name, target, registers, shared, spills, warps, version[1] if version else "?", compiled.metadata.name)
+    return report, ptx, compiled.asm["cubin"]
+
+
+def _resources(ptx: str, target: int) -> tuple[int, int]:
+    """(registers per thread, bytes spilled) as ptxas, which comes with Triton, reports them."""
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    tool = folder / ("ptxas-blackwell" if target >= 100 and (folder / "ptxas-blackwell").exists() else "ptxas")
+    arch = re.search(r"\.target (sm_\w+)", ptx)
+    assert arch is not None
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [str(tool), "-v", f"--gpu-name={arch[1]}", str(source), "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = max(int(count) for count in re.findall(r"Used (\d+) registers", said))
+    return registers, sum(int(count) for count in re.findall(r"(\d+) bytes spill (?:stores|loads)", said))
+
+
+def write(folder: Path, report: Report, ptx: str, cubin: bytes) -> None:
+    """PTX, cubin and facts, each written beside its place and renamed into it."""
+    facts = json.dumps({**dataclasses.asdict(report), "triton": triton.__version__}, indent=1)
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix, content in (("ptx", ptx.encode()), ("cubin", cubin), ("json", facts.encode())):
+        partial = folder / f"{report.name}.{suffix}.partial"
+        partial.write_bytes(content)
+        os.replace(partial, folder / f"{report.name}.{suffix}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compile, print one line each, write where asked; 1 where one may not be shipped."""
+    parser = argparse.ArgumentParser(description="Compile the kernels for GPUs that are not here.")
+    parser.add_argument("--targets", default=",".join(map(str, SHARED_LIMIT)), help="compute capabilities: 80,90")
+    parser.add_argument("--dtypes", default="bf16", help="of " + ", ".join(DTYPES))
+    parser.add_argument("--layouts", default=",".join(LAYOUTS))
+    parser.add_argument("--released-only", action="store_true", help="CogVideoX's shape only")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
+    parser.add_argument("--out", type=Path, help="folder for PTX, cubin and facts")
+    options = parser.parse_args(arguments)
+    failed = False
+    for target in map(int, options.targets.split(",")):
+        if target not in SHARED_LIMIT:
+            parser.error(f"--targets has {target}; allowed: {', '.join(map(str, SHARED_LIMIT))}")
+        for dtype in options.dtypes.split(","):
+            for shape in SHAPES[:1] if options.released_only else SHAPES:
+                for layout in options.layouts.split(","):
+                    report, ptx, cubin = compile_forward(target, dtype, shape, layout)
+                    failed |= bool(report.faults)
+                    if options.out is not None and not report.faults:
+                        write(options.out, report, ptx, cubin)
+                    facts = dataclasses.asdict(report)
+                    line = "{name}: {registers} registers, {shared} B shared, {spills} B spilled, PTX {ptx_version}"
+                    print(json.dumps(facts) if options.json else line.format(**facts), flush=True)
+                    for fault in report.faults:
+                        print(f"{report.name}: {fault}", file=sys.stderr)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
