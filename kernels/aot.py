@@ -27,8 +27,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from motionrt.kernels import motion_cross_attention_triton as kernels
-from motionrt.kernels.tiles import LAYOUTS, SHARED_LIMIT, choose_tile
+from motionrt.kernels import motion_cross_attention_triton as forward
+from motionrt.kernels import plain_cross_attention_triton as plain
+from motionrt.kernels.launching import OPTIONS
+from motionrt.kernels.tiles import LAYOUTS, SHARED_LIMIT, Tile, choose_plain_tile, choose_tile
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # The oldest PTX that knows the target: a driver loads PTX no newer than itself (8.0: CUDA 12.0; 8.6: 12.7; 8.7: 12.8).
@@ -76,34 +78,41 @@ def compile_forward(target: int, dtype: str, shape: Shape, layout: str | None = 
     """(report, PTX, cubin) of motion_cross_attention_kernel for one target, such as 90, and one shape class."""
     kind = DTYPES[dtype]
     tile = choose_tile(target, kind, shape.inner, shape.heads, shape.tokens, shape.width, layout)
-    fixed = kernels.constants(tile, shape.tokens, shape.width, shape.inner, kind)
+    fixed = forward.constants(tile, shape.tokens, shape.width, shape.inner, kind)
     fixed |= {"RESIDUAL": shape.residual, "WEIGHTS_ONLY": False}
-    aligned = {"inner", "p_hidden", "p_folded", "p_values", "p_out"}  # multiples of 16, as torch's allocator and D give them
-    aligned |= {name for name in kernels.motion_cross_attention_kernel.arg_names if name.startswith("s_")}
     name = f"motion_cross_attention_{'packed' if tile.packed else 'padded'}_{dtype}"
     name += f"_D{shape.inner}_N{shape.heads}_M{shape.tokens}_d{shape.width}_sm{target}"
-    return _compile(name, kernels.motion_cross_attention_kernel, target, dtype, fixed, aligned, tile.warps, tile.stages)
+    return _compile(name, forward.motion_cross_attention_kernel, target, dtype, fixed, tile)
 
 
-def _compile(
-    name: str, kernel: Any, target: int, dtype: str, fixed: dict[str, Any], aligned: set[str], warps: int, stages: int
-) -> tuple[Report, str, bytes]:
+def compile_plain(target: int, dtype: str, shape: Shape) -> tuple[Report, str, bytes]:
+    """The same for plain_cross_attention_kernel, which takes any number of tokens."""
+    kind = DTYPES[dtype]
+    tile = choose_plain_tile(target, kind, shape.heads, shape.width)
+    fixed = plain.constants(tile, shape.width, shape.inner, kind) | {"RESIDUAL": shape.residual}
+    name = f"plain_cross_attention_{dtype}_D{shape.inner}_N{shape.heads}_d{shape.width}_sm{target}"
+    return _compile(name, plain.plain_cross_attention_kernel, target, dtype, fixed, tile)
+
+
+def _compile(name: str, kernel: Any, target: int, dtype: str, fixed: dict[str, Any], tile: Tile) -> tuple[Report, str, bytes]:
     def kind(argument: str) -> str:
         if argument in fixed:
             return "constexpr"
-        return f"*{dtype}" if argument.startswith("p_") else "i32"
+        return f"*{dtype}" if argument.startswith("p_") else "fp32" if argument == "factor" else "i32"
 
     signature = {argument: kind(argument) for argument in kernel.arg_names}
-    divisible = {(kernel.arg_names.index(a),): [["tt.divisibility", 16]] for a in aligned if signature[a] != "constexpr"}
+    # What torch's allocator and a D of whole cache lines give; without it every load is of single numbers.
+    aligned = [a for a in kernel.arg_names if a == "inner" or a.startswith(("p_", "s_"))]
+    divisible = {(kernel.arg_names.index(a),): [["tt.divisibility", 16]] for a in aligned if a != "p_scale"}
     constexprs = {(kernel.arg_names.index(k),): v for k, v in fixed.items()}
-    options = {**kernels.OPTIONS, "num_warps": warps, "num_stages": stages, "ptx_version": PTX_VERSION[target]}
+    options = {**OPTIONS, "num_warps": tile.warps, "num_stages": tile.stages, "ptx_version": PTX_VERSION[target]}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=divisible)
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     ptx = compiled.asm["ptx"]
     version = re.search(r"\.version (\S+)", ptx)
     registers, spills = _resources(ptx, target)
     shared = int(compiled.metadata.shared)
-    report = Report(name, target, registers, shared, spills, warps, version[1] if version else "?", compiled.metadata.name)
+    report = Report(name, target, registers, shared, spills, tile.warps, version[1] if version else "?", compiled.metadata.name)
     return report, ptx, compiled.asm["cubin"]
 
 
@@ -137,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compile the kernels for GPUs that are not here.")
     parser.add_argument("--targets", default=",".join(map(str, SHARED_LIMIT)), help="compute capabilities: 80,90")
     parser.add_argument("--dtypes", default="bf16", help="of " + ", ".join(DTYPES))
-    parser.add_argument("--layouts", default=",".join(LAYOUTS))
+    parser.add_argument("--layouts", default=",".join(LAYOUTS), help="of padded, packed, plain")
     parser.add_argument("--released-only", action="store_true", help="CogVideoX's shape only")
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
     parser.add_argument("--out", type=Path, help="folder for PTX, cubin and facts")
@@ -149,7 +158,12 @@ def main(arguments: list[str] | None = None) -> int:
         for dtype in options.dtypes.split(","):
             for shape in SHAPES[:1] if options.released_only else SHAPES:
                 for layout in options.layouts.split(","):
-                    report, ptx, cubin = compile_forward(target, dtype, shape, layout)
+                    made = (
+                        compile_plain(target, dtype, shape)
+                        if layout == "plain"
+                        else compile_forward(target, dtype, shape, layout)
+                    )
+                    report, ptx, cubin = made
                     failed |= bool(report.faults)
                     if options.out is not None and not report.faults:
                         write(options.out, report, ptx, cubin)

@@ -33,7 +33,7 @@ def reference(hidden: Tensor, folded: Tensor, values: Tensor, scale: Tensor, res
 
 
 def choose_form(length: int, inner: int, heads: int, tokens: int, width: int) -> tuple[str, int, int]:
-    """("folded" or "plain", FLOPs of the plain form, FLOPs of the folded form), per sample and step.
+    """("folded" or "plain", FLOPs of the plain form, FLOPs of the folded form) over `length` rows of h.
 
     The plain form costs 2 L (N d) D for the query projection and 2 L (N d) M for its scores; the folded one 2 L D (N M).
     The product with the values is the same in both. Folded is chosen where it is cheaper and inside the kernel's limits.

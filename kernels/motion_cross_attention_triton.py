@@ -22,19 +22,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from motionrt.kernels.launching import OPTIONS, batch_stride, capability, k_major, on_device, overlap, precision
 from motionrt.kernels.motion_cross_attention import check
 from motionrt.kernels.tiles import Tile, choose_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
-OPTIONS = {"enable_fp_fusion": True}  # said aloud: its default changes between Triton releases
 
 
 @triton.jit
-def _scores(
+def product(
     p_hidden, p_folded, o_l, length, inner, s_hidden_l, s_folded_c, o_row, m_row,
     BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """log2(e) * h A of one tile, fp32; columns that are no token are -inf."""
+    """One tile of h A^T in fp32, over all of D; `o_row` are rows of A, of which those outside `m_row` give 0."""
     o_k = tl.arange(0, BLOCK_K)
     # Rows beyond L repeat the last one: a load needs no mask then, and the store has one.
     p_h = p_hidden + tl.minimum(o_l, length - 1)[:, None] * s_hidden_l + o_k[None, :]
@@ -51,7 +51,7 @@ def _scores(
         b_s = tl.dot(b_h, tl.trans(b_a), b_s, input_precision=PRECISION)
         p_h += BLOCK_K
         p_a += BLOCK_K
-    return tl.where(m_row[None, :], b_s * LOG2E, float("-inf"))
+    return b_s
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def _softmax_packed(b_s, o_slot, HEADS: tl.constexpr):
 
 
 @triton.jit
-def _write_head(
+def write_head(
     b_w, p_v, m_v, head, heads, scale, p_hidden, p_out, o_l, length, s_hidden_l, s_out_l,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -108,7 +108,7 @@ def _write_padded(
     if HEADS == 1:
         o_m = tl.arange(0, SLOT)
         m_m = (o_m < TOKENS) & (o_m + head * TOKENS < heads * TOKENS)
-        _write_head(
+        write_head(
             b_w, p_values + head * s_values_n + o_m * s_values_m, m_m, head, heads, scale, p_hidden, p_out, o_l, length,
             s_hidden_l, s_out_l, WIDTH, BLOCK_D, RESIDUAL, PRECISION,
         )  # fmt: skip
@@ -135,22 +135,24 @@ def motion_cross_attention_kernel(
 ):  # fmt: skip
     """Program (row tile, group of heads; batch). WEIGHTS_ONLY writes softmax(h A), [B, L, groups * BLOCK_N], to p_out."""
     group = tl.program_id(0) % groups
-    first_row = (tl.program_id(0) // groups) * BLOCK_L
-    batch = tl.program_id(1).to(tl.int64)  # a batch of long videos passes 2^31 elements; one sample does not
-    p_hidden += batch * s_hidden_b
+    first = (tl.program_id(0) // groups).to(tl.int64) * BLOCK_L  # 64 bits: long videos pass 2^31 elements
+    batch = tl.program_id(1).to(tl.int64)
+    p_hidden += batch * s_hidden_b + first * s_hidden_l
     p_folded += batch * s_folded_b
     p_values += batch * s_values_b
-    p_out += batch * s_out_b
-    o_l = first_row + tl.arange(0, BLOCK_L)
+    p_out += batch * s_out_b + first * s_out_l
+    length = (length - first).to(tl.int32)  # rows left
+    o_l = tl.arange(0, BLOCK_L)
     o_column = tl.arange(0, BLOCK_N)
     o_slot = o_column // SLOT
     o_token = o_column % SLOT
     o_head = group * HEADS + o_slot
     m_row = (o_slot < HEADS) & (o_token < TOKENS) & (o_head < heads)
-    b_s = _scores(
+    b_s = product(
         p_hidden, p_folded, o_l, length, inner, s_hidden_l, s_folded_c, o_head * TOKENS + o_token, m_row,
         BLOCK_L, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
     )  # fmt: skip
+    b_s = tl.where(m_row[None, :], b_s * LOG2E, float("-inf"))
     if PACKED:
         b_p = _softmax_packed(b_s, o_slot, HEADS)
     else:
@@ -164,7 +166,7 @@ def motion_cross_attention_kernel(
         if PACKED:
             p_v = p_values + o_head * s_values_n + o_token * s_values_m
             for slot in tl.static_range(HEADS):
-                _write_head(
+                write_head(
                     tl.where((o_slot == slot)[None, :], b_w, 0.0).to(b_w.dtype), p_v, m_row, group * HEADS + slot, heads,
                     scale, p_hidden, p_out, o_l, length, s_hidden_l, s_out_l, WIDTH, BLOCK_D, RESIDUAL, PRECISION,
                 )  # fmt: skip
@@ -184,13 +186,15 @@ def apply_weights_kernel(
 ):  # fmt: skip
     """The second half of the in-place form: h += scale * weights V, program (row tile, head; batch)."""
     head = tl.program_id(0) % heads
-    o_l = (tl.program_id(0) // heads) * BLOCK_L + tl.arange(0, BLOCK_L)
+    first = (tl.program_id(0) // heads).to(tl.int64) * BLOCK_L
     batch = tl.program_id(1).to(tl.int64)
-    p_hidden += batch * s_hidden_b
+    p_hidden += batch * s_hidden_b + first * s_hidden_l
+    length = (length - first).to(tl.int32)
+    o_l = tl.arange(0, BLOCK_L)
     o_m = tl.arange(0, SLOT)
-    p_w = p_weights + batch * s_weights_b + o_l[:, None] * s_weights_l + (head * SLOT + o_m)[None, :]
+    p_w = p_weights + batch * s_weights_b + first * s_weights_l + o_l[:, None] * s_weights_l + (head * SLOT + o_m)[None, :]
     b_w = tl.load(p_w, mask=(o_l < length)[:, None], other=0.0)
-    _write_head(
+    write_head(
         b_w, p_values + batch * s_values_b + head * s_values_n + o_m * s_values_m, o_m < TOKENS, head, heads,
         tl.load(p_scale).to(tl.float32), p_hidden, p_hidden, o_l, length, s_hidden_l, s_hidden_l,
         WIDTH, BLOCK_D, True, PRECISION,
@@ -202,26 +206,8 @@ def constants(tile: Tile, tokens: int, width: int, inner: int, dtype: torch.dtyp
     return {
         "TOKENS": tokens, "WIDTH": width, "PACKED": tile.packed, "HEADS": tile.heads, "SLOT": tile.slot,
         "BLOCK_L": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth, "BLOCK_D": tile.chunk,
-        "EVEN_K": inner % tile.depth == 0, "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "EVEN_K": inner % tile.depth == 0, "PRECISION": precision(dtype),
     }  # fmt: skip
-
-
-def _capability(tensor: Tensor) -> int:
-    """90 for sm_90; the interpreter, which has no device, takes the largest one's tiles."""
-    if not tensor.is_cuda:
-        return 90
-    major, minor = torch.cuda.get_device_capability(tensor.device)
-    return 10 * major + minor
-
-
-def _k_major(folded: Tensor) -> Tensor:
-    """A as [B or 1, N*M, D] with D contiguous: a view of what the compiler pass makes, a copy of anything else."""
-    rows = folded.transpose(1, 2)
-    return rows if rows.stride(2) == 1 or rows.shape[2] == 1 else rows.contiguous()
-
-
-def _batch_stride(tensor: Tensor) -> int:
-    return 0 if tensor.shape[0] == 1 else tensor.stride(0)
 
 
 def _run(
@@ -229,13 +215,13 @@ def _run(
 ) -> None:
     batch, length, inner = hidden.shape
     heads, tokens, width = values.shape[1:]
-    rows = _k_major(folded)
+    rows = k_major(folded)
     groups = triton.cdiv(heads, tile.heads)
     grid = (triton.cdiv(length, tile.rows) * groups, batch)
     motion_cross_attention_kernel[grid](
         hidden, rows, values, scale, out, length, inner, heads, groups,
-        hidden.stride(0), hidden.stride(1), _batch_stride(rows), rows.stride(1),
-        _batch_stride(values), values.stride(1), values.stride(2), out.stride(0), out.stride(1),
+        hidden.stride(0), hidden.stride(1), batch_stride(rows), rows.stride(1),
+        batch_stride(values), values.stride(1), values.stride(2), out.stride(0), out.stride(1),
         **constants(tile, tokens, width, inner, hidden.dtype), RESIDUAL=residual, WEIGHTS_ONLY=only,
         num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
     )  # fmt: skip
@@ -266,13 +252,12 @@ def launch(
             f"motion_cross_attention: `out` is {tuple(out.shape)} {out.dtype} of strides {out.stride()} on {out.device}; "
             f"allowed: {shape} {hidden.dtype} with a last stride of 1 on {hidden.device}."
         )
-    elif out.untyped_storage().data_ptr() == hidden.untyped_storage().data_ptr():
-        raise ValueError(
-            "motion_cross_attention: `out` shares memory with `hidden`; allowed: a buffer of its own, or launch_in_place."
-        )
+    elif overlap(out, hidden):
+        raise ValueError("motion_cross_attention: `out` overlaps `hidden`; allowed: a buffer of its own, or launch_in_place.")
     if batch and length:
-        tile = choose_tile(_capability(hidden), hidden.dtype, inner, heads, tokens, width, layout)
-        _run(hidden, folded, values, scale, residual, out, tile, False)
+        tile = choose_tile(capability(hidden), hidden.dtype, inner, heads, tokens, width, layout)
+        with on_device(hidden):
+            _run(hidden, folded, values, scale, residual, out, tile, False)
     return out
 
 
@@ -285,15 +270,16 @@ def launch_in_place(hidden: Tensor, folded: Tensor, values: Tensor, scale: Tenso
         return hidden
     if any(size > 1 and stride == 0 for size, stride in zip(hidden.shape, hidden.stride(), strict=True)):
         raise ValueError("motion_cross_attention_: `hidden` repeats its memory (a stride of 0); allowed: call .contiguous().")
-    tile = choose_tile(_capability(hidden), hidden.dtype, inner, heads, tokens, width, "padded")
+    tile = choose_tile(capability(hidden), hidden.dtype, inner, heads, tokens, width, "padded")
     weights = hidden.new_empty(batch, length, triton.cdiv(heads, tile.heads) * tile.columns)
-    _run(hidden, folded, values, scale, False, weights, tile, True)
-    rows = min(tile.rows, 64)
-    apply_weights_kernel[(triton.cdiv(length, rows) * heads, batch)](
-        hidden, weights, values, scale, length, heads, hidden.stride(0), hidden.stride(1), weights.stride(0),
-        weights.stride(1), _batch_stride(values), values.stride(1), values.stride(2),
-        TOKENS=tokens, WIDTH=width, SLOT=tile.slot, BLOCK_L=rows, BLOCK_D=tile.chunk,
-        PRECISION="ieee" if hidden.dtype == torch.float32 else "tf32", num_warps=4, num_stages=2,
-        **OPTIONS,
-    )  # fmt: skip
+    with on_device(hidden):
+        _run(hidden, folded, values, scale, False, weights, tile, True)
+        rows = min(tile.rows, 64)
+        apply_weights_kernel[(triton.cdiv(length, rows) * heads, batch)](
+            hidden, weights, values, scale, length, heads, hidden.stride(0), hidden.stride(1), weights.stride(0),
+            weights.stride(1), batch_stride(values), values.stride(1), values.stride(2),
+            TOKENS=tokens, WIDTH=width, SLOT=tile.slot, BLOCK_L=rows, BLOCK_D=tile.chunk,
+            PRECISION=precision(hidden.dtype), num_warps=4, num_stages=2,
+            **OPTIONS,
+        )  # fmt: skip
     return hidden

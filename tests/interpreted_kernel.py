@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from motionrt.kernels.motion_cross_attention import reference
+from motionrt.kernels import motion_cross_attention, plain_cross_attention
 from motionrt.kernels.motion_cross_attention_triton import launch, launch_in_place
+from motionrt.kernels.plain_cross_attention_triton import launch as launch_plain
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Case:
     layout: str | None = "padded"
     dtype: str = "float32"
     in_place: bool = False
+    plain: bool = False
 
 
 def _both(case: Case) -> list[Case]:
@@ -80,6 +82,16 @@ def cases() -> list[Case]:
     ):
         found.append(replace(case, in_place=True))
     found += [Case("in place, fp16 M40 d80", in_place=True, dtype="float16", tokens=40, width=80, length=70)]
+    found += [Case(f"plain form, M{tokens}", plain=True, tokens=tokens, length=70) for tokens in (1, 64, 65, 77, 150)]
+    found += [Case(f"plain form, d{width}", plain=True, tokens=70, width=width, heads=2) for width in (32, 40, 64, 80, 160)]
+    found += [
+        Case("plain form, N11", plain=True, heads=11, width=16, length=1),
+        Case("plain form, N*d != D, one batch of V", plain=True, inner=37, residual=False, shared=(False, True)),
+        Case("plain form, scale 0", plain=True, scale=0.0),
+        Case("plain form, one-hot logits", plain=True, logits=3e3, tokens=77),
+        Case("plain form, hidden: sliced rows", plain=True, hidden="sliced rows"),
+        Case("plain form, fp16", plain=True, dtype="float16", tokens=77, width=64),
+    ]
     return found
 
 
@@ -115,9 +127,32 @@ def tensors(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return h, a, v, torch.tensor(case.scale, dtype=torch.float32, device=device)
 
 
+def run_plain(case: Case, device: str) -> dict[str, Any]:
+    """The same for the unfolded form; its keys are as long as the queries, so that `logits` is what it says."""
+    h, _, v, scale = tensors(case, device)
+    random = torch.Generator().manual_seed(1)
+    inner, inside = h.shape[2], case.heads * case.width
+    weight = (torch.randn((inside, inner), generator=random, dtype=torch.float64) / inner**0.5).to(h.dtype).to(device)
+    keys = torch.randn((case.batch, *v.shape[1:]), generator=random, dtype=torch.float64).to(h.dtype).to(device)
+    factor = case.logits * case.width**-0.5
+    call = (h, weight, keys, v, scale)
+    truth = plain_cross_attention.reference(*(x.double() for x in call), factor, case.residual)
+    torch_form = plain_cross_attention.reference(*call, factor, case.residual)
+    got = launch_plain(*call, factor, case.residual)
+    return {
+        "name": case.name,
+        "error": float((got.double() - truth).abs().max()),
+        "torch": float((torch_form.double() - truth).abs().max()),
+        "unchanged": torch.equal(got, h) if got.shape == h.shape else False,
+    }
+
+
 def run(case: Case, device: str) -> dict[str, Any]:
     """Errors of the kernel and of plain torch in the same dtype, both against fp64, as the tolerance law wants them."""
+    if case.plain:
+        return run_plain(case, device)
     h, a, v, scale = tensors(case, device)
+    reference = motion_cross_attention.reference
     truth = reference(h.double(), a.double(), v.double(), scale.double(), case.residual)
     plain = reference(h, a, v, scale.to(h.dtype), case.residual)
     if case.in_place:
