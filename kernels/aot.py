@@ -1,7 +1,7 @@
 """Compile the motion-cross-attention kernels ahead of time, for GPUs that are not here.
 
     python kernels/aot.py                          # table: registers, shared memory, spills for every target
-    python kernels/aot.py --out DIR --targets 80,90 --dtypes bf16
+    python kernels/aot.py --out DIR --targets 80,90 --dtypes bf16 --shapes 3072x48x25x64
 
 With --out, DIR/<name>.{ptx,cubin,json} are written: what an engine or a C++ host loads. Run by path, never as a module of the
 root folder. Needs Triton and no GPU. Exit status 1 where a kernel spills registers or asks for more shared memory than its
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,14 @@ class Report:
         return faults + ([f"{self.shared} bytes of shared memory; sm_{self.target} has {limit}"] if self.shared > limit else [])
 
 
-def compile_forward(target: int, dtype: str, shape: Shape, layout: str | None = None) -> tuple[Report, str, bytes]:
-    """(report, PTX, cubin) of motion_cross_attention_kernel for one target, such as 90, and one shape class."""
+def compile_one(target: int, dtype: str, shape: Shape, layout: str | None = None) -> tuple[Report, str, bytes]:
+    """(report, PTX, cubin) for one target, such as 90, and one shape; `layout` padded, packed, plain, or the rule's choice."""
+    if layout == "plain":
+        return _compile_plain(target, dtype, shape)
+    return _compile_folded(target, dtype, shape, layout)
+
+
+def _compile_folded(target: int, dtype: str, shape: Shape, layout: str | None) -> tuple[Report, str, bytes]:
     kind = DTYPES[dtype]
     tile = choose_tile(target, kind, shape.inner, shape.heads, shape.tokens, shape.width, layout)
     fixed = forward.constants(tile, shape.tokens, shape.width, shape.inner, kind)
@@ -85,8 +92,7 @@ def compile_forward(target: int, dtype: str, shape: Shape, layout: str | None = 
     return _compile(name, forward.motion_cross_attention_kernel, target, dtype, fixed, tile)
 
 
-def compile_plain(target: int, dtype: str, shape: Shape) -> tuple[Report, str, bytes]:
-    """The same for plain_cross_attention_kernel, which takes any number of tokens."""
+def _compile_plain(target: int, dtype: str, shape: Shape) -> tuple[Report, str, bytes]:
     kind = DTYPES[dtype]
     tile = choose_plain_tile(target, kind, shape.heads, shape.width)
     fixed = plain.constants(tile, shape.width, shape.inner, kind) | {"RESIDUAL": shape.residual}
@@ -110,25 +116,24 @@ def _compile(name: str, kernel: Any, target: int, dtype: str, fixed: dict[str, A
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     ptx = compiled.asm["ptx"]
     version = re.search(r"\.version (\S+)", ptx)
-    registers, spills = _resources(ptx, target)
+    registers, spills = _resources(compiled.asm["cubin"])
     shared = int(compiled.metadata.shared)
     report = Report(name, target, registers, shared, spills, tile.warps, version[1] if version else "?", compiled.metadata.name)
     return report, ptx, compiled.asm["cubin"]
 
 
-def _resources(ptx: str, target: int) -> tuple[int, int]:
-    """(registers per thread, bytes spilled) as ptxas, which comes with Triton, reports them."""
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    tool = folder / ("ptxas-blackwell" if target >= 100 and (folder / "ptxas-blackwell").exists() else "ptxas")
-    arch = re.search(r"\.target (sm_\w+)", ptx)
-    assert arch is not None
-    with tempfile.TemporaryDirectory() as scratch:
-        source = Path(scratch) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [str(tool), "-v", f"--gpu-name={arch[1]}", str(source), "-o", os.devnull]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers = max(int(count) for count in re.findall(r"Used (\d+) registers", said))
-    return registers, sum(int(count) for count in re.findall(r"(\d+) bytes spill (?:stores|loads)", said))
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack) per thread, as the cubin itself declares them; cuobjdump comes with Triton.
+
+    These kernels have no arrays, so whatever is on the stack is a spilled register.
+    """
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    (used,) = re.findall(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", said)
+    return int(used[0]), int(used[1]) + int(used[2])
 
 
 def write(folder: Path, report: Report, ptx: str, cubin: bytes) -> None:
@@ -147,31 +152,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--targets", default=",".join(map(str, SHARED_LIMIT)), help="compute capabilities: 80,90")
     parser.add_argument("--dtypes", default="bf16", help="of " + ", ".join(DTYPES))
     parser.add_argument("--layouts", default=",".join(LAYOUTS), help="of padded, packed, plain")
-    parser.add_argument("--released-only", action="store_true", help="CogVideoX's shape only")
+    released = ",".join(f"{s.inner}x{s.heads}x{s.tokens}x{s.width}" for s in SHAPES)
+    parser.add_argument("--shapes", default=released, help="DxNxMxd, by default the released models'")
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
     parser.add_argument("--out", type=Path, help="folder for PTX, cubin and facts")
     options = parser.parse_args(arguments)
+    shapes = [Shape(*map(int, text.split("x"))) for text in options.shapes.split(",")]
+    targets = [int(text) for text in options.targets.split(",")]
+    for name, got, allowed in (
+        ("--targets", targets, SHARED_LIMIT),
+        ("--dtypes", options.dtypes.split(","), DTYPES),
+        ("--layouts", options.layouts.split(","), (*LAYOUTS, "plain")),
+    ):
+        if unknown := set(got) - set(allowed):
+            parser.error(f"{name} has {', '.join(map(str, unknown))}; allowed: {', '.join(map(str, allowed))}")
     failed = False
-    for target in map(int, options.targets.split(",")):
-        if target not in SHARED_LIMIT:
-            parser.error(f"--targets has {target}; allowed: {', '.join(map(str, SHARED_LIMIT))}")
-        for dtype in options.dtypes.split(","):
-            for shape in SHAPES[:1] if options.released_only else SHAPES:
-                for layout in options.layouts.split(","):
-                    made = (
-                        compile_plain(target, dtype, shape)
-                        if layout == "plain"
-                        else compile_forward(target, dtype, shape, layout)
-                    )
-                    report, ptx, cubin = made
-                    failed |= bool(report.faults)
-                    if options.out is not None and not report.faults:
-                        write(options.out, report, ptx, cubin)
-                    facts = dataclasses.asdict(report)
-                    line = "{name}: {registers} registers, {shared} B shared, {spills} B spilled, PTX {ptx_version}"
-                    print(json.dumps(facts) if options.json else line.format(**facts), flush=True)
-                    for fault in report.faults:
-                        print(f"{report.name}: {fault}", file=sys.stderr)
+    for target, dtype, shape, layout in product(targets, options.dtypes.split(","), shapes, options.layouts.split(",")):
+        report, ptx, cubin = compile_one(target, dtype, shape, layout)
+        failed |= bool(report.faults)
+        if options.out is not None and not report.faults:
+            write(options.out, report, ptx, cubin)
+        facts = dataclasses.asdict(report)
+        line = "{name}: {registers} registers, {shared} B shared, {spills} B spilled, PTX {ptx_version}"
+        print(json.dumps(facts) if options.json else line.format(**facts), flush=True)
+        for fault in report.faults:
+            print(f"{report.name}: {fault}", file=sys.stderr)
     return int(failed)
 
 

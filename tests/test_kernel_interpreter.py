@@ -1,6 +1,6 @@
 """The Triton kernels under Triton's interpreter against fp64: error <= 2x plain torch's in the same dtype + 1e-6.
 
-The cases are in interpreted_kernel.py, which runs once, in a process of its own, and prints a line for each.
+The cases are in kernel_cases.py, which runs once, in a process of its own, and prints a line for each.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytest.importorskip("torch")
-SCRIPT = Path(__file__).with_name("interpreted_kernel.py")
+SCRIPT = Path(__file__).with_name("kernel_cases.py")
 
 
 def names() -> list[str]:
     """Case names, read without decorating a kernel: the interpreter is not chosen in this process."""
-    spec = importlib.util.spec_from_file_location("motionrt_interpreted_kernel", SCRIPT)
+    spec = importlib.util.spec_from_file_location("motionrt_kernel_cases", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

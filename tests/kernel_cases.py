@@ -1,6 +1,6 @@
 """Runs the Triton kernels under Triton's interpreter, on the CPU, and prints one JSON line per case. A script, not a test:
 
-    TRITON_INTERPRET=1 python tests/interpreted_kernel.py
+    TRITON_INTERPRET=1 python tests/kernel_cases.py
 
 The interpreter must be chosen before a kernel is decorated, hence a process of its own; test_kernel_interpreter.py reads the
 lines. fp32 and fp16 only: in bf16 the interpreter is silently wrong. Given a device ("cuda") the same cases run there as
