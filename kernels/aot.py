@@ -146,6 +146,12 @@ def write(folder: Path, report: Report, ptx: str, cubin: bytes) -> None:
         os.replace(partial, folder / f"{report.name}.{suffix}")
 
 
+def shape_of(text: str) -> Shape:
+    """The shape of DxNxMxd, with the residual where N*d = D."""
+    inner, heads, tokens, width = (int(number) for number in text.split("x"))
+    return Shape(inner, heads, tokens, width, residual=inner == heads * width)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Compile, print one line each, write where asked; 1 where one may not be shipped."""
     parser = argparse.ArgumentParser(description="Compile the kernels for GPUs that are not here.")
@@ -157,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
     parser.add_argument("--out", type=Path, help="folder for PTX, cubin and facts")
     options = parser.parse_args(arguments)
-    shapes = [Shape(*map(int, text.split("x"))) for text in options.shapes.split(",")]
+    shapes = [shape_of(text) for text in options.shapes.split(",")]
     targets = [int(text) for text in options.targets.split(",")]
     for name, got, allowed in (
         ("--targets", targets, SHARED_LIMIT),

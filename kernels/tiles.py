@@ -83,9 +83,10 @@ def layout_flops(layout: str, inner: int, heads: int, tokens: int, width: int, c
         per_tile, slot = _padded(heads, tokens, columns)
         slots = -(-heads // per_tile) * per_tile
         return 2 * slots * slot * (inner + width)
-    per_tile = PACKED_COLUMNS // tokens
+    packed = min(PACKED_COLUMNS, columns)
+    per_tile = packed // tokens
     tiles = -(-heads // per_tile)
-    return 2 * tiles * PACKED_COLUMNS * (inner + per_tile * width)
+    return 2 * tiles * packed * (inner + per_tile * width)
 
 
 def choose_layout(inner: int, heads: int, tokens: int, width: int, columns: int = 256) -> str:
@@ -101,11 +102,12 @@ def choose_tile(
     if layout not in (None, *LAYOUTS):
         raise ValueError(f"motion_cross_attention: `layout` is {layout!r}; allowed: {', '.join(LAYOUTS)} or None.")
     config = config_for(capability, dtype)
-    if layout is None:
-        layout = choose_layout(inner, heads, tokens, width, config.columns)
+    if layout is None:  # packing's masks crowd the registers that fp32's vector units need
+        layout = "padded" if dtype == torch.float32 else choose_layout(inner, heads, tokens, width, config.columns)
     packed = layout == "packed"
     if packed:
-        per_tile, slot, columns = PACKED_COLUMNS // tokens, tokens, PACKED_COLUMNS
+        columns = min(PACKED_COLUMNS, config.columns)
+        per_tile, slot = columns // tokens, tokens
     else:
         per_tile, slot = _padded(heads, tokens, config.columns)
         columns = per_tile * slot

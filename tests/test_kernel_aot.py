@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytest.importorskip("torch")
-from motionrt.kernels.tiles import SHARED_LIMIT  # noqa: E402  (needs torch)
+from motionrt.kernels.tiles import SHARED_LIMIT  # it needs torch
 
 SCRIPT = Path(__file__).resolve().parent.parent / "kernels" / "aot.py"
 RELEASED = "3072x48x25x64"  # DynamiCrafter's widths differ in the number of steps over D, which is no constant of the kernel
@@ -71,9 +71,7 @@ def test_shipped_kernel_spills_nothing_and_fits(compiled: Any, layout: str, targ
     ],
     ids=["target", "dtype", "layout"],
 )
-def test_main_refuses_what_it_does_not_know(
-    capsys: pytest.CaptureFixture[str], arguments: tuple[str, str], said: str
-) -> None:
+def test_main_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str], arguments: tuple[str, str], said: str) -> None:
     from motionrt.kernels.aot import main
 
     with pytest.raises(SystemExit, match="2"):
