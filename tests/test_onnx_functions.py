@@ -97,3 +97,27 @@ def test_motion_cross_attention_function_is_of_standard_ops_only() -> None:
         onnx.checker.check_function(function)
         for node in function.node:
             assert node.domain == "" and onnx.defs.has(node.op_type, OPSET)
+
+
+def test_tensorrt_rtx_builds_the_function_without_a_plugin(exported: Path) -> None:
+    """An engine for sm_89, ahead of time: no GPU is needed, and no kernel of ours either."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse(exported.read_bytes()), [parser.get_error(i).desc() for i in range(parser.num_errors)]
+    profile = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        port = network.get_input(index)
+        dims = [tuple(port.shape)] * 3
+        for axis in (n for n, size in enumerate(port.shape) if size == -1):
+            spread = (1, 2, 4) if axis == 0 else (1, 6, 64)
+            dims = [(*d[:axis], s, *d[axis + 1 :]) for d, s in zip(dims, spread, strict=True)]
+        if -1 in tuple(port.shape):
+            profile.set_shape(port.name, *dims)
+    config = builder.create_builder_config()
+    config.add_optimization_profile(profile)
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.SM89, 0)
+    assert builder.build_serialized_network(network, config) is not None
