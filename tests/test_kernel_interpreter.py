@@ -35,14 +35,15 @@ def names() -> list[str]:
 def lines() -> dict[str, dict[str, Any]]:
     """What the script said of each case."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, env=environment, timeout=280)
+    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, env=environment, timeout=550)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
     return {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # a minute of work for one processor; CI machines are shared
 @pytest.mark.parametrize("name", names(), ids=lambda name: re.sub(r"\W+", "-", name))
 def test_launch_obeys_the_tolerance_law(lines: dict[str, dict[str, Any]], name: str) -> None:
     line = lines[name]
     assert line["error"] <= 2 * line["torch"] + 1e-6, line  # NaN, of a poisoned output, fails too
-    assert line["unchanged"] == name.startswith("scale 0"), "scale 0 gives h bit for bit"
+    assert line["unchanged"] == ("scale 0" in name), "scale 0 gives h bit for bit"
