@@ -1,9 +1,9 @@
-"""What a GPU does with the demo's plain step today: PyTorch eager, host arrays in, host arrays out.
+"""What a GPU does: the motion-cross-attention kernels, then the demo's plain step in PyTorch eager, host arrays in and out.
 
     .venv-dev/bin/python benchmarks/gpu_suite.py
 
-A first small version: the demo step is tiny, so this measures launches and copies rather than the device's peak. It
-exists so that every machine with a GPU writes rows in one form, for kernels and engines to be compared with later.
+Of the step this is a first small version: the demo's is tiny, so it measures launches and copies rather than the device's
+peak. It exists so that every machine with a GPU writes rows in one form, for kernels and engines to be compared with later.
 """
 
 from __future__ import annotations
@@ -31,6 +31,13 @@ def missing_gpu() -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device"
 
 
+def kernel_stages(options: argparse.Namespace) -> None:
+    """The motion-cross-attention kernels: parity on the chip, then times (gpu_kernel.py); rows of their own file."""
+    import gpu_kernel  # imports torch
+
+    gpu_kernel.main(["--results", str(options.results), "--rounds", str(options.rounds), "--warmups", str(options.warmups)])
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Check the GPU's step against the CPU's plain graph, time both, append rows."""
     parser = argparse.ArgumentParser(description="The plain demo step in PyTorch on the GPU.")
@@ -49,6 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+    kernel_stages(options)
     bundle = Bundle.open(options.bundle)
     backend = OnnxRuntimeBackend(threads=1)
     request = bench_step.make_request(bundle, lambda name: backend.load(bundle, name))

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from motionrt.kernels.motion_cross_attention import reference
+from motionrt.export.onnx_functions import add_functions, symbolic_forms
 
 Feed = Mapping[str, Tensor]
 OPSET = 23
@@ -110,8 +110,7 @@ def onnx_from_torch(
         program = torch.export.export(
             module, tuple(first.feed.values()), dynamic_shapes=(shapes,) if _variadic(module) else shapes, strict=False
         )
-        fused = torch.ops.motionrt.motion_cross_attention.default
-        program = program.run_decompositions({fused: reference})
+        program = program.run_decompositions(symbolic_forms())
         exported = torch.onnx.export(
             program,
             input_names=names,
@@ -123,6 +122,7 @@ def onnx_from_torch(
     assert exported is not None
     model = _compact(exported.model_proto, external or {})
     _name_outputs(model)
+    add_functions(model)
     wanted = [_run(module, example.feed) for example in examples]
     _publish(path, model, names, outputs, examples, wanted, atol, external or {})
     results = {

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-import motionrt.kernels.motion_cross_attention  # noqa: F401  (registers the op)
+from motionrt.kernels.motion_cross_attention import choose_form
 
 aten = torch.ops.aten
 FUSED = torch.ops.motionrt.motion_cross_attention.default
@@ -308,11 +308,11 @@ def _through_view(
 
 
 def reassociate(module: GraphModule, depends: dict[Node, frozenset[str]], known: dict[str, int]) -> list[Fired]:
-    """Fold the query projection into invariant keys where that costs fewer FLOPs per step.
+    """Fold the query projection into invariant keys where `choose_form` counts fewer FLOPs per step.
 
     Matches `scaled_dot_product_attention(q, k, v)` without mask where q = heads(linear(h, Wq)), `Wq` is constant, h depends
-    on the step and k, v do not. Per step the released form costs 2 B L D (N d) + 2 B L M (N d), the folded 2 B L D (N M),
-    the rest being equal. `h + scale * (...)` around it is absorbed into the op.
+    on the step and k, v do not; `h + scale * (...)` around it is absorbed into the op. Where the plain form is chosen the
+    graph keeps it as it is. The folded matrices are made K-major, [B, N*M, D] in memory: what the kernel reads.
     """
     graph, fired = module.graph, []
     for node in list(graph.nodes):
@@ -323,19 +323,16 @@ def reassociate(module: GraphModule, depends: dict[Node, frozenset[str]], known:
         key, values = node.args[1], node.args[2]
         batch, length, inner = sizes(value(hidden).shape, known)
         _, heads, tokens, width = sizes(value(key).shape, known)
-        before = 2 * batch * length * heads * width * (inner + tokens)
-        after = 2 * batch * length * inner * heads * tokens
-        if after >= before:
+        form, plain, cheaper = choose_form(batch * length, inner, heads, tokens, width)
+        if form != "folded":
             continue
         factor = node.kwargs.get("scale")
         factor = width**-0.5 if factor is None else factor
         with graph.inserting_before(node):
             query_heads = emit(graph, aten.reshape.default, (weight, [heads, width, inner]))
-            by_head = emit(graph, aten.transpose.int, (query_heads, 1, 2))  # [N, D, d]
-            keys = emit(graph, aten.transpose.int, (key, 2, 3))  # [B, N, d, M]
-            product = emit(graph, aten.mul.Tensor, (emit(graph, aten.matmul.default, (by_head, keys)), factor))
-            rows = emit(graph, aten.permute.default, (product, [0, 2, 1, 3]))  # [B, D, N, M]
-            folded = emit(graph, aten.flatten.using_ints, (rows, 2, 3))
+            product = emit(graph, aten.matmul.default, (key, query_heads))  # [B, N, M, d] x [N, d, D]
+            rows = emit(graph, aten.flatten.using_ints, (emit(graph, aten.mul.Tensor, (product, factor)), 1, 2))
+            folded = emit(graph, aten.transpose.int, (rows, 1, 2))
         end, scale, residual = _absorb(merged, hidden)
         with graph.inserting_before(end):
             if not isinstance(scale, Node):
@@ -343,7 +340,7 @@ def reassociate(module: GraphModule, depends: dict[Node, frozenset[str]], known:
                 scale = emit(graph, aten.full.default, ([], float(scale)), {"dtype": value(hidden).dtype})
             new = emit(graph, FUSED, (hidden, folded, values, scale, residual))
         end.replace_all_uses_with(new)
-        fired.append(Fired("reassociate", node.name, before, after))
+        fired.append(Fired("reassociate", node.name, plain, cheaper))
     prune(graph)
     return fired
 

@@ -1,0 +1,94 @@
+"""Our fused op in ONNX: a node of domain `motionrt`, and its meaning as a model-local function of standard ops.
+
+A runtime that knows the node may take a kernel for it; every other one (ONNX Runtime, TensorRT) expands the function when it
+loads the graph, so no plugin is needed. Scores and softmax are fp32 in it, as in the op. Sizes are read from the inputs, so
+that one body serves every layer of a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import onnx
+import torch
+from onnx import helper
+from torch import Tensor
+
+DOMAIN = "motionrt"
+VERSION = 1
+NAME = "motion_cross_attention"
+
+
+def _symbolic(hidden: Tensor, folded: Tensor, values: Tensor, scale: Tensor, residual: bool) -> Tensor:
+    """What the exporter sees instead of the op: a node of our domain. A function has no branches, so there are two."""
+    return torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{function_name(residual)}",
+        (hidden, folded, values, scale),
+        dtype=hidden.dtype,
+        shape=(hidden.shape[0], hidden.shape[1], values.shape[1] * values.shape[3]),
+        version=VERSION,
+    )
+
+
+def symbolic_forms() -> dict[Any, Callable[..., Any]]:
+    """Decompositions to run before `torch.onnx.export`."""
+    return {torch.ops.motionrt.motion_cross_attention.default: _symbolic}
+
+
+def function_name(residual: bool) -> str:
+    """The node's name: with or without the residual."""
+    return f"{NAME}_residual" if residual else NAME
+
+
+def motion_cross_attention_function(residual: bool, opset: int) -> onnx.FunctionProto:
+    """out = residual * h + scale * concat_n softmax(h A_n) V_n; shapes as in kernels/motion_cross_attention.py."""
+
+    def node(op: str, inputs: str, output: str, **attributes: Any) -> onnx.NodeProto:
+        return helper.make_node(op, inputs.split(), [output], **attributes)
+
+    body = [
+        node("Cast", "hidden", "hidden32", to=onnx.TensorProto.FLOAT),
+        node("Cast", "folded", "folded32", to=onnx.TensorProto.FLOAT),
+        node("MatMul", "hidden32 folded32", "columns"),  # [B, L, N*M]
+        node("Shape", "values", "heads_tokens", start=1, end=3),
+        node("Constant", "", "keep", value_ints=[0, 0]),
+        node("Concat", "keep heads_tokens", "by_head", axis=0),
+        node("Reshape", "columns by_head", "scores"),  # [B, L, N, M]
+        node("Softmax", "scores", "weights32", axis=-1),
+        node("CastLike", "weights32 hidden", "weights"),
+        node("Transpose", "weights", "weights_by_head", perm=[0, 2, 1, 3]),
+        node("MatMul", "weights_by_head values", "attended"),  # [B, N, L, d]
+        node("Transpose", "attended", "rows", perm=[0, 2, 1, 3]),
+        node("Constant", "", "merged", value_ints=[0, 0, -1]),
+        node("Reshape", "rows merged", "joined"),  # [B, L, N*d]
+        node("CastLike", "scale hidden", "scale_like"),
+        node("Mul", "joined scale_like", "scaled" if residual else "out"),
+    ]
+    if residual:
+        body.append(node("Add", "hidden scaled", "out"))
+    return helper.make_function(
+        DOMAIN,
+        function_name(residual),
+        ["hidden", "folded", "values", "scale"],
+        ["out"],
+        body,
+        [helper.make_opsetid("", opset)],
+    )
+
+
+def add_functions(model: onnx.ModelProto) -> None:
+    """Give the model the functions of our domain that its nodes name, in place; nothing where it names none."""
+    used = _names(model.graph.node)
+    (opset,) = (o.version for o in model.opset_import if o.domain == "")
+    functions = [f for f in (motion_cross_attention_function(r, opset) for r in (False, True)) if f.name in used]
+    unknown = used - {f.name for f in functions}
+    if unknown:
+        raise ValueError(f"the graph has nodes of domain {DOMAIN} without a function: {', '.join(sorted(unknown))}")
+    model.functions.extend(functions)
+    if functions and not any(o.domain == DOMAIN for o in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
+
+
+def _names(nodes: Iterable[onnx.NodeProto]) -> set[str]:
+    return {node.op_type for node in nodes if node.domain == DOMAIN}

@@ -1,0 +1,95 @@
+"""kernels/aot.py compiles what is shipped for every target, without a GPU: no spills, shared memory that the target has."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("torch")
+from motionrt.kernels.tiles import SHARED_LIMIT  # it needs torch
+
+SCRIPT = Path(__file__).resolve().parent.parent / "kernels" / "aot.py"
+# All six for the released model's layout; one of each tensor-core generation for the other, to keep within a minute or so.
+SHIPPED = {"padded": tuple(SHARED_LIMIT), "packed": (80, 90, 100, 120)}
+RELEASED = "3072x48x25x64"  # DynamiCrafter's widths differ in the number of steps over D, which is no constant of the kernel
+PTX = {80: "8.0", 86: "8.0", 89: "8.0", 90: "8.0", 100: "8.6", 120: "8.7"}  # CUDA 12.0 drivers; the first to know 100, 120
+
+
+def start(cache: Path, *arguments: str) -> subprocess.Popen[str]:
+    """A process of its own: Triton aborts where an option is wrong. An empty cache, or nothing would be compiled."""
+    command = [sys.executable, str(SCRIPT), "--json", *arguments]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[dict[str, Any]], Path]]:
+    """{layout: (reports, folder of artefacts)}; the two layouts side by side."""
+    folders = {layout: tmp_path_factory.mktemp(layout) for layout in SHIPPED}
+    running = {}
+    for layout, folder in folders.items():
+        targets = ",".join(map(str, SHIPPED[layout]))
+        what = ("--shapes", RELEASED, "--layouts", layout, "--targets", targets)
+        running[layout] = start(folder / "cache", *what, "--out", str(folder / "out"))
+    found = {}
+    for layout, process in running.items():
+        out, err = process.communicate(timeout=550)
+        assert process.returncode == 0, f"{layout}: {err[-2000:]}"
+        found[layout] = [json.loads(line) for line in out.splitlines()], folders[layout] / "out"
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # a minute of work for one processor; CI machines are shared
+@pytest.mark.parametrize(
+    ("layout", "target"),
+    [(layout, target) for layout, targets in SHIPPED.items() for target in targets],
+    ids=lambda value: f"sm{value}" if isinstance(value, int) else value,
+)
+def test_shipped_kernel_spills_nothing_and_fits(compiled: Any, layout: str, target: int) -> None:
+    reports, folder = compiled[layout]
+    (report,) = [r for r in reports if r["target"] == target]
+    assert report["spills"] == 0
+    assert 0 < report["shared"] <= SHARED_LIMIT[target]
+    assert report["registers"] <= 255
+    assert report["ptx_version"] == PTX[target]
+    ptx = (folder / f"{report['name']}.ptx").read_text()
+    assert f".entry {report['entry']}" in ptx and "call.uni" not in ptx  # the recursion is inlined
+    assert ("wgmma" in ptx) == (target == 90) and ("tcgen05.mma" in ptx) == (target == 100)  # tensor cores of the target
+    assert (folder / f"{report['name']}.cubin").read_bytes()[:4] == b"\x7fELF"
+    assert json.loads((folder / f"{report['name']}.json").read_text())["registers"] == report["registers"]
+    assert not list(folder.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--targets", "75"), "--targets has 75; allowed: 80, 86"),
+        (("--dtypes", "fp8"), "--dtypes has fp8; allowed: fp16"),
+        (("--layouts", "dense"), "--layouts has dense; allowed: padded, packed, plain"),
+    ],
+    ids=["target", "dtype", "layout"],
+)
+def test_main_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str], arguments: tuple[str, str], said: str) -> None:
+    from motionrt.kernels.aot import main
+
+    with pytest.raises(SystemExit, match="2"):
+        main(list(arguments))
+    assert said in capsys.readouterr().err
+
+
+def test_report_finds_fault_with_spills_and_shared_memory() -> None:
+    from motionrt.kernels.aot import Report
+
+    good = Report("name", 89, 200, SHARED_LIMIT[89], 0, 8, "8.0", "kernel")
+    assert not good.faults
+    assert "8 bytes of registers spilled" in dataclasses.replace(good, spills=8).faults[0]
+    assert "sm_86 has 101376" in dataclasses.replace(good, target=86, shared=101377).faults[0]
