@@ -49,12 +49,7 @@ def program_from_torch(
             warnings.simplefilter("ignore")
             shapes = dynamic_shapes(module, examples, ranges)
             program = torch.export.export(module, tuple(examples[0].feed.values()), dynamic_shapes=shapes, strict=False)
-            program = program.run_decompositions({})
-            program._example_inputs = None  # they would be pickled; and they can be as large as the weights
-            for node in program.graph.nodes:
-                for note in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node"):
-                    node.meta.pop(note, None)  # paths of the build machine do not travel
-            torch.export.save(program, partial)
+            torch.export.save(_bare(program), partial)
             again = load_program(partial, path.stem, torch.device("cpu")).module(check_guards=False)
         for example in examples:
             for name, want, got in zip(outputs, run(module, example.feed), run(again, example.feed), strict=True):
@@ -75,6 +70,23 @@ def program_from_torch(
         "inputs": list(examples[0].feed),
         "outputs": list(outputs),
     }
+
+
+def _bare(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """`program` without what only its making needed."""
+    program._example_inputs = None  # they would be pickled, and they can be as large as the weights
+    symbols: set[str] = set()
+    for node in program.graph.nodes:
+        for note in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node"):
+            node.meta.pop(note, None)  # paths of the build machine do not travel
+        for leaf in torch.utils._pytree.tree_leaves(node.meta.get("val")):
+            for size in leaf.shape if isinstance(leaf, torch.Tensor) else [leaf]:
+                if isinstance(size, torch.SymInt):
+                    symbols |= {str(symbol) for symbol in size.node.expr.free_symbols}
+    unused = [symbol for symbol in program._range_constraints if str(symbol) not in symbols]
+    for symbol in unused:  # the loader warns of each
+        del program._range_constraints[symbol]
+    return program
 
 
 def add_programs(
