@@ -20,7 +20,12 @@ memory_app = typer.Typer(
     rich_markup_mode=None,
 )
 BundlePath = Annotated[Path, typer.Option("--bundle", "-b", help="Bundle directory, as written by `motionrt export`.")]
-Threads = Annotated[int | None, typer.Option(help="Threads of ONNX Runtime; all cores if not given.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of the backend; all cores if not given.")]
+BackendName = Annotated[str, typer.Option("--backend", help="onnxruntime, or torch (the bundle needs programs).")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; cuda needs --backend torch.")]
+AllowOnnxRuntime = Annotated[
+    bool, typer.Option("--allow-onnxruntime", help="Run graphs that have no torch program in ONNX Runtime.")
+]
 
 
 @memory_app.command("create")
@@ -105,10 +110,19 @@ def memory_search(
     report.console().print(report.references_table(found))
 
 
-def open_pipeline(bundle: Path, memory: Path | None, threads: int | None) -> MotionPipeline:
+def open_pipeline(
+    bundle: Path,
+    memory: Path | None,
+    threads: int | None,
+    backend: str = "onnxruntime",
+    device: str | None = None,
+    allow_onnxruntime: bool = False,
+) -> MotionPipeline:
+    from motionrt.runtime.backend import open_backend
     from motionrt.runtime.pipeline import MotionPipeline
 
-    return MotionPipeline.from_bundle(bundle, memory, threads=threads)
+    opened = open_backend(backend, device=device, threads=threads, allow_onnxruntime=allow_onnxruntime)
+    return MotionPipeline.from_bundle(bundle, memory, backend=opened)
 
 
 def _captions(clips: list[Path], caption: str | None, captions: Path | None) -> list[str]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 
+from PIL import Image  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from motionrt.export.onnx_from_torch import Example, ParityError, Range  # noqa: E402
@@ -26,6 +27,7 @@ from motionrt.export.programs import add_programs, program_from_torch  # noqa: E
 from motionrt.runtime import torch_backend  # noqa: E402
 from motionrt.runtime.backend import DeviceGraph, OnnxRuntimeBackend, open_backend, place  # noqa: E402
 from motionrt.runtime.bundle import Bundle, sha256_of  # noqa: E402
+from motionrt.runtime.cli import main  # noqa: E402
 from motionrt.runtime.demo import load_by_path  # noqa: E402
 from motionrt.runtime.errors import BackendError, BackendWarning, BundleError, InputError  # noqa: E402
 from motionrt.runtime.pipeline import MotionPipeline  # noqa: E402
@@ -62,7 +64,7 @@ class FakeStep(nn.Module):
 
 def step_feed(batch: int, seed: int = 0) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(seed)
-    shapes: dict[str, tuple[int, ...]] = {name: (batch, *LATENTS) for name in ("latents", "previous_x0", "noise")}
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("latents", "previous_x0", "noise"), (batch, *LATENTS))
     shapes |= {"coefficients": (6,), "guidance": (), "modulation": (4,)}
     shapes |= {"context": (batch, 4), "negative_context": (batch, 4), "image_latents": (batch, *LATENTS)}
     return {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
@@ -398,6 +400,32 @@ def test_open_backend_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BackendError, match=r"needs PyTorch: `pip install motionrt\[torch\]`"):
         open_backend("torch")
+
+
+def test_command_line_runs_the_torch_backend(
+    fake_programs: Path, fake_memory: Path, still: NDArray[np.uint8], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(still).save(tmp_path / "still.png")
+    common = ["generate", "-b", str(fake_programs), "-m", str(fake_memory), "-p", "a red ball"]
+    common += ["-i", str(tmp_path / "still.png")]
+    video = ["-o", str(tmp_path / "out.png")]
+    for options, status, message in (
+        (["--backend", "torch", "--allow-onnxruntime"], 0, "out.png: 3 frames"),
+        (["--backend", "torch"], 2, "has no torch program of graph 'text' (it has: step)"),
+        (["--backend", "torch", "--device", "cuda:99"], 2, "device is 'cuda:99'; torch"),
+        (["--device", "cuda"], 2, "the backend onnxruntime runs on cpu"),
+        (["--backend", "jax"], 2, "backend is 'jax'; it must be one of onnxruntime, torch"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main([*common, *video, *options])
+        said = capsys.readouterr()
+        assert (caught.value.code or 0) == status, said.err
+        assert message in said.out + said.err
+    saved = tmp_path / "bench.json"
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", str(fake_programs), "-n", "2", "--backend", "torch", "--allow-onnxruntime", "--json", str(saved)])
+    assert not caught.value.code, capsys.readouterr().err
+    assert json.loads(saved.read_text())["backend"].startswith(f"torch {torch.__version__} cpu eager")
 
 
 # --- programs of a bundle ---------------------------------------------------------------------------------------------
