@@ -93,7 +93,7 @@ def feed(size: Size, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> 
     """Random inputs of one request in the middle of its schedule, in the order of `INPUTS`; batch 1, as served."""
     draw = torch.Generator().manual_seed(seed)
     video, text = (1, *size.latents), (1, size.text_tokens, size.text_width)
-    shapes: dict[str, tuple[int, ...]] = {name: video for name in ("latents", "previous_x0", "noise", "image_latents")}
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("latents", "previous_x0", "noise", "image_latents"), video)
     shapes |= {"text": text, "negative_text": text, "motion": (1, size.motion_tokens, size.motion_width)}
     values = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
     values["coefficients"] = torch.tensor([0.8, -0.6, 0.7, 0.3, 0.0, 0.0])

@@ -158,8 +158,9 @@ def main(arguments: list[str] | None = None) -> None:
         }
         print(f"\n{size.name}: B 2, L {size.tokens}, D {size.model_width}, N {size.heads}, {size.layers} layers, bf16\n")
         print(table(works))
-        share = {key: work.flops / steps["plain"].flops for key, work in works.items() if key.startswith("motion")}
-        print("\nof the plain step's FLOPs: " + ", ".join(f"{key} {value:.2%}" for key, value in share.items()))
+        base = steps["plain"].flops - works["motion, as released"].flops  # the step of the model without motion
+        share = {key: work.flops / base for key, work in works.items() if key.startswith("motion")}
+        print("\non top of the base step's FLOPs: " + ", ".join(f"{key} {value:.2%}" for key, value in share.items()))
         for what, work in works.items():
             harness.append_row("roofline", row(size, what, work), folder=options.results)
 

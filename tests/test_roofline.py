@@ -77,7 +77,7 @@ def test_command_prints_a_table_and_keeps_rows(
     roofline, _ = bench
     roofline.main(["--sizes", "toy", "--results", str(tmp_path)])
     out = capsys.readouterr().out
-    assert "| H100 SXM (sm_90) |" in out and "of the plain step's FLOPs: motion, fused" in out
+    assert "| H100 SXM (sm_90) |" in out and "on top of the base step's FLOPs: motion, fused" in out
     rows = [json.loads(line) for line in (tmp_path / "roofline.jsonl").read_text().splitlines()]
     assert len(rows) == 4
     for row in rows:
