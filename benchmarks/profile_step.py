@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import DeviceType
 from torch.fx import GraphModule, Interpreter, Node
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -108,7 +109,7 @@ def shares(module: GraphModule, inputs: Sequence[Tensor], size: Size, device: st
     booked = _Booked(module, classify(module, size))
     total = dict.fromkeys((*CANDIDATES, MOTION, PRODUCTS, ATTENTION, GELU, REST), 0.0)
     for event in _record(lambda: booked.run(*inputs), device, rounds):
-        if event.key.startswith(_PREFIX) and event.device_type == torch.autograd.DeviceType.CPU:
+        if event.key.startswith(_PREFIX) and event.device_type == DeviceType.CPU:
             microseconds = event.device_time_total if device == "cuda" else event.cpu_time_total
             total[event.key.removeprefix(_PREFIX)] += microseconds / 1e3 / rounds
     return total
@@ -118,7 +119,7 @@ def kernels(call: Callable[[], object], rounds: int) -> dict[str, float]:
     """Milliseconds of each CUDA kernel in one call, the longest first."""
     found: dict[str, float] = {}
     for event in _record(call, "cuda", rounds):
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type == DeviceType.CUDA:
             found[event.key] = found.get(event.key, 0.0) + event.self_device_time_total / 1e3 / rounds
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
@@ -130,7 +131,8 @@ def measure(
     groups = shares(module, inputs, size, device, rounds)
     whole = sum(groups.values())
     note = "CUDA, eager" if device == "cuda" else "CPU: decides nothing for a GPU"
-    print(f"\n{size.name}, {str(dtype).removeprefix('torch.')}, one eager step ({note})\n\n| group | ms | share |\n| --- | ---: | ---: |")
+    print(f"\n{size.name}, {str(dtype).removeprefix('torch.')}, one eager step ({note})\n")
+    print("| group | ms | share |\n| --- | ---: | ---: |")
     for name, milliseconds in sorted(groups.items(), key=lambda item: -item[1]):
         mark = " (candidate)" if name in CANDIDATES else ""
         absent = " - not in this network" if not milliseconds else ""

@@ -119,7 +119,7 @@ def onnx_from_torch(
     assert exported is not None
     model = _compact(exported.model_proto, external or {})
     _name_outputs(model)
-    wanted = [run(module, example.feed) for example in examples]
+    wanted = [_run(module, example.feed) for example in examples]
     _publish(path, model, names, outputs, examples, wanted, atol, external or {})
     results = {
         n: dynamic_axes(x, y, first.sizes, second.sizes) for n, x, y in zip(outputs, wanted[0], wanted[1], strict=True)
@@ -142,7 +142,7 @@ def dynamic_shapes(module: nn.Module, examples: Sequence[Example], ranges: Mappi
     return (tuple(shapes),) if inspect.Parameter.VAR_POSITIONAL in kinds else tuple(shapes)
 
 
-def run(module: nn.Module, feed: Feed) -> list[Tensor]:
+def _run(module: nn.Module, feed: Feed) -> list[Tensor]:
     """The outputs of `module` on a feed, as a list."""
     with torch.no_grad():
         result = module(*feed.values())
