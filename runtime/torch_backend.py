@@ -79,9 +79,9 @@ class TorchBackend:
                 f"program '{name}' takes {counts[0]} inputs and gives {counts[1]} outputs; bundle.json declares "
                 f"{len(declared.inputs)} and {len(declared.outputs)}. Export the bundle again."
             )
-        dtypes = dict(zip(declared.inputs, (n.meta["val"].dtype for n in placeholders), strict=True))
+        examples = dict(zip(declared.inputs, (n.meta["val"] for n in placeholders), strict=True))
         module = program.module(check_guards=False)  # check_ports says it in plain words
-        graph = TorchGraph(spec, module, dtypes, declared.outputs, self.device)
+        graph = TorchGraph(spec, module, examples, declared.outputs, self.device)
         graph.prepare(self.mode if name in LOOP else "eager")
         return graph
 
@@ -93,12 +93,16 @@ class TorchGraph:
         self,
         spec: GraphSpec,
         module: Callable[..., Any],
-        dtypes: Mapping[str, torch.dtype],
+        examples: Mapping[str, Tensor],
         outputs: Sequence[str],
         device: torch.device,
     ) -> None:
-        """`dtypes`: of the program's inputs, in its order; floats are cast to them, and results to the declared dtypes."""
-        self.spec, self.dtypes, self.outputs, self.device = spec, dict(dtypes), tuple(outputs), device
+        """`examples`: tensors (fake ones do) like the program's inputs, in its order: values are given their dtype, and their
+        layout where the axis before the last is the dense one (a kernel would copy another); results the declared dtypes.
+        """
+        self.spec, self.outputs, self.device = spec, tuple(outputs), device
+        self.dtypes = {name: example.dtype for name, example in examples.items()}
+        self._transposed = {name: example.ndim for name, example in examples.items() if _is_transposed(example)}
         self.mode = "eager"
         kinds = {port.name: getattr(torch, port.dtype) for port in spec.outputs}
         finals = [kinds[name] for name in self.outputs]
@@ -115,7 +119,10 @@ class TorchGraph:
 
     def prepare(self, mode: str) -> None:
         """Compile and capture as `mode` says, falling back with a `BackendWarning`, and run once at the declared sizes."""
-        inputs = [torch.zeros(self._shapes[n], dtype=dtype, device=self.device) for n, dtype in self.dtypes.items()]
+        inputs = [
+            self._laid_out(name, torch.zeros(self._shapes[name], dtype=dtype, device=self.device))
+            for name, dtype in self.dtypes.items()
+        ]
         if mode in ("graph", "compile"):
             compiled = torch.compile(self._eager, fullgraph=True, dynamic=False)
             if self._attempt("torch.compile", "eager", lambda: self._execute(compiled, inputs)):
@@ -143,9 +150,9 @@ class TorchGraph:
         """See `DeviceGraph`."""
         if isinstance(value, Tensor):
             return value
-        array = np.array(value, order="C")  # a copy: the device's value must not change with the caller's
+        array = np.array(value)  # a copy: the device's value must not change with the caller's
         check_finite(self.spec, name, array)
-        return torch.from_numpy(array).to(self.device)
+        return self._laid_out(name, torch.from_numpy(array).to(self.device))
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """See `DeviceGraph`."""
@@ -166,6 +173,11 @@ class TorchGraph:
     def get(self, value: Any) -> Array:
         """See `DeviceGraph`."""
         return np.array(value.cpu().numpy())
+
+    def _laid_out(self, name: str, value: Tensor) -> Tensor:
+        if value.ndim != self._transposed.get(name):
+            return value
+        return value.transpose(-1, -2).contiguous().transpose(-1, -2)
 
     def _execute(self, call: Call, values: Sequence[Tensor]) -> Sequence[Tensor]:
         # cuDNN rounds fp32 convolutions to TF32 unless told otherwise, and the results are those of ONNX Runtime
@@ -222,6 +234,13 @@ def capture(call: Call, inputs: Sequence[Tensor]) -> tuple[Callable[[], None], l
     with torch.cuda.graph(graph):
         outputs = list(call(*inputs))
     return graph.replay, outputs
+
+
+def _is_transposed(example: Tensor) -> bool:
+    """Whether the axis before the last is the dense one (and not because the last has one element)."""
+    if example.ndim < 2 or not all(isinstance(size, int) for size in (*example.shape[-2:], *example.stride()[-2:])):
+        return False
+    return example.stride(-2) == 1 and example.stride(-1) != 1 and example.shape[-1] > 1
 
 
 def _describe(value: Any) -> tuple[str, tuple[int, ...]]:

@@ -26,13 +26,13 @@ from motionrt.export.onnx_from_torch import Example, ParityError, Range  # noqa:
 from motionrt.export.programs import add_programs, program_from_torch  # noqa: E402
 from motionrt.runtime import torch_backend  # noqa: E402
 from motionrt.runtime.backend import DeviceGraph, OnnxRuntimeBackend, open_backend, place  # noqa: E402
-from motionrt.runtime.bundle import Bundle, sha256_of  # noqa: E402
+from motionrt.runtime.bundle import Bundle, Dim, GraphSpec, Port, sha256_of  # noqa: E402
 from motionrt.runtime.cli import main  # noqa: E402
 from motionrt.runtime.demo import load_by_path  # noqa: E402
 from motionrt.runtime.errors import BackendError, BackendWarning, BundleError, InputError  # noqa: E402
 from motionrt.runtime.pipeline import MotionPipeline  # noqa: E402
 from motionrt.runtime.sampler import sample  # noqa: E402
-from motionrt.runtime.torch_backend import TorchBackend  # noqa: E402
+from motionrt.runtime.torch_backend import TorchBackend, TorchGraph  # noqa: E402
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 RANGES = {"B": Range(1, 1, 2)}
@@ -292,6 +292,26 @@ def test_compiled_step_equals_eager(fake_programs: Path, monkeypatch: pytest.Mon
     compiled = TorchBackend(mode="compile").load(bundle, "step")
     assert compiled.mode == "compile"  # type: ignore[attr-defined]
     np.testing.assert_allclose(loop(compiled), loop(TorchBackend().load(bundle, "step")), atol=1e-5)
+
+
+class Product(nn.Module):
+    def forward(self, video: Tensor) -> Tensor:
+        assert torch.compiler.is_compiling() or video.stride(-2) == 1
+        return 2 * video
+
+
+def test_values_get_the_layout_that_the_program_was_traced_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that wants its matrices K-major must not copy them at each step, whatever the host's layout is."""
+    dims = (Dim("", 3, 3, 3), Dim("", 5, 5, 5))
+    spec = GraphSpec("g", "g.onnx", "", (Port("video", "float32", dims),), (Port("out", "float32", dims),))
+    monkeypatch.setattr(torch_backend, "capture", fake_capture)
+    monkeypatch.setattr(torch, "compile", lambda call, **_: call)
+    value = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
+    for mode in ("eager", "graph"):
+        graph = TorchGraph(spec, Product(), {"video": torch.empty(5, 3).t()}, ("out",), torch.device("cpu"))
+        graph.prepare(mode)
+        for given in (value, np.asfortranarray(value), value[::-1, ::-1]):
+            np.testing.assert_array_equal(graph({"video": given})["out"], 2 * given)
 
 
 @pytest.mark.gpu
