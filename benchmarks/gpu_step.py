@@ -27,6 +27,7 @@ import harness
 from full_step import OUTPUTS, SIZES, Size, build_step, cut, feed
 from motionrt.export.partition import Partition
 from motionrt.runtime.bundle import Dim, GraphSpec, Port
+from motionrt.runtime.errors import BackendWarning
 from motionrt.runtime.torch_backend import TorchGraph
 from profile_step import step_inputs
 from roofline import GPUS, Work, released_of
@@ -54,7 +55,8 @@ def ours(partition: Partition, inputs: Mapping[str, Tensor], mode: str, device: 
         warnings.simplefilter("always")
         graph.prepare({"compiled": "compile"}.get(mode, mode))
     for warning in seen:
-        print(f"  {warning.message}")
+        if issubclass(warning.category, BackendWarning):
+            print(f"  {warning.message}")
     return lambda: list(graph.run(inputs).values()), graph.mode
 
 
