@@ -46,6 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder for rows")
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--warmups", type=int, default=10)
+    parser.add_argument("--step-budget", type=float, default=1500.0, help="seconds for the full-size step; 0 skips it")
+    parser.add_argument("--step-stages", nargs="+", default=[], help="of gpu_step.py; all if not given")
     options = parser.parse_args(arguments)
 
     reason = missing_gpu()
@@ -92,6 +94,22 @@ def main(arguments: list[str] | None = None) -> None:
         path = harness.append_row("gpu_suite", row, folder=options.results)
         print("{backend:>10}: p50 {p50_ms:.3f} ms, p95 {p95_ms:.3f} ms, p99 {p99_ms:.3f} ms, n {n}".format(**row))
     print(f"rows appended: {path.name}; largest difference {max(result.errors.values()):.1e}")
+    step_stages(options)
+
+
+def step_stages(options: argparse.Namespace) -> None:
+    """The full-size CogVideoX step, stage by stage (gpu_step.py), then its profile; rows of their own files."""
+    if options.step_budget <= 0:
+        print("full-size step: not run: --step-budget is 0")
+        return
+    import gpu_step  # imports torch
+    import profile_step
+
+    common = ["--results", str(options.results)]
+    stages = ["--stages", *options.step_stages] if options.step_stages else []
+    gpu_step.main([*common, "--budget", str(options.step_budget), *stages])
+    if not options.step_stages:
+        profile_step.main([*common, "--device", "cuda", "--size", "full"])
 
 
 if __name__ == "__main__":

@@ -62,11 +62,13 @@ def write_manifest(
     digests: Mapping[str, str],
     partition: Mapping[str, Any],
     provenance: Mapping[str, Any],
+    programs: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Write solver tables, tokenizers and `bundle.json` beside the graphs already in `stage/graphs`.
 
     `graphs`: what `onnx_from_torch` returned (and `weights` where they stay in a package); `solvers`: name -> step count ->
-    `solver_rows`; `tokenizers`: name -> (tokenizer JSON, max length, padding id).
+    `solver_rows`; `tokenizers`: name -> (tokenizer JSON, max length, padding id); `programs`: what `program_from_torch`
+    returned, for those that there are.
     """
     tables: dict[str, NDArray[Any]] = {}
     for solver, entries in solvers.items():
@@ -96,6 +98,7 @@ def write_manifest(
         "digests": dict(digests),
         "partition": dict(partition),
         "provenance": dict(provenance),
+        **({"programs": {key: dict(entry) for key, entry in programs.items()}} if programs else {}),
     }
     (stage / "bundle.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 

@@ -5,6 +5,7 @@ Which axes are dynamic is not written down twice: it is read off two example fee
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -100,15 +101,10 @@ def onnx_from_torch(
     first, second = examples[0], examples[1]
     names = list(first.feed)
     axes = {n: dynamic_axes(first.feed[n], second.feed[n], first.sizes, second.sizes) for n in names}
-    symbols = {n: torch.export.Dim(n, min=span.min, max=span.max) for n, span in ranges.items()}
-    shapes = tuple(
-        {axis: symbols[size] if factor == 1 else factor * symbols[size] for axis, (size, factor) in axes[n].items()}
-        for n in names
-    )
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(
-            module, tuple(first.feed.values()), dynamic_shapes=(shapes,) if _variadic(module) else shapes, strict=False
+            module, tuple(first.feed.values()), dynamic_shapes=dynamic_shapes(module, examples, ranges), strict=False
         )
         program = program.run_decompositions(symbolic_forms())
         exported = torch.onnx.export(
@@ -134,14 +130,20 @@ def onnx_from_torch(
     }
 
 
-def _variadic(module: nn.Module) -> bool:
-    import inspect
-
+def dynamic_shapes(module: nn.Module, examples: Sequence[Example], ranges: Mapping[str, Range]) -> Any:
+    """The `dynamic_shapes` of `torch.export.export` for `module`: the axes in which the first two examples differ."""
+    first, second = examples[0], examples[1]
+    symbols = {n: torch.export.Dim(n, min=span.min, max=span.max) for n, span in ranges.items()}
+    shapes = []
+    for name in first.feed:
+        axes = dynamic_axes(first.feed[name], second.feed[name], first.sizes, second.sizes)
+        shapes.append({i: symbols[size] if factor == 1 else factor * symbols[size] for i, (size, factor) in axes.items()})
     kinds = [p.kind for p in inspect.signature(module.forward).parameters.values()]
-    return inspect.Parameter.VAR_POSITIONAL in kinds
+    return (tuple(shapes),) if inspect.Parameter.VAR_POSITIONAL in kinds else tuple(shapes)
 
 
 def _run(module: nn.Module, feed: Feed) -> list[Tensor]:
+    """The outputs of `module` on a feed, as a list."""
     with torch.no_grad():
         result = module(*feed.values())
     return [result] if isinstance(result, Tensor) else list(result)

@@ -2,6 +2,8 @@
 
     Graph = (mapping of input name to array) -> dict of output name to array
 
+A graph may also be a `DeviceGraph`, which can keep values where it computes: the loop then copies nothing per step.
+
 Every call is checked against the interface that the bundle declares, so that a wrong array is a plain sentence and
 not a message from inside an engine. Outputs belong to the caller: a backend never writes into what it has returned.
 """
@@ -11,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +32,61 @@ class Backend(Protocol):
         """Load graph `name`; the result checks its inputs (`InputError`) and runs it (`BackendError` if that fails)."""
 
 
+@runtime_checkable
+class DeviceGraph(Protocol):
+    """A graph that can keep values on its device: `put` what every step reads once, `run`, and `get` the last result."""
+
+    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Host arrays in and out, as for any graph; the outputs belong to the caller."""
+
+    def put(self, name: str, value: Any) -> Any:
+        """`value` (an array for input `name`, or a table of them) on the device; one that is there already, as it is.
+
+        The result is read-only for the caller; indexing it gives its rows. `InputError` for values that are not finite.
+        """
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """As a call, with host arrays, values from `put` and results of `run` in any mix; the results stay on the device.
+
+        Returns when they are computed. They hold until the next `run`, which may take them as inputs.
+        """
+
+    def get(self, value: Any) -> Array:
+        """A result of `run` as a host array that belongs to the caller."""
+
+
+def place(graph: Graph, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """`arrays` where `graph` computes, if it can keep them there; otherwise as they are. Placing twice changes nothing."""
+    if not isinstance(graph, DeviceGraph):
+        return dict(arrays)
+    return {name: graph.put(name, value) for name, value in arrays.items()}
+
+
 def check_inputs(spec: GraphSpec, inputs: Mapping[str, Array]) -> None:
     """Raise `InputError` unless `inputs` has the names, dtypes, ranks and sizes of `spec`, and only finite numbers."""
+    check_ports(spec, {name: describe(value) for name, value in inputs.items()})
+    for name, value in inputs.items():
+        check_finite(spec, name, value)
+
+
+def describe(value: Any) -> tuple[str, tuple[int, ...]]:
+    """Dtype and shape of an array; what else it is goes where the dtype would."""
+    if not isinstance(value, np.ndarray):
+        return f"{type(value).__name__}, not an array", ()
+    return str(value.dtype), value.shape
+
+
+def check_finite(spec: GraphSpec, name: str, value: Array) -> None:
+    """Raise `InputError` if a floating-point array holds NaN or infinite values."""
+    if value.dtype.kind == "f" and not np.isfinite(value).all():
+        bad = int(value.size - np.isfinite(value).sum())
+        raise InputError(
+            f"{spec.name} input `{name}` has {bad} NaN or infinite values of {value.size}; all must be finite."
+        )
+
+
+def check_ports(spec: GraphSpec, inputs: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Raise `InputError` unless `inputs`, name -> (dtype, shape), are those of `spec`."""
     missing = [port.name for port in spec.inputs if port.name not in inputs]
     unknown = sorted(inputs.keys() - {port.name for port in spec.inputs})
     if missing or unknown:
@@ -41,20 +96,19 @@ def check_inputs(spec: GraphSpec, inputs: Mapping[str, Array]) -> None:
         )
     sizes: dict[str, tuple[int, str]] = {}
     for port in spec.inputs:
-        value = inputs[port.name]
+        dtype, shape = inputs[port.name]
         accepts = f"this bundle accepts {port.dtype} [{', '.join(map(str, port.dims))}]"
-        if not isinstance(value, np.ndarray) or value.dtype != port.dtype:
-            got = value.dtype if isinstance(value, np.ndarray) else f"{type(value).__name__}, not an array"
-            raise InputError(f"{spec.name} input `{port.name}` is {got}; {accepts}. Convert it with .astype.")
-        in_range = len(value.shape) == len(port.dims) and all(
-            dim.min <= size <= dim.max for size, dim in zip(value.shape, port.dims, strict=True)
+        if dtype != port.dtype:
+            raise InputError(f"{spec.name} input `{port.name}` is {dtype}; {accepts}. Convert it with .astype.")
+        in_range = len(shape) == len(port.dims) and all(
+            dim.min <= size <= dim.max for size, dim in zip(shape, port.dims, strict=True)
         )
         if not in_range:
             raise InputError(
-                f"{spec.name} input `{port.name}` is {list(value.shape)}; {accepts}. "
+                f"{spec.name} input `{port.name}` is {list(shape)}; {accepts}. "
                 "Change the array, or export a bundle with these sizes."
             )
-        for size, dim in zip(value.shape, port.dims, strict=True):
+        for size, dim in zip(shape, port.dims, strict=True):
             if not dim.name:
                 continue
             other, where = sizes.setdefault(dim.name, (size, port.name))
@@ -63,15 +117,42 @@ def check_inputs(spec: GraphSpec, inputs: Mapping[str, Array]) -> None:
                     f"{spec.name} input `{port.name}` has {dim.name} = {size} but `{where}` has {dim.name} = {other}; "
                     "they must be equal."
                 )
-        if value.dtype.kind == "f" and not np.isfinite(value).all():
-            bad = int(value.size - np.isfinite(value).sum())
-            raise InputError(
-                f"{spec.name} input `{port.name}` has {bad} NaN or infinite values of {value.size}; all must be finite."
-            )
+
+
+BACKENDS = ("onnxruntime", "torch")
+
+
+def open_backend(
+    name: str = "onnxruntime",
+    *,
+    device: str | None = None,
+    threads: int | None = None,
+    allow_onnxruntime: bool = False,
+) -> Backend:
+    """The backend called `name`, one of `BACKENDS`. `device` "cpu" or "cuda" (torch only; default "cpu").
+
+    `allow_onnxruntime`: graphs of which a bundle has no torch program run in ONNX Runtime instead of being refused.
+    Raises `InputError` for what does not exist and `BackendError` for a package or device that is not there.
+    """
+    if name not in BACKENDS:
+        raise InputError(f"backend is '{name}'; it must be one of {', '.join(BACKENDS)}.")
+    if name == "onnxruntime":
+        if device not in (None, "cpu"):
+            raise InputError(f"device is '{device}'; the backend onnxruntime runs on cpu. Use the backend torch for cuda.")
+        return OnnxRuntimeBackend(threads)
+    if importlib.util.find_spec("torch") is None:
+        raise BackendError("backend 'torch' needs PyTorch: `pip install motionrt[torch]`.")
+    from motionrt.runtime.torch_backend import TorchBackend  # imports torch: only when it is asked for
+
+    return TorchBackend(
+        device or "cpu", threads=threads, fallback=OnnxRuntimeBackend(threads) if allow_onnxruntime else None
+    )
 
 
 class OnnxRuntimeBackend:
     """ONNX Runtime's CPU provider. `threads`: threads within an operator; None lets ONNX Runtime take every core."""
+
+    label = "onnxruntime CPUExecutionProvider"
 
     def __init__(self, threads: int | None = None) -> None:
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):

@@ -2,6 +2,7 @@
 
 Reading never executes anything. `Bundle.open` checks the manifest's keys and version and the SHA-256 of every file of
 the bundle, so that what follows can trust it; every later check reads the one interface that the manifest declares.
+Programs, the optional part for the torch backend, are checked when one is asked for: nobody else pays for them.
 """
 
 from __future__ import annotations
@@ -16,12 +17,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motionrt.runtime.errors import BundleError, InputError
-from motionrt.runtime.manifest import FORMAT, Dim, GraphSpec, Manifest, Model, Port, Weights, read_manifest, sha256_of
+from motionrt.runtime.manifest import (
+    FORMAT,
+    Dim,
+    GraphSpec,
+    Manifest,
+    Model,
+    Port,
+    ProgramSpec,
+    Weights,
+    read_manifest,
+    sha256_of,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["FORMAT", "Bundle", "Dim", "GraphSpec", "Model", "Port", "Solver", "Weights", "sha256_of"]
+__all__ = ["FORMAT", "Bundle", "Dim", "GraphSpec", "Model", "Port", "ProgramSpec", "Solver", "Weights", "sha256_of"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +116,19 @@ class Bundle:
     def graph_path(self, name: str) -> Path:
         """The ONNX file of graph `name`."""
         return self.path / self.graph(name).file
+
+    @property
+    def programs(self) -> Mapping[str, ProgramSpec]:
+        """The graphs that the bundle also carries as torch programs."""
+        return self._manifest.programs
+
+    def program_path(self, name: str) -> Path:
+        """The verified file of program `name`; `BundleError` if the bundle has none, or it is missing or damaged."""
+        if name not in self.programs:
+            raise BundleError(f"bundle {self.path} has no torch program of graph '{name}'. Export it again, with programs.")
+        spec = self.programs[name]
+        _verify(self.path / spec.file, spec.sha256, f"program '{name}'")
+        return self.path / spec.file
 
     def solver(self, name: str | None = None, steps: int | None = None) -> Solver:
         """Timesteps and coefficients of `steps` steps of solver `name`; `InputError` for one that is not there."""

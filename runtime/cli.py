@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from motionrt.runtime.cli_common import (
+    AllowOnnxRuntime,
+    BackendName,
     BundlePath,
     Conditions,
+    Device,
     Distinct,
     Diversity,
     MinimumScore,
@@ -94,6 +97,9 @@ def generate(
     diversity: Diversity = None,
     solver: Annotated[str | None, typer.Option(help="Solver, such as ddim or dpm.")] = None,
     threads: Threads = None,
+    backend: BackendName = "onnxruntime",
+    device: Device = None,
+    allow_onnxruntime: AllowOnnxRuntime = False,
 ) -> None:
     """Make a video from a still image and a prompt.
 
@@ -109,7 +115,8 @@ def generate(
     if out.suffix.lower() not in WRITABLE:  # said before the work, not after it
         raise MediaError(f"cannot write {out}: extension {out.suffix!r} is not one of {', '.join(WRITABLE)}.")
     console = report.console()
-    with open_pipeline(bundle, memory or [], threads) as pipeline, report.progress() as bars:
+    opened = open_pipeline(bundle, memory or [], threads, backend, device, allow_onnxruntime)
+    with opened as pipeline, report.progress() as bars:
         load = _warm(pipeline)
         task = bars.add_task("denoising", total=pipeline.bundle.solver(solver, steps).steps)
         result = pipeline(
@@ -162,6 +169,9 @@ def bench(
     repeat: Annotated[int, typer.Option("--repeat", "-n", min=1, help="Requests, and rounds of the comparison.")] = 20,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write every measured second here.")] = None,
     threads: Threads = None,
+    backend: BackendName = "onnxruntime",
+    device: Device = None,
+    allow_onnxruntime: AllowOnnxRuntime = False,
 ) -> None:
     """Time every stage of a request, and the rewritten step against the plain one.
 
@@ -169,11 +179,13 @@ def bench(
     Examples:
       motionrt bench demo/bundle --memory demo/memory --repeat 50
       motionrt bench demo/bundle --threads 1 --json bench.json
+      motionrt bench my-bundle --backend torch --device cuda --allow-onnxruntime
     """
     from motionrt.runtime import measure, report
     from motionrt.runtime.video import replacing
 
-    with open_pipeline(bundle, [str(memory)] if memory else [], threads) as pipeline, report.progress() as bars:
+    opened = open_pipeline(bundle, [str(memory)] if memory else [], threads, backend, device, allow_onnxruntime)
+    with opened as pipeline, report.progress() as bars:
         task = bars.add_task("requests", total=repeat + measure.WARMUPS)
         rows = measure.bench_stages(pipeline, repeat, lambda: bars.advance(task))
         task = bars.add_task("steps", total=repeat)

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 BundlePath = Annotated[Path, typer.Option("--bundle", "-b", help="Bundle directory, as written by `motionrt export`.")]
 MemoryPath = Annotated[Path, typer.Argument(help="Motion memory directory.")]
-Threads = Annotated[int | None, typer.Option(help="Threads of ONNX Runtime; all cores if not given.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of the backend; all cores if not given.")]
+BackendName = Annotated[str, typer.Option("--backend", help="onnxruntime, or torch (the bundle needs programs).")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; cuda needs --backend torch.")]
+AllowOnnxRuntime = Annotated[
+    bool, typer.Option("--allow-onnxruntime", help="Run graphs that have no torch program in ONNX Runtime.")
+]
 Conditions = Annotated[
     list[str] | None,
     typer.Option(
@@ -48,10 +53,19 @@ def open_memory(memory: Path, readonly: bool = False) -> MotionMemory:
 
 
 @contextmanager
-def open_pipeline(bundle: Path, memories: Sequence[str], threads: int | None) -> Iterator[MotionPipeline]:
+def open_pipeline(
+    bundle: Path,
+    memories: Sequence[str],
+    threads: int | None,
+    backend: str = "onnxruntime",
+    device: str | None = None,
+    allow_onnxruntime: bool = False,
+) -> Iterator[MotionPipeline]:
     """A pipeline with no memory, with one, or with several that are searched together: `directory` or `directory=weight`."""
+    from motionrt.runtime.backend import open_backend
     from motionrt.runtime.pipeline import MotionPipeline
 
+    runs = open_backend(backend, device=device, threads=threads, allow_onnxruntime=allow_onnxruntime)
     with ExitStack() as stack:
         memory: MotionMemory | MemorySet | None = None
         weights = dict(_weighted(text) for text in memories)
@@ -64,7 +78,7 @@ def open_pipeline(bundle: Path, memories: Sequence[str], threads: int | None) ->
             from motionrt.runtime.memory_set import MemorySet
 
             memory = MemorySet(opened, weights=weights)
-        yield stack.enter_context(MotionPipeline.from_bundle(bundle, memory, threads=threads))
+        yield stack.enter_context(MotionPipeline.from_bundle(bundle, memory, backend=runs))
 
 
 def _weighted(text: str) -> tuple[str, float]:

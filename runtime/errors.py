@@ -27,5 +27,9 @@ class BackendError(MotionRTError):
     """A backend is not installed, or failed while it ran a graph."""
 
 
+class BackendWarning(UserWarning):
+    """A backend runs, but not in the way that was asked for: the message says why."""
+
+
 class Cancelled(MotionRTError):
     """The progress callback asked to stop; raised within one step."""

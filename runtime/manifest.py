@@ -64,6 +64,17 @@ class GraphSpec:
 
 
 @dataclass(frozen=True)
+class ProgramSpec:
+    """The torch form of a graph, an optional part: `file` from `torch.export.save` by version `torch`; ports in order."""
+
+    file: str
+    sha256: str
+    torch: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Model:
     """Sizes that all graphs of a bundle share. `latents` is [F, C, H, W], `motion_tokens` [M, D]; pixels, 1/s."""
 
@@ -110,6 +121,7 @@ class Manifest:
     tokenizers: Mapping[str, TokenizerSpec]
     guidance: float
     digests: Mapping[str, str]
+    programs: Mapping[str, ProgramSpec]
 
 
 def sha256_of(path: Path) -> str:
@@ -205,15 +217,17 @@ def read_manifest(path: Path) -> Manifest:
         raise BundleError(f"bundle.json: default guidance is {guidance}; it must be finite.")
     defaults.close()
     digests = _Fields(top.take("digests", dict), "'digests'")
+    graphs = {name: _graph(name, value) for name, value in top.take("graphs", dict).items()}
     manifest = Manifest(
         raw=raw,
         name=top.take("name", str),
         model=_model(top.take("model", dict)),
-        graphs={name: _graph(name, value) for name, value in top.take("graphs", dict).items()},
+        graphs=graphs,
         solvers=_solvers(top.take("solvers", dict)),
         tokenizers={name: _tokenizer(name, value) for name, value in top.take("tokenizers", dict).items()},
         guidance=guidance,
         digests={name: digests.digest(name) for name in ("text_query", "motion", "appearance")},
+        programs={name: _program(name, value, graphs) for name, value in top.take("programs", dict, {}).items()},
     )
     digests.close()
     top.close()
@@ -260,6 +274,22 @@ def _graph(name: str, value: Any) -> GraphSpec:
         weights,
     )
     fields.close()
+    return spec
+
+
+def _program(name: str, value: Any, graphs: Mapping[str, GraphSpec]) -> ProgramSpec:
+    if name not in graphs:
+        raise BundleError(f"bundle.json: 'programs' has '{name}', which is no graph of the bundle. Export it again.")
+    fields = _Fields(value, f"program '{name}'")
+    ports = (tuple(fields.take("inputs", list)), tuple(fields.take("outputs", list)))
+    spec = ProgramSpec(fields.file(), fields.digest(), fields.take("torch", str), *ports)
+    fields.close()
+    for got, declared in zip(ports, (graphs[name].inputs, graphs[name].outputs), strict=True):
+        wanted = sorted(port.name for port in declared)
+        if sorted(map(str, got)) != wanted:
+            raise BundleError(
+                f"bundle.json: program '{name}' has the ports {list(got)}; its graph has {wanted}. Export it again."
+            )
     return spec
 
 

@@ -168,4 +168,4 @@ def bench_tables(rows: Sequence[Row], comparison: Comparison, notes: Sequence[st
     yield from notes
 
 
-_NAMES = {"step": "rewritten step", "step_plain": "plain step, ONNX Runtime", "eager": "plain step, torch eager"}
+_NAMES = {"step": "rewritten step", "step_plain": "plain step, same backend", "eager": "plain step, torch eager"}

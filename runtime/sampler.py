@@ -9,10 +9,11 @@ The network and the solver are both inside `step`: with rows (p0, p1, c0, c1, c2
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
-from motionrt.runtime.backend import Array, Graph
+from motionrt.runtime.backend import Array, DeviceGraph, Graph, place
 from motionrt.runtime.errors import InputError
 
 
@@ -20,8 +21,8 @@ def sample(
     step: Graph,
     *,
     latents: Array,
-    state: Mapping[str, Array],
-    tables: Mapping[str, Array],
+    state: Mapping[str, Any],
+    tables: Mapping[str, Any],
     coefficients: Array,
     guidance: Array | float,
     noise: Callable[[int], Array],
@@ -32,7 +33,8 @@ def sample(
     `state`: arrays that every step reads; `tables`: arrays [T, ...], of which step t reads row t under the same name;
     `coefficients` float32 [T, 6]; `guidance` float32 [T] or one number; `noise(t)`: standard normal of the shape of
     `latents`, asked for only where c3 of step t is not 0. `on_step(t, T)` is called after step t and may raise to stop.
-    `step` may reuse its output buffers between calls only if it does not read them as inputs.
+    A `step` that can keep values on its device (`DeviceGraph`) is given `state` and `tables` once (or gets them as `place`
+    made them), and its results stay there until the last; any other must not write into what it has returned.
     Raises `InputError` where the lengths of tables, guidance and coefficients differ.
     """
     rows = np.asarray(coefficients, np.float32)
@@ -47,10 +49,14 @@ def sample(
     for name, table in tables.items():
         if len(table) != steps:
             raise InputError(f"schedule table `{name}` has {len(table)} rows; the solver has {steps} steps.")
-    x = latents
-    x0 = zeros = np.zeros_like(latents)
+    device = step if isinstance(step, DeviceGraph) else None
+    state, tables = place(step, state), place(step, tables)
+    x: Any = latents
+    x0: Any = place(step, {"previous_x0": np.zeros_like(latents)})["previous_x0"]
+    zeros = x0
+    run: Callable[[Mapping[str, Any]], dict[str, Any]] = step if device is None else device.run
     for t in range(steps):
-        outputs = step(
+        outputs = run(
             {
                 **state,
                 **{name: table[t] for name, table in tables.items()},
@@ -64,4 +70,5 @@ def sample(
         x, x0 = outputs["next_latents"], outputs["x0"]
         if on_step is not None:
             on_step(t, steps)
-    return x
+    latents = x if device is None else device.get(x)
+    return latents

@@ -1,0 +1,264 @@
+"""The torch backend: a bundle's programs on CUDA (compiled, one CUDA graph for a whole step) or on the CPU.
+
+Only `motionrt.runtime.backend.open_backend` imports this module, and only when it is asked for: it imports torch.
+
+What runs how: the graphs of the loop (`LOOP`) by `mode`, the others, which a request calls once, eagerly. Static buffers
+belong to the graph: inputs are copied into them, one replay computes a step, results are read from them before the next.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from motionrt.runtime.backend import Array, Backend, Graph, check_finite, check_inputs, check_ports, describe
+from motionrt.runtime.bundle import Bundle, GraphSpec
+from motionrt.runtime.errors import BackendError, BackendWarning, InputError
+from motionrt.runtime.torch_program import first_line, load_program
+
+LOOP = ("step", "step_plain")
+MODES = ("auto", "graph", "compile", "eager")
+WARMUPS = 3  # runs before a capture: compilation, autotuning and lazy library state must not fall into it
+
+Call = Callable[..., Sequence[Tensor]]
+
+
+class TorchBackend:
+    """Runs the torch programs of a bundle.
+
+    device: "cpu", "cuda" or "cuda:1". mode, for the graphs of the loop: "graph" (`torch.compile` and a CUDA graph),
+    "compile", "eager", or "auto": graph on CUDA, eager on the CPU. What fails falls back to the next, with a
+    `BackendWarning` that says why. fallback: runs graphs that have no program; None refuses them. threads: of torch, for
+    the whole process. Raises `InputError` for bad arguments, `BackendError` where there is no such device.
+    """
+
+    def __init__(
+        self, device: str = "cpu", *, mode: str = "auto", fallback: Backend | None = None, threads: int | None = None
+    ) -> None:
+        if mode not in MODES:
+            raise InputError(f"mode is {mode!r}; it must be one of {', '.join(MODES)}.")
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+            raise InputError(f"threads is {threads!r}; it must be 1 or more, or None for torch's own choice.")
+        self.device = _device(device)
+        self.mode = mode if mode != "auto" else "graph" if self.device.type == "cuda" else "eager"
+        if self.mode == "graph" and self.device.type != "cuda":
+            raise InputError(f"mode is 'graph' on {device}; CUDA graphs need a CUDA device. Use 'compile' or 'eager'.")
+        self.fallback = fallback
+        if threads is not None:
+            torch.set_num_threads(threads)
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        self.label = f"torch {torch.__version__} {name} {self.mode}"
+
+    def load(self, bundle: Bundle, name: str) -> Graph:
+        """Load graph `name`, warmed up at its declared sizes (`opt`), so that no request pays for it.
+
+        Raises `BackendError` if the bundle has no program of it (and there is no fallback) or it fails, `BundleError` if
+        it is damaged, would execute code, or has not the ports that bundle.json declares.
+        """
+        spec = bundle.graph(name)
+        if name not in bundle.programs:
+            if self.fallback is not None:
+                return self.fallback.load(bundle, name)
+            raise BackendError(
+                f"bundle {bundle.path} has no torch program of graph '{name}' (it has: "
+                f"{', '.join(sorted(bundle.programs)) or 'none'}). Export it again with programs, use the backend "
+                "onnxruntime, or allow ONNX Runtime for such graphs: --allow-onnxruntime."
+            )
+        declared = bundle.programs[name]
+        program = load_program(bundle.program_path(name), name, self.device)
+        placeholders = [n for n in program.graph.nodes if n.name in program.graph_signature.user_inputs]
+        counts = len(placeholders), len(program.graph_signature.user_outputs)
+        if counts != (len(declared.inputs), len(declared.outputs)):
+            raise BackendError(
+                f"program '{name}' takes {counts[0]} inputs and gives {counts[1]} outputs; bundle.json declares "
+                f"{len(declared.inputs)} and {len(declared.outputs)}. Export the bundle again."
+            )
+        examples = dict(zip(declared.inputs, (n.meta["val"] for n in placeholders), strict=True))
+        module = program.module(check_guards=False)  # check_ports says it in plain words
+        graph = TorchGraph(spec, module, examples, declared.outputs, self.device)
+        graph.prepare(self.mode if name in LOOP else "eager")
+        return graph
+
+
+class TorchGraph:
+    """One program behind the seam (`DeviceGraph`). Not safe to call from several threads at once."""
+
+    def __init__(
+        self,
+        spec: GraphSpec,
+        module: Callable[..., Any],
+        examples: Mapping[str, Tensor],
+        outputs: Sequence[str],
+        device: torch.device,
+    ) -> None:
+        """`examples`: tensors (fake ones do) like the program's inputs, in its order: values are given their dtype, and their
+        layout where the axis before the last is the dense one (a kernel would copy another); results the declared dtypes.
+        """
+        self.spec, self.outputs, self.device = spec, tuple(outputs), device
+        self.dtypes = {name: example.dtype for name, example in examples.items()}
+        self._transposed = {name: example.ndim for name, example in examples.items() if _is_transposed(example)}
+        self.mode = "eager"
+        kinds = {port.name: getattr(torch, port.dtype) for port in spec.outputs}
+        finals = [kinds[name] for name in self.outputs]
+
+        def call(*values: Tensor) -> Sequence[Tensor]:
+            results = module(*values)
+            results = (results,) if isinstance(results, Tensor) else results
+            return tuple(result.to(dtype) for result, dtype in zip(results, finals, strict=True))
+
+        self._eager: Call = call
+        self._call: Call = call
+        self._static: _Static | None = None
+        self._shapes = {port.name: tuple(dim.opt for dim in port.dims) for port in spec.inputs}
+
+    def prepare(self, mode: str) -> None:
+        """Compile and capture as `mode` says, falling back with a `BackendWarning`, and run once at the declared sizes."""
+        inputs = [
+            self._laid_out(name, torch.zeros(self._shapes[name], dtype=dtype, device=self.device))
+            for name, dtype in self.dtypes.items()
+        ]
+        if mode in ("graph", "compile"):
+            compiled = torch.compile(self._eager, fullgraph=True, dynamic=False)
+            if self._attempt("torch.compile", "eager", lambda: self._execute(compiled, inputs)):
+                self._call, self.mode = compiled, "compile"
+        if mode == "graph":
+
+            def capture() -> None:
+                self._static = _Static(lambda *values: self._execute(self._call, values), inputs)
+
+            if self._attempt("CUDA graph capture", f"{self.mode} without one", capture):
+                self.mode = "graph"
+        if self.mode == "eager":
+            try:
+                self._execute(self._eager, inputs)
+            except Exception as error:
+                raise self._failed(error) from None
+        self._synchronize()
+
+    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Host arrays in and out."""
+        check_inputs(self.spec, inputs)
+        return {name: self.get(value) for name, value in self.run(inputs).items()}
+
+    def put(self, name: str, value: Any) -> Any:
+        """See `DeviceGraph`."""
+        if isinstance(value, Tensor):
+            return value
+        array = np.array(value)  # a copy: the device's value must not change with the caller's
+        check_finite(self.spec, name, array)
+        return self._laid_out(name, torch.from_numpy(array).to(self.device))
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """See `DeviceGraph`."""
+        check_ports(self.spec, {name: _describe(value) for name, value in inputs.items()})
+        values = {name: self.put(name, inputs[name]) for name in self.dtypes}
+        fits = all(value.shape == self._shapes[name] for name, value in values.items())
+        try:
+            if self._static is not None and fits:
+                results = self._static.run(list(values.values()))
+            else:  # other sizes than those prepared for: nothing is compiled in the middle of a request
+                cast = [value.to(dtype) for value, dtype in zip(values.values(), self.dtypes.values(), strict=True)]
+                results = self._execute(self._call if fits else self._eager, cast)
+            self._synchronize()
+        except Exception as error:
+            raise self._failed(error) from None
+        return dict(zip(self.outputs, results, strict=True))
+
+    def get(self, value: Any) -> Array:
+        """See `DeviceGraph`."""
+        return np.array(value.cpu().numpy())
+
+    def _laid_out(self, name: str, value: Tensor) -> Tensor:
+        if value.ndim != self._transposed.get(name):
+            return value
+        return value.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+    def _execute(self, call: Call, values: Sequence[Tensor]) -> Sequence[Tensor]:
+        # cuDNN rounds fp32 convolutions to TF32 unless told otherwise, and the results are those of ONNX Runtime
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return call(*values)
+
+    def _attempt(self, what: str, instead: str, action: Callable[[], object]) -> bool:
+        try:
+            action()
+            self._synchronize()
+        except Exception as error:  # compilers and drivers raise anything
+            message = f"graph '{self.spec.name}': {what} failed ({first_line(error)}); running {instead}, which is slower."
+            warnings.warn(message, BackendWarning, stacklevel=4)
+            return False
+        return True
+
+    def _failed(self, error: Exception) -> BackendError:
+        return BackendError(f"torch failed in graph '{self.spec.name}': {first_line(error)}")
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+
+class _Static:
+    """A captured call: fixed input and output buffers, and one replay between them."""
+
+    def __init__(self, call: Call, inputs: Sequence[Tensor]) -> None:
+        self.inputs = [value.clone() for value in inputs]
+        self.replay, self.outputs = capture(call, self.inputs)
+        self.held: list[Callable[[], Tensor | None]] = [lambda: None] * len(self.inputs)
+
+    def run(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Copy what has changed into the buffers, replay, and return the output buffers."""
+        for index, (buffer, value) in enumerate(zip(self.inputs, values, strict=True)):
+            if self.held[index]() is value:  # what every step reads is already there
+                continue
+            buffer.copy_(value)
+            own = any(value is output for output in self.outputs)  # the next replay changes it: copy it each time
+            self.held[index] = (lambda: None) if own else weakref.ref(value)
+        self.replay()
+        return self.outputs
+
+
+def capture(call: Call, inputs: Sequence[Tensor]) -> tuple[Callable[[], None], list[Tensor]]:
+    """`call(*inputs)` as a CUDA graph: (replay, outputs). A replay reads the memory of `inputs` and writes that of outputs."""
+    side: Any = torch.cuda.Stream(inputs[0].device)  # type: ignore[no-untyped-call, unused-ignore]
+    side.wait_stream(torch.cuda.current_stream(inputs[0].device))
+    with torch.cuda.stream(side):
+        for _ in range(WARMUPS):
+            call(*inputs)
+    torch.cuda.current_stream(inputs[0].device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = list(call(*inputs))
+    return graph.replay, outputs
+
+
+def _is_transposed(example: Tensor) -> bool:
+    """Whether the axis before the last is the dense one (and not because the last has one element)."""
+    if example.ndim < 2 or not all(isinstance(size, int) for size in (*example.shape[-2:], *example.stride()[-2:])):
+        return False
+    return example.stride(-2) == 1 and example.stride(-1) != 1 and example.shape[-1] > 1
+
+
+def _describe(value: Any) -> tuple[str, tuple[int, ...]]:
+    if isinstance(value, Tensor):
+        return str(value.dtype).removeprefix("torch."), tuple(value.shape)
+    return describe(value)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise InputError(f"device is {name!r}; it must be cpu or cuda.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device is {name!r}; it must be cpu or cuda.")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise BackendError(
+            f"device is {name!r}; torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices. "
+            "Use --device cpu, or install a driver and a CUDA build of torch."
+        )
+    return device
