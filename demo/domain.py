@@ -24,6 +24,8 @@ FRAMES = 17
 FPS = 8
 REACH = 20.0  # px travelled by a path of unit length
 MARGIN = 10.5  # px kept between a sprite's centre and the frame's edge
+MAX_STEP = 9.0  # px per frame; faster is a jump
+PER_FAMILY = 8  # clips per family in a memory
 
 Array = NDArray[Any]
 
@@ -55,46 +57,106 @@ def _turn(first: tuple[float, float], second: tuple[float, float]) -> Callable[[
 
 @dataclass(frozen=True)
 class Family:
-    """A named motion: `path(u in [0, 1]) -> (x, y)` in units of REACH from (0, 0), and the phrases that name it.
+    """A named motion: `path(u in [0, 1]) -> (x, y)` in units of REACH from (0, 0).
 
-    The first phrase is the one captions use.
+    `phrase` names it in captions; `paraphrase` says the same in words that no caption and no training text has.
     """
 
     path: Callable[[Array], tuple[Array, Array]]
-    phrases: tuple[str, ...]
+    phrase: str
+    paraphrase: str
     seen: bool = True
 
 
 _TAU = 2.0 * math.pi
 FAMILIES: dict[str, Family] = {
-    "slide_left": Family(lambda u: (-u, 0 * u), ("slides straight to the left", "moves left")),
-    "slide_right": Family(lambda u: (u, 0 * u), ("slides straight to the right", "moves right")),
-    "slide_up": Family(lambda u: (0 * u, -u), ("slides straight up", "moves up")),
-    "slide_down": Family(lambda u: (0 * u, u), ("slides straight down", "moves down")),
-    "diagonal_up_right": Family(lambda u: (0.8 * u, -0.8 * u), ("drifts diagonally up and right",)),
-    "diagonal_down_left": Family(lambda u: (-0.8 * u, 0.8 * u), ("drifts diagonally down and left",)),
-    "diagonal_down_right": Family(lambda u: (0.8 * u, 0.8 * u), ("drifts diagonally down and right",)),
-    "diagonal_up_left": Family(lambda u: (-0.8 * u, -0.8 * u), ("drifts diagonally up and left",), seen=False),
-    "circle_clockwise": Family(lambda u: (0.5 * np.sin(_TAU * u), 0.5 - 0.5 * np.cos(_TAU * u)), ("circles around clockwise",)),
+    "slide_left": Family(lambda u: (-u, 0 * u), "slides straight to the left", "moves to the left in a straight line"),
+    "slide_right": Family(lambda u: (u, 0 * u), "slides straight to the right", "moves to the right in a straight line"),
+    "slide_up": Family(lambda u: (0 * u, -u), "slides straight up", "moves up in a straight line"),
+    "slide_down": Family(lambda u: (0 * u, u), "slides straight down", "moves down in a straight line"),
+    "diagonal_up_right": Family(
+        lambda u: (0.8 * u, -0.8 * u), "drifts diagonally up and right", "floats diagonally to the upper right"
+    ),
+    "diagonal_down_left": Family(
+        lambda u: (-0.8 * u, 0.8 * u), "drifts diagonally down and left", "floats diagonally to the lower left"
+    ),
+    "diagonal_down_right": Family(
+        lambda u: (0.8 * u, 0.8 * u), "drifts diagonally down and right", "floats diagonally to the lower right"
+    ),
+    "diagonal_up_left": Family(
+        lambda u: (-0.8 * u, -0.8 * u), "drifts diagonally up and left", "floats diagonally to the upper left"
+    ),
+    "circle_clockwise": Family(
+        lambda u: (0.5 * np.sin(_TAU * u), 0.5 - 0.5 * np.cos(_TAU * u)),
+        "circles around clockwise",
+        "goes around in a clockwise circle",
+    ),
     "circle_counterclockwise": Family(
         lambda u: (-0.5 * np.sin(_TAU * u), 0.5 - 0.5 * np.cos(_TAU * u)),
-        ("circles around counterclockwise",),
+        "circles around counterclockwise",
+        "goes around in a counterclockwise circle",
+    ),
+    "zigzag_right": Family(
+        lambda u: (u, -0.5 * _triangle_wave(u)), "zigzags sharply to the right", "moves right in a sharp zigzag"
+    ),
+    "zigzag_left": Family(
+        lambda u: (-u, -0.5 * _triangle_wave(u)), "zigzags sharply to the left", "moves left in a sharp zigzag"
+    ),
+    "wave_right": Family(
+        lambda u: (u, 0.3 * np.sin(2 * _TAU * u)), "waves gently to the right", "moves right along a gentle wave"
+    ),
+    "wave_left": Family(
+        lambda u: (-u, 0.3 * np.sin(2 * _TAU * u)), "waves gently to the left", "moves left along a gentle wave"
+    ),
+    "bounce": Family(lambda u: (0 * u, -0.9 * np.abs(np.sin(_TAU * u))), "bounces in place", "keeps bouncing on the spot"),
+    "hop_right": Family(
+        lambda u: (u, -0.6 * np.abs(np.sin(_TAU * u))), "hops in arcs to the right", "jumps along in arcs toward the right"
+    ),
+    "hop_left": Family(
+        lambda u: (-u, -0.6 * np.abs(np.sin(_TAU * u))), "hops in arcs to the left", "jumps along in arcs toward the left"
+    ),
+    "spiral": Family(
+        lambda u: (0.7 * u * np.sin(1.5 * _TAU * u), -0.7 * u * np.cos(1.5 * _TAU * u)),
+        "spirals outwards",
+        "moves out in a growing spiral",
+    ),
+    "swing": Family(
+        lambda u: (0.75 * np.sin(_TAU * u), 0 * u),
+        "swings right and left and back",
+        "sways from side to side",
+    ),
+    "bob": Family(
+        lambda u: (0 * u, 0.75 * np.sin(_TAU * u)), "bobs down and up and back", "goes down then up like a cork bobbing"
+    ),
+    "return_right": Family(lambda u: (np.sin(math.pi * u), 0 * u), "dashes right then returns", "rushes right and comes back"),
+    "turn_left_up": Family(_turn((-0.9, 0), (0, -0.9)), "goes left then turns up", "moves left and then turns upward"),
+    "turn_right_down": Family(_turn((0.9, 0), (0, 0.9)), "goes right then turns down", "moves right and then turns downward"),
+    "turn_right_up": Family(_turn((0.9, 0), (0, -0.9)), "goes right then turns up", "moves right and then turns upward"),
+    # Outside the training support by their kind of path: see `crosses` and `jumps`.
+    "figure_eight": Family(
+        lambda u: (0.6 * (np.sin(_TAU * u + 1) - math.sin(1)), 0.45 * (np.sin(2 * _TAU * u + 2) - math.sin(2))),
+        "traces a figure eight",
+        "follows the outline of the number eight",
         seen=False,
     ),
-    "zigzag_right": Family(lambda u: (u, -0.5 * _triangle_wave(u)), ("zigzags sharply to the right",)),
-    "zigzag_left": Family(lambda u: (-u, -0.5 * _triangle_wave(u)), ("zigzags sharply to the left",), seen=False),
-    "wave_right": Family(lambda u: (u, 0.3 * np.sin(2 * _TAU * u)), ("waves gently to the right",)),
-    "wave_left": Family(lambda u: (-u, 0.3 * np.sin(2 * _TAU * u)), ("waves gently to the left",), seen=False),
-    "bounce": Family(lambda u: (0 * u, -0.9 * np.abs(np.sin(_TAU * u))), ("bounces in place",)),
-    "hop_right": Family(lambda u: (u, -0.6 * np.abs(np.sin(_TAU * u))), ("hops in arcs to the right",)),
-    "hop_left": Family(lambda u: (-u, -0.6 * np.abs(np.sin(_TAU * u))), ("hops in arcs to the left",), seen=False),
-    "spiral": Family(lambda u: (0.7 * u * np.sin(1.5 * _TAU * u), -0.7 * u * np.cos(1.5 * _TAU * u)), ("spirals outwards",)),
-    "swing": Family(lambda u: (0.75 * np.sin(_TAU * u), 0 * u), ("swings right and left and back",)),
-    "bob": Family(lambda u: (0 * u, 0.75 * np.sin(_TAU * u)), ("bobs down and up and back",)),
-    "return_right": Family(lambda u: (np.sin(math.pi * u), 0 * u), ("dashes right then returns",)),
-    "turn_left_up": Family(_turn((-0.9, 0), (0, -0.9)), ("goes left then turns up",)),
-    "turn_right_down": Family(_turn((0.9, 0), (0, 0.9)), ("goes right then turns down",)),
-    "turn_right_up": Family(_turn((0.9, 0), (0, -0.9)), ("goes right then turns up",), seen=False),
+    "loop_up": Family(
+        lambda u: (0.45 * (1 - np.cos(_TAU * u)), -u - 0.45 * np.sin(_TAU * u)),
+        "climbs with one loop the loop",
+        "flies up and makes a loop on the way",
+        seen=False,
+    ),
+    "jump_left": Family(
+        lambda u: (-1.0 * (u > 0.5), 0 * u),
+        "stands still then jumps left",
+        "waits and then suddenly jumps to the left",
+        seen=False,
+    ),
+    "jump_right_down": Family(
+        lambda u: (0.9 * (u > 0.3), 0.9 * (u > 0.65)),
+        "jumps right then jumps down",
+        "suddenly jumps right and then down",
+        seen=False,
+    ),
 }
 SEEN = tuple(name for name, family in FAMILIES.items() if family.seen)
 UNSEEN = tuple(name for name, family in FAMILIES.items() if not family.seen)
@@ -127,8 +189,37 @@ def named_path(name: str) -> Array:
     return np.stack([x, y], axis=1) * REACH
 
 
+def crosses(path: Array) -> bool:
+    """Whether the polyline `path` [F, 2] properly crosses itself (touching, or running back along a line, is none)."""
+    a, b = np.asarray(path, np.float64)[:-1], np.asarray(path, np.float64)[1:]
+
+    def side(p: Array, q: Array, r: Array) -> Array:  # twice the signed area of triangle p q r
+        d, e = q - p, r - p
+        return np.asarray(d[..., 0] * e[..., 1] - d[..., 1] * e[..., 0])
+
+    p, q, r, s = a[:, None], b[:, None], a[None], b[None]
+    tolerance = 1e-3  # px^2: what floats leave of a line that turns back on itself
+    split = [side(p, q, r), side(p, q, s), side(r, s, p), side(r, s, q)]
+    proper = (split[0] * split[1] < 0) & (split[2] * split[3] < 0)
+    return bool((proper & (np.abs(np.stack(split)).min(axis=0) > tolerance)).any())
+
+
+def jumps(path: Array) -> bool:
+    """Whether `path` [F, 2] px moves more than MAX_STEP px from one frame to the next."""
+    return float(np.linalg.norm(np.diff(np.asarray(path), axis=0), axis=1).max()) > MAX_STEP
+
+
 def free_path(rng: np.random.Generator) -> Array:
-    """float64 [FRAMES, 2]: an unnamed random path in px; teaches what a path is without any named family."""
+    """float64 [FRAMES, 2]: an unnamed random path in px; teaches what a path is without any named family.
+
+    Paths that cross themselves or jump are drawn again, so that training never sees the kinds of the unseen families.
+    """
+    while crosses(path := _any_path(rng)) or jumps(path * 1.1):  # room for jitter_path
+        pass
+    return path
+
+
+def _any_path(rng: np.random.Generator) -> Array:
     u = np.linspace(0.0, 1.0, FRAMES)
     kind = rng.integers(3)
     if kind == 0:  # straight pieces
@@ -243,35 +334,32 @@ def render(spec: Spec, size: int = SIZE, frames: int | None = None) -> tuple[NDA
     return np.round(picture * 255.0).astype(np.uint8), mask
 
 
-def caption(spec: Spec, phrase: int | None = 0) -> str:
+def caption(spec: Spec, *, motion: bool = True, paraphrase: bool = False) -> str:
     """The caption, such as "a red square slides straight up".
 
-    `phrase` picks among the family's phrases; None leaves the motion out, as a free path always does.
+    `motion` False leaves the motion out, as a free path always does; `paraphrase` names it in the family's other words.
     """
     subject = f"a {spec.colour} {spec.shape}"
-    if phrase is None or spec.family == "free":
+    if not motion or spec.family == "free":
         return f"{subject} moves"
-    phrases = FAMILIES[spec.family].phrases
-    return f"{subject} {phrases[phrase % len(phrases)]}"
+    family = FAMILIES[spec.family]
+    return f"{subject} {family.paraphrase if paraphrase else family.phrase}"
 
 
 def words() -> list[str]:
-    """Every word of the domain, sorted: the tokenizer's vocabulary."""
-    text: list[str] = ["a an the on something moves background then and , . ", *COLOURS, *SHAPES]
-    for family in FAMILIES.values():
-        text.extend(family.phrases)
+    """Every word of the training captions, sorted: the tokenizer's vocabulary. Unseen families' words are not in it."""
+    text = ["a an the on something shape moves", *COLOURS, *SHAPES, *(FAMILIES[name].phrase for name in SEEN)]
     return sorted({word for line in text for word in line.split()})
 
 
-def track(frames: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Centres float64 [F, 2] in px (x, y) of the sprite in uint8 frames [F, H, W, 3].
+def sprite_weight(frames: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """How much each pixel of uint8 frames [F, H, W, 3] belongs to the sprite: float64 [F, H, W] in [0, 0.5].
 
     The sprite is the saturated thing in a muted picture: pixels weigh by saturation and by likeness to the saturated
-    colour of frame 0, which holds on blurred, generated frames too. A frame in which nothing is left repeats the centre
-    before it.
+    colour of frame 0, which holds on blurred, generated frames too.
     """
     if frames.ndim != 4 or frames.shape[-1] != 3:
-        raise ValueError(f"frames have shape {frames.shape}; track() takes uint8 [F, H, W, 3].")
+        raise ValueError(f"frames have shape {frames.shape}; a video is uint8 [F, H, W, 3].")
     picture = frames.astype(np.float64) / 255.0
     saturation = np.clip(picture.max(axis=-1) - picture.min(axis=-1) - 0.2, 0.0, 0.5)
     first = saturation[0] ** 2
@@ -279,7 +367,15 @@ def track(frames: NDArray[np.uint8]) -> NDArray[np.float64]:
     sprite = (first[..., None] * chroma[0]).sum(axis=(0, 1)) / max(float(first.sum()), 1e-9)
     norm = max(float(np.linalg.norm(sprite)), 1e-9)
     likeness = np.clip((chroma @ sprite) / norm / np.maximum(np.linalg.norm(chroma, axis=-1), 1e-6), 0.0, 1.0) ** 4
-    weight = saturation * likeness
+    return np.asarray(saturation * likeness, dtype=np.float64)
+
+
+def track(frames: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Centres float64 [F, 2] in px (x, y) of the sprite in uint8 frames [F, H, W, 3]; see `sprite_weight`.
+
+    A frame in which nothing is left repeats the centre before it.
+    """
+    weight = sprite_weight(frames)
     ys, xs = np.arange(frames.shape[1]) + 0.5, np.arange(frames.shape[2]) + 0.5
     centres = np.zeros((len(frames), 2))
     last = np.array([frames.shape[2] / 2, frames.shape[1] / 2])
@@ -291,16 +387,38 @@ def track(frames: NDArray[np.uint8]) -> NDArray[np.float64]:
     return centres
 
 
+SYMMETRY = {"square": 4, "triangle": 3, "diamond": 4, "star": 5, "cross": 4}  # a circle shows no rotation
+
+
+def size_and_turn(frames: NDArray[np.uint8], shape: str) -> tuple[Array, Array]:
+    """What happened to the sprite besides moving: size relative to frame 0 [F] and rotation from frame 0 in degrees [F].
+
+    Size is the root of the area; rotation is the phase of the n-th moment of an n-fold symmetric shape (0 for a circle).
+    """
+    weight, centres = sprite_weight(frames), track(frames)
+    area = weight.sum(axis=(1, 2))
+    size = np.sqrt(area / max(float(area[0]), 1e-9))
+    fold = SYMMETRY.get(shape)
+    if fold is None:
+        return size, np.zeros(len(frames))
+    x = np.arange(frames.shape[2]) + 0.5 - centres[:, 0, None]
+    y = np.arange(frames.shape[1]) + 0.5 - centres[:, 1, None]
+    z = x[:, None, :] + 1j * y[:, :, None]
+    phase = np.angle((weight * np.where(np.abs(z) < 14, z, 0) ** fold).sum(axis=(1, 2)))
+    turn = (phase - phase[0] + math.pi) % _TAU - math.pi
+    return size, np.degrees(turn) / fold
+
+
 def end_point_error(frames: NDArray[np.uint8], centres: Array) -> float:
     """Mean distance in px over frames 1.. between the tracked sprite and `centres` [F, 2]."""
     distance = np.linalg.norm(track(frames) - np.asarray(centres), axis=1)
     return float(distance[1:].mean())
 
 
-def reference_specs(seed: int = 7, per_family: int = 4) -> Iterable[Spec]:
-    """The clips of the demo's motion memory: every family, seen or not, `per_family` times with different sprites."""
+def reference_specs(families: Iterable[str] = SEEN, seed: int = 7, per_family: int = PER_FAMILY) -> Iterable[Spec]:
+    """The clips of a motion memory: each of `families`, `per_family` times with different sprites."""
     rng = np.random.default_rng(seed)
-    for name in FAMILIES:
+    for name in families:
         for _ in range(per_family):
             yield sample_spec(rng, name)
 

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 
+from motionrt.runtime.demo import load_by_path
 
-def load_domain() -> ModuleType:
-    path = Path(__file__).resolve().parents[1] / "demo" / "domain.py"
-    spec = importlib.util.spec_from_file_location("motionrt_demo_domain", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-domain = load_domain()
+domain = load_by_path(Path(__file__).resolve().parents[1] / "demo" / "domain.py")
 
 
 @pytest.mark.parametrize("family", sorted(domain.FAMILIES))
@@ -73,20 +62,54 @@ def test_same_seed_same_clip_and_paths_stay_inside() -> None:
         assert spec.family == "free" and spec.centres.min() >= 8.0 and spec.centres.max() <= 56.0
 
 
-def test_captions_use_the_vocabulary_and_fit_twelve_words() -> None:
+def test_captions_of_seen_families_use_the_vocabulary_and_all_prompts_fit_twelve_words() -> None:
     vocabulary = set(domain.words())
     rng = np.random.default_rng(1)
-    for name, family in domain.FAMILIES.items():
+    for name in domain.FAMILIES:
         spec = domain.sample_spec(rng, name)
-        for phrase in [None, *range(len(family.phrases))]:
-            text = domain.caption(spec, phrase).split()
-            assert len(text) <= 12 and set(text) <= vocabulary
+        said = [domain.caption(spec, motion=False), domain.caption(spec), domain.caption(spec, paraphrase=True)]
+        assert all(len(text.split()) <= 12 and "," not in text for text in said) and len(set(said)) == 3
+        if name in domain.SEEN:
+            assert set(" ".join(said[:2]).split()) <= vocabulary
 
 
-def test_unseen_families_are_never_drawn_for_training() -> None:
+def test_unseen_kinds_are_outside_the_training_support() -> None:
+    """Each unseen clip crosses its own path or jumps; no path that training can draw does either, jitter included."""
     rng = np.random.default_rng(9)
-    assert domain.UNSEEN and not set(domain.SEEN) & set(domain.UNSEEN)
-    assert not {domain.sample_spec(rng).family for _ in range(300)} & set(domain.UNSEEN)
+    assert len(domain.UNSEEN) >= 2 and not set(domain.SEEN) & set(domain.UNSEEN)
+    for name in domain.UNSEEN:
+        kinds = {(domain.crosses(s.path), domain.jumps(s.path)) for s in (domain.sample_spec(rng, name) for _ in range(60))}
+        assert kinds <= {(True, False), (False, True)} and len(kinds) == 1
+    drawn = [domain.sample_spec(rng) for _ in range(600)]
+    assert {spec.family for spec in drawn} == set(domain.SEEN)
+    drawn += [domain.sample_spec(rng, path=domain.free_path(rng)) for _ in range(600)]
+    assert not any(domain.crosses(spec.path) or domain.jumps(spec.path) for spec in drawn)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ([(0, 0), (10, 10), (10, 0), (0, 10)], True),
+        ([(0, 0), (10, 0), (0, 0)], False),  # there and back again
+        ([(0, 0), (10, 0), (10, 10), (0, 10), (0, 0)], False),  # closed, touching at the end only
+        ([(0, 0), (5, 0), (5, 5)], False),
+    ],
+)
+def test_crossing_is_proper(path: list[tuple[float, float]], expected: bool) -> None:
+    assert domain.crosses(np.array(path, float)) is expected
+
+
+def test_size_and_turn_see_what_they_are_named_for() -> None:
+    spec = replace(domain.sample_spec(np.random.default_rng(4), "bob"), shape="square", radius=10.0)
+    frames = domain.render(spec)[0]
+    size, turn = domain.size_and_turn(frames, "square")
+    assert np.abs(size - 1).max() < 0.03 and np.abs(turn).max() < 2
+    smaller = frames.copy()
+    smaller[1:] = domain.render(replace(spec, radius=8.0))[0][1:]
+    assert np.allclose(domain.size_and_turn(smaller, "square")[0][1:], 0.8, atol=0.03)
+    still = domain.render(replace(spec, shape="triangle"), frames=1)[0][0]
+    turned = np.stack([still, np.rot90(still)])  # a quarter turn is 30 degrees modulo a triangle's 120
+    assert abs(abs(domain.size_and_turn(turned, "triangle")[1][1]) - 30) < 3
 
 
 def test_a_still_is_frame_zero_at_any_size() -> None:
