@@ -54,7 +54,7 @@ def stage_data() -> None:
 
 
 def stage_pack() -> None:
-    """All parts into demo/checkpoint.safetensors (float16) and demo/tokenizer.json; work/ keeps a float32 copy to compare with."""
+    """All parts into demo/checkpoint.safetensors (float16) and demo/tokenizer.json; work/ keeps a float32 copy."""
     net = demo.build()
     for part in demo.PARTS:
         restore(getattr(net, part), "refined" if part == "autoencoder" else part)
