@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -60,6 +61,20 @@ SPLITS = (
     Split("seen, paraphrased", domain.SEEN, "memory", paraphrase=True),
     Split("unseen kinds, paraphrased", domain.UNSEEN, "memory_unseen", paraphrase=True),
 )
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row of the result: a split, where the motion comes from, and what was changed against the shipped files."""
+
+    split: Split
+    row: str
+    bundle: Path
+    change: str = ""
+    memories: Path = HERE
+    solver: tuple[str, int] | None = None
+
+
 ROWS = (
     "target itself", "frozen still", "text only", "motion_scale 0", "random references", "top-1 copied",
     "CAMA K=1", "CAMA K=2", "CAMA K=4", "CAMA K=8", "ground-truth tokens",
@@ -152,19 +167,18 @@ def measure(frames: Frames, truth: Frames, spec: Any) -> list[float]:
     return [epe, psnr, float(np.mean(likeness)), 100 * float(np.abs(size - 1).mean()), float(np.abs(turn).mean())]
 
 
-def run_part(job: tuple[Path, str, str, tuple[str, int] | None, int, Sequence[int]]) -> list[list[float]]:
+def run_part(job: tuple[Job, int, Sequence[int]]) -> list[list[float]]:
     """METRICS for some targets of a split in one row: `[len(indices), 5]`. Runs in a process of its own."""
-    bundle, name, row, solver, count, indices = job
-    split = next(split for split in SPLITS if split.name == name)
-    key = (bundle, split.memory, solver)
+    what, count, indices = job
+    split, key = what.split, (what.bundle, what.memories / what.split.memory, what.solver)
     if key not in _labs:
-        _labs[key] = Lab(bundle, HERE / split.memory, solver)
+        _labs[key] = Lab(*key)
     specs, out = targets(split, count), []
     for index in indices:
         spec = specs[index]
         truth = domain.render(spec)[0]
         prompt = domain.caption(spec, paraphrase=split.paraphrase)
-        out.append(measure(_labs[key].generate(row, spec, prompt, truth, index), truth, spec))
+        out.append(measure(_labs[key].generate(what.row, spec, prompt, truth, index), truth, spec))
     return out
 
 
@@ -179,14 +193,11 @@ def interval(values: NDArray[np.float64], resamples: int = 2000) -> tuple[float,
 
 
 def evaluate(
-    jobs: Sequence[tuple[Path, Split, str, tuple[str, int] | None]],
-    count: int,
-    workers: int,
-    progress: Callable[[], object] = lambda: None,
+    jobs: Sequence[Job], count: int, workers: int, progress: Callable[[], object] = lambda: None
 ) -> list[NDArray[np.float64]]:
-    """METRICS `[count, 5]` for each job (bundle, split, row, solver)."""
+    """METRICS `[count, 5]` for each job."""
     parts = np.array_split(np.arange(count), max(workers, 1))
-    flat = [(b, s.name, row, solver, count, part.tolist()) for b, s, row, solver in jobs for part in parts]
+    flat = [(job, count, part.tolist()) for job in jobs for part in parts]
     with ProcessPoolExecutor(workers) as pool:
         done = []
         for result in pool.map(run_part, flat):
@@ -223,6 +234,19 @@ def int8_weights(bundle: Path) -> Iterator[Path]:
             entry["sha256"] = sha256_of(copy / entry["file"])
         (copy / "bundle.json").write_text(json.dumps(manifest), encoding="utf-8")
         yield copy
+
+
+@contextmanager
+def int8_tokens(bundle: Path) -> Iterator[Path]:
+    """A folder with both memories made anew, with their tokens kept as int8."""
+    command = [sys.executable, "-c", "from motionrt.runtime.cli import main; main()", "memory"]
+    with tempfile.TemporaryDirectory() as folder:  # in processes of their own: workers fork from one without ONNX Runtime in it
+        for name, clips in (("memory", HERE / "clips"), ("memory_unseen", HERE / "clips_unseen")):
+            made = [str(Path(folder) / name), "--bundle", str(bundle)]
+            subprocess.run([*command, "create", *made, "--tokens", "int8"], check=True)
+            captions = ["--captions", str(clips / "captions.json")]
+            subprocess.run([*command, "add", *made, str(clips), *captions], check=True)
+        yield Path(folder)
 
 
 def retrieval(bundle: Path, split: Split, count: int) -> float:
@@ -299,21 +323,21 @@ def main() -> None:
     options = parser.parse_args()
     if options.targets < 4 or options.jobs < 1:
         parser.error("--targets is at least 4 and --jobs at least 1")
-    jobs: list[tuple[str, Path, Split, str, tuple[str, int] | None]] = []
-    for split in SPLITS:
-        jobs += [("", options.bundle, split, row, None) for row in (SHORT if split.paraphrase else ROWS)]
-    with int8_weights(options.bundle) as int8:
+    jobs = [Job(s, row, options.bundle) for s in SPLITS for row in (SHORT if s.paraphrase else ROWS)]
+    with int8_weights(options.bundle) as weights, int8_tokens(options.bundle) as tokens:
         for split in SPLITS[:2]:
-            jobs += [(name, options.bundle, split, "CAMA K=4", solver) for name, solver in SOLVERS.items()]
-            jobs.append(("int8 weights", int8, split, "CAMA K=4", None))
+            shipped = Job(split, "CAMA K=4", options.bundle)
+            jobs += [replace(shipped, change=name, solver=solver) for name, solver in SOLVERS.items()]
+            jobs.append(replace(shipped, change="int8 weights", bundle=weights))
+            jobs.append(replace(shipped, change="int8 tokens in the memory", memories=tokens))
             if options.fp32:
-                jobs.append(("float32 weights", options.fp32, split, "CAMA K=4", None))
+                jobs.append(replace(shipped, change="float32 weights", bundle=options.fp32))
         with report.progress() as bars:
             bar = bars.add_task("evaluating", total=len(jobs) * options.jobs)
-            scores = evaluate([job[1:] for job in jobs], options.targets, options.jobs, lambda: bars.advance(bar))
+            scores = evaluate(jobs, options.targets, options.jobs, lambda: bars.advance(bar))
     rows = []
-    for (change, _, split, name, _), score in zip(jobs, scores, strict=True):
-        row: dict[str, Any] = {"split": split.name, "row": name, "change": change}
+    for job, score in zip(jobs, scores, strict=True):
+        row: dict[str, Any] = {"split": job.split.name, "row": job.row, "change": job.change}
         for metric, values in zip(METRICS, score.T, strict=True):
             row[metric] = [round(v, 4) for v in interval(values)]
         rows.append(row)

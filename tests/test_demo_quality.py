@@ -22,9 +22,9 @@ evaluation: Any = load_by_path(DEMO / "evaluate.py")
 def scores() -> dict[tuple[str, str], Any]:
     """(split, row) -> METRICS [TARGETS, 5]."""
     rows = ("motion_scale 0", "random references", "CAMA K=4", "ground-truth tokens")
-    jobs = [(DEMO / "bundle", split, row, None) for split in evaluation.SPLITS[:2] for row in rows]
+    jobs = [evaluation.Job(split, row, DEMO / "bundle") for split in evaluation.SPLITS[:2] for row in rows]
     result = evaluation.evaluate(jobs, TARGETS, 2)
-    return {(job[1].name, job[2]): score for job, score in zip(jobs, result, strict=True)}
+    return {(job.split.name, job.row): score for job, score in zip(jobs, result, strict=True)}
 
 
 @pytest.mark.parametrize("split", ["seen", "unseen kinds"])
