@@ -17,6 +17,16 @@ from training import WORK, Pool, ids, keep, keep_tensor, log, restore, tokenizer
 NOISE = torch.tensor([0.06, 0.25, 0.25, 0.25, 0.25])[:, None, None, None]
 
 
+def field_loss(field: Tensor, centres: Tensor, mask: Tensor) -> Tensor:
+    """How far a motion field is off, in patches, most where the sprite is.
+
+    field `[B, T - 1, 2, 8, 8]` px; centres `[B, T, 2]` px and coverage `[B, T, 16, 16]` of a clip whose first frame is frame 0.
+    """
+    true = (centres[:, :1] - centres)[:, 1:, :, None, None]
+    here = F.max_pool2d((mask[:, 1:] > 0.02).float(), 4, stride=2, padding=1)[:, :, None]  # 8 x 8, a patch wider
+    return ((0.2 + here) * (field - true).abs()).mean() / 8
+
+
 def stage_autoencoder(steps: int) -> None:
     """Reconstruction, with the layers and the motion that the renderer knows as extra targets."""
     pool, batch = Pool(), 16
@@ -40,9 +50,7 @@ def stage_autoencoder(steps: int) -> None:
         latents = latents + torch.randn_like(latents) * NOISE[:2]
         look, field = net.look(latents[:, 0]), net.field(latents)  # field: B 4 2 8 8
         _, background, logits = look
-        true = (pool.centres[index][:, :1] - pool.centres[index])[pick, times][:, 1:, :, None, None]
-        here = F.max_pool2d((mask[:, 1:] > 0.02).float(), 4, stride=2, padding=1)[:, :, None]  # 8 x 8, a patch wider
-        loss = ((0.2 + here) * (field - true).abs()).mean() / 8
+        loss = field_loss(field, pool.centres[index][pick, times], mask)
         loss = loss + 0.3 * F.binary_cross_entropy_with_logits(logits, cover)
         loss = loss + (background - torch.from_numpy(behind)).square().mean() * 4
         shown = torch.from_numpy(step.rng.permuted(np.tile(np.arange(1, 5), (batch, 1)), axis=1)[:, :2])  # pixels of 2 frames
@@ -128,9 +136,7 @@ def stage_denoiser(steps: int, batch: int = 16) -> None:
             return_dict=False,
         )[0]  # fmt: skip
         guess = a.sqrt() * noisy - (1 - a).sqrt() * out
-        true = (pool.centres[index][:, :1] - pool.centres[index])[:, 1:, :, None, None]
-        here = F.max_pool2d((pool.mask(index)[:, 1:] > 0.02).float(), 4, stride=2, padding=1)[:, :, None]
-        moved = ((0.2 + here) * (model.autoencoder.field(guess) - true).abs()).mean() / 8
+        moved = field_loss(model.autoencoder.field(guess), pool.centres[index], pool.mask(index))
         step.advance((out - target).square().mean() + 0.5 * moved)
     keep(net, "denoiser")
 
@@ -198,12 +204,10 @@ def stage_refine(steps: int, batch: int = 32) -> None:
         still = torch.from_numpy(pool.frames[index, 0]).permute(0, 3, 1, 2).float() / 127.5 - 1
         behind = np.stack([domain.background(pool.background[i]) for i in index]).transpose(0, 3, 1, 2) * 2 - 1
         look, field = net.look(latents[:, 0]), net.field(latents)
-        true = (pool.centres[index][:, :1] - pool.centres[index])[:, 1:, :, None, None]
-        here = F.max_pool2d((pool.mask(index)[:, 1:] > 0.02).float(), 4, stride=2, padding=1)[:, :, None]
         drawn = look[1] + torch.sigmoid(look[2]) * (look[0] - look[1])
         near = F.max_pool2d((cover > 0.02).float(), 9, stride=1, padding=4)
         loss = ((1 + 6 * near) * (2 * (drawn - still).square() + 0.5 * (drawn - still).abs())).mean()
         loss = loss + 0.3 * F.binary_cross_entropy_with_logits(look[2], cover)
         loss = loss + (look[1] - torch.from_numpy(behind)).square().mean() * 4
-        step.advance(loss + ((0.2 + here) * (field - true).abs()).mean() / 8)
+        step.advance(loss + field_loss(field, pool.centres[index], pool.mask(index)))
     keep(net, "refined")

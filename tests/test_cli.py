@@ -17,25 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from motionrt.runtime import demo, video
-from motionrt.runtime.cli import main
 from motionrt.runtime.errors import InputError
 
 Edit = Callable[..., Path]
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process: (exit status, standard output, standard error)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture
@@ -119,9 +104,7 @@ def test_generate_refuses_with_one_line(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n" + bytes(40)], ids=["empty", "text", "cut"]
-)
+@pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n" + bytes(40)], ids=["empty", "text", "cut"])
 def test_generate_refuses_a_corrupt_image(run: Run, command: list[object], tmp_path: Path, content: bytes) -> None:
     bad = tmp_path / "bad.png"
     bad.write_bytes(content)
@@ -223,9 +206,7 @@ def test_bench_gives_no_ratio_on_a_red_gate(run: Run, edit_bundle: Edit, fake: M
     assert "plain step, same backend" not in out
 
 
-def test_memory_is_made_filled_and_searched(
-    run: Run, fake_bundle: Path, fake_clips: dict[str, Path], tmp_path: Path
-) -> None:
+def test_memory_is_made_filled_and_searched(run: Run, fake_bundle: Path, fake_clips: dict[str, Path], tmp_path: Path) -> None:
     memory, files = tmp_path / "memory", list(fake_clips.values())
     status, out, _ = run("memory", "create", memory, "--bundle", fake_bundle)
     assert status == 0 and "memory add" in out
@@ -375,9 +356,7 @@ def test_demo_makes_videos_a_sheet_and_errors(run: Run, demo_folder: Path, tmp_p
     assert sorted(file.name for file in (tmp_path / "here").iterdir()) == ["blue.mp4", "red.mp4", "sheet.png"]
     with Image.open(tmp_path / "here" / "sheet.png") as sheet:
         assert sheet.size == (3 * 5 * 16 + 4 * 12, 16 + 2 * (16 + 16 + 12))
-    assert (
-        "a red ball moves right" in out and "motion off" in out and "│ mean " in out and "stage times, 2 videos" in out
-    )
+    assert "a red ball moves right" in out and "motion off" in out and "│ mean " in out and "stage times, 2 videos" in out
 
 
 @pytest.mark.parametrize("problem", ["missing", "not json", "no name", "empty"])

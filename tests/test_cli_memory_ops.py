@@ -15,7 +15,6 @@ from PIL import Image
 
 from motionrt.runtime.backend import OnnxRuntimeBackend
 from motionrt.runtime.bundle import Bundle
-from motionrt.runtime.cli import main
 from motionrt.runtime.cli_common import _weighted, parse_where
 from motionrt.runtime.errors import InputError
 from motionrt.runtime.indexing import ClipEncoders
@@ -23,19 +22,10 @@ from motionrt.runtime.indexing import ClipEncoders
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run the command in this process: (exit status, standard output, standard error)."""
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables are not broken into lines."""
     monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture
