@@ -285,7 +285,9 @@ def main(arguments: list[str] | None = None) -> None:
     if options.reader:
         reader(*options.reader)
     elif options.plot:
-        print(memory_plot.draw(options.results / "bench_memory.jsonl"))
+        rows = options.results / "bench_memory.jsonl"
+        memory_plot.into_docs(memory_plot.table(rows), Path(__file__).parents[1] / "docs" / "memory.md")
+        print(memory_plot.draw(rows))
     else:
         options.folder.mkdir(parents=True, exist_ok=True)
         for count in options.clips:

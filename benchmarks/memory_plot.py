@@ -1,4 +1,4 @@
-"""Draws what a search costs against the number of clips, from the rows of bench_memory, as an SVG beside them."""
+"""What a search costs, from the rows of bench_memory: an SVG beside them, and the table of docs/memory.md."""
 
 from __future__ import annotations
 
@@ -17,12 +17,7 @@ SERIES = {
 
 def draw(rows_file: Path, embedding: int = 384) -> Path:
     """Write `bench_memory.svg` beside the rows and return its path; the newest row of each size counts."""
-    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
-    newest: dict[tuple[str, int], dict[str, Any]] = {}
-    for row in rows:
-        # The memory's own rows are those of a process that only reads; rivals' are those taken in turns.
-        if row["embedding"] == embedding and (row["backend"] != "memory") == (row["what"] != "search"):
-            newest[row["backend"], row["clips"]] = row
+    newest = {(name, clips): row for (clips, size, name), row in newest_rows(rows_file).items() if size == embedding}
     if not newest:
         raise ValueError(f"{rows_file} has no rows of {embedding}-d embeddings; run bench_memory first")
     points = {
@@ -64,3 +59,44 @@ def draw(rows_file: Path, embedding: int = 384) -> Path:
     target = rows_file.with_suffix(".svg")
     target.write_text("\n".join([*parts, "</svg>", ""]))
     return target
+
+
+def newest_rows(rows_file: Path) -> dict[tuple[int, int, str], dict[str, Any]]:
+    """By clips, embedding size and backend, the newest rows with the default tokens; the memory's own come from its reader."""
+    newest: dict[tuple[int, int, str], dict[str, Any]] = {}
+    for row in map(json.loads, rows_file.read_text(encoding="utf-8").splitlines()):
+        own = row["what"] == "search"
+        if own == (row["backend"] == "memory") and row["tokens"] == [8, 64] and row["dtype"] == "float16":
+            newest[row["clips"], row["embedding"], row["backend"]] = row
+    return newest
+
+
+def table(rows_file: Path) -> str:
+    """The table of docs/memory.md, one line for each size."""
+    newest = newest_rows(rows_file)
+    lines = [
+        "| clips | recall@9 | p50 | p99 | open | LanceDB flat | LanceDB HNSW | 1,000 more | PSS | index built | bytes a clip |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+
+    def rival(row: dict[str, Any] | None) -> str:
+        return "not run" if row is None else "{:.0f}x [{:.0f}, {:.0f}]".format(*row["over_memory"])
+
+    for (clips, size, backend), row in sorted(newest.items(), key=lambda item: (item[0][1], item[0][0])):
+        if backend == "memory":
+            cells = [
+                f"{clips:,} x {size}", f"{row['recall']:.4f}", f"{row['p50_ms']:.2f} ms", f"{row['p99_ms']:.2f} ms",
+                f"{row['open_ms']:.1f} ms", rival(newest.get((clips, size, "lance_flat"))),
+                rival(newest.get((clips, size, "lance_hnsw"))), f"{row['adding']['add_s']:.1f} s",
+                f"{row['process_more']['pss_mib']:.0f} MiB", f"{row['index_s']:.0f} s",
+                f"{row['db_bytes_per_clip']:.0f} + {row['index_bytes_per_clip']:.0f} index",
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def into_docs(text: str, page: Path) -> None:
+    """Replace what stands between the page's `cost` marks."""
+    mark, end = "<!-- cost: written by benchmarks/bench_memory.py --plot -->\n", "<!-- end of cost -->"
+    before, rest = page.read_text(encoding="utf-8").split(mark, 1)
+    page.write_text(f"{before}{mark}{text}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")

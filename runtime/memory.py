@@ -211,13 +211,15 @@ class MotionMemory(MemoryFile):
 
         def rows(ids: NDArray[np.int64]) -> tuple[list[int], NDArray[np.float32]]:
             """Ids and unit vectors of those clips that are there and pass."""
+            if not len(ids):
+                return [], np.empty((0, len(query)), np.float32)
             question = f"SELECT v.id, v.embedding FROM vectors v WHERE v.id IN ({store.marks(ids)}){condition}"
-            kept = view.db.execute(question, (*ids.tolist(), *parameters)).fetchall() if len(ids) else []
+            kept = view.db.execute(question, (*ids.tolist(), *parameters)).fetchall()
             numbers = [number for number, _ in kept]
             return numbers, self._layout.unpack("embedding", numbers, [blob for _, blob in kept])
 
         def ranked(want: int) -> Ranked:
-            fetch = want + 16  # the index rounds vectors: its order is right to within a few places
+            fetch = want + 8  # the index rounds vectors: its order is right to within a few places
             while not few and fetch <= choosing.FETCH and (base is None or fetch < base.count):
                 numbers, vectors = rows(self._recent.nearest(query, fetch))
                 complete = fetch >= len(self._recent.ids)

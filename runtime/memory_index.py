@@ -11,6 +11,7 @@ import contextlib
 import errno
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -26,9 +27,10 @@ from motionrt.runtime.memory_store import State
 from motionrt.runtime.video import replacing
 
 SIDECAR = "index.json"
-_FORMAT = 2
-# bf16 is a third faster than f16 where the CPU has neither; what it misorders is put right from the float32 rows.
-_DTYPE, _CONNECTIVITY, _EXPANSION_ADD, _EXPANSION_SEARCH = "bf16", 16, 128, 64
+_FORMAT = 3
+# A search waits for memory, so the vectors are kept in 8 bits, each scaled to its own largest component (USearch's own
+# conversion uses 6 of them at 384 dimensions). What that misorders is put right from the float32 rows.
+_DTYPE, _CONNECTIVITY, _EXPANSION_ADD, _EXPANSION_SEARCH = "i8", 16, 128, 64
 _STALE = 3600.0  # seconds after which a half-written file is a dead writer's
 _log = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ class Base:
         """Ids of about the `count` nearest clips, removed ones among them."""
         count = min(count, self.count)
         self.index.expansion_search = max(count, _EXPANSION_SEARCH)
-        return np.asarray(self.index.search(query, count, threads=1).keys, np.int64)
+        return np.asarray(self.index.search(_in_bytes(query), count, threads=1).keys, np.int64)
 
 
 class Recent:
@@ -98,7 +100,7 @@ class Recent:
 def signature(directory: Path) -> tuple[int, ...] | None:
     """Changes whenever the sidecar does; None where there is none."""
     with contextlib.suppress(OSError):
-        return _stamp(directory / SIDECAR)
+        return _stamp(os.path.join(directory, SIDECAR))
     return None
 
 
@@ -155,7 +157,7 @@ def make_base(directory: Path, state: State, chunks: Chunks, size: int, threads:
             raise MemoryStoreError(text) from error
         count = base.count
     for ids, vectors in chunks:
-        index.add(ids, vectors, threads=threads)
+        index.add(ids, _in_bytes(vectors), threads=threads)
         count += len(ids)
     made = Base(index, None, (), state.generation, state.content, state.last, count)
     try:
@@ -213,9 +215,15 @@ def _write_record(directory: Path, record: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def _stamp(file: Path) -> tuple[int, ...]:
-    status = file.stat()
+def _stamp(file: str | Path) -> tuple[int, ...]:
+    status = os.stat(file)
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _in_bytes(vectors: NDArray[np.float32]) -> NDArray[np.int8]:
+    """Vectors [...,E] in 8 bits, the largest component of each 127: the same direction but for rounding."""
+    largest = np.abs(vectors).max(axis=-1, keepdims=True)
+    return np.asarray(np.rint(vectors * (127 / largest)), np.int8)
 
 
 def _usearch() -> Any:
