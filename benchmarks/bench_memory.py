@@ -3,10 +3,10 @@
     .venv-dev/bin/python benchmarks/bench_memory.py --clips 10000 50000 --folder /tmp/memories
     .venv-dev/bin/python benchmarks/bench_memory.py --plot
 
-Data: clustered, as caption embeddings are. 1,000 topics, N / 20 subjects each near a topic (cosine about 0.75), clips near a
-subject (about 0.85), all normalised Gaussian directions; queries are drawn as clips are, but are none of them. A search is
-from vector to references, the 9 clips' tokens read and decoded, one thread, warm. Times are taken in a process that only
-reads; rivals take turns with it on the same queries and read the same columns. Folders are kept and used again.
+Data: synthetic embeddings that lie as those of sentences do (memory_data.py); queries are drawn as clips are, but are none
+of them. A search is from vector to references, the 9 clips' tokens read and decoded, one thread, warm. Times are taken in a
+process that only reads; rivals take turns with it on the same queries and read the same columns. Folders are kept and used
+again.
 """
 
 from __future__ import annotations
@@ -29,43 +29,15 @@ from numpy.typing import NDArray
 
 import harness
 import memory_plot
+from memory_data import CHUNK, Floats, chunks, draw, leaves
 from motionrt.runtime import memory_index
 from motionrt.runtime.memory import Clip, MotionMemory
 
-K, WARMUPS, TOPICS, PER_SUBJECT, CHUNK = 9, 50, 1000, 20, 10_000
+K, WARMUPS, RIVAL_WARMUPS = 9, 1000, 20  # a reader that has served a while; warm-up queries are others than those timed
 ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LANCE_CPU_THREADS", "RAYON_NUM_THREADS", "TOKIO_WORKER_THREADS"), "1"
 )  # read when the libraries load
-Floats = NDArray[np.float32]
 Search = Callable[[Floats], list[int]]
-
-
-def directions(random: np.random.Generator, centres: Floats, cosine: float) -> Floats:
-    """Unit vectors at about this cosine from `centres` [n,E]."""
-    size = centres.shape[1]
-    noise = random.standard_normal(centres.shape, np.float32) * np.float32(np.sqrt(1 / cosine**2 - 1) / np.sqrt(size))
-    vectors = centres + noise
-    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
-
-
-def subjects(count: int, size: int) -> Floats:
-    """The centres of a data set of `count` clips."""
-    random = np.random.default_rng(1)
-    topics = directions(random, np.zeros((TOPICS, size), np.float32), 0.1)
-    return directions(random, topics[random.integers(TOPICS, size=max(count // PER_SUBJECT, 1))], 0.75)
-
-
-def draw(centres: Floats, count: int, seed: int) -> Floats:
-    """`count` unit vectors near random subjects: clips, or queries with another seed."""
-    random = np.random.default_rng([2, seed])
-    return directions(random, centres[random.integers(len(centres), size=count)], 0.85)
-
-
-def chunks(count: int, size: int) -> Iterator[Floats]:
-    """All embeddings of a data set, in the order of their ids."""
-    centres = subjects(count, size)
-    for start in range(0, count, CHUNK):
-        yield draw(centres, min(CHUNK, count - start), start)
 
 
 def clips_of(vectors: Floats, start: int, tokens: tuple[int, int]) -> Iterator[Clip]:
@@ -84,7 +56,7 @@ def build(path: Path, count: int, size: int, tokens: tuple[int, int], kind: str,
         dims: dict[str, int | list[int]] = {"embedding": size, "motion": list(tokens), "appearance": list(tokens)}
         times = {"rows_s": 0.0, "index_s": 0.0, "index_threads": float(threads)}
         with MotionMemory.create(path, digests={}, dims=dims, tokens=kind) as memory:
-            for number, vectors in enumerate(chunks(count, size)):
+            for number, vectors in enumerate(chunks(leaves(size), count)):
                 clips = list(clips_of(vectors, number * CHUNK, tokens))
                 start = perf_counter()
                 memory.add(clips)
@@ -100,7 +72,7 @@ def exact(queries: Floats, count: int, size: int) -> NDArray[np.int64]:
     """The ids of the K nearest clips of each query, by numpy."""
     best = np.full((len(queries), K), -2, np.float32)
     ids = np.zeros((len(queries), K), np.int64)
-    for number, vectors in enumerate(chunks(count, size)):
+    for number, vectors in enumerate(chunks(leaves(size), count)):
         scores = np.concatenate([best, queries @ vectors.T], axis=1)
         rows = np.broadcast_to(number * CHUNK + 1 + np.arange(len(vectors)), (len(queries), len(vectors)))
         order = np.argsort(-scores, axis=1, kind="stable")[:, :K]
@@ -117,7 +89,7 @@ def memory_of_process() -> dict[str, float]:
 
 def reader(path: Path, queries: Path) -> None:
     """In a process of its own: open, search, and print as JSON what it took."""
-    asked = np.load(queries)
+    asked, warm = np.load(queries)["queries"], np.load(queries)["warm"]
     memory_index._usearch()  # its import is a program's, not a memory's
     before = memory_of_process()
     start = perf_counter()
@@ -126,21 +98,23 @@ def reader(path: Path, queries: Path) -> None:
     memory.search(asked[0], K)
     first = perf_counter()
     with memory:
-        seconds, ids = timed({"memory": lambda q: [r.id for r in memory.search(q, K)]}, asked)
+        seconds, ids = timed({"memory": lambda q: [r.id for r in memory.search(q, K)]}, asked, warm)
     used = memory_of_process()
     print(json.dumps({
         "open_ms": (opened - start) * 1e3, "open_and_first_search_ms": (first - start) * 1e3,
-        **harness.summary(seconds["memory"]), "warmups": WARMUPS, "ids": ids["memory"],
+        **harness.summary(seconds["memory"]), "warmups": len(warm), "ids": ids["memory"],
         "process": used, "process_more": {name: used[name] - before[name] for name in used},
     }))  # fmt: skip
 
 
-def timed(searches: dict[str, Search], queries: Floats) -> tuple[dict[str, NDArray[np.float64]], dict[str, list[list[int]]]]:
+def timed(
+    searches: dict[str, Search], queries: Floats, warm: Floats
+) -> tuple[dict[str, NDArray[np.float64]], dict[str, list[list[int]]]]:
     """Seconds [n] and answers of every search on every query, taking turns in a random order; collection is off."""
     names, order = list(searches), np.random.default_rng(0)
     seconds = {name: np.empty(len(queries), np.float64) for name in names}
     ids: dict[str, list[list[int]]] = {name: [] for name in names}
-    for query in queries[:WARMUPS]:
+    for query in warm:
         for search in searches.values():
             search(query)
     gc.disable()
@@ -170,7 +144,7 @@ def lance(folder: Path, memory: MotionMemory, count: int, size: int) -> dict[str
     def batches() -> Iterator[Any]:
         some = memory.get([1])[0]
         blobs = [some.motion.astype("<f2").tobytes(), some.appearance.astype("<f2").tobytes()]
-        for number, vectors in enumerate(chunks(count, size)):
+        for number, vectors in enumerate(chunks(leaves(size), count)):
             ids = np.arange(number * CHUNK + 1, number * CHUNK + 1 + len(vectors))
             flat = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(vectors.ravel()), size)
             texts = [pyarrow.array([value] * len(ids)) for value in (some.caption, *blobs)]
@@ -206,13 +180,13 @@ def measure(options: argparse.Namespace, count: int, size: int) -> None:
     name = f"{count}x{size}-{tokens[0]}x{tokens[1]}-{options.kind}"
     path = options.folder / name
     built = build(path, count, size, tokens, options.kind, options.threads)
-    queries = draw(subjects(count, size), options.queries, 10**9)
+    queries, warm = draw(leaves(size), options.queries, 10**9), draw(leaves(size), WARMUPS, 10**9 + 2)
     truth = exact(queries, count, size)
-    np.save(options.folder / "queries.npy", queries)
-    common = {"what": "search", "clips": count, "embedding": size, "k": K, "tokens": list(tokens), "dtype": options.kind,
-              "threads": 1, "n": len(queries), "note": options.note}  # fmt: skip
+    np.savez(options.folder / "queries.npz", queries=queries, warm=warm)
+    common = {"what": "search", "data": "tree", "clips": count, "embedding": size, "k": K, "tokens": list(tokens),
+              "dtype": options.kind, "threads": 1, "n": len(queries), "note": options.note}  # fmt: skip
 
-    command = [sys.executable, __file__, "--reader", str(path), str(options.folder / "queries.npy")]
+    command = [sys.executable, __file__, "--reader", str(path), str(options.folder / "queries.npz")]
     child = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     with MotionMemory.open(path) as memory:
         stats = memory.stats()
@@ -221,7 +195,7 @@ def measure(options: argparse.Namespace, count: int, size: int) -> None:
         row = {**common, "backend": "memory", "index": stats.index_state, "recall": found, **child, **built, **sizes}
         print("{clips} x {embedding}: recall@9 {recall:.4f}, p50 {p50_ms:.3f} ms, p99 {p99_ms:.3f} ms".format(**row))
         print("  open {open_ms:.1f} ms, with the first search {open_and_first_search_ms:.1f} ms".format(**row))
-        row |= {"adding": adding(memory, path, queries, tokens)}
+        row |= {"adding": adding(memory, path, queries, warm, tokens)}
         print("  process +{pss_mib:.0f} MiB PSS;".format(**row["process_more"]), "adding 1,000:", row["adding"])
         harness.append_row("bench_memory", row, folder=options.results)
 
@@ -230,20 +204,21 @@ def measure(options: argparse.Namespace, count: int, size: int) -> None:
             print("  LanceDB: not run: it is not installed")
         else:
             searches |= lance(options.folder / f"{name}.lance", memory, count, size)
-            seconds, ids = timed(searches, queries[: options.rival_queries])
+            seconds, ids = timed(searches, queries[: options.rival_queries], warm[:RIVAL_WARMUPS])
             for backend in searches:
-                comparison = harness.Comparison("memory", 0.0, WARMUPS, {}, seconds)
+                comparison = harness.Comparison("memory", 0.0, RIVAL_WARMUPS, {}, seconds)
                 ratio = comparison.ratio(backend, "memory")
                 found = recall(ids[backend], truth[: options.rival_queries])
                 row = {**common, **harness.summary(seconds[backend]), "what": "search in turns", "backend": backend,
-                       "recall": found, "warmups": WARMUPS, "over_memory": [ratio.value, ratio.low, ratio.high]}  # fmt: skip
+                       "recall": found, "warmups": RIVAL_WARMUPS,
+                       "over_memory": [ratio.value, ratio.low, ratio.high]}  # fmt: skip
                 harness.append_row("bench_memory", row, folder=options.results)
                 print(f"  {backend}: p50 {row['p50_ms']:.3f} ms, recall {found:.4f}, {ratio} of the memory's time")
 
 
-def adding(memory: MotionMemory, path: Path, queries: Floats, tokens: tuple[int, int]) -> dict[str, float]:
+def adding(memory: MotionMemory, path: Path, queries: Floats, warm: Floats, tokens: tuple[int, int]) -> dict[str, float]:
     """Add 1,000 clips, find them in a memory that was open before, search beside them, and remove them again."""
-    extra = draw(queries, 1000, 7)
+    extra = draw(leaves(queries.shape[1]), 1000, 10**9 + 1)
     clips = list(clips_of(extra, 0, tokens))
     with MotionMemory.open(path, readonly=True) as other:
         other.search(queries[0], K)
@@ -253,7 +228,7 @@ def adding(memory: MotionMemory, path: Path, queries: Floats, tokens: tuple[int,
         added = perf_counter()
         found = other.search(extra[0], K)[0].id == ids[0]
         seen = perf_counter()
-        seconds, _ = timed({"memory": lambda q: [r.id for r in other.search(q, K)]}, queries)
+        seconds, _ = timed({"memory": lambda q: [r.id for r in other.search(q, K)]}, queries, warm)
     memory.remove(ids)
     if not found:
         raise harness.ParityError("a clip that was added is not found by a memory that was open")

@@ -30,7 +30,7 @@ SIDECAR = "index.json"
 _FORMAT = 3
 # A search waits for memory, so the vectors are kept in 8 bits, each scaled to its own largest component (USearch's own
 # conversion uses 6 of them at 384 dimensions). What that misorders is put right from the float32 rows.
-_DTYPE, _CONNECTIVITY, _EXPANSION_ADD, _EXPANSION_SEARCH = "i8", 16, 128, 64
+_DTYPE, _CONNECTIVITY, _EXPANSION_ADD, _EXPANSION_SEARCH = "i8", 32, 200, 64
 _STALE = 3600.0  # seconds after which a half-written file is a dead writer's
 _log = logging.getLogger(__name__)
 
@@ -54,9 +54,10 @@ class Base:
 
     def intact(self) -> bool:
         """Whether the file is the one that was mapped: reading what was overwritten ends the process."""
-        with contextlib.suppress(OSError):
+        try:
             return self.file is None or _stamp(self.file) == self.stamp
-        return False
+        except OSError:
+            return False
 
     def nearest(self, query: NDArray[np.float32], count: int) -> NDArray[np.int64]:
         """Ids of about the `count` nearest clips, removed ones among them."""
@@ -99,9 +100,10 @@ class Recent:
 
 def signature(directory: Path) -> tuple[int, ...] | None:
     """Changes whenever the sidecar does; None where there is none."""
-    with contextlib.suppress(OSError):
-        return _stamp(os.path.join(directory, SIDECAR))
-    return None
+    try:
+        return _stamp(f"{directory}/{SIDECAR}")
+    except OSError:
+        return None
 
 
 def open_base(directory: Path, readonly: bool) -> Base | None:

@@ -180,7 +180,7 @@ def checksum(*blobs: bytes) -> int:
 
 def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     """Divide [..., E] by its length; InputError for zero vectors, which have no direction."""
-    norm = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    norm = np.sqrt(np.einsum("...i,...i->...", vectors, vectors))[..., None]
     if not (norm > 0).all():
         raise InputError("an embedding is all zeros; it must point somewhere.")
     return np.asarray(vectors / norm, np.float32)
