@@ -91,6 +91,10 @@ def reader(path: Path, queries: Path) -> None:
     """In a process of its own: open, search, and print as JSON what it took."""
     asked, warm = np.load(queries)["queries"], np.load(queries)["warm"]
     memory_index._usearch()  # its import is a program's, not a memory's
+    for file in sorted(path.glob("*")):  # into the system's page cache, as far as it holds them
+        with file.open("rb") as stream:
+            while stream.read(1 << 24):
+                pass
     before = memory_of_process()
     start = perf_counter()
     memory = MotionMemory.open(path, readonly=True)
