@@ -118,15 +118,16 @@ class CogVideoXStep(nn.Module):
         batch = latents.shape[0]
         sample = torch.cat([torch.cat([latents, latents]), torch.cat([image_latents, image_latents])], dim=2)
         unconditional: Tensor = self.unconditional_motion  # type: ignore[assignment]
-        tokens = torch.cat([unconditional.expand(batch, -1, -1), motion])
+        tokens = torch.cat([unconditional.expand(batch, -1, -1), motion.to(unconditional.dtype)])
+        kind = unconditional.dtype  # of the weights; guidance and solver keep what came in, fp32 in a bundle
         output = self.transformer(
-            hidden_states=sample,
-            encoder_hidden_states=torch.cat([negative_text, text]),
+            hidden_states=sample.to(kind),
+            encoder_hidden_states=torch.cat([negative_text, text]).to(kind),
             timestep=timestep.expand(2 * batch),
             image_rotary_emb=(self.rope_cos, self.rope_sin) if self.rotary else None,
-            attention_kwargs={"motion": tokens, "motion_scale": motion_scale},
+            attention_kwargs={"motion": tokens, "motion_scale": motion_scale.to(kind)},
             return_dict=False,
-        )[0]
+        )[0].to(latents.dtype)
         without, with_conditions = output[:batch], output[batch:]
         guided = without + guidance * (with_conditions - without)
         p0, p1, c0, c1, c2, c3 = coefficients.unbind()

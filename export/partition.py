@@ -343,7 +343,7 @@ class Batched(nn.Module):
 
     def __init__(self, program: Program) -> None:
         super().__init__()
-        self.inner = program.module
+        self.inner = _any_rows(program.module)
 
     def forward(self, timesteps: Tensor) -> tuple[Tensor, ...]:
         """`timesteps [T]` -> one table per output, `[T, *shape of the step's input]`."""
@@ -358,3 +358,16 @@ class Batched(nn.Module):
             for table, one in zip(tables, alone, strict=True):
                 if table[row].shape != one.shape or not torch.allclose(table[row], one, rtol=1e-5, atol=1e-5):
                     raise ValueError("the schedule program mixes timesteps; it cannot be run over all of them at once")
+
+
+def _any_rows(module: GraphModule) -> GraphModule:
+    """A copy whose reshapes keep the leading axis, whatever its length: traced with one row, they name that one."""
+    module = GraphModule(module, _copy(module).graph)
+    for node in module.graph.nodes:
+        if node.target not in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
+            continue
+        source, shape = node.args
+        if list(shape)[:1] == [1] and len(shape) > 1 and value(source).ndim and value(source).shape[0] == 1:
+            node.args = (source, [-1, *shape[1:]])
+    module.recompile()
+    return module

@@ -94,9 +94,12 @@ def svd_step(
 
 
 def step_args(
-    inputs: Mapping[str, str], config: Mapping[str, Any], latents: Latents, motion: tuple[int, int], dtype: torch.dtype
+    inputs: Mapping[str, str], config: Mapping[str, Any], latents: Latents, motion: tuple[int, int]
 ) -> dict[str, Tensor]:
-    """Inputs of a step by name, of batch 1, on the meta device: dtypes and shapes are all that a trace needs."""
+    """Inputs of a step by name, of batch 1, on the meta device: dtypes and shapes are all that a trace needs.
+
+    They are float32 whatever the weights are: guidance and solver compute in it, as the release does.
+    """
     frames = (1, *latents)
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("latents", "previous_x0", "noise"), frames)
     shapes |= {"coefficients": (6,), "guidance": (), "motion_scale": (), "motion": (1, *motion)}
@@ -105,7 +108,7 @@ def step_args(
     else:
         text = (1, config["max_text_seq_length"], config["text_embed_dim"])
         shapes |= {"text": text, "negative_text": text, "image_latents": frames}
-    values = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    values = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     time = torch.float32 if "image_context" in inputs else torch.int64
     values["timestep"] = torch.empty(1, dtype=time, device="meta")
     return {name: values[name] for name in inputs}
@@ -126,5 +129,5 @@ def structure(model: str, *, frames: int, layers: int | None = None, dtype: torc
         step = svd_step(config, latents=latents, motion=motion, dtype=dtype)
     else:
         raise ValueError(f"model is {model!r}; allowed: cogvideox-5b-i2v, svd.")
-    args = step_args(inputs, config, latents, motion, dtype)
+    args = step_args(inputs, config, latents, motion)
     return fake_partition(step, tuple(args.values()), inputs, outputs=OUTPUTS)

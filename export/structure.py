@@ -23,20 +23,30 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from motionrt.export.partition import Partition, Program, partition
 
 
 @contextmanager
 def meta(dtype: torch.dtype = torch.float32) -> Iterator[None]:
-    """Modules made in the block have parameters of `dtype` on the meta device."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    """Modules made in the block have parameters of `dtype` on the meta device, and real buffers (tables).
+
+    A parameter is replaced as it is registered, before it is drawn or its memory is touched.
+    """
+    register = nn.Module.register_parameter
+
+    def without_memory(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            kind = dtype if param.is_floating_point() else param.dtype
+            param = nn.Parameter(torch.empty(param.shape, dtype=kind, device="meta"), requires_grad=False)
+        register(self, name, param)
+
+    nn.Module.register_parameter = without_memory  # type: ignore[method-assign]
     try:
-        with torch.device("meta"):
-            yield
+        yield
     finally:
-        torch.set_default_dtype(before)
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def fake_parameters(module: nn.Module, mode: FakeTensorMode) -> None:
@@ -55,7 +65,7 @@ def fake_parameters(module: nn.Module, mode: FakeTensorMode) -> None:
 @contextmanager
 def faked(module: nn.Module) -> Iterator[FakeTensorMode]:
     """Trace in the block: `module`, built with `meta`, has fake CPU parameters; real tensors may be mixed in."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     fake_parameters(module, mode)
     with mode:
         yield mode
@@ -141,7 +151,7 @@ def materialise(cut: Partition, program: Program, name: str, read: Callable[[str
             if node not in needed:
                 continue
             if node.op == "get_attr":
-                values[node] = _leaf(cut, str(node.target), read)
+                values[node] = _leaf(cut, node, read)
             else:
                 args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
                 values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
@@ -149,10 +159,12 @@ def materialise(cut: Partition, program: Program, name: str, read: Callable[[str
     return result
 
 
-def _leaf(cut: Partition, name: str, read: Callable[[str], Tensor | None]) -> Tensor:
+def _leaf(cut: Partition, node: Node, read: Callable[[str], Tensor | None]) -> Tensor:
+    """A weight or table of the traced module, in the dtype that it was traced with."""
+    name = str(node.target)
     found = read(name)
     if found is None:
         found = operator.attrgetter(name)(cut.rewritten).detach()
         if isinstance(found, FakeTensor):
             raise ValueError(f"weight `{name}` has no value: neither the checkpoint nor the module holds it")
-    return found
+    return found.to(node.meta["val"].dtype)

@@ -148,12 +148,13 @@ class SvdStep(nn.Module):
         conditioned = torch.cat([latents, still], dim=2)
         # without conditions: no image. zeros of the latents' shape, and so no input of the request
         nothing = torch.zeros(still.shape, dtype=latents.dtype, device=latents.device)
-        sample = torch.cat([torch.cat([latents, nothing], dim=2), conditioned])
-        self.conditions.context = torch.cat([torch.zeros_like(image_context), image_context])
+        kind = self.unconditional_motion.dtype  # of the weights; guidance and solver keep what came in, fp32 in a bundle
+        sample = torch.cat([torch.cat([latents, nothing], dim=2), conditioned]).to(kind)
+        self.conditions.context = torch.cat([torch.zeros_like(image_context), image_context]).to(kind)
         unconditional = self.unconditional_motion.expand(batch, -1, -1)
-        self.conditions.motion = torch.cat([unconditional, motion])
-        self.conditions.scale = motion_scale
-        output = self.network(sample, timestep)
+        self.conditions.motion = torch.cat([unconditional, motion.to(kind)])
+        self.conditions.scale = motion_scale.to(kind)
+        output = self.network(sample, timestep).to(latents.dtype)
         self.conditions.context = self.conditions.motion = None
         without, with_conditions = output[:batch], output[batch:]
         scale = self.first_guidance + (guidance - self.first_guidance) * self.ramp.to(output.dtype)

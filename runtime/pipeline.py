@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 STAGES = ("text", "search", "appearance", "cama", "encode", "request", "schedule", "step", "decode")
 _CACHED_SCHEDULES = 8
+_ENCODER_DRAW = 1 << 40  # the index of the encoder's noise: behind that of any step
 
 
 @dataclass(frozen=True)
@@ -269,9 +270,10 @@ class MotionPipeline:
         prepared = Prepared({}, {}, [])
         with prepared.stage("encode"):
             image = read_image(request.image, height, width)[None]
-        with prepared.stage("text"):
-            text = self.text(request.prompt)
-            negative = self.text(request.negative_prompt)
+        text = {}
+        if "text" in self.bundle.graphs:  # SVD reads no text: its prompt is for the search alone
+            with prepared.stage("text"):
+                text = {"text": self.text(request.prompt), "negative_text": self.text(request.negative_prompt)}
         motion = np.zeros((1, *self.bundle.model.motion_tokens), np.float32)
         if request.motion_scale != 0:
             prepared.references = self._references(request, prepared)
@@ -281,7 +283,8 @@ class MotionPipeline:
                 ).lstrip(",")
         if prepared.references:
             with prepared.stage("appearance"):
-                appearance = self.graph("appearance")({"image": image})["appearance"]
+                seen = (image + 1) / 2 if self.bundle.target_range == "released" else image
+                appearance = self.graph("appearance")({"image": seen})["appearance"]
             with prepared.stage("cama"):
                 stacked = {
                     "reference_motion": np.stack([r.motion for r in prepared.references])[None],
@@ -290,12 +293,15 @@ class MotionPipeline:
                 tokens = {name: value.astype(np.float32, copy=False) for name, value in stacked.items()}
                 motion = self.graph("cama")({**tokens, "appearance": appearance})["motion"]
         with prepared.stage("encode"):
-            image_latents = self.graph("encode")({"image": image})["image_latents"]
+            arrays = {"image": image}
+            for port in self.bundle.graph("encode").inputs:
+                if port.name == "noise":
+                    arrays["noise"] = noise(request.seed, _ENCODER_DRAW, [dim.opt for dim in port.dims])
+            encoded = self.graph("encode")(arrays)
         prepared.inputs = {
-            "text": text,
-            "negative_text": negative,
+            **text,
             "motion": motion,
-            "image_latents": image_latents,
+            **encoded,
             "motion_scale": np.asarray(request.motion_scale if prepared.references else 0, np.float32),
         }
         return self.condition(prepared)

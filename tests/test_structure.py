@@ -77,7 +77,7 @@ def test_cogvideox_programs_without_weights_equal_the_step_once_they_are_read(fr
     randomise(transformer)
     transformer.patch_embed.pos_embedding.copy_(torch.randn_like(transformer.patch_embed.pos_embedding))
     tokens = torch.randn(1, *MOTION)
-    args = step_args(cogvideox.INPUTS, COGVIDEOX, latents, MOTION, torch.float32)
+    args = step_args(cogvideox.INPUTS, COGVIDEOX, latents, MOTION)
     feed = filled(args)
     rope = cogvideox.rotary_tables(transformer.config, frames, 6, 8)
     with torch.no_grad():  # diffusers' own forward, positions chosen by itself
@@ -112,7 +112,7 @@ def test_svd_programs_without_weights_equal_diffusers_unet_with_plain_adapters()
     randomise(unet)
     frames, latents = 3, (3, 4, 8, 16)
     tokens = torch.randn(1, *MOTION)
-    args = step_args(svd.INPUTS, UNET, latents, MOTION, torch.float32)
+    args = step_args(svd.INPUTS, UNET, latents, MOTION)
     feed = filled(args)
     state = {f"unet.{name}": value.clone() for name, value in unet.state_dict().items()}
     step = svd_step(UNET, latents=latents, motion=MOTION, unconditional=tokens)
