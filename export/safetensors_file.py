@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,8 +140,14 @@ def write_file(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]
                     raise ValueError(
                         f"tensor `{entry.name}` is {value.dtype} {tuple(value.shape)}; declared {entry.dtype} {entry.shape}"
                     )
-                if value.numel():
-                    file.write(value.contiguous().view(-1).view(torch.uint8).numpy().data)
+                if not value.numel():
+                    continue
+                flat = value.contiguous().view(-1).view(torch.uint8)
+                if flat.any():
+                    file.write(flat.numpy().data)
+                else:  # a hole, where the disk has such
+                    file.seek(flat.numel(), os.SEEK_CUR)
+            file.truncate(8 + len(text) + end)
     return read_header(path)[0]
 
 

@@ -101,6 +101,43 @@ def write_encoders(folder: Path) -> dict[str, Any]:
     return parts
 
 
+UNET: dict[str, Any] = {
+    "block_out_channels": (32, 64),
+    "down_block_types": ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+    "up_block_types": ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+    "layers_per_block": 1, "num_attention_heads": (2, 4), "cross_attention_dim": 24, "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 24, "num_frames": 9,
+}  # fmt: skip
+EULER: dict[str, Any] = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction",
+    "timestep_spacing": "leading", "timestep_type": "continuous", "use_karras_sigmas": True, "sigma_min": 0.002,
+    "sigma_max": 700.0, "steps_offset": 1, "interpolation_type": "linear",
+}  # fmt: skip
+
+
+def write_svd(folder: Path) -> dict[str, Any]:
+    """A Stable Video Diffusion folder with random weights; its modules by folder name."""
+    from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    vae = AutoencoderKLTemporalDecoder(
+        down_block_types=("DownEncoderBlock2D",) * 2, block_out_channels=(32, 32), layers_per_block=1, latent_channels=4
+    )
+    clip = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=224, patch_size=56,
+            projection_dim=24,
+        )
+    )  # fmt: skip
+    unet = UNetSpatioTemporalConditionModel(**UNET)
+    parts = {"unet": randomise(unet, 1), "vae": randomise(vae, 2), "image_encoder": randomise(clip, 3)}
+    for name, module in parts.items():
+        module.save_pretrained(folder / name, safe_serialization=True)
+    EulerDiscreteScheduler(**EULER).save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableVideoDiffusionPipeline"}))
+    return parts
+
+
 def packaged_text_query(self: Any) -> tuple[str, str]:
     """`Stage.add_text_query` with the demo's graph of the same encoder, which need not be exported in every test."""
     import shutil
