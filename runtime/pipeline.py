@@ -40,7 +40,7 @@ class Request:
     prompt: str
     seed: int = 0
     steps: int | None = None
-    guidance: float | None = None
+    guidance: float | Sequence[float] | None = None
     motion_scale: float = 1.0
     references: int | Sequence[Reference | int] | None = None
     negative_prompt: str = ""
@@ -167,7 +167,7 @@ class MotionPipeline:
         *,
         seed: int = 0,
         steps: int | None = None,
-        guidance: float | None = None,
+        guidance: float | Sequence[float] | None = None,
         motion_scale: float = 1.0,
         references: int | Sequence[Reference | int] | None = None,
         negative_prompt: str = "",
@@ -180,7 +180,8 @@ class MotionPipeline:
     ) -> Result:
         """Generate a video from a still `image` (file, Pillow image or uint8 array) and a `prompt`.
 
-        steps, guidance, solver: None takes the bundle's default. motion_scale: strength of the retrieved motion; 0 is
+        steps, guidance, solver: None takes the bundle's default; guidance may also be one number for each step, such as
+        `sampler.dynamic_guidance` gives. motion_scale: strength of the retrieved motion; 0 is
         exactly the base model, and then nothing is retrieved. references: how many clips to retrieve, or the clips
         themselves (`Reference`, or ids of clips in the memory), most similar first. minimum_score, where, diversity,
         distinct: which clips may be retrieved, as in `MotionMemory.search`; if none passes, the video is that of
@@ -202,7 +203,7 @@ class MotionPipeline:
         check_seed(request.seed)  # bad input before any work
         self.bundle.solver(request.solver, request.steps)
         if request.guidance is not None:
-            _check_number("guidance", request.guidance)
+            _check_guidance(request.guidance)
         return self.generate(
             self.prepare(request),
             seed=request.seed,
@@ -218,7 +219,7 @@ class MotionPipeline:
         *,
         seed: int = 0,
         steps: int | None = None,
-        guidance: float | None = None,
+        guidance: float | Sequence[float] | None = None,
         solver: str | None = None,
         callback: Callable[[int, int], object] | None = None,
     ) -> Result:
@@ -229,7 +230,7 @@ class MotionPipeline:
         seed = check_seed(seed)
         rows = self.bundle.solver(solver, steps)
         guidance = self.bundle.guidance if guidance is None else guidance
-        _check_number("guidance", guidance)
+        _check_guidance(guidance)
         seconds = dict(prepared.seconds)
         start = time.perf_counter()
         tables = self.schedule(rows)
@@ -252,7 +253,7 @@ class MotionPipeline:
             state=self.select("step", prepared.state),
             tables=tables,
             coefficients=rows.coefficients,
-            guidance=guidance,
+            guidance=np.asarray(guidance, np.float32),
             noise=lambda index: noise(seed, index + 1, shape),
             on_step=on_step,
         )
@@ -404,6 +405,14 @@ def to_frames(video: Array) -> NDArray[np.uint8]:
         raise BackendError("the decoder gave NaN or infinite values; export the bundle again, or lower the guidance.")
     pixels = np.clip(np.rint((video[0] + 1) * 127.5), 0, 255).astype(np.uint8)
     return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+
+
+def _check_guidance(value: Any) -> None:
+    if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str):
+        for item in value:
+            _check_number("guidance", item)
+    else:
+        _check_number("guidance", value)
 
 
 def _check_number(name: str, value: Any) -> None:
