@@ -55,7 +55,7 @@ def write_manifest(
     name: str,
     model: Mapping[str, Any],
     graphs: Mapping[str, Mapping[str, Any]],
-    solvers: Mapping[str, Mapping[int, tuple[NDArray[np.int64], NDArray[np.float32]]]],
+    solvers: Mapping[str, Mapping[int, tuple[NDArray[Any], NDArray[np.float32]]]],
     default_solver: tuple[str, int],
     tokenizers: Mapping[str, tuple[str, int, int]],
     guidance: float,
@@ -63,6 +63,7 @@ def write_manifest(
     partition: Mapping[str, Any],
     provenance: Mapping[str, Any],
     programs: Mapping[str, Mapping[str, Any]] | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> None:
     """Write solver tables, tokenizers and `bundle.json` beside the graphs already in `stage/graphs`.
 
@@ -94,7 +95,7 @@ def write_manifest(
             key: {**_file(stage, f"tokenizers/{key}.json"), "max_length": length, "pad_id": pad}
             for key, (_, length, pad) in tokenizers.items()
         },
-        "defaults": {"guidance": guidance},
+        "defaults": {"guidance": guidance, **(defaults or {})},
         "digests": dict(digests),
         "partition": dict(partition),
         "provenance": dict(provenance),

@@ -46,6 +46,30 @@ def rotary_tables(config: Any, frames: int, height: int, width: int) -> tuple[Te
     return cos, sin
 
 
+def fix_positions(patch_embed: Any, frames: int, height: int, width: int, rule: str = "released") -> None:
+    """Make the table that diffusers adds to a latent grid of F, H, W a buffer, computed now and not in every trace.
+
+    `released` is what diffusers does: the learned (or stored) table where the grid is the config's, else a sine-cosine
+    table made for the grid. So MotionRAG's 17 frames do NOT use the positions that CogVideoX-5B-I2V learned at 49.
+    `learned` takes the beginning of the learned table instead: other numbers, for those who trained so.
+    """
+    if rule not in ("released", "learned"):
+        raise ValueError(f"positions is {rule!r}; allowed: released, learned.")
+    if not (patch_embed.use_positional_embeddings or patch_embed.use_learned_positional_embeddings):
+        return
+    pixels = (frames - 1) * patch_embed.temporal_compression_ratio + 1
+    native = (patch_embed.sample_height, patch_embed.sample_width, patch_embed.sample_frames) == (height, width, pixels)
+    if patch_embed.use_learned_positional_embeddings and (native or rule == "learned"):
+        rows = patch_embed.max_text_seq_length + frames * (height // patch_embed.patch_size) * (width // patch_embed.patch_size)
+        if not native:
+            patch_embed._get_positional_embeddings = lambda *args, **kwargs: patch_embed.pos_embedding[:, :rows]
+        return
+    table = patch_embed._get_positional_embeddings(height, width, pixels).float()
+    patch_embed.register_buffer("grid_positions", table, persistent=False)
+    patch_embed._get_positional_embeddings = lambda *args, **kwargs: patch_embed.grid_positions
+    patch_embed.sample_frames = 0  # no grid is the config's any more: always the table above
+
+
 class CogVideoXStep(nn.Module):
     """One denoising step of a CogVideoX image-to-video transformer with Motion-Adapters.
 
@@ -53,10 +77,18 @@ class CogVideoXStep(nn.Module):
     (p0, p1, c0, c1, c2, c3) a row of `solver_rows`. B batch, F C H W latent frames, channels, height, width.
     """
 
-    def __init__(self, transformer: nn.Module, unconditional_motion: Tensor, latents: tuple[int, int, int, int]) -> None:
-        """`unconditional_motion [1, M, D]`; `latents` (F, C, H, W), the fixed grid that positions are made for."""
+    def __init__(
+        self,
+        transformer: nn.Module,
+        unconditional_motion: Tensor,
+        latents: tuple[int, int, int, int],
+        positions: str = "released",
+    ) -> None:
+        """`unconditional_motion [1, M, D]`; `latents` (F, C, H, W), the fixed grid that positions are made for, by the
+        rule `positions` (see `fix_positions`)."""
         super().__init__()
         self.transformer = transformer
+        fix_positions(transformer.patch_embed, latents[0], latents[2], latents[3], positions)
         self.register_buffer("unconditional_motion", unconditional_motion)
         config: Any = transformer.config
         self.rotary = bool(config.use_rotary_positional_embeddings)
@@ -86,15 +118,16 @@ class CogVideoXStep(nn.Module):
         batch = latents.shape[0]
         sample = torch.cat([torch.cat([latents, latents]), torch.cat([image_latents, image_latents])], dim=2)
         unconditional: Tensor = self.unconditional_motion  # type: ignore[assignment]
-        tokens = torch.cat([unconditional.expand(batch, -1, -1), motion])
+        tokens = torch.cat([unconditional.expand(batch, -1, -1), motion.to(unconditional.dtype)])
+        kind = unconditional.dtype  # of the weights; guidance and solver keep what came in, fp32 in a bundle
         output = self.transformer(
-            hidden_states=sample,
-            encoder_hidden_states=torch.cat([negative_text, text]),
+            hidden_states=sample.to(kind),
+            encoder_hidden_states=torch.cat([negative_text, text]).to(kind),
             timestep=timestep.expand(2 * batch),
             image_rotary_emb=(self.rope_cos, self.rope_sin) if self.rotary else None,
-            attention_kwargs={"motion": tokens, "motion_scale": motion_scale},
+            attention_kwargs={"motion": tokens, "motion_scale": motion_scale.to(kind)},
             return_dict=False,
-        )[0]
+        )[0].to(latents.dtype)
         without, with_conditions = output[:batch], output[batch:]
         guided = without + guidance * (with_conditions - without)
         p0, p1, c0, c1, c2, c3 = coefficients.unbind()

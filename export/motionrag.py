@@ -105,9 +105,14 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
         nn.init.xavier_uniform_(self.in_proj_weight)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """`x [B, L, dim]`, additive `mask [L, L]` -> `[B, L, dim]`."""
-        query, key, value = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+    def forward(self, x: Tensor, mask: Tensor | None, last: int | None = None) -> Tensor:
+        """`x [B, L, dim]`, additive `mask [L, L]` -> `[B, L, dim]`; with `last`, only the last rows `[B, last, dim]`."""
+        if last is None:
+            query, key, value = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        else:
+            width = x.shape[-1]
+            query = F.linear(x[:, -last:], self.in_proj_weight[:width], self.in_proj_bias[:width])
+            key, value = F.linear(x, self.in_proj_weight[width:], self.in_proj_bias[width:]).chunk(2, dim=-1)
         query, key, value = (split_heads(part, self.heads) for part in (query, key, value))
         return self.out_proj(merge_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=mask)))
 
@@ -123,9 +128,9 @@ class EncoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """`x [B, L, dim]`, additive `mask [L, L]` -> `[B, L, dim]`."""
-        x = self.norm1(x + self.self_attn(x, mask))
+    def forward(self, x: Tensor, mask: Tensor | None, last: int | None = None) -> Tensor:
+        """`x [B, L, dim]`, additive `mask [L, L]` -> `[B, L, dim]`; with `last`, only the last rows `[B, last, dim]`."""
+        x = self.norm1((x if last is None else x[:, -last:]) + self.self_attn(x, mask, last))
         return self.norm2(x + self.linear2(F.gelu(self.linear1(x))))
 
 
@@ -187,7 +192,14 @@ class Cama(nn.Module):
 
         `reference_motion`, `reference_appearance` `[B, K, M, D]`, most similar first; `appearance [B, M, D]`.
         """
-        return self.forward_all(reference_motion, reference_appearance, appearance)[:, -1]
+        x = self.sequence(reference_motion, torch.cat([reference_appearance, appearance[:, None]], dim=1))
+        length = x.shape[1]
+        mask = torch.zeros(length, length, dtype=x.dtype, device=x.device)
+        mask = mask.masked_fill(self.blocked(length), float("-inf"))
+        *layers, final = self.transformer["layers"]  # type: ignore[misc]
+        for layer in layers:
+            x = layer(x, mask)
+        return final(x, None, self.num_queries)  # the last block sees every block: it needs no mask, nor the other rows
 
 
 class MotionAdapter(nn.Module):

@@ -24,7 +24,9 @@ from motionrt.export.onnx_functions import add_functions, symbolic_forms
 Feed = Mapping[str, Tensor]
 OPSET = 23
 _RESULT = "result of "  # the exporter does not keep output names apart from those of inner values: no inner one starts so
-_DTYPES = {torch.float32: "float32", torch.int64: "int64", torch.uint8: "uint8"}
+_DTYPES = {
+    torch.float32: "float32", torch.int64: "int64", torch.uint8: "uint8", torch.float16: "float16", torch.bfloat16: "bfloat16"
+}  # fmt: skip
 
 
 class ParityError(RuntimeError):

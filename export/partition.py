@@ -58,11 +58,15 @@ class Hoisted:
 
 @dataclass(frozen=True)
 class Program:
-    """One of the three programs: a module with named inputs and outputs, in order."""
+    """One of the three programs: a module with named inputs and outputs, in order.
+
+    `weights`: buffer of `module` -> the node of `Partition.rewritten` that it holds: a weight, or a folded constant.
+    """
 
     module: GraphModule
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    weights: Mapping[str, Node] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Partition:
     request: Program
     step: Program
     whole: GraphModule
+    rewritten: GraphModule
     hoisted: tuple[Hoisted, ...]
     fired: tuple[Fired, ...]
     classes: Mapping[str, Counts]
@@ -208,7 +213,7 @@ def _split(
         Hoisted(names[n], kinds[n], sizes(value(n).shape, known), bytes_of(n, known)) for n in kinds
     )
     return Partition(
-        invariant["schedule"], invariant["request"], step, original, hoisted, fired, classes, original_counts, example
+        invariant["schedule"], invariant["request"], step, original, whole, hoisted, fired, classes, original_counts, example
     )
 
 
@@ -249,14 +254,15 @@ class _Builder:
     def program(
         self, available: list[Node], wanted: list[Node], outputs: tuple[str, ...], drop_unused: bool = False
     ) -> Program:
-        graph, env, root = Graph(), {}, nn.Module()
+        graph, env, root, weights = Graph(), {}, nn.Module(), {}
         for node in available:
             env[node] = graph.placeholder(self.names[node])
             env[node].meta["val"] = node.meta["val"]
 
-        def weight(name: str, tensor: Tensor) -> Node:
+        def weight(name: str, tensor: Tensor, source: Node) -> Node:
             flat = name.replace(".", "_")
             if not hasattr(root, flat):
+                weights[flat] = source
                 root.register_buffer(flat, tensor.detach().clone() if tensor._is_view() else tensor.detach())
             return graph.get_attr(flat)
 
@@ -265,9 +271,9 @@ class _Builder:
                 return env[node]
             seen = node.meta.get("val")
             if node.op == "get_attr":
-                new = weight(str(node.target), _weight(self.whole, node))
+                new = weight(str(node.target), _weight(self.whole, node), node)
             elif node in self.constants:
-                new = weight(f"constant_{node.name}", self.evaluate(node))
+                new = weight(f"constant_{node.name}", self.evaluate(node), node)
             elif isinstance(seen, torch.SymInt):
                 new = self._size(graph, env, available, node, get)
             else:
@@ -277,7 +283,19 @@ class _Builder:
             env[node] = new
             return new
 
-        results = [get(node) for node in wanted]
+        # in the graph's order, so that `get` finds what a node reads: it must not go as deep as the network is
+        needed, todo = set[Node](), list(wanted)
+        while todo:
+            node = todo.pop()
+            if node in env or node in needed:
+                continue
+            needed.add(node)
+            if node.op == "call_function" and node not in self.constants and not isinstance(node.meta.get("val"), torch.SymInt):
+                todo += node.all_input_nodes
+        for node in self.whole.graph.nodes:
+            if node in needed:
+                get(node)
+        results = [env[node] for node in wanted]
         graph.output(tuple(results))
         if drop_unused:
             for node in available:
@@ -285,7 +303,7 @@ class _Builder:
                     graph.erase_node(env[node])
         kept = tuple(self.names[n] for n in available if not drop_unused or env[n].users)
         module = GraphModule(root, graph)
-        return Program(module.eval(), kept, outputs)
+        return Program(module.eval(), kept, outputs, weights)
 
     def _size(
         self, graph: Graph, env: dict[Node, Node], available: list[Node], node: Node, get: Callable[[Node], Node]
@@ -325,7 +343,7 @@ class Batched(nn.Module):
 
     def __init__(self, program: Program) -> None:
         super().__init__()
-        self.inner = program.module
+        self.inner = _any_rows(program.module)
 
     def forward(self, timesteps: Tensor) -> tuple[Tensor, ...]:
         """`timesteps [T]` -> one table per output, `[T, *shape of the step's input]`."""
@@ -340,3 +358,16 @@ class Batched(nn.Module):
             for table, one in zip(tables, alone, strict=True):
                 if table[row].shape != one.shape or not torch.allclose(table[row], one, rtol=1e-5, atol=1e-5):
                     raise ValueError("the schedule program mixes timesteps; it cannot be run over all of them at once")
+
+
+def _any_rows(module: GraphModule) -> GraphModule:
+    """A copy whose reshapes keep the leading axis, whatever its length: traced with one row, they name that one."""
+    module = GraphModule(module, _copy(module).graph)
+    for node in module.graph.nodes:
+        if node.target not in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
+            continue
+        source, shape = node.args
+        if list(shape)[:1] == [1] and len(shape) > 1 and value(source).ndim and value(source).shape[0] == 1:
+            node.args = (source, [-1, *shape[1:]])
+    module.recompile()
+    return module

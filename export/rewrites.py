@@ -163,6 +163,10 @@ def sink_broadcasts(module: GraphModule) -> list[Fired]:
             node.replace_all_uses_with(new)
             uniform[new] = found
             fired.append(Fired("sink_broadcast", node.name, 0, 0))
+    if fired:  # a view was traced over memory that is no longer laid out so
+        for node in graph.nodes:
+            if node.op == "call_function" and node.target in (aten.view.default, aten._unsafe_view.default):
+                node.target = aten.reshape.default
     prune(graph)
     return fired
 
@@ -289,19 +293,45 @@ def _through_join(node: Node, uniform: dict[Node, Broadcast], graph: torch.fx.Gr
 def _through_view(
     node: Node, source: Node, have: frozenset[int], uniform: dict[Node, Broadcast], graph: torch.fx.Graph
 ) -> Broadcast | None:
-    """An axis survives a view if it stands alone: equal products of sizes before it, and equal size."""
+    """Axes of a view are uniform where they are made of uniform axes alone: `_kept_axes`."""
     before, after = value(source).shape, value(node).shape
-    kept: dict[int, int] = {}
-    for d in have:
-        for e in range(len(after)):
-            if str(before[d]) == str(after[e]) and str(math.prod(before[:d])) == str(math.prod(after[:e])):
-                kept[d] = e
-                break
-    if not kept:
+    sources, targets = _kept_axes(before, after, have)
+    if not targets:
         return None
-    shape = [1 if e in kept.values() else size_arg(graph, s) for e, s in enumerate(after)]
-    source = _partial(source, frozenset(kept), uniform, graph)
-    return Broadcast(emit(graph, aten.reshape.default, (source, shape)), frozenset(kept.values()))
+    shape = [1 if e in targets else size_arg(graph, s) for e, s in enumerate(after)]
+    source = _partial(source, sources, uniform, graph)
+    return Broadcast(emit(graph, aten.reshape.default, (source, shape)), targets)
+
+
+def _kept_axes(before: Any, after: Any, have: frozenset[int]) -> tuple[frozenset[int], frozenset[int]]:
+    """(axes of `before`, axes of `after`) that stay uniform through a view, `have` being uniform before it.
+
+    Fixed sizes: the shapes are cut into runs of equal product, and a run whose axes are all uniform (or 1) stays so, however
+    it is split or merged. Dynamic ones: an axis that stands alone, with equal products of sizes before it and equal size.
+    """
+    if not all(isinstance(size, int) for size in (*before, *after)):
+        kept: dict[int, int] = {}
+        for d in have:
+            for e in range(len(after)):
+                if str(before[d]) == str(after[e]) and str(math.prod(before[:d])) == str(math.prod(after[:e])):
+                    kept[d] = e
+                    break
+        return frozenset(kept), frozenset(kept.values())
+    sources: set[int] = set()
+    targets: set[int] = set()
+    d = e = 0
+    while d < len(before) and e < len(after):
+        left, right, run, to = before[d], after[e], [d], [e]
+        d, e = d + 1, e + 1
+        while left != right:
+            if left < right:
+                left, run, d = left * before[d], [*run, d], d + 1
+            else:
+                right, to, e = right * after[e], [*to, e], e + 1
+        if left > 1 and all(axis in have or before[axis] == 1 for axis in run):
+            sources |= {axis for axis in run if before[axis] != 1}
+            targets |= {axis for axis in to if after[axis] != 1}
+    return frozenset(sources), frozenset(targets)
 
 
 # --- reassociation --------------------------------------------------------------------------------------------------

@@ -172,6 +172,11 @@ class OnnxRuntimeBackend:
                 "the ONNX Runtime backend needs onnxruntime: `pip install motionrt[cpu]` (or motionrt[gpu])."
             ) from None
         spec, path = bundle.graph(name), bundle.graph_path(name)
+        if any(port.dtype == "bfloat16" for port in (*spec.inputs, *spec.outputs)):
+            raise BackendError(
+                f"graph '{name}' computes in bfloat16, which ONNX Runtime's CPU provider does not have. "
+                "Export the bundle with --dtype float32 or float16."
+            )
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only: they come back as exceptions
         options.inter_op_num_threads = 1

@@ -2,7 +2,8 @@
 
 Reading never executes anything. `Bundle.open` checks the manifest's keys and version and the SHA-256 of every file of
 the bundle, so that what follows can trust it; every later check reads the one interface that the manifest declares.
-Programs, the optional part for the torch backend, are checked when one is asked for: nobody else pays for them.
+Programs, the optional part for the torch backend, and weights that lie beside a graph (large: gigabytes) are checked when
+one is asked for: nobody else pays for them.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ __all__ = ["FORMAT", "Bundle", "Dim", "GraphSpec", "Model", "Port", "ProgramSpec
 
 @dataclass(frozen=True)
 class Solver:
-    """One row of the solver table: `timesteps` int64 [T], `coefficients` float32 [T, 6] (see sampler.py)."""
+    """One row of the solver table: `timesteps` int64 or float32 [T], `coefficients` float32 [T, 6] (see sampler.py)."""
 
     name: str
     steps: int
-    timesteps: NDArray[np.int64]
+    timesteps: NDArray[np.int64] | NDArray[np.float32]
     coefficients: NDArray[np.float32]
 
 
@@ -93,6 +94,11 @@ class Bundle:
         return self._manifest.guidance
 
     @property
+    def target_range(self) -> str:
+        """What the appearance graph sees of a request's still: "correct", [-1, 1]; "released", [0, 1] (a quirk)."""
+        return self._manifest.target_range
+
+    @property
     def solvers(self) -> Mapping[str, tuple[int, ...]]:
         """The step counts of each solver."""
         return self._manifest.solvers.entries
@@ -114,8 +120,11 @@ class Bundle:
         raise BundleError(f"graph '{graph}' of bundle {self.path} has no port `{name}`.")
 
     def graph_path(self, name: str) -> Path:
-        """The ONNX file of graph `name`."""
-        return self.path / self.graph(name).file
+        """The ONNX file of graph `name`; `BundleError` if the weights beside it are missing or damaged."""
+        spec = self.graph(name)
+        if spec.data is not None:
+            _verify(self.path / spec.data.file, spec.data.sha256, f"the weights of graph '{name}'")
+        return self.path / spec.file
 
     @property
     def programs(self) -> Mapping[str, ProgramSpec]:
@@ -214,11 +223,12 @@ def _solver_tables(path: Path, manifest: Manifest) -> dict[str, NDArray[Any]]:
         raise BundleError(f"the solver tables {path} cannot be read ({error}). Export the bundle again.") from None
     for name, counts in manifest.solvers.entries.items():
         for steps in counts:
-            for leaf, shape, dtype in (("timesteps", (steps,), np.int64), ("coefficients", (steps, 6), np.float32)):
+            integers, floats = ("int64",), ("float32",)
+            for leaf, shape, dtypes in (("timesteps", (steps,), integers + floats), ("coefficients", (steps, 6), floats)):
                 table = tables.get(f"{name}/{steps}/{leaf}")
-                if table is None or table.shape != shape or table.dtype != dtype or not np.isfinite(table).all():
+                if table is None or table.shape != shape or str(table.dtype) not in dtypes or not np.isfinite(table).all():
                     raise BundleError(
-                        f"the solver tables {path} hold no finite {np.dtype(dtype)} {list(shape)} "
+                        f"the solver tables {path} hold no finite {' or '.join(dtypes)} {list(shape)} "
                         f"'{name}/{steps}/{leaf}'. Export the bundle again."
                     )
                 table.setflags(write=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 import time
@@ -24,8 +23,9 @@ from motionrt.runtime.cli_common import (
     open_pipeline,
     parse_where,
 )  # fmt: skip
+from motionrt.runtime.cli_export import export
 from motionrt.runtime.cli_memory import memory_app
-from motionrt.runtime.errors import BackendError, InputError, MediaError, MotionRTError
+from motionrt.runtime.errors import MediaError, MotionRTError
 
 if TYPE_CHECKING:
     from motionrt.runtime.pipeline import MotionPipeline
@@ -212,27 +212,7 @@ def bench(
             temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-@app.command()
-def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of the demo, a .safetensors file.")],
-    out: Annotated[Path, typer.Argument(help="Bundle directory to write.")],
-) -> None:
-    """Export a checkpoint as a bundle. Needs the build side: pip install motionrt[export].
-
-    \b
-    Example:
-      motionrt export demo/checkpoint.safetensors out/bundle
-    """
-    needed = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        raise BackendError(f"export needs {', '.join(missing)}: `pip install motionrt[export]`.")
-    from motionrt.runtime.demo import find_demo, load_by_path
-
-    if not checkpoint.is_file():
-        raise InputError(f"there is no checkpoint {checkpoint}. Give the .safetensors file that demo/train.py wrote.")
-    load_by_path(find_demo() / "export.py").export_demo(checkpoint, out)
-    typer.echo(f"{out}: exported. Look at it with: motionrt inspect {out}")
+app.command(name="export")(export)
 
 
 def _warm(pipeline: MotionPipeline) -> float:

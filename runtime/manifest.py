@@ -14,7 +14,8 @@ from typing import Any
 from motionrt.runtime.errors import BundleError
 
 FORMAT = 1
-DTYPES = ("float32", "int64", "uint8")
+DTYPES = ("float32", "int64", "uint8", "float16", "bfloat16")
+TARGET_RANGES = ("correct", "released")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Dim:
 
 @dataclass(frozen=True)
 class Port:
-    """One input or output of a graph. `dtype` is one of float32, int64, uint8."""
+    """One input or output of a graph. `dtype` is one of `DTYPES`."""
 
     name: str
     dtype: str
@@ -52,6 +53,14 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class Data:
+    """The file of a graph's weights inside the bundle (safetensors, read as ONNX external data), and its digest."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class GraphSpec:
     """The declared interface of one graph and the file that holds it."""
 
@@ -61,6 +70,7 @@ class GraphSpec:
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     weights: Weights | None = None
+    data: Data | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,7 @@ class Manifest:
     solvers: SolverSpec
     tokenizers: Mapping[str, TokenizerSpec]
     guidance: float
+    target_range: str
     digests: Mapping[str, str]
     programs: Mapping[str, ProgramSpec]
 
@@ -215,6 +226,9 @@ def read_manifest(path: Path) -> Manifest:
     guidance = float(defaults.take("guidance", (int, float)))
     if not math.isfinite(guidance):
         raise BundleError(f"bundle.json: default guidance is {guidance}; it must be finite.")
+    target_range = defaults.take("target_range", str, "correct")
+    if target_range not in TARGET_RANGES:
+        raise BundleError(f"bundle.json: 'target_range' is {target_range!r}; allowed: {', '.join(TARGET_RANGES)}.")
     defaults.close()
     digests = _Fields(top.take("digests", dict), "'digests'")
     graphs = {name: _graph(name, value) for name, value in top.take("graphs", dict).items()}
@@ -226,6 +240,7 @@ def read_manifest(path: Path) -> Manifest:
         solvers=_solvers(top.take("solvers", dict)),
         tokenizers={name: _tokenizer(name, value) for name, value in top.take("tokenizers", dict).items()},
         guidance=guidance,
+        target_range=target_range,
         digests={name: digests.digest(name) for name in ("text_query", "motion", "appearance")},
         programs={name: _program(name, value, graphs) for name, value in top.take("programs", dict, {}).items()},
     )
@@ -265,6 +280,11 @@ def _graph(name: str, value: Any) -> GraphSpec:
             raise BundleError(f"bundle.json: graph '{name}' names the package {package!r}; that is no import name.")
         weights = Weights(package, inner.file(), inner.digest())
         inner.close()
+    data = None
+    if (declared := fields.take("data", dict, None)) is not None:
+        inner = _Fields(declared, f"'data' of graph '{name}'")
+        data = Data(inner.file(), inner.digest())
+        inner.close()
     spec = GraphSpec(
         name,
         fields.file(),
@@ -272,6 +292,7 @@ def _graph(name: str, value: Any) -> GraphSpec:
         tuple(_port(name, port) for port in fields.take("inputs", list)),
         tuple(_port(name, port) for port in fields.take("outputs", list)),
         weights,
+        data,
     )
     fields.close()
     return spec

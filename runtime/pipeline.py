@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 STAGES = ("text", "search", "appearance", "cama", "encode", "request", "schedule", "step", "decode")
 _CACHED_SCHEDULES = 8
+_ENCODER_DRAW = 1 << 40  # the index of the encoder's noise: behind that of any step
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Request:
     prompt: str
     seed: int = 0
     steps: int | None = None
-    guidance: float | None = None
+    guidance: float | Sequence[float] | None = None
     motion_scale: float = 1.0
     references: int | Sequence[Reference | int] | None = None
     negative_prompt: str = ""
@@ -166,7 +167,7 @@ class MotionPipeline:
         *,
         seed: int = 0,
         steps: int | None = None,
-        guidance: float | None = None,
+        guidance: float | Sequence[float] | None = None,
         motion_scale: float = 1.0,
         references: int | Sequence[Reference | int] | None = None,
         negative_prompt: str = "",
@@ -179,7 +180,8 @@ class MotionPipeline:
     ) -> Result:
         """Generate a video from a still `image` (file, Pillow image or uint8 array) and a `prompt`.
 
-        steps, guidance, solver: None takes the bundle's default. motion_scale: strength of the retrieved motion; 0 is
+        steps, guidance, solver: None takes the bundle's default; guidance may also be one number for each step, such as
+        `sampler.dynamic_guidance` gives. motion_scale: strength of the retrieved motion; 0 is
         exactly the base model, and then nothing is retrieved. references: how many clips to retrieve, or the clips
         themselves (`Reference`, or ids of clips in the memory), most similar first. minimum_score, where, diversity,
         distinct: which clips may be retrieved, as in `MotionMemory.search`; if none passes, the video is that of
@@ -201,7 +203,7 @@ class MotionPipeline:
         check_seed(request.seed)  # bad input before any work
         self.bundle.solver(request.solver, request.steps)
         if request.guidance is not None:
-            _check_number("guidance", request.guidance)
+            _check_guidance(request.guidance)
         return self.generate(
             self.prepare(request),
             seed=request.seed,
@@ -217,7 +219,7 @@ class MotionPipeline:
         *,
         seed: int = 0,
         steps: int | None = None,
-        guidance: float | None = None,
+        guidance: float | Sequence[float] | None = None,
         solver: str | None = None,
         callback: Callable[[int, int], object] | None = None,
     ) -> Result:
@@ -228,7 +230,7 @@ class MotionPipeline:
         seed = check_seed(seed)
         rows = self.bundle.solver(solver, steps)
         guidance = self.bundle.guidance if guidance is None else guidance
-        _check_number("guidance", guidance)
+        _check_guidance(guidance)
         seconds = dict(prepared.seconds)
         start = time.perf_counter()
         tables = self.schedule(rows)
@@ -251,7 +253,7 @@ class MotionPipeline:
             state=self.select("step", prepared.state),
             tables=tables,
             coefficients=rows.coefficients,
-            guidance=guidance,
+            guidance=np.asarray(guidance, np.float32),
             noise=lambda index: noise(seed, index + 1, shape),
             on_step=on_step,
         )
@@ -269,9 +271,10 @@ class MotionPipeline:
         prepared = Prepared({}, {}, [])
         with prepared.stage("encode"):
             image = read_image(request.image, height, width)[None]
-        with prepared.stage("text"):
-            text = self.text(request.prompt)
-            negative = self.text(request.negative_prompt)
+        text = {}
+        if "text" in self.bundle.graphs:  # SVD reads no text: its prompt is for the search alone
+            with prepared.stage("text"):
+                text = {"text": self.text(request.prompt), "negative_text": self.text(request.negative_prompt)}
         motion = np.zeros((1, *self.bundle.model.motion_tokens), np.float32)
         if request.motion_scale != 0:
             prepared.references = self._references(request, prepared)
@@ -281,7 +284,8 @@ class MotionPipeline:
                 ).lstrip(",")
         if prepared.references:
             with prepared.stage("appearance"):
-                appearance = self.graph("appearance")({"image": image})["appearance"]
+                seen = (image + 1) / 2 if self.bundle.target_range == "released" else image
+                appearance = self.graph("appearance")({"image": seen})["appearance"]
             with prepared.stage("cama"):
                 stacked = {
                     "reference_motion": np.stack([r.motion for r in prepared.references])[None],
@@ -290,12 +294,15 @@ class MotionPipeline:
                 tokens = {name: value.astype(np.float32, copy=False) for name, value in stacked.items()}
                 motion = self.graph("cama")({**tokens, "appearance": appearance})["motion"]
         with prepared.stage("encode"):
-            image_latents = self.graph("encode")({"image": image})["image_latents"]
+            arrays = {"image": image}
+            for port in self.bundle.graph("encode").inputs:
+                if port.name == "noise":
+                    arrays["noise"] = noise(request.seed, _ENCODER_DRAW, [dim.opt for dim in port.dims])
+            encoded = self.graph("encode")(arrays)
         prepared.inputs = {
-            "text": text,
-            "negative_text": negative,
+            **text,
             "motion": motion,
-            "image_latents": image_latents,
+            **encoded,
             "motion_scale": np.asarray(request.motion_scale if prepared.references else 0, np.float32),
         }
         return self.condition(prepared)
@@ -398,6 +405,14 @@ def to_frames(video: Array) -> NDArray[np.uint8]:
         raise BackendError("the decoder gave NaN or infinite values; export the bundle again, or lower the guidance.")
     pixels = np.clip(np.rint((video[0] + 1) * 127.5), 0, 255).astype(np.uint8)
     return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+
+
+def _check_guidance(value: Any) -> None:
+    if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str):
+        for item in value:
+            _check_number("guidance", item)
+    else:
+        _check_number("guidance", value)
 
 
 def _check_number(name: str, value: Any) -> None:

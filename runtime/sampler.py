@@ -8,7 +8,8 @@ The network and the solver are both inside `step`: with rows (p0, p1, c0, c1, c2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,3 +73,13 @@ def sample(
             on_step(t, steps)
     latents = x if device is None else device.get(x)
     return latents
+
+
+def dynamic_guidance(scale: float, timesteps: Sequence[int] | Array) -> list[float]:
+    """CogVideoX's `use_dynamic_cfg`: one guidance scale for each step, to be given as `guidance`.
+
+    g_t = 1 + scale (1 - cos(pi ((T - t) / T)^5)) / 2 with T the number of steps and t the timestep, as diffusers has it
+    (T and t are of different units there too).
+    """
+    steps = len(timesteps)
+    return [1 + scale * (1 - math.cos(math.pi * ((steps - float(t)) / steps) ** 5)) / 2 for t in timesteps]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from motionrt.export.motionrag import MotionAdapterCrossAttention, split_heads
 from motionrt.export.partition import Batched, Partition, partition
+from motionrt.export.rewrites import _kept_axes
 from motionrt.kernels.motion_cross_attention import motion_cross_attention, reference
 
 INPUTS = {"x": "step", "timestep": "schedule", "context": "request"}
@@ -224,3 +225,32 @@ def test_motion_cross_attention_scale_zero_returns_the_input_bit_for_bit() -> No
     h = torch.randn(2, 5, 8)
     out = reference(h, torch.randn(1, 8, 6), torch.randn(1, 2, 3, 4), torch.tensor(0.0), True)
     assert torch.equal(out, h)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    factors=st.lists(st.sampled_from([1, 2, 3, 4]), min_size=1, max_size=5),
+    cuts=st.tuples(st.lists(st.booleans(), min_size=5, max_size=5), st.lists(st.booleans(), min_size=5, max_size=5)),
+    uniform=st.lists(st.booleans(), min_size=5, max_size=5),
+)
+def test_axes_stay_uniform_through_a_view_exactly_as_claimed(
+    factors: list[int], cuts: tuple[list[bool], list[bool]], uniform: list[bool]
+) -> None:
+    def merged(cut: list[bool]) -> list[int]:
+        sizes = [factors[0]]
+        for factor, apart in zip(factors[1:], cut, strict=False):
+            sizes = [*sizes, factor] if apart else [*sizes[:-1], sizes[-1] * factor]
+        return sizes
+
+    before, after = merged(cuts[0]), merged(cuts[1])
+    have = frozenset(d for d, size in enumerate(before) if uniform[d] and size > 1)
+    sources, targets = _kept_axes(before, after, have)
+    assert sources <= have
+    base = torch.randn([1 if d in have else size for d, size in enumerate(before)])
+    want = base.expand(before).reshape(after)
+    partial = base.expand([1 if d in sources else size for d, size in enumerate(before)])
+    got = partial.reshape([1 if e in targets else size for e, size in enumerate(after)]).expand(after)
+    assert torch.equal(got, want)
+    for e in range(len(after)):  # nothing that a run of whole axes would have kept is lost
+        if have == frozenset(d for d, size in enumerate(before) if size > 1):
+            assert (e in targets) == (after[e] > 1)

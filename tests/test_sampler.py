@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from motionrt.runtime.errors import Cancelled, InputError
-from motionrt.runtime.sampler import sample
+from motionrt.runtime.sampler import dynamic_guidance, sample
 
 SHAPE = (1, 2, 3, 4, 5)
 
@@ -111,3 +111,11 @@ def test_sample_stops_within_the_step_that_raises() -> None:
 def test_sample_refuses_lengths_that_differ(change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         sample(Step(), **{**arguments(5), **change})
+
+
+def test_dynamic_guidance_is_that_of_diffusers_pipeline() -> None:
+    import math
+
+    timesteps = [999, 959, 519, 39]
+    want = [1 + 3.0 * ((1 - math.cos(math.pi * ((4 - t) / 4) ** 5.0)) / 2) for t in timesteps]
+    assert dynamic_guidance(3.0, timesteps) == want

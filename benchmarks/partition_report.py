@@ -1,0 +1,64 @@
+"""Where a published model's weights and FLOPs belong, at full size, from its structure alone: no weights, no GPU.
+
+    python benchmarks/partition_report.py cogvideox-5b-i2v --frames 17
+    python benchmarks/partition_report.py cogvideox-5b-i2v --frames 49
+    python benchmarks/partition_report.py svd --frames 16
+
+Appends a row to results/partition_report.jsonl; `--no-row` only prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+from collections import Counter
+from time import perf_counter
+from typing import Any
+
+from harness import append_row
+from motionrt.export.released import structure
+from motionrt.export.structure import weights_by_class
+
+
+def report(model: str, frames: int, layers: int | None = None) -> dict[str, Any]:
+    """The row: sizes of each class, what crosses into the step (bytes), rules that fired, seconds and peak memory."""
+    start = perf_counter()
+    cut = structure(model, frames=frames, layers=layers)
+    return {
+        "model": model,
+        "frames": frames,
+        "dtype": "bfloat16",
+        "classes": {kind: vars(size) for kind, size in weights_by_class(cut).items()},
+        "hoisted_bytes": {
+            kind: sum(h.bytes for h in cut.hoisted if h.kind == kind) for kind in ("schedule", "request")
+        },
+        "rules": dict(Counter(f.rule for f in cut.fired)),
+        "seconds": round(perf_counter() - start, 1),
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=["cogvideox-5b-i2v", "svd"])
+    parser.add_argument("--frames", type=int, required=True)
+    parser.add_argument("--layers", type=int, help="fewer blocks of CogVideoX; no row is written")
+    parser.add_argument("--no-row", action="store_true")
+    arguments = parser.parse_args()
+    row = report(arguments.model, arguments.frames, arguments.layers)
+    model = row["classes"]["model"]
+    print(f"{arguments.model}, {arguments.frames} frames: {model['parameters'] / 1e6:.2f} M parameters")
+    print(f"{'class':10} {'tensors':>8} {'M params':>10} {'% params':>9} {'MB bf16':>9} {'GFLOP':>11}")
+    for kind, size in row["classes"].items():
+        share = 100 * size["parameters"] / model["parameters"]
+        print(
+            f"{kind:10} {size['tensors']:8} {size['parameters'] / 1e6:10.2f} {share:9.2f} {size['bytes'] / 1e6:9.1f} "
+            f"{size['flops'] / 1e9:11.2f}"
+        )
+    print(f"into the step: {row['hoisted_bytes']} bytes; {row['seconds']} s, {row['peak_rss_mb']} MB")
+    if not arguments.no_row and arguments.layers is None:
+        print(append_row("partition_report", row))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""CogVideoX-5B-I2V with MotionRAG's released checkpoints as a bundle, without ever holding the model.
+
+    export_cogvideox(Sources(base=..., motionrag=..., ...), out, frames=17)
+
+17 frames take `17_frames.ckpt` (query, key and value of every block) over the base model's; 49 frames do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from motionrt.export.bundle import staged, write_manifest
+from motionrt.export.checkpoints import CheckpointError, Lazy, check_pipeline, open_component, read_json
+from motionrt.export.cogvideox import INPUTS, CogVideoXStep, solver_rows
+from motionrt.export.motionrag_files import convert_folder, open_motionrag
+from motionrt.export.onnx_from_torch import Example
+from motionrt.export.parts import Part, taken, text_part
+from motionrt.export.real import Sources, Stage, encoders, memory_plan, partition_entry, unconditional_tokens
+from motionrt.export.released import cogvideox_step, plain, step_args
+from motionrt.export.structure import meta
+from motionrt.export.tokenizers_from import tokenizer_json
+
+GUIDANCE, FPS, DEFAULT_STEPS = 3.0, 8, 25
+
+
+class EncodeCausal(nn.Module):
+    """The still's latent, drawn from the VAE's posterior, and zeros for the other latent frames: as diffusers has it."""
+
+    def __init__(self, vae: Any, frames: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.vae, self.frames, self.dtype = vae, frames, dtype
+        scaling = float(vae.config.scaling_factor)
+        self.scale = 1 / scaling if vae.config.invert_scale_latents else scaling
+
+    def forward(self, image: Tensor, noise: Tensor) -> Tensor:
+        """`image [B, 3, H, W]` in [-1, 1], `noise [B, C, h, w]` -> `[B, F, C, h, w]` float32."""
+        mean, logvar = self.vae._encode(image.to(self.dtype).unsqueeze(2)).float().squeeze(2).chunk(2, dim=1)
+        latent = self.scale * (mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise)
+        return F.pad(latent[:, None], (0, 0, 0, 0, 0, 0, 0, self.frames - 1))
+
+
+class DecodeCausal(nn.Module):
+    """Latents to pictures, two latent frames at a time with the convolutions' caches in between, as diffusers does it."""
+
+    def __init__(self, vae: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.vae, self.dtype = vae, dtype
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """`latents [B, F, C, h, w]` -> `[B, T, 3, H, W]` float32, about [-1, 1]."""
+        latents = latents.permute(0, 2, 1, 3, 4) / self.vae.config.scaling_factor
+        video = self.vae._decode(latents.to(self.dtype), return_dict=False)[0]
+        return video.permute(0, 2, 1, 3, 4).float()
+
+
+def vae_part(base: Path, make: Callable[[Any], nn.Module], half: str, dtype: torch.dtype) -> Part:
+    """One `half` ("encoder" or "decoder") of the VAE: its weights, all keys of the file being checked."""
+    from diffusers import AutoencoderKLCogVideoX
+
+    component = open_component(base, "vae", "AutoencoderKLCogVideoX")
+    with meta(dtype):
+        vae = AutoencoderKLCogVideoX(**plain(component.config))
+    weights, report = taken("vae.", vae, component, "vae")
+    module = make(vae.eval()).eval()
+    delattr(vae, "decoder" if half == "encoder" else "encoder")
+    return Part(module, weights, (report,) if half == "encoder" else ())
+
+
+def geometry(base: Path, frames: int) -> tuple[dict[str, Any], dict[str, Any], tuple[int, int, int, int], dict[str, Any]]:
+    """(transformer config, VAE config, latents F C H W, the manifest's sizes) of a CogVideoX folder."""
+    config = dict(open_component(base, "transformer", "CogVideoXTransformer3DModel").config)
+    vae = dict(open_component(base, "vae", "AutoencoderKLCogVideoX").config)
+    if config["in_channels"] != 2 * config["out_channels"]:
+        raise CheckpointError(
+            f"{base} has {config['in_channels']} input and {config['out_channels']} output channels: a text-to-video model. "
+            "Give the folder of an image-to-video one."
+        )
+    if config.get("patch_size_t") is not None:
+        raise CheckpointError(f"{base} is a CogVideoX 1.5 model (patches in time); MotionRAG was trained on 1.0 (5b-I2V).")
+    ratio = config["temporal_compression_ratio"]
+    if frames < 1 or (frames - 1) % ratio or frames > config["sample_frames"]:
+        raise CheckpointError(
+            f"frames is {frames}; allowed: 1 + a multiple of {ratio}, up to {config['sample_frames']}, such as 17 or 49."
+        )
+    latents = ((frames - 1) // ratio + 1, config["out_channels"], config["sample_height"], config["sample_width"])
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    model = {
+        "frames": frames,
+        "height": latents[2] * factor,
+        "width": latents[3] * factor,
+        "fps": FPS,
+        "latents": list(latents),
+    }
+    return config, vae, latents, model
+
+
+def step_weights(base: Path, files: Any, step: CogVideoXStep) -> tuple[dict[str, Lazy], Any]:
+    """The step's weights by its own names: the base's transformer, 17_frames over it, and the adapters."""
+    component = open_component(base, "transformer", "CogVideoXTransformer3DModel")
+    config = plain(component.config)
+    from diffusers import CogVideoXTransformer3DModel
+
+    with meta():
+        transformer = CogVideoXTransformer3DModel(**config)
+    weights, report = taken("transformer.", transformer, component, "transformer")
+    weights |= files.overlay
+    weights |= files.adapter
+    unknown = weights.keys() - step.state_dict().keys() - {"transformer.patch_embed.pos_embedding"}
+    if unknown:
+        raise CheckpointError(f"the step has no weight {sorted(unknown)[0]}")
+    return weights, report
+
+
+def export_cogvideox(
+    sources: Sources, out: Path, *, frames: int = 17, say: Callable[[str], None] = lambda text: None
+) -> list[str]:
+    """Write the bundle `out`, whole or not at all; what became of the keys, one line per file.
+
+    Every file is opened and checked before anything is written: `CheckpointError` names what does not fit. `say` is told
+    which graph is next.
+    """
+    base = sources.base
+    check_pipeline(base, "CogVideoXImageToVideoPipeline")
+    config, vae_config, latents, model = geometry(base, frames)
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    blocks = {f"transformer.transformer_blocks.{i}.attn1": width for i in range(config["num_layers"])}
+    overlay = frames != config["sample_frames"]
+    files = open_motionrag(sources.motionrag, blocks, overlay=overlay, sos=sources.sos)
+    motion = (files.cama_size.num_queries, files.cama_size.dim)
+    model |= {"motion_tokens": list(motion), "max_references": 9, "default_references": 9}
+    size, dtype = (model["height"], model["width"]), sources.kind
+    made = encoders(sources, files, frames, size)
+    step = cogvideox_step(config, latents=latents, motion=motion, dtype=dtype, positions=sources.positions)
+    reports = [*files.reports, step_weights(base, files, step)[1]]
+    schedulers = _schedulers(base)
+    text = text_part(base, dtype)
+    tokens = config["max_text_seq_length"]
+    tokenizer = tokenizer_json(base / "tokenizer")
+    checked = [text, made.motion(dtype), made.appearance(dtype)]
+    checked.append(vae_part(base, lambda vae: EncodeCausal(vae, latents[0], dtype), "encoder", dtype))
+    reports += [report for part in checked for report in part.reports]
+
+    convert_folder(sources.motionrag, sources.converted)  # nothing is written before this line
+    files = open_motionrag(sources.converted, blocks, overlay=overlay, sos=sources.sos)
+    made = encoders(sources, files, frames, size)
+    weights, _ = step_weights(base, files, step)
+    say("unconditional tokens")
+    unconditional = unconditional_tokens(made.motion(torch.float32), frames, size)
+    step.unconditional_motion = unconditional.to(dtype)
+
+    with staged(out) as folder:
+        stage = Stage(folder, say)
+        ids = Example({}, {"input_ids": torch.empty(1, tokens, dtype=torch.int64, device="meta")})
+        stage.add("text", text, [ids, ids], ("text",))
+        query_tokenizer, query_digest = stage.add_text_query()
+        digests = stage.add_encoders(made, model, dtype)
+        still = {"image": torch.empty(1, 3, *size, device="meta"), "noise": torch.empty(1, *latents[1:], device="meta")}
+        part = vae_part(base, lambda vae: EncodeCausal(vae, latents[0], dtype), "encoder", dtype)
+        stage.add("encode", part, [Example({}, still)] * 2, ("image_latents",))
+        part = vae_part(base, lambda vae: DecodeCausal(vae, dtype), "decoder", dtype)
+        stage.add("decode", part, [Example({}, {"latents": torch.empty(1, *latents, device="meta")})] * 2, ("video",))
+
+        def read(name: str) -> Tensor | None:
+            return weights[name].read() if name in weights else None
+
+        cut = stage.add_step(step, step_args(INPUTS, config, latents, motion), INPUTS, read)
+        lines = stage.write_keys(reports)
+        write_manifest(
+            folder,
+            name="cogvideox-5b-i2v",
+            model=model,
+            graphs=stage.graphs,
+            solvers={name: {n: solver_rows(made, n) for n in sources.steps} for name, made in schedulers.items()},
+            default_solver=("dpm", DEFAULT_STEPS if DEFAULT_STEPS in sources.steps else max(sources.steps)),
+            tokenizers={"text": (*tokenizer[:1], tokens, tokenizer[1]), "text_query": (query_tokenizer, 256, 0)},
+            guidance=GUIDANCE,
+            defaults={"target_range": sources.target_range},
+            digests={"text_query": query_digest, **digests},
+            partition=partition_entry(cut),
+            provenance={
+                "dtype": sources.dtype,
+                "positions": sources.positions,
+                "sos_token": dict(files.sos),
+                "overlay": "17_frames" if overlay else None,
+                "keys": lines,
+                "memory": memory_plan(folder, stage.graphs, cut),
+                "torch": torch.__version__,
+            },
+        )
+    return lines
+
+
+def _schedulers(base: Path) -> Mapping[str, Any]:
+    """DPM (what MotionRAG uses) and DDIM with the folder's settings."""
+    from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+
+    config = plain(read_json(base / "scheduler" / "scheduler_config.json"))
+    return {"dpm": CogVideoXDPMScheduler.from_config(config), "ddim": CogVideoXDDIMScheduler.from_config(config)}

@@ -1,0 +1,214 @@
+"""What every export of a published base model shares: MotionRAG's graphs, the three programs of the step, the report.
+
+Weights are streamed: the largest thing in memory is one tensor, or VideoMAE for the one clip that is encoded at export.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from motionrt.export.checkpoints import CheckpointError, KeyReport, Lazy
+from motionrt.export.motionrag_files import MotionRAG, SosToken
+from motionrt.export.onnx_from_torch import Example, Range
+from motionrt.export.onnx_streamed import stream_module, stream_program, stream_tables
+from motionrt.export.partition import Batched, Partition
+from motionrt.export.parts import Part, appearance_part, cama_part, motion_part
+from motionrt.export.structure import fake_partition, meta, weights_by_class
+from motionrt.export.text import packaged_encoder
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+RANGES = {"clips": Range(1, 4, 32), "references": Range(1, 9, 9), "steps": Range(1, 25, 1000), "tokens": Range(1, 16, 256)}
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where an export finds its parts, and the choices that change numbers.
+
+    `base`: diffusers folder; `motionrag`: folder with its files; `videomae`, `dinov2`: transformers folders; `converted`:
+    where `.ckpt` files become safetensors, once. `target_range`: what DINOv2 sees of the still, "correct" [-1, 1] or as
+    CogVideoX was "released" [0, 1] (quirk A14.1). `positions`: see `cogvideox.fix_positions` (A7).
+    """
+
+    base: Path
+    motionrag: Path
+    videomae: Path
+    dinov2: Path
+    converted: Path
+    dtype: str = "bfloat16"
+    sos: SosToken | None = None
+    target_range: str = "correct"
+    positions: str = "released"
+    steps: tuple[int, ...] = tuple(range(2, 51))
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("dtype", self.dtype, tuple(DTYPES)),
+            ("target_range", self.target_range, ("correct", "released")),
+            ("positions", self.positions, ("released", "learned")),
+        ):
+            if value not in allowed:
+                raise CheckpointError(f"{name} is {value!r}; allowed: {', '.join(allowed)}.")
+
+    @property
+    def kind(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """Makers of MotionRAG's own graphs: each call builds the part anew, because streaming one uses it up."""
+
+    motion: Callable[[torch.dtype], Part]
+    appearance: Callable[[torch.dtype], Part]
+    cama: Callable[[], Part]
+
+
+def encoders(sources: Sources, files: MotionRAG, frames: int, size: tuple[int, int]) -> Encoders:
+    """MotionRAG's graphs for clips of `frames` pictures of `size` (H, W)."""
+
+    def motion(dtype: torch.dtype) -> Part:
+        with meta(dtype):
+            proj = files.motion_size.build()
+        return motion_part(sources.videomae, proj, files.motion_proj, frames, size, dtype)
+
+    def appearance(dtype: torch.dtype) -> Part:
+        with meta(dtype):
+            proj = files.appearance_size.build()
+        return appearance_part(sources.dinov2, proj, files.appearance_proj, size, dtype, short=256, crop=224)
+
+    def cama() -> Part:
+        with meta():
+            module = files.cama_size.build()
+        return cama_part(module, files.cama)
+
+    return Encoders(motion, appearance, cama)
+
+
+def unconditional_tokens(part: Part, frames: int, size: tuple[int, int]) -> Tensor:
+    """Motion tokens of the all-zero (mid grey) clip, `[1, M, D]` float32: a constant of the checkpoint (A6)."""
+    module = part.loaded()
+    with torch.no_grad():
+        tokens: Tensor = module(torch.zeros(1, frames, 3, *size))
+    return tokens
+
+
+def digest_of(weights: Mapping[str, Lazy], choices: str) -> str:
+    """SHA-256 of weights as they are stored, and of the choices that change what they give."""
+    digest = hashlib.sha256(choices.encode())
+    for name in sorted(weights):
+        value = weights[name].read().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        if value.numel():
+            digest.update(value.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+class Stage:
+    """Graphs of one bundle, added one after the other."""
+
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+        self.folder, self.say = folder, say
+        self.graphs: dict[str, Any] = {}
+        self.reports: list[KeyReport] = []
+
+    def path(self, name: str) -> Path:
+        self.say(name)
+        return self.folder / "graphs" / f"{name}.onnx"
+
+    def add(self, name: str, part: Part, examples: Sequence[Example], outputs: Sequence[str], **sizes: Range) -> None:
+        """Stream a part; sizes in which the examples differ are dynamic, with the ranges given."""
+        self.graphs[name] = stream_module(self.path(name), part.module, examples, outputs, part.read, sizes)
+        self.reports += part.reports
+        gc.collect()
+
+    def add_encoders(self, made: Encoders, model: Mapping[str, Any], dtype: torch.dtype) -> dict[str, str]:
+        """The graphs motion, appearance and cama; digests of the first two."""
+        frames, size = model["frames"], (model["height"], model["width"])
+        pair = tuple(model["motion_tokens"])
+        digests = {}
+        for name, part, shape in (
+            ("motion", made.motion(dtype), (frames, 3, *size)),
+            ("appearance", made.appearance(dtype), (3, *size)),
+        ):
+            digests[name] = digest_of(part.weights, f"{name} {shape} {dtype}")
+            port = "video" if name == "motion" else "image"
+            examples = [Example({"clips": n}, {port: torch.empty(n, *shape, device="meta")}) for n in (2, 3)]
+            self.add(name, part, examples, (name,), clips=RANGES["clips"])
+            del part
+        stacked = [
+            Example(
+                {"references": n},
+                {
+                    "reference_motion": torch.empty(1, n, *pair, device="meta"),
+                    "reference_appearance": torch.empty(1, n, *pair, device="meta"),
+                    "appearance": torch.empty(1, *pair, device="meta"),
+                },
+            )
+            for n in (4, 7)
+        ]
+        self.add("cama", made.cama(), stacked, ("motion",), references=RANGES["references"])
+        return digests
+
+    def add_text_query(self) -> tuple[str, str]:
+        """The packaged sentence encoder: (its tokenizer's JSON, its digest). Real weights: it is small."""
+        from motionrt.export.onnx_from_torch import onnx_from_torch
+
+        encoder = packaged_encoder()
+        draw = torch.Generator().manual_seed(1)
+        examples = []
+        for batch, length in ((2, 12), (3, 7), (1, 1)):
+            ids = torch.randint(1, 30000, (batch, length), generator=draw)
+            feed = {"input_ids": ids, "attention_mask": torch.ones(batch, length, dtype=torch.int64)}
+            examples.append(Example({"batch": batch, "tokens": length}, feed))
+        ranges = {"batch": Range(1, 1, 4), "tokens": RANGES["tokens"]}
+        entry = onnx_from_torch(
+            self.path("text_query"), encoder.module, examples, ("embedding",), ranges, external=encoder.tensors
+        )
+        self.graphs["text_query"] = {**entry, "weights": encoder.weights}
+        return encoder.tokenizer, encoder.weights["sha256"]
+
+    def add_step(
+        self,
+        step: nn.Module,
+        args: Mapping[str, Tensor],
+        inputs: Mapping[str, str],
+        read: Callable[[str], Tensor | None],
+    ) -> Partition:
+        """The graphs schedule, request and step of a step module without weights."""
+        self.say("partition")
+        cut = fake_partition(step, tuple(args.values()), inputs, outputs=("next_latents", "x0"))
+        tables = Batched(cut.schedule)
+        self.graphs["schedule"] = stream_tables(self.path("schedule"), cut, tables, read, {"steps": RANGES["steps"]})
+        self.graphs["request"] = stream_program(self.path("request"), cut, cut.request, read)
+        self.graphs["step"] = stream_program(self.path("step"), cut, cut.step, read)
+        return cut
+
+    def write_keys(self, reports: Sequence[KeyReport]) -> list[str]:
+        """`keys.json`: every key of every file, by what became of it; the lines for people."""
+        text = json.dumps([asdict(report) for report in reports], indent=1) + "\n"
+        (self.folder / "keys.json").write_text(text, encoding="utf-8")
+        return [report.summary() for report in reports]
+
+
+def partition_entry(cut: Partition) -> dict[str, Any]:
+    """The manifest's `partition`: the report, and the model's weights class by class."""
+    return {**cut.report(), "weights": {kind: asdict(size) for kind, size in weights_by_class(cut).items()}}
+
+
+def memory_plan(stage: Path, graphs: Mapping[str, Any], cut: Partition) -> dict[str, Any]:
+    """Bytes that each graph keeps resident, and of the request's state and the schedule's tables (per step)."""
+    weights = {name: (stage / entry["data"]["file"]).stat().st_size if "data" in entry else 0 for name, entry in graphs.items()}
+    return {
+        "weights": weights,
+        "request_state": sum(h.bytes for h in cut.hoisted if h.kind == "request"),
+        "schedule_row": sum(h.bytes for h in cut.hoisted if h.kind == "schedule"),
+    }
