@@ -128,7 +128,7 @@ def compare_steps(
     }
 
     def run(name: str, first: int, count: int) -> Array:
-        return sample(
+        latents: Array = sample(
             candidates[name],
             latents=noise(0, 0, shape),
             state=states[name],
@@ -137,6 +137,7 @@ def compare_steps(
             guidance=bundle.guidance,
             noise=lambda index: noise(0, index + 1, shape),
         )
+        return latents
 
     whole = {name: run(name, 0, solver.steps) for name in candidates}  # also the warm-up
     comparison.differences = {name: float(np.abs(latents - whole["step"]).max()) for name, latents in whole.items()}
