@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +13,12 @@ import onnx.defs
 import onnx_ir as ir
 
 from motionrt.export.engine_from_onnx import LIBRARIES
+from motionrt.runtime.engine_estimate import Estimate, available_memory, estimate, mib
 from motionrt.runtime.engine_file import DTYPES, FLAVORS, sorted_targets
 from motionrt.runtime.errors import BackendError, EngineError, InputError
 from motionrt.runtime.machine import find_gpus
 
-MIB = 2**20
 BFLOAT16_FROM = 80  # compute capability 8.0: Ampere
-# Measured by benchmarks/bench_build.py: a builder process holds about 3x its engine above what it starts with, and an
-# engine is its weights and some kernels.
-START_BYTES, KERNEL_BYTES, MEMORY_PER_ENGINE = 220 * MIB, 6 * MIB, 3.0
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Bytes that building one engine will take: the engine's size, memory at the peak, disk beside the old engine."""
-
-    engine: int
-    memory: int
-    disk: int
-
-    def __str__(self) -> str:
-        return f"about {_mib(self.engine)} of engine, {_mib(self.memory)} of memory, {_mib(self.disk)} of disk while building"
 
 
 def load_library(flavor: str) -> Any:
@@ -109,37 +93,16 @@ def scan_operators(model: ir.Model, graph: str, allowed: Sequence[str] = ()) -> 
     return sorted(names)
 
 
-def estimate(onnx_bytes: int) -> Estimate:
-    """What building from `onnx_bytes` of converted ONNX, weights included, will take."""
-    engine = onnx_bytes + KERNEL_BYTES
-    return Estimate(engine, START_BYTES + int(MEMORY_PER_ENGINE * engine), engine + onnx_bytes)
-
-
 def check_room(graph: str, needed: Estimate, folder: Path) -> None:
     """`EngineError` where the disk or the free memory is less than the estimate."""
     free = shutil.disk_usage(folder).free
     if free < needed.disk:
         raise EngineError(
-            f"building graph '{graph}' takes {needed}; {folder} has {_mib(free)} free. Free some, or move the bundle."
+            f"building graph '{graph}' takes {needed}; {folder} has {mib(free)} free. Free some, or move the bundle."
         )
     memory = available_memory()
     if memory is not None and memory < needed.memory:
         raise EngineError(
-            f"building graph '{graph}' takes {needed}; {_mib(memory)} of memory are free. "
+            f"building graph '{graph}' takes {needed}; {mib(memory)} of memory are free. "
             "Close other programs, build on a larger machine, or try all the same with --force."
         )
-
-
-def available_memory() -> int | None:
-    """Bytes that this machine could give a new process, or None where that is not known."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
-
-
-def _mib(count: int) -> str:
-    return f"{count / MIB:.0f} MiB" if count < 4096 * MIB else f"{count / MIB / 1024:.1f} GiB"
