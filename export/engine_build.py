@@ -21,11 +21,12 @@ from typing import Any
 import onnx_ir as ir
 
 import motionrt
-from motionrt.export.engine_checks import Estimate, check_request, check_room, estimate, load_library, scan_operators
+from motionrt.export.engine_checks import check_request, check_room, load_library, scan_operators
 from motionrt.export.engine_graph import count_attentions, engine_graph, save
 from motionrt.export.engine_process import Event, Listener, run_builder
 from motionrt.export.engine_profiles import Sizes, check_names, profiles_of
 from motionrt.runtime.bundle import Bundle, GraphSpec
+from motionrt.runtime.engine_estimate import Estimate, estimate
 from motionrt.runtime.engine_file import EngineFile, EnginePort, engine_folder
 from motionrt.runtime.errors import EngineError, InputError
 from motionrt.runtime.manifest import sha256_of

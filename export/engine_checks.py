@@ -13,7 +13,7 @@ import onnx.defs
 import onnx_ir as ir
 
 from motionrt.export.engine_from_onnx import LIBRARIES
-from motionrt.runtime.engine_estimate import Estimate, available_memory, estimate, mib
+from motionrt.runtime.engine_estimate import Estimate, available_memory, mib
 from motionrt.runtime.engine_file import DTYPES, FLAVORS, sorted_targets
 from motionrt.runtime.errors import BackendError, EngineError, InputError
 from motionrt.runtime.machine import find_gpus

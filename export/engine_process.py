@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from motionrt.export import engine_from_onnx
-from motionrt.export.engine_checks import Estimate
+from motionrt.runtime.engine_estimate import Estimate
 from motionrt.runtime.errors import EngineError
 
 KEPT_ENVIRONMENT = ("LD_LIBRARY_PATH",)  # of a builder that must repeat its bytes; see engine_from_onnx

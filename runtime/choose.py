@@ -46,8 +46,8 @@ def choose(bundle: Bundle, *, device: str | None = None, threads: int | None = N
         else:
             for name, attempt in _CANDIDATES.items():
                 try:
-                    backend = attempt(bundle, gpus, device or "cuda", threads)
-                    return _done(backend, f"{name}: {getattr(backend, 'label', name)}", refused, backend.load(bundle, STEP))
+                    backend, step = attempt(bundle, gpus, device or "cuda", threads)
+                    return _done(backend, f"{name}: {getattr(backend, 'label', name)}", refused, step)
                 except (BackendError, InputError) as error:
                     refused.append(f"{name}: {str(error).rstrip('.')}")
         if device is not None:
@@ -62,34 +62,37 @@ def _done(backend: Backend, what: str, refused: list[str], step: Graph | None) -
     return Choice(backend, why, {} if step is None else {STEP: step})
 
 
-def _tensorrt(bundle: Bundle, gpus: list[Gpu], device: str, threads: int | None) -> Backend:
+def _tensorrt(bundle: Bundle, gpus: list[Gpu], device: str, threads: int | None) -> tuple[Backend, Graph]:
     from motionrt.runtime.tensorrt import TensorRTBackend
 
     engines = bundle.path / "engines"
     if not any(engines.glob(f"*/{STEP}.json")):
         raise BackendError(f"the bundle has no engine of its step (`motionrt build {bundle.path} --target {gpus[0].target}`)")
-    backend = TensorRTBackend(device, fallback=OnnxRuntimeBackend(threads))
-    backend.find(bundle, STEP)  # with a fallback `load` would not refuse it
-    return backend
+    backend = TensorRTBackend(device)
+    step = backend.load(bundle, STEP)
+    backend.fallback = OnnxRuntimeBackend(threads)  # only now: with one, `load` would not have refused the step
+    return backend, step
 
 
-def _torch(bundle: Bundle, gpus: list[Gpu], device: str, threads: int | None) -> Backend:
+def _torch(bundle: Bundle, gpus: list[Gpu], device: str, threads: int | None) -> tuple[Backend, Graph]:
     if STEP not in bundle.programs:
         raise BackendError("the bundle has no torch program of its step")
     if importlib.util.find_spec("torch") is None:
         raise BackendError("PyTorch is not installed (`pip install motionrt[torch]`)")
     from motionrt.runtime.torch_backend import TorchBackend
 
-    return TorchBackend(device, threads=threads, fallback=OnnxRuntimeBackend(threads))
+    backend = TorchBackend(device, threads=threads, fallback=OnnxRuntimeBackend(threads))
+    return backend, backend.load(bundle, STEP)
 
 
-def _onnxruntime(bundle: Bundle, gpus: list[Gpu], device: str, threads: int | None) -> Backend:
+def _onnxruntime(bundle: Bundle, gpus: list[Gpu], device: str, threads: int | None) -> tuple[Backend, Graph]:
     # Sizes of a graph are computed on the CPU by design, which the strict check cannot tell from a missing kernel; that the
     # provider itself is there is always checked.
-    return OnnxRuntimeBackend(threads, device, allow_cpu=True)
+    backend = OnnxRuntimeBackend(threads, device, allow_cpu=True)
+    return backend, backend.load(bundle, STEP)
 
 
-_CANDIDATES: dict[str, Callable[[Bundle, list[Gpu], str, int | None], Backend]] = {
+_CANDIDATES: dict[str, Callable[[Bundle, list[Gpu], str, int | None], tuple[Backend, Graph]]] = {
     "tensorrt": _tensorrt,
     "torch": _torch,
     "onnxruntime on the GPU": _onnxruntime,
