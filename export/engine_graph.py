@@ -33,7 +33,7 @@ def engine_graph(
     """
     for name, value in (external or {}).items():
         if name in model.graph.initializers:
-            model.graph.initializers[name].const_value = ir.tensor(np.ascontiguousarray(value), name=name)
+            model.graph.initializers[name].const_value = ir.tensor(np.asarray(value, order="C"), name=name)
     if keep_ops:
         model.functions.clear()
     else:
@@ -87,18 +87,25 @@ def _fold_weights(graph: ir.Graph) -> None:
 def fuse_attention(model: ir.Model) -> int:
     """Write `softmax(q k^T * scale + mask) v` on [B, N, L, d] as one Attention node, in place; how many were found.
 
-    Exporters write it out where the module does. Only what the node can say is touched: a scalar scale, one mask.
+    Exporters write it out where the module does. Only what the node can say is touched: a scalar scale, one mask, which
+    is repeated for every query where it has one row for all: a mask of that form is not everywhere understood.
     """
     found = 0
+    masks: dict[ir.Value, ir.Value] = {}
     for node in list(model.graph):
         if node.op_type == "Softmax" and (parts := _attention_parts(node)) is not None:
             query, keys, values, mask, scale, last = parts
             turned = ir.node("Transpose", [keys], {"perm": [0, 1, 3, 2]}, name=f"{node.name}.keys")
+            turned.outputs[0].name = f"{node.outputs[0].name}.keys"
+            if mask is not None:
+                if mask not in masks:
+                    masks[mask] = _mask_for_all(model.graph, mask, query, node)
+                mask = masks[mask]
             fused = ir.node(
                 "Attention", [query, turned.outputs[0], values, *([mask] if mask is not None else [])], {"scale": scale},
                 name=f"{node.name}.attention",
             )  # fmt: skip
-            turned.outputs[0].name, fused.outputs[0].name = f"{node.outputs[0].name}.keys", f"{last.outputs[0].name}.fused"
+            fused.outputs[0].name = f"{last.outputs[0].name}.fused"
             model.graph.insert_before(last, [turned, fused])
             last.outputs[0].replace_all_uses_with(fused.outputs[0])
             model.graph.remove(last, safe=True)
@@ -107,6 +114,23 @@ def fuse_attention(model: ir.Model) -> int:
         model.graph.opset_imports[""] = OPSET_OF_ATTENTION
     common.RemoveUnusedNodesPass()(model)
     return found
+
+
+def _mask_for_all(graph: ir.Graph, mask: ir.Value, query: ir.Value, before: ir.Node) -> ir.Value:
+    """`mask` as [.., Lq, Lk]: one that has a single row, repeated for the queries."""
+    if mask.shape is None or mask.shape[-2] != 1:
+        return mask
+    one = ir.Value(name=f"{mask.name}.one", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]))
+    one.const_value = ir.tensor(np.array([1], np.int64), name=one.name)
+    graph.register_initializer(one)
+    length = ir.node("Shape", [query], {"start": 2, "end": 3}, name=f"{mask.name}.queries")
+    length.outputs[0].name = length.name
+    sizes = ir.node("Concat", [one, one, length.outputs[0], one], {"axis": 0}, name=f"{mask.name}.sizes")
+    sizes.outputs[0].name = sizes.name
+    rows = ir.node("Expand", [mask, sizes.outputs[0]], name=f"{mask.name}.rows")
+    rows.outputs[0].name = rows.name
+    graph.insert_before(before, [length, sizes, rows])
+    return rows.outputs[0]
 
 
 def _attention_parts(softmax: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value | None, float, ir.Node] | None:

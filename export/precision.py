@@ -151,7 +151,7 @@ class _Caster:
             array = value.const_value.numpy().astype(np.float32)
             if self._low == ir.DataType.FLOAT16:  # also where it is used in fp32: masks are built there, then narrowed
                 array = np.where(np.abs(array) >= MINUS_INFINITY, np.sign(array) * np.float32(FLOAT16_MAX), array)
-            tensor = ir.tensor(np.ascontiguousarray(array.astype(wanted.numpy())), dtype=wanted, name=name)
+            tensor = ir.tensor(np.asarray(array.astype(wanted.numpy()), order="C"), dtype=wanted, name=name)
             made = ir.Value(name=name, type=ir.TensorType(wanted), shape=value.shape, const_value=tensor)
             self._graph.register_initializer(made)
             return made
