@@ -14,10 +14,10 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from numpy.typing import NDArray
 
-from motionrt.export.onnx_functions import DOMAIN
 from motionrt.export.precision import to_precision
 from motionrt.runtime.engine_file import Profile
 
+OURS = "motionrt"  # the domain of export/onnx_functions.py, which imports PyTorch; building an engine does not
 OPSET_OF_ATTENTION = 23
 PROTOBUF_LIMIT = 2**31 - 2**26
 
@@ -198,4 +198,4 @@ def count_attentions(model: ir.Model) -> int:
 
 def count_motion_ops(model: ir.Model) -> int:
     """How many nodes of our own domain the graph has, before they are inlined."""
-    return sum(node.domain == DOMAIN for node in model.graph)
+    return sum(node.domain == OURS for node in model.graph)

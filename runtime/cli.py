@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from motionrt.runtime.cli_build import build
 from motionrt.runtime.cli_common import (
     AllowCpu,
     AllowOnnxRuntime,
@@ -43,6 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(memory_app, name="memory")
+app.command()(build)
 app.command()(doctor)
 
 
