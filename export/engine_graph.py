@@ -19,6 +19,7 @@ from motionrt.runtime.engine_file import Profile
 
 OURS = "motionrt"  # the domain of export/onnx_functions.py, which imports PyTorch; building an engine does not
 OPSET_OF_ATTENTION = 23
+FOLDED = ("Cast", "Transpose", "Reshape")
 PROTOBUF_LIMIT = 2**31 - 2**26
 
 
@@ -63,17 +64,22 @@ def engine_graph(
 
 
 def _fold_weights(graph: ir.Graph) -> None:
-    """Casts and transposes of weights, as bundles store them small, become the weights that are meant."""
+    """Casts and changes of form of weights become the weights that are meant, so that each is stored once, in one precision."""
     for node in list(graph):
-        source = node.inputs[0] if node.op_type in ("Cast", "Transpose") else None
-        if source is None or source.const_value is None or source.is_graph_input():
+        if node.op_type not in FOLDED or any(v is None or v.const_value is None or v.is_graph_input() for v in node.inputs):
             continue
-        array = source.const_value.numpy()
+        array, *others = (value.const_value.numpy() for value in node.inputs)
         if node.op_type == "Transpose":
             array = np.ascontiguousarray(array.transpose(node.attributes["perm"].as_ints()))
+        elif node.op_type == "Reshape":
+            if (others[0] == 0).any():  # means "as before" or "empty", by an attribute
+                continue
+            array = array.reshape(others[0])
         else:
             array = array.astype(ir.DataType(node.attributes["to"].as_int()).numpy())
         (result,) = node.outputs
+        if result.is_graph_output():
+            continue
         made = ir.Value(name=f"{result.name}.folded", const_value=ir.tensor(array, name=f"{result.name}.folded"))
         made.type, made.shape = ir.TensorType(made.const_value.dtype), ir.Shape(array.shape)
         graph.register_initializer(made)
@@ -136,9 +142,10 @@ def _mask_for_all(graph: ir.Graph, mask: ir.Value, query: ir.Value, before: ir.N
 def _attention_parts(softmax: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value | None, float, ir.Node] | None:
     """Query, transposed keys, values, mask, scale and the last node of the attention around `softmax`, if it is one."""
     (weights,) = softmax.outputs
-    axis = softmax.attributes.get("axis")
-    uses = list(weights.uses())
-    if len(uses) != 1 or uses[0].node.op_type != "MatMul" or uses[0].idx != 0 or (axis and axis.as_int() not in (-1, 3)):
+    axis, uses = softmax.attributes.get("axis"), list(weights.uses())
+    if weights.is_graph_output() or len(uses) != 1 or (axis is not None and axis.as_int() not in (-1, 3)):
+        return None
+    if uses[0].node.op_type != "MatMul" or uses[0].idx != 0:
         return None
     last, scores, mask, scale = uses[0].node, softmax.inputs[0], None, 1.0
     if (add := _made_by(scores, "Add")) is not None:
@@ -171,8 +178,11 @@ def _score(value: ir.Value | None) -> tuple[ir.Node, float] | None:
 
 
 def _made_by(value: ir.Value | None, *ops: str) -> ir.Node | None:
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type in ops and len(list(value.uses())) == 1 else None
+    """The node that makes `value`, if it is one of `ops` and nothing else reads the value."""
+    if value is None or value.is_graph_output() or len(list(value.uses())) != 1:
+        return None
+    node = value.producer()
+    return node if node is not None and node.op_type in ops else None
 
 
 def save(model: ir.Model, path: Path) -> None:
