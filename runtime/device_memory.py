@@ -10,13 +10,11 @@ frees it. Nothing writes into an array that someone else holds.
 from __future__ import annotations
 
 import math
-import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -24,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motionrt.runtime.errors import BackendError
+from motionrt.runtime.machine import driver_version, find_gpus
 
 ALIGNMENT = 256  # bytes: what TensorRT asks of its own memory, and what cuMemAlloc gives
 PACKAGE = "`pip install motionrt[rtx]` (or motionrt[tensorrt])"
@@ -35,18 +34,13 @@ def load_driver() -> ModuleType:
         from cuda.bindings import driver
     except ImportError:
         raise BackendError(f"TensorRT engines need cuda-python: {PACKAGE}.") from None
-    try:
-        (status,) = driver.cuInit(0)
-    except Exception as error:  # the package looks for libcuda at the first call, and has exceptions of its own
+    if isinstance(gpus := find_gpus(), str):
         raise BackendError(
-            f"a TensorRT engine needs an NVIDIA GPU, and there is no driver here ({_first_line(error)}). "
-            "Run it on a machine with a GPU, or use the backend onnxruntime."
-        ) from None
-    if status != driver.CUresult.CUDA_SUCCESS:
-        raise BackendError(
-            f"a TensorRT engine needs an NVIDIA GPU, and the driver finds none ({_named(driver, status)}). "
-            "Look at nvidia-smi, or use the backend onnxruntime."
+            f"a TensorRT engine needs an NVIDIA GPU: {gpus}. Run it on a machine with a GPU, or use the backend onnxruntime."
         )
+    (status,) = driver.cuInit(0)
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise BackendError(f"the NVIDIA driver does not start ({_named(driver, status)}). Look at nvidia-smi.")
     module: ModuleType = driver
     return module
 
@@ -259,20 +253,7 @@ class DeviceArray:
         return host if dtype is None else host.astype(dtype)
 
 
-def driver_version() -> str | None:
-    """The NVIDIA driver's version, such as "580.65.06", as the kernel module tells it; None where it does not."""
-    try:
-        found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", Path("/proc/driver/nvidia/version").read_text())
-    except OSError:
-        return None
-    return found[1] if found else None
-
-
 def _named(driver: Any, status: Any) -> str:
     _, text = driver.cuGetErrorString(status)
     name = str(getattr(status, "name", status)).removeprefix("CUDA_ERROR_")
     return f"{name}: {text.decode() if isinstance(text, bytes) else text}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].strip("\"'").rstrip(".")

@@ -6,10 +6,10 @@ Source of the calls and constants: CUDA driver API reference (cuDeviceGetAttribu
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 from dataclasses import dataclass
-
-from motionrt.runtime.device_memory import driver_version
+from pathlib import Path
 
 _LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _MAJOR, _MINOR = 75, 76
@@ -59,3 +59,12 @@ def find_gpus(library: ctypes.CDLL | None = None) -> list[Gpu] | str:
         target = f"sm_{capability[0]}{capability[1]}"
         gpus.append(Gpu(text.value.decode(errors="replace"), target, size.value, driver_version() or "unknown", cuda))
     return gpus
+
+
+def driver_version() -> str | None:
+    """The NVIDIA driver's version, such as "580.65.06", as the kernel module tells it; None where it does not."""
+    try:
+        found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        return None
+    return found[1] if found else None

@@ -181,7 +181,7 @@ def _eager(pipeline: MotionPipeline, threads: int | None) -> Graph | str:
 def environment(pipeline: MotionPipeline, threads: int | None) -> dict[str, Any]:
     """What a published number needs beside it: date, machine, versions, bundle."""
     versions = {}
-    for package in ("numpy", "onnxruntime", "onnxruntime-gpu", "torch", "usearch"):
+    for package in ("numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "torch", "usearch"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -195,6 +195,7 @@ def environment(pipeline: MotionPipeline, threads: int | None) -> dict[str, Any]
         "python": platform.python_version(),
         "versions": versions,
         "backend": getattr(pipeline.backend, "label", type(pipeline.backend).__name__),
+        "choice": pipeline.choice,
         "dtype": "float32",
         "warmups": WARMUPS,
     }

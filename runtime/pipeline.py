@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from motionrt.runtime.memory_set import MemorySet
 
 __all__ = ["STAGES", "MotionPipeline", "Prepared", "Request", "Result", "to_frames"]
-_CACHED_SCHEDULES = 8
+_CACHED_SCHEDULES, _CACHED_ON_DEVICE = 8, 2  # a large model's tables are hundreds of megabytes
 
 
 class MotionPipeline:
@@ -300,7 +300,8 @@ class MotionPipeline:
                 for name, table in tables.items():
                     if name in ports and len(ports[name].dims) == table.ndim:  # `step` keeps the row as a batch of one
                         tables[name] = table[:, None]
-            while len(self._schedules) >= _CACHED_SCHEDULES:
+            on_device = any(getattr(table, "resident", False) for table in tables.values())
+            while len(self._schedules) >= (_CACHED_ON_DEVICE if on_device else _CACHED_SCHEDULES):
                 del self._schedules[next(iter(self._schedules))]
             self._schedules[key] = tables
         return self._schedules[key]

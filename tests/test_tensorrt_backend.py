@@ -560,6 +560,17 @@ def test_open_backend_refuses_engines_for_another_backend() -> None:
         open_backend(engines="x")
 
 
+def test_few_schedules_stay_on_the_gpu(make: Make, write: Any, path: Path) -> None:
+    write("schedule", "step")
+    with MotionPipeline.from_bundle(path, backend=make(fallback=OnnxRuntimeBackend(1))) as pipeline:
+        kept = [pipeline.schedule(pipeline.bundle.solver("ddim", steps)) for steps in (3, 4, 5)]
+        assert len(pipeline._schedules) == 2 and pipeline.schedule(pipeline.bundle.solver("ddim", 5)) is kept[-1]
+    with MotionPipeline.from_bundle(path, threads=1) as pipeline:
+        for steps in range(1, 11):
+            pipeline.schedule(pipeline.bundle.solver("ddim", steps))
+        assert len(pipeline._schedules) == 8
+
+
 @pytest.fixture(autouse=True)
 def _collected() -> Iterator[None]:
     yield
