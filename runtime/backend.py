@@ -24,7 +24,7 @@ from motionrt.runtime.onnx_weights import external_initializers, package_weights
 
 __all__ = [
     "BACKENDS", "Array", "Backend", "DeviceGraph", "Graph", "OnnxRuntimeBackend", "call", "check_finite", "check_inputs",
-    "check_ports", "describe", "external_initializers", "fetch", "open_backend", "place",
+    "check_ports", "describe", "external_initializers", "fetch", "first_line", "open_backend", "place",
 ]  # fmt: skip
 
 Array = NDArray[Any]
@@ -237,7 +237,7 @@ class OnnxRuntimeBackend:
                     "allowed for them. Allow it (--allow-cpu), or use another backend."
                 ) from None
             raise BackendError(
-                f"ONNX Runtime {onnxruntime.__version__} cannot load graph '{name}' ({_first_line(error)}). "
+                f"ONNX Runtime {onnxruntime.__version__} cannot load graph '{name}' ({first_line(error)}). "
                 "Upgrade onnxruntime, or export the bundle again."
             ) from None
         del keep
@@ -255,13 +255,18 @@ class OnnxRuntimeBackend:
                 f"{sorted(declared[0])} and {sorted(declared[1])}. Export the bundle again."
             )
 
+        if self.device != "cpu":
+            from motionrt.runtime.onnx_device import OrtGraph
+
+            return OrtGraph(spec, session, "cuda", self._index)
+
         def graph(inputs: Mapping[str, Array]) -> dict[str, Array]:
             check_inputs(spec, inputs)
             feed = {name: np.ascontiguousarray(value).reshape(value.shape) for name, value in inputs.items()}
             try:
                 results = session.run(outputs, feed)
             except Exception as error:
-                raise BackendError(f"ONNX Runtime failed in graph '{spec.name}': {_first_line(error)}") from None
+                raise BackendError(f"ONNX Runtime failed in graph '{spec.name}': {first_line(error)}") from None
             return dict(zip(outputs, results, strict=True))
 
         return graph
@@ -292,5 +297,6 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """An exception's first line, for a sentence."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
