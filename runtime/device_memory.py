@@ -72,7 +72,7 @@ class Cuda:
         self.driver = driver_version() or f"CUDA {self.cuda}"
         self._context = self._call("cuDevicePrimaryCtxRetain", self._device)  # the one that TensorRT's runtime uses
         with self.active():
-            self._stream = self._call("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+            self._stream = self._call("cuStreamCreate", int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
         self.stream = int(self._stream)
         self.lock = threading.RLock()  # one request at a time computes; see runtime/tensorrt.py
 

@@ -185,19 +185,23 @@ class _Bound:
             self.cuda.synchronize()
         for name, shape in shapes.items():
             self._must(context.set_input_shape(name, shape), f"setting `{name}` to {list(shape)}")
+        ports = {port.name: port.dtype for port in (*graph.spec.inputs, *graph.spec.outputs)}
+        self.inputs = {name: self._place(name, shape, ports[name]) for name, shape in shapes.items()}
         if unknown := context.infer_shapes():
             raise graph.failed(f"the shapes of {', '.join(unknown)} are not known")
-        ports = {port.name: port.dtype for port in (*graph.spec.inputs, *graph.spec.outputs)}
-        self.inputs = {name: graph.pool.take(name, shape, ports[name]) for name, shape in shapes.items()}
         self.outputs: dict[str, DeviceArray] = {}
         for port in graph.spec.outputs:
             shape = tuple(int(size) for size in context.get_tensor_shape(port.name))
             if min(shape, default=0) < 0:
                 raise graph.failed(f"the shape of output `{port.name}` is {list(shape)}, which depends on values")
-            self.outputs[port.name] = graph.pool.take(port.name, shape, port.dtype)
-        for name, buffer in (self.inputs | self.outputs).items():
-            self._must(context.set_tensor_address(name, buffer.address), f"binding `{name}`")
+            self.outputs[port.name] = self._place(port.name, shape, port.dtype)
         self._held: dict[str, Callable[[], DeviceArray | None]] = {}
+
+    def _place(self, name: str, shape: tuple[int, ...], dtype: str) -> DeviceArray:
+        """A buffer for the input or output `name`, which the context uses from here on."""
+        buffer = self.graph.pool.take(name, shape, dtype)
+        self._must(self.context.set_tensor_address(name, buffer.address), f"binding `{name}`")
+        return buffer
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Copy what has changed into the buffers, compute, and copy the results out."""

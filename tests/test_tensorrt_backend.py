@@ -159,6 +159,17 @@ def test_results_belong_to_the_caller(make: Make, write: Any, path: Path, flavor
         np.testing.assert_array_equal(np.asarray(value), expectation)
 
 
+def test_a_buffer_knows_whose_value_it_holds(make: Make, write: Any, path: Path) -> None:
+    """A value of the device, then a host array, then the first again: what is skipped is only what is there."""
+    write("step")
+    graph = make().load(Bundle.open(path), "step")
+    assert isinstance(graph, DeviceGraph)
+    first, second = (inputs_of(path, "step", seed) for seed in (1, 2))
+    placed = place(graph, first)
+    for inputs, given in ((first, placed), (second, second), (first, placed), (first, placed), (second, second)):
+        np.testing.assert_array_equal(np.asarray(graph.run(given)["x0"]), wanted(path, "step", inputs)["x0"])
+
+
 def test_concurrent_threads_have_their_own(make: Make, write: Any, path: Path) -> None:
     write("step")
     graph = make().load(Bundle.open(path), "step")
