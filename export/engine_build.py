@@ -50,13 +50,17 @@ class Options:
 
 @dataclass(frozen=True)
 class Built:
-    """One engine in place. `cached`: it was there already. The rest is empty then: what the builder said of the network."""
+    """One engine in place. `cached`: it was there already. The rest is empty then: what the builder said of the network.
+
+    `repeatable`: another build of it gives the same bytes, as far as the system allowed to see to that.
+    """
 
     file: EngineFile
     cached: bool
     estimate: Estimate | None = None
     network_layers: int = 0
     decomposed: int = 0
+    repeatable: bool = True
     warnings: tuple[str, ...] = ()
     figures: Mapping[str, int] = field(default_factory=dict)
 
@@ -181,9 +185,9 @@ def _build_one(
             **{key: result[key] for key in ("engine_sha256", "engine_bytes", "build_seconds", "peak_rss_mib")},
         )
         _publish(file, place / "engine", spec)
-    return Built(
-        file, False, needed, result["network_layers"], result["decomposed"], tuple(result["warnings"]), result["figures"]
-    )
+    notes = tuple(line for line in result["warnings"] if not re.search("has Int64 binding", line))
+    repeatable = options.flavor == "rtx" and result["repeatable"]
+    return Built(file, False, needed, result["network_layers"], result["decomposed"], repeatable, notes, result["figures"])
 
 
 def _publish(file: EngineFile, built: Path, spec: GraphSpec) -> None:

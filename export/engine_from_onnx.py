@@ -1,10 +1,11 @@
 """One engine from one ONNX graph: a thin adapter over TensorRT 10.x, 11.x and TensorRT-RTX, in a process of its own.
 
 This file is run as a script, in an empty environment, for every engine, for two reasons. A parser that meets what it cannot
-digest aborts its process; there that is an exit status and a plain sentence, not the end of the caller. And the builder orders
-its tables by address, so that the bytes of an engine repeat only if the heap does: the same process from the start gives the
-same engine. It therefore imports the standard library and TensorRT only, reads `job.json` and `graph.onnx` from its working
-directory, writes `engine` there, and reports one JSON object per line.
+digest may abort or crash its process; there that is an exit status and a plain sentence, not the end of the caller. And the
+builder keeps some of its tables in the order of addresses, so that the bytes of an engine repeat only if the heap does: one
+thread, one arena, no address randomisation, and the same process from the start. It therefore imports the standard library and
+TensorRT only, reads `job.json` and `graph.onnx` from its working directory, writes `engine` there, and reports one JSON object
+per line.
 
 Networks are strongly typed: precision is in the ONNX. TensorRT-RTX builds for targets that need not be here; full TensorRT
 builds for the GPU that it runs on.
@@ -27,7 +28,7 @@ DTYPES = {
     "FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32", "INT8": "int8",
     "UINT8": "uint8", "BOOL": "bool",
 }  # fmt: skip
-FUSED_HEAD_DIM = 256  # a larger head has no kernel of its own
+FUSED_HEADS = range(16, 257)  # head sizes that fused kernels take, fp16 and bf16 alike (RTX 1.7, each target tried)
 SAYS = {  # what the builder's own log says of the engine: its text, without a GPU that could inspect it
     "layers": r"After reformat layers: (\d+) layers",
     "device_bytes": r"Total Activation Memory: (\d+) bytes",
@@ -107,7 +108,7 @@ def ports(trt: Any, count: int, get: Any) -> list[dict[str, Any]]:
 def settle_attentions(trt: Any, network: Any, dtype: str) -> tuple[int, int]:
     """How many IAttention the network has, and how many of them may be taken apart, which is set here.
 
-    fp16 and bf16 heads of up to 256 stay whole: where no kernel takes one, the build fails instead of growing slow.
+    fp16 and bf16 heads of 16 to 256 stay whole: where no kernel takes one, the build fails instead of growing slow.
     """
     found = apart = 0
     for index in range(network.num_layers):
@@ -116,7 +117,7 @@ def settle_attentions(trt: Any, network: Any, dtype: str) -> tuple[int, int]:
             layer.__class__ = trt.IAttentionOutputLayer
             attention = layer.attention
             found += 1
-            if dtype == "float32" or attention.get_input(0).shape[-1] > FUSED_HEAD_DIM:
+            if dtype == "float32" or attention.get_input(0).shape[-1] not in FUSED_HEADS:
                 attention.decomposable = True
                 apart += 1
     return found, apart
@@ -163,12 +164,16 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     log = logger_class(trt)()
     job["monitor"] = progress_monitor(trt)
     builder = trt.Builder(log)
+    if job["flavor"] == "rtx":
+        builder.max_threads = 1  # no slower here, and no order of threads in the engine
     network = typed_network(trt, builder)
     parser = trt.OnnxParser(network, log)
     check_operators(parser, job["operators"])
     if not parser.parse_from_file(job["onnx"]):
         said = [parser.get_error(index).desc() for index in range(parser.num_errors)]
         raise BuildFailure("\n".join(dict.fromkeys(said)) or log.text())
+    if network.num_outputs == 0:
+        raise BuildFailure("the parser took the file and found no graph in it")
     attentions, apart = settle_attentions(trt, network, job["dtype"])
     config = configure(trt, builder, network, job)
     result: dict[str, Any] = {
@@ -217,15 +222,31 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
+def fix_addresses() -> bool:
+    """Start this process over without address randomisation; False where the system does not allow that (some sandboxes)."""
+    if sys.platform != "linux":
+        return False
+    import ctypes
+
+    libc, no_randomize = ctypes.CDLL(None), 0x0040000  # ADDR_NO_RANDOMIZE of <sys/personality.h>
+    current = libc.personality(0xFFFFFFFF)
+    if current & no_randomize:
+        return True
+    if libc.personality(current | no_randomize) == -1:
+        return False
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def main() -> int:
     """Build what `job.json` says; exit status 0, or 3 with an `error` line."""
+    repeatable = fix_addresses()
     die_with_parent()
     with open("job.json", encoding="utf-8") as file:
         job = json.load(file)
     if job["site"] not in sys.path:
         sys.path.append(job["site"])
     try:
-        report(result=build(job))
+        report(result={**build(job), "repeatable": repeatable})
         return 0
     except BuildFailure as failure:
         report(error=str(failure))

@@ -23,7 +23,7 @@ KEPT_ENVIRONMENT = ("LD_LIBRARY_PATH",)  # of a builder that must repeat its byt
 HINTS = (  # by what the builder logs; the first that fits
     (
         "decomposable|dedicated kernel",
-        "Its attention has no fused kernel at this dtype and head size: use --dtype float16 or bfloat16, or float32.",
+        "Its attention has no fused kernel at this dtype: use another --dtype, or run this graph in ONNX Runtime.",
     ),
     (
         "out of memory|OutOfMemory|bad_alloc",
@@ -57,7 +57,7 @@ def run_builder(
     (place / "job.json").write_text(json.dumps({**job, "site": site}), encoding="utf-8")
     environment = dict(os.environ)
     if job["flavor"] == "rtx":
-        environment = {key: os.environ[key] for key in KEPT_ENVIRONMENT if key in os.environ}
+        environment = {key: os.environ[key] for key in KEPT_ENVIRONMENT if key in os.environ} | {"MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, "-I", str(Path(engine_from_onnx.__file__).resolve())]
     result: dict[str, Any] | None = None
     failure = ""
@@ -99,10 +99,10 @@ def _failure_text(name: str, status: int, failure: str, said: str, needed: Estim
         return f"graph '{name}' cannot be built: {failure[:1500].rstrip('.')}. {hint} {kept}"
     if status < 0:
         died = signal.Signals(-status).name
-        hint = f"the machine ran out of memory, most likely: it takes {needed}. Free some, or use a larger machine"
+        hint = f"The machine ran out of memory, most likely: it takes {needed}. Free some, or use a larger machine."
         if -status != signal.SIGKILL:
-            hint = "the builder's own fault; the lines above are all that it said. Build the other graphs with --graphs"
-        return f"graph '{name}' cannot be built: the builder died with {died}: {said or 'it said nothing'}. {hint}. {kept}"
+            hint = "That is a fault of the library's. Build the other graphs with --graphs, and run this one in ONNX Runtime."
+        return f"graph '{name}' cannot be built: the builder died with {died}: {said or 'it said nothing'}. {hint} {kept}"
     return (
         f"graph '{name}' cannot be built: the builder ended with status {status}: {said or 'it said nothing'}. {NO_HINT} {kept}"
     )
