@@ -26,6 +26,7 @@ from motionrt.runtime.errors import BackendError, BackendWarning, EngineError, I
 from motionrt.runtime.machine import find_gpus
 from motionrt.runtime.pipeline import MotionPipeline, Request
 from motionrt.runtime.runtime_cache import cache_path
+from motionrt.runtime.sampler import sample
 from motionrt.runtime.tensorrt import TensorRTBackend
 from motionrt.runtime.tensorrt_graph import TensorRTGraph
 
@@ -157,6 +158,35 @@ def test_results_belong_to_the_caller(make: Make, write: Any, path: Path, flavor
             kept += [(results[name], expected[name]) for name in expected]
     for value, expectation in kept:
         np.testing.assert_array_equal(np.asarray(value), expectation)
+
+
+def test_sample_gives_host_latents_unless_told_otherwise(make: Make, write: Any, path: Path, driver: Any) -> None:
+    write("step")
+    bundle = Bundle.open(path)
+    step, reference, solver = make().load(bundle, "step"), OnnxRuntimeBackend(1).load(bundle, "step"), bundle.solver("dpm", 4)
+    inputs = inputs_of(path, "step")
+    state = {name: inputs[name] for name in ("context", "negative_context", "image_latents")}
+    table = np.random.default_rng(5).standard_normal((4, 4)).astype(np.float32)
+
+    def run(graph: Any, **options: Any) -> Any:
+        return sample(
+            graph,
+            latents=inputs["latents"],
+            state=state,
+            tables={"modulation": table},
+            coefficients=solver.coefficients,
+            guidance=2.0,
+            noise=lambda index: inputs["noise"],
+            **options,
+        )
+
+    expected, host = run(reference), run(step)
+    assert type(host) is np.ndarray
+    np.testing.assert_array_equal(host, expected)
+    before = driver.moved["down"]
+    kept = run(step, fetch=False)
+    assert isinstance(kept, DeviceArray) and driver.moved["down"] == before
+    np.testing.assert_array_equal(np.asarray(kept), expected)
 
 
 def test_a_buffer_knows_whose_value_it_holds(make: Make, write: Any, path: Path) -> None:
@@ -393,13 +423,16 @@ def test_profiles_are_chosen_and_shapes_outside_are_refused(make: Make, write: A
 )
 def test_run_refuses_an_input(make: Make, write: Any, path: Path, change: Callable[[Any], object], message: str) -> None:
     write("step")
-    graph = make().load(Bundle.open(path), "step")
+    backend = make()
+    graph = backend.load(Bundle.open(path), "step")
     assert isinstance(graph, DeviceGraph)
     inputs = inputs_of(path, "step")
     change(inputs)
+    executed = backend.library("rtx").contexts[0].executed
     for way in (graph, graph.run):
         with pytest.raises(InputError, match=message):
             way(inputs)
+    assert backend.library("rtx").contexts[0].executed == executed, "refused before anything ran"
 
 
 def _edit(path: Path, **changes: Any) -> None:
@@ -495,6 +528,15 @@ def test_which_engine_is_taken(make: Make, write: Any, path: Path, gpu: ModuleTy
         make().find(bundle, "text")
     with pytest.raises(EngineError, match="no engine of graph 'text' in engines/x"):
         make(engines="x").find(bundle, "text")
+
+
+def test_of_engines_that_do_not_fit_the_nearest_is_told(make: Make, write: Any, path: Path) -> None:
+    write("step", dtype="float16", targets=("sm_120",))
+    write("step", dtype="float32", targets=("sm_89",))
+    (engine,) = path.glob("engines/rtx-sm_89-float32/step-*.engine")
+    engine.write_bytes(b"short")
+    with pytest.raises(EngineError, match=r"float32 has 5 bytes; its sidecar says .*\(1 other engines of it do not fit either"):
+        make().find(Bundle.open(path), "step")
 
 
 def test_a_fallback_is_said_where_an_engine_does_not_fit(make: Make, write: Any, path: Path) -> None:
