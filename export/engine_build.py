@@ -25,20 +25,26 @@ from motionrt.export.engine_checks import check_request, check_room, load_librar
 from motionrt.export.engine_graph import count_attentions, engine_graph, save
 from motionrt.export.engine_process import Event, Listener, run_builder
 from motionrt.export.engine_profiles import Sizes, check_names, profiles_of
+from motionrt.kernels.tensorrt_plugin import DOMAIN, available
 from motionrt.runtime.bundle import Bundle, GraphSpec
 from motionrt.runtime.engine_estimate import Estimate, estimate
-from motionrt.runtime.engine_file import EngineFile, EnginePort, engine_folder
+from motionrt.runtime.engine_file import KERNELS, EngineFile, EnginePort, engine_folder
 from motionrt.runtime.errors import EngineError, InputError
 from motionrt.runtime.manifest import sha256_of
 from motionrt.runtime.onnx_weights import package_weights
 from motionrt.runtime.video import replacing
 
 RECIPE = ("engine_from_onnx", "engine_graph", "engine_profiles", "precision")  # what decides an engine's bytes
+KERNEL_RECIPE = ("tensorrt_plugin", "tensorrt_entry", "motion_cross_attention_triton", "tiles")  # of a plugin's engine also
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to build. `graphs`: names, all if empty; `profiles`: extra ones; `force`: whatever the memory estimate says."""
+    """What to build. `graphs`: names, all if empty; `profiles`: extra ones; `force`: whatever the memory estimate says.
+
+    `kernel`: "plugin" puts the Triton kernel into the engine, "body" builds its operation from standard layers, and "auto"
+    takes the plugin where the flavor and this machine can.
+    """
 
     targets: tuple[str, ...]
     flavor: str = "rtx"
@@ -46,6 +52,7 @@ class Options:
     graphs: tuple[str, ...] = ()
     profiles: tuple[Sizes, ...] = ()
     force: bool = False
+    kernel: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,10 @@ def build_engines(path: Path, options: Options, listen: Listener = lambda event:
         if name not in bundle.graphs:
             raise InputError(f"--graphs names '{name}'; this bundle has {', '.join(bundle.graphs)}.")
     check_names(options.profiles, [bundle.graphs[name] for name in names])
+    if options.kernel not in ("auto", *KERNELS):
+        raise InputError(f"--kernel is {options.kernel!r}; allowed: auto, {', '.join(KERNELS)}.")
+    if options.kernel == "plugin" and (why := available(options.flavor, targets)) is not None:
+        raise EngineError(f"the kernel cannot be put into these engines: {why}. Use --kernel body, or auto.")
     folder = engine_folder(path, options.flavor, targets, options.dtype)
     with locked(folder):
         for name in names:
@@ -110,11 +121,14 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def recipe_sha256() -> str:
+def recipe_sha256(kernel: str = "body") -> str:
     """Digest of the code that decides what the builder sees and does: another one, another engine."""
-    digest = hashlib.sha256()
-    for name in RECIPE:
-        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    digest, here = hashlib.sha256(), Path(__file__)
+    files = [here.with_name(f"{name}.py") for name in RECIPE]
+    if kernel == "plugin":
+        files += [here.parent.parent / "kernels" / f"{name}.py" for name in KERNEL_RECIPE]
+    for file in files:
+        digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
@@ -128,10 +142,18 @@ def cached_engine(folder: Path, spec: GraphSpec, wanted: Mapping[str, Any]) -> E
     return file if all(getattr(file, key) == value for key, value in wanted.items()) else None
 
 
+def _kernel(options: Options, targets: tuple[str, ...], path: Path) -> str:
+    """How the engine of the graph in `path` gets the motion kernel: "plugin" where that can be and there is a use for it."""
+    if options.kernel == "body" or available(options.flavor, targets) is not None:
+        return "body"
+    return "plugin" if any(node.domain == DOMAIN for node in ir.load(path).graph) else "body"
+
+
 def _build_one(
     bundle: Bundle, name: str, folder: Path, targets: tuple[str, ...], options: Options, library: str, listen: Listener
 ) -> Built:
-    spec = bundle.graph(name)
+    spec, path = bundle.graph(name), bundle.graph_path(name)
+    kernel = _kernel(options, targets, path)
     profiles = profiles_of(spec, options.profiles)
     identity: dict[str, Any] = {
         "flavor": options.flavor,
@@ -142,24 +164,23 @@ def _build_one(
         "dtype": options.dtype,
         "onnx_sha256": spec.sha256,
         "weights_sha256": spec.weights.sha256 if spec.weights is not None else "",
-        "recipe_sha256": recipe_sha256(),
+        "recipe_sha256": recipe_sha256(kernel),
         "profiles": profiles,
-        "kernel": "body",
+        "kernel": kernel,
     }
     if (file := cached_engine(folder, spec, identity)) is not None:
         return Built(file, cached=True)
     listen(Event(name, "converting"))
-    path = bundle.graph_path(name)
-    model = engine_graph(
-        ir.load(path), profiles, options.dtype, package_weights(spec, path) if spec.weights is not None else None
-    )
-    operators, attentions = scan_operators(model, name), count_attentions(model)
+    external = package_weights(spec, path) if spec.weights is not None else None
+    model = engine_graph(ir.load(path), profiles, options.dtype, external, keep_ops=kernel == "plugin")
+    operators = scan_operators(model, name, (DOMAIN,) if kernel == "plugin" else ())
+    attentions = count_attentions(model)
     with _workplace(folder) as place:
         needed = estimate(_save(model, place, name))
         if not options.force:
             check_room(name, needed, place)
         listen(Event(name, f"building: {needed}"))
-        job = {
+        job: dict[str, Any] = {
             "flavor": options.flavor,
             "targets": targets,
             "dtype": options.dtype,
@@ -167,6 +188,8 @@ def _build_one(
             "operators": operators,
             "onnx": "graph.onnx",
         }
+        if kernel == "plugin":  # full TensorRT: its one target is the GPU that is here
+            job["plugin"] = {"path": str(Path(motionrt.__file__).resolve().parent.parent), "target": int(targets[0][3:])}
         result = run_builder(name, job, place, needed, listen)
         if result["attentions"] != attentions:
             raise EngineError(

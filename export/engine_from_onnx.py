@@ -157,6 +157,13 @@ def check_operators(parser: Any, operators: Sequence[str]) -> None:
         raise BuildFailure(f"no importer for the operators {', '.join(unknown)}")
 
 
+def register_plugin(path: str, target: int) -> None:
+    """Make the motion kernel known to full TensorRT, for GPUs of `target`; `path` is where the package motionrt lies."""
+    if path not in sys.path:
+        sys.path.append(path)
+    importlib.import_module("motionrt.kernels.tensorrt_plugin").register(target)
+
+
 def build(job: dict[str, Any]) -> dict[str, Any]:
     """Parse, build and write `engine`; what `EngineResult` holds. Raises `BuildFailure` with the logger's text."""
     start = time.perf_counter()
@@ -166,6 +173,8 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     builder = trt.Builder(log)
     if job["flavor"] == "rtx":
         builder.max_threads = 1  # no slower here, and no order of threads in the engine
+    if job.get("plugin"):
+        register_plugin(**job["plugin"])
     network = typed_network(trt, builder)
     parser = trt.OnnxParser(network, log)
     check_operators(parser, job["operators"])

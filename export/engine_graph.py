@@ -15,6 +15,7 @@ import onnx_ir.passes.common as common
 from numpy.typing import NDArray
 
 from motionrt.export.precision import to_precision
+from motionrt.kernels.tensorrt_plugin import use_plugin
 from motionrt.runtime.engine_file import Profile
 
 OURS = "motionrt"  # the domain of export/onnx_functions.py, which imports PyTorch; building an engine does not
@@ -30,14 +31,12 @@ def engine_graph(
     """Make `model` what the builder sees, in place. `external`: values of initializers that live outside of the graph.
 
     A size that is the same in every profile is written into the graph; `dtype` "float32", "float16" or "bfloat16".
-    `keep_ops` leaves the nodes of our own domain, for a builder that has a plugin for them.
+    `keep_ops` leaves the nodes of our own domain, as TensorRT's plugin for them takes them (kernels/tensorrt_plugin.py).
     """
     for name, value in (external or {}).items():
         if name in model.graph.initializers:
             model.graph.initializers[name].const_value = ir.tensor(np.asarray(value, order="C"), name=name)
-    if keep_ops:
-        model.functions.clear()
-    else:
+    if not keep_ops:  # else they stay to the end: shapes are inferred through their bodies
         common.InlinePass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     for value in model.graph.inputs:
@@ -57,6 +56,8 @@ def engine_graph(
     common.ShapeInferencePass()(model)
     if dtype != "float32":
         to_precision(model, dtype)
+    if keep_ops:
+        use_plugin(model)
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
     model.graph.sort()

@@ -21,7 +21,8 @@ import onnx_ir as ir
 
 LOW = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 FULL = ir.DataType.FLOAT
-HEAVY_OPS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Attention", "Einsum"})
+OURS = ("motion_cross_attention", "motion_cross_attention_residual")  # where a plugin computes it, fp32 inside as in the op
+HEAVY_OPS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Attention", "Einsum", *OURS})
 FULL_OPS = frozenset({
     "LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization", "BatchNormalization",
     "LpNormalization", "Softmax", "LogSoftmax", "Softplus", "Sin", "Cos", "Exp", "Log", "Pow", "Sqrt", "Reciprocal",

@@ -28,6 +28,7 @@ from typing import Any
 
 DOMAIN = "motionrt"
 NAMES = ("motion_cross_attention", "motion_cross_attention_residual")
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")  # those of aot.PTX_VERSION, without its imports
 # The names of tensorrt.DataType, and those of Triton
 TYPES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16"}
 # hidden, A, V and out have one type; scale has its own, which is read as fp32
@@ -38,10 +39,12 @@ SCALARS = (
 )  # fmt: skip
 
 
-def available(flavor: str) -> str | None:
-    """Why an engine of `flavor` ("tensorrt" or "rtx") cannot hold the kernel when it is built here, or None if it can."""
+def available(flavor: str, targets: Sequence[str] = ()) -> str | None:
+    """Why an engine of `flavor` ("tensorrt" or "rtx") for `targets` ("sm_90") cannot hold the kernel, or None if it can."""
     if flavor != "tensorrt":
         return "TensorRT-RTX has no plugins that Python can register, and its parser aborts at an unknown domain"
+    if unknown := [target for target in targets if target not in TARGETS]:
+        return f"it has no tiles for {', '.join(unknown)}, only for {', '.join(TARGETS)}"
     for package, why in (("triton", "Triton compiles the kernel"), ("torch", "the kernel's rules are written with PyTorch")):
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed, and {why}"
@@ -221,7 +224,10 @@ def use_plugin(model: Any) -> int:
         folded = node.inputs[1]
         if folded not in turned:
             transpose = ir.node("Transpose", [folded], {"perm": [0, 2, 1]}, name=f"{folded.name}.rows")
-            transpose.outputs[0].name = transpose.name
+            (rows,) = transpose.outputs
+            rows.name, rows.type = transpose.name, folded.type
+            if folded.shape is not None:
+                rows.shape = ir.Shape([folded.shape[0], folded.shape[2], folded.shape[1]])
             model.graph.insert_before(node, transpose)
             turned[folded] = transpose.outputs[0]
         node.replace_input_with(1, turned[folded])

@@ -30,6 +30,10 @@ def build(
         list[str] | None,
         typer.Option("--profile", metavar="SIZE=MIN..MAX", help="Sizes that engines take besides the usual ones; again: more."),
     ] = None,
+    kernel: Annotated[
+        str,
+        typer.Option(help="The motion kernel: plugin (full TensorRT only), body (standard layers), auto: plugin if it can."),
+    ] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Build although the memory estimate says no.")] = False,
 ) -> None:
     """Build engines of a bundle. Each is in place as soon as it is done; one that is up to date is left alone.
@@ -56,6 +60,7 @@ def build(
         graphs=tuple(_split(graphs or [])),
         profiles=tuple(parse_profile(text) for text in profile or ()),
         force=force,
+        kernel=kernel,
     )
     start, console = time.perf_counter(), report.console()
     built: list[Built] = []

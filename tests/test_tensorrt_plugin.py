@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import shutil
 import subprocess
 import sys
 import typing
@@ -44,7 +45,7 @@ def error(batch, length, inner, heads, tokens, width, shared):
     return float((out - wanted).abs().max())
 
 torch.manual_seed(0)
-print(error(2, 70, 96, 3, 5, 32, True), error(1, 65, 64, 2, 25, 16, False))
+print(error(2, 17, 64, 2, 5, 32, True), error(1, 20, 32, 2, 9, 8, False))
 """
 
 
@@ -242,16 +243,115 @@ def test_available_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plugin.available("tensorrt") is None
 
 
-def test_use_plugin_rewrites_the_demo_step() -> None:
+def test_targets_are_those_of_the_kernel() -> None:
+    from motionrt.kernels.aot import PTX_VERSION
+
+    assert plugin.TARGETS == tuple(f"sm_{target}" for target in PTX_VERSION)
+    assert "no tiles for sm_75, only for sm_80" in str(plugin.available("tensorrt", ["sm_75"]))
+
+
+DEMO = Path(__file__).resolve().parent.parent / "demo" / "bundle"
+
+
+@pytest.fixture(scope="module")
+def step() -> Callable[[str], Any]:
+    """The demo's step as a builder with the plugin sees it, in a dtype."""
     ir = pytest.importorskip("onnx_ir")
-    demo = Path(__file__).resolve().parent.parent / "demo" / "bundle" / "graphs" / "step.onnx"
-    model = ir.load(demo)
+    from motionrt.export.engine_graph import engine_graph
+    from motionrt.export.engine_profiles import profiles_of
+    from motionrt.runtime.bundle import Bundle
+
+    def make(dtype: str) -> Any:
+        bundle = Bundle.open(DEMO)
+        return engine_graph(ir.load(bundle.graph_path("step")), profiles_of(bundle.graph("step")), dtype, keep_ops=True)
+
+    return make
+
+
+def test_use_plugin_rewrites_the_demo_step(step: Callable[[str], Any]) -> None:
+    model = step("float16")
     nodes = [node for node in model.graph if node.domain == plugin.DOMAIN]
-    assert nodes and plugin.use_plugin(model) == len(nodes)
+    assert nodes and not model.functions
     for node in nodes:
         assert node.attributes["plugin_namespace"].as_string() == "motionrt"
         before = node.inputs[1].producer()
         assert before.op_type == "Transpose" and before.attributes["perm"].as_ints() == (0, 2, 1)
-    assert not any(domain == plugin.DOMAIN for domain, *_ in model.functions)
-    model.graph.sort()
-    assert [node for node in model.graph if node.domain == plugin.DOMAIN]
+        assert {value.dtype.name for value in (*node.inputs, *node.outputs)} == {"FLOAT16"}
+        assert list(node.outputs[0].shape) == list(node.inputs[0].shape)
+
+
+def test_the_rewritten_step_is_the_step(step: Callable[[str], Any]) -> None:
+    """With a body for the plugin's nodes that takes A as they do, ONNX Runtime gives what the bundle's graph gives."""
+    onnx, ir, ort = (pytest.importorskip(name) for name in ("onnx", "onnx_ir", "onnxruntime"))
+    import numpy as np
+
+    from motionrt.export.onnx_functions import motion_cross_attention_function
+
+    model = ir.to_proto(step("float32"))
+    for residual in (False, True):
+        body = motion_cross_attention_function(residual, 23)
+        for node in body.node:
+            node.input[:] = ["turned" if name == "folded" else name for name in node.input]
+        body.node.insert(0, onnx.helper.make_node("Transpose", ["folded"], ["turned"], perm=[0, 2, 1]))
+        body.attribute.extend(["plugin_namespace", "plugin_version"])
+        model.functions.append(body)
+    rng, results = np.random.default_rng(0), []
+    feed = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input}
+    inputs = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in feed.items()}
+    for graph in (model.SerializeToString(), (DEMO / "graphs" / "step.onnx").read_bytes()):
+        session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
+        results.append(session.run(["next_latents", "x0"], inputs))
+    for got, want in zip(*results, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_a_build_takes_the_plugin_where_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if RTX had plugins: what the builder's process would be given."""
+    for package in ("tensorrt_rtx", "onnx_ir"):
+        pytest.importorskip(package)
+    import onnx_ir as ir
+
+    from motionrt.export import engine_build
+    from motionrt.runtime.errors import EngineError, InputError
+
+    bundle = Path(shutil.copytree(DEMO, tmp_path / "bundle"))
+    seen: dict[str, Any] = {}
+
+    def stop(name: str, job: dict[str, Any], place: Path, *rest: Any) -> Any:
+        ours = [node.op_type for node in ir.load(place / "graph.onnx").graph if node.domain == plugin.DOMAIN]
+        seen.update(job=job, ours=ours)
+        raise EngineError("stopped here")
+
+    def build(graph: str, kernel: str) -> None:
+        list(engine_build.build_engines(bundle, engine_build.Options(("sm_89",), graphs=(graph,), kernel=kernel)))
+
+    with pytest.raises(InputError, match="--kernel is 'fast'; allowed: auto, body, plugin"):
+        build("step", "fast")
+    with pytest.raises(EngineError, match="cannot be put into these engines: TensorRT-RTX has no plugins"):
+        build("step", "plugin")
+    monkeypatch.setattr(engine_build, "run_builder", stop)
+    for able, graph, kernel, ours in (
+        (True, "step", "auto", True),
+        (True, "step", "body", False),
+        (True, "text", "auto", False),
+        (False, "step", "auto", False),
+    ):
+        monkeypatch.setattr(engine_build, "available", lambda *given, able=able: None if able else "it is not there")
+        with pytest.raises(EngineError, match="stopped here"):
+            build(graph, kernel)
+        assert bool(seen["ours"]) == ours and ("plugin" in seen["job"]) == ours, (able, graph, kernel)
+        if ours:
+            assert seen["job"]["plugin"]["target"] == 89
+            assert (Path(seen["job"]["plugin"]["path"]) / "motionrt" / "kernels" / "tensorrt_plugin.py").is_file()
+            assert not set(seen["job"]["operators"]) & set(plugin.NAMES), "the parser's own list does not have them"
+
+
+def test_the_builders_process_registers_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnx_ir")
+    from motionrt.export import engine_from_onnx
+
+    seen: list[int] = []
+    monkeypatch.setattr(plugin, "register", seen.append)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    engine_from_onnx.register_plugin(path="/somewhere", target=90)
+    assert seen == [90] and sys.path[-1] == "/somewhere"
