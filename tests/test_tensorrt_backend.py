@@ -10,7 +10,7 @@ import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -622,9 +622,3 @@ def test_few_schedules_stay_on_the_gpu(make: Make, write: Any, path: Path) -> No
         for steps in range(1, 11):
             pipeline.schedule(pipeline.bundle.solver("ddim", steps))
         assert len(pipeline._schedules) == 8
-
-
-@pytest.fixture(autouse=True)
-def _collected() -> Iterator[None]:
-    yield
-    gc.collect()  # finalizers of the fake's memory run here, where a fault would fail the test
