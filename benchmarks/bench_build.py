@@ -88,6 +88,10 @@ def _programs(cut: Any, feed: dict[str, Any]) -> Iterator[Graph]:
 
     for name in ("schedule", "request", "step"):
         program = getattr(cut, name)
+        for node in program.module.graph.nodes:  # views were traced over memory that a rewrite may have laid out anew
+            if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+                node.target = torch.ops.aten.reshape.default
+        program.module.recompile()
         if name != "step":
             with torch.no_grad():
                 feed.update(zip(program.outputs, program.module(*(feed[n] for n in program.inputs)), strict=True))

@@ -222,9 +222,11 @@ def _publish(file: EngineFile, built: Path, spec: GraphSpec) -> None:
     file.check(spec)
     with replacing(file.folder / f"{file.graph}.json", EngineError) as temporary:
         temporary.write_text(file.to_json(), encoding="utf-8")
-    for old in file.folder.glob(f"{file.graph}-*.engine"):  # the predecessor, and what a killed build left
-        if old.name != file.file and re.fullmatch(rf"{re.escape(file.graph)}-[0-9a-f]{{12}}\.engine", old.name):
-            old.unlink(missing_ok=True)
+    engine = re.compile(rf"{re.escape(file.graph)}-([0-9a-f]{{12}})\.engine")
+    for old in file.folder.iterdir():  # the predecessor, and what a killed build left; what RTX compiled of it goes too
+        if old.name != file.file and (match := engine.fullmatch(old.name)):
+            for path in (old, *file.folder.glob(f"{file.graph}-*-{match[1]}.rtxcache")):
+                path.unlink(missing_ok=True)
 
 
 @contextmanager

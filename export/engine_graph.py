@@ -47,6 +47,13 @@ def engine_graph(
     for value in model.graph.outputs:  # what inference says of them now, not what the exporter said of all sizes
         value.shape = None
     _fold_weights(model.graph)
+    for index, value in enumerate(model.graph.outputs):
+        if value.producer() is None:  # a weight or an input handed through: a network's output must be made in it
+            through = ir.node("Identity", [value], name=f"{value.name}.through")
+            (made,) = through.outputs
+            made.type, made.name, value.name = value.type, value.name, f"{value.name}.inner"
+            model.graph.append(through)
+            model.graph.outputs[index] = made
     for node in model.graph:
         for value in node.outputs:
             if not value.is_graph_output():

@@ -30,7 +30,7 @@ FULL_OPS = frozenset({
     "GridSample", "Range", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "IsNaN", "IsInf", "ArgMax", "ArgMin",
 })  # fmt: skip
 KEEPS = {"Resize": (1, 2), "Upsample": (1,)}  # operands that an op reads as fp32 whatever its data is: scales
-MINUS_INFINITY = 1e30  # constants beyond it stand for infinity in masks; they become the largest value fp16 holds
+MINUS_INFINITY = 1e30  # constants beyond it stand for infinity in masks; they become what both low precisions hold
 FLOAT16_MAX = 6.5e4
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
@@ -53,7 +53,7 @@ def to_precision(model: ir.Model, dtype: str) -> ir.Model:
     nodes = list(graph)
     late = _only_for_outputs(nodes)
     precision: dict[ir.Value, ir.DataType] = {value: FULL for value in graph.inputs if _is_float(value)}
-    caster = _Caster(graph, low)
+    caster = _Caster(graph)
     for node in nodes:
         operands = [(index, value) for index, value in enumerate(node.inputs) if value is not None and _is_float(value)]
         kept = KEEPS.get(node.op_type, ())
@@ -81,7 +81,7 @@ def to_precision(model: ir.Model, dtype: str) -> ir.Model:
                 precision[value] = chosen
                 value.type = ir.TensorType(chosen)
     for index, value in enumerate(ports):
-        if _is_float(value) and precision[value] != FULL:
+        if _is_float(value) and precision.get(value, FULL) != FULL:
             name, value.name = value.name, f"{value.name}.{dtype}"
             (widened,) = (out := ir.node("Cast", [value], {"to": int(FULL)}, name=f"{name}.widen")).outputs
             widened.name, widened.type, widened.shape = name, ir.TensorType(FULL), value.shape
@@ -126,8 +126,8 @@ def _only_for_outputs(nodes: list[ir.Node]) -> set[ir.Node]:
 class _Caster:
     """Casts and constants in the wanted precision, each made once, with names that depend on nothing but the graph."""
 
-    def __init__(self, graph: ir.Graph, low: ir.DataType) -> None:
-        self._graph, self._low = graph, low
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
         self._made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def _once(self, value: ir.Value, wanted: ir.DataType, make: Callable[[str], ir.Value]) -> ir.Value:
@@ -150,8 +150,8 @@ class _Caster:
         def make(name: str) -> ir.Value:
             assert value.const_value is not None
             array = value.const_value.numpy().astype(np.float32)
-            if self._low == ir.DataType.FLOAT16:  # also where it is used in fp32: masks are built there, then narrowed
-                array = np.where(np.abs(array) >= MINUS_INFINITY, np.sign(array) * np.float32(FLOAT16_MAX), array)
+            # Also where it is used in fp32: masks are built there, and narrowed at the attention.
+            array = np.where(np.abs(array) >= MINUS_INFINITY, np.sign(array) * np.float32(FLOAT16_MAX), array)
             tensor = ir.tensor(np.asarray(array.astype(wanted.numpy()), order="C"), dtype=wanted, name=name)
             made = ir.Value(name=name, type=ir.TensorType(wanted), shape=value.shape, const_value=tensor)
             self._graph.register_initializer(made)

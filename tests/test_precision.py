@@ -24,6 +24,7 @@ from motionrt.export.engine_profiles import profiles_of
 from motionrt.export.precision import FULL_OPS, HEAVY_OPS, to_precision
 from motionrt.runtime.backend import OnnxRuntimeBackend
 from motionrt.runtime.bundle import Bundle
+from motionrt.runtime.engine_file import Span
 from motionrt.runtime.onnx_weights import package_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -254,6 +255,44 @@ def test_fuse_attention_keeps_the_numbers(scale: str, mask: bool, rounded: Modul
 def test_fuse_attention_leaves_what_the_node_cannot_say(changes: dict[str, Any]) -> None:
     model = attention(**changes)
     assert fuse_attention(model) == 0 and count_attentions(model) == 0
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_a_masks_infinity_stays_finite(dtype: str, rounded: ModuleType) -> None:
+    """A query that may look at nothing gives the mean, as in fp32: -3.4e38 is -inf in fp16 and in bf16, and that is NaN."""
+    model = attention()
+    graph = ir.to_proto(model)
+    graph.graph.node.insert(0, helper.make_node("Mul", ["n", "m"], ["blocked"]))
+    graph.graph.initializer.append(numpy_helper.from_array(np.array(np.finfo(np.float32).min), "n"))
+    for node in graph.graph.node[1:]:
+        node.input[:] = ["blocked" if name == "m" else name for name in node.input]
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(graph))
+    fuse_attention(model)
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(model)))
+    values = np.random.default_rng(0).standard_normal((2, 3, 5, 4)).astype(np.float32)
+    feed = {"q": values, "v": values, "kt": values.transpose(0, 1, 3, 2).copy(), "m": np.ones((2, 1, 1, 5), np.float32)}
+    got = rounded.run(rounded.emulate(ir.to_proto(to_precision(model, dtype)), dtype), feed)["y"]
+    assert np.isfinite(got).all()
+
+
+def test_output_that_is_a_weight_is_made_in_the_graph(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, 4])],
+        [
+            helper.make_tensor_value_info("y", TensorProto.FLOAT, [4, 4]),
+            helper.make_tensor_value_info("w", TensorProto.FLOAT, [4, 4]),
+        ],
+        [numpy_helper.from_array(np.eye(4, dtype=np.float32), "w")],
+    )
+    model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10))
+    span = Span((4, 4), (4, 4), (4, 4))
+    save(engine_graph(model, ({"x": span},), "float16"), tmp_path / "graph.onnx")
+    made = onnx.load(tmp_path / "graph.onnx")
+    onnx.checker.check_model(made)
+    assert [value.name for value in made.graph.output] == ["y", "w"]
+    assert {"y", "w"} <= {name for node in made.graph.node for name in node.output}
 
 
 def test_to_precision_refuses_branches() -> None:
