@@ -1,6 +1,6 @@
 """What does building engines cost, and what becomes of a graph? Every graph of the demo bundle, CogVideoX-5B and SVD.
 
-    .venv-dev/bin/python benchmarks/bench_build.py            # rows; about ten minutes on two cores
+    .venv-dev/bin/python benchmarks/bench_build.py            # rows; about five minutes on two cores
     .venv-dev/bin/python benchmarks/bench_build.py --table    # the table of docs/engines.md, from the rows
 
 Each graph is converted and built by a process of its own, as `motionrt build` does it. The two big models are there by
