@@ -45,7 +45,7 @@ check: lint test
 # Resolves without installing. PyTorch is named exactly: anything looser may choose another build.
 lock:
 	$(PYTHON) requirements/lock.py runtime '.[cpu]'
-	$(PYTHON) requirements/lock.py dev '.[cpu,export,dev]' torch==$(TORCH)
+	$(PYTHON) requirements/lock.py dev '.[cpu,export,rtx,dev]' torch==$(TORCH)
 
 clean:
 	rm -rf .venv .venv-dev build dist out motionrt.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

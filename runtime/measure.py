@@ -128,7 +128,7 @@ def compare_steps(
     }
 
     def run(name: str, first: int, count: int) -> Array:
-        return sample(
+        latents: Array = sample(
             candidates[name],
             latents=noise(0, 0, shape),
             state=states[name],
@@ -137,6 +137,7 @@ def compare_steps(
             guidance=bundle.guidance,
             noise=lambda index: noise(0, index + 1, shape),
         )
+        return latents
 
     whole = {name: run(name, 0, solver.steps) for name in candidates}  # also the warm-up
     comparison.differences = {name: float(np.abs(latents - whole["step"]).max()) for name, latents in whole.items()}
@@ -180,7 +181,7 @@ def _eager(pipeline: MotionPipeline, threads: int | None) -> Graph | str:
 def environment(pipeline: MotionPipeline, threads: int | None) -> dict[str, Any]:
     """What a published number needs beside it: date, machine, versions, bundle."""
     versions = {}
-    for package in ("numpy", "onnxruntime", "onnxruntime-gpu", "torch", "usearch"):
+    for package in ("numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "torch", "usearch"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -194,6 +195,7 @@ def environment(pipeline: MotionPipeline, threads: int | None) -> dict[str, Any]
         "python": platform.python_version(),
         "versions": versions,
         "backend": getattr(pipeline.backend, "label", type(pipeline.backend).__name__),
+        "choice": pipeline.choice,
         "dtype": "float32",
         "warmups": WARMUPS,
     }

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from motionrt.runtime.backend import Array, Backend, Graph, OnnxRuntimeBackend
+from motionrt.runtime.backend import Array, Backend, Graph, call, fetch, open_backend
 from motionrt.runtime.bundle import Bundle, Solver
+from motionrt.runtime.choose import Choice, choose
 from motionrt.runtime.errors import BackendError, Cancelled, InputError
 from motionrt.runtime.noise import check_seed, noise
+from motionrt.runtime.request import STAGES, Prepared, Request, Result
 from motionrt.runtime.sampler import sample
 from motionrt.runtime.video import read_image
 
@@ -27,66 +27,9 @@ if TYPE_CHECKING:
     from motionrt.runtime.memory_search import Where
     from motionrt.runtime.memory_set import MemorySet
 
-STAGES = ("text", "search", "appearance", "cama", "encode", "request", "schedule", "step", "decode")
-_CACHED_SCHEDULES = 8
+__all__ = ["STAGES", "MotionPipeline", "Prepared", "Request", "Result", "to_frames"]
+_CACHED_SCHEDULES, _CACHED_ON_DEVICE = 8, 2  # a large model's tables are hundreds of megabytes
 _ENCODER_DRAW = 1 << 40  # the index of the encoder's noise: behind that of any step
-
-
-@dataclass(frozen=True)
-class Request:
-    """What `MotionPipeline.__call__` takes, as a value: for `batch`."""
-
-    image: str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
-    prompt: str
-    seed: int = 0
-    steps: int | None = None
-    guidance: float | Sequence[float] | None = None
-    motion_scale: float = 1.0
-    references: int | Sequence[Reference | int] | None = None
-    negative_prompt: str = ""
-    solver: str | None = None
-    minimum_score: float | None = None
-    where: Where | None = None
-    diversity: float | None = None
-    distinct: float | None = None
-
-
-@dataclass(frozen=True)
-class Result:
-    """A generated video.
-
-    `frames` uint8 [F, H, W, 3]; `references` the clips whose motion was used, most similar first; `seconds` per stage
-    (`step` is the whole loop); `step_seconds` one per step; `fps` frames per second; `fallback` says why there is no
-    motion although some was asked for.
-    """
-
-    frames: NDArray[np.uint8]
-    references: list[Reference]
-    seconds: dict[str, float]
-    step_seconds: list[float]
-    seed: int
-    fps: float
-    fallback: str | None = None
-
-
-@dataclass
-class Prepared:
-    """What the loop of a request reads: the request's `inputs`, and `state`: those and what was computed from them."""
-
-    inputs: dict[str, Array]
-    state: dict[str, Array]
-    references: list[Reference]
-    fallback: str | None = None
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the time of the block to stage `name`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - start
 
 
 class MotionPipeline:
@@ -100,8 +43,9 @@ class MotionPipeline:
         self.memory = memory
         self.backend = backend
         self._graphs: dict[str, Graph] = {}
-        self._schedules: dict[tuple[str, int], dict[str, Array]] = {}
+        self._schedules: dict[tuple[str, int], dict[str, Any]] = {}
         self._owns_memory = False
+        self.choice: str | None = None  # why this backend, where it was left to "auto"
         if memory is not None:
             memory.check(bundle.digests)
 
@@ -111,29 +55,46 @@ class MotionPipeline:
         path: str | Path,
         memory: str | Path | MotionMemory | MemorySet | None = None,
         *,
-        backend: Backend | None = None,
+        backend: Backend | str | None = None,
         threads: int | None = None,
+        device: str | None = None,
     ) -> MotionPipeline:
         """Open the bundle directory `path` and the motion memory (a directory, opened read-only, or an open memory or set).
 
-        `backend` defaults to ONNX Runtime with `threads` threads. Raises `BundleError`, `MemoryStoreError` (missing,
-        damaged, made for another bundle), `BackendError`, `InputError`. Graphs are loaded when they are first needed.
+        `backend`: an open one, or a name: "onnxruntime" (the default), "tensorrt", "torch" (with `threads` and `device` as
+        in `open_backend`), or "auto": the fastest that runs here, and `Result.choice` says why. Raises `BundleError`,
+        `MemoryStoreError` (missing, damaged, made for another bundle), `BackendError`, `InputError`. Graphs are loaded when
+        they are first needed.
         """
-        if backend is not None and threads is not None:
-            raise InputError("threads is for the default backend; give it to the backend that you pass instead.")
-        bundle = Bundle.open(path)
-        if isinstance(memory, str | Path):
-            from motionrt.runtime.memory import MotionMemory
+        for given, value in (("threads", threads), ("device", device)):
+            if value is not None and backend is not None and not isinstance(backend, str):
+                what = "the default backend or one by name"
+                raise InputError(f"{given} is for {what}; give it to the backend that you pass instead.")
+        bundle, choice = Bundle.open(path), None
+        if backend == "auto":
+            choice = choose(bundle, device=device, threads=threads)
+            runs = choice.backend
+        elif backend is None or isinstance(backend, str):
+            runs = open_backend(backend or "onnxruntime", device=device, threads=threads)
+        else:
+            runs = backend
+        if not isinstance(memory, str | Path):
+            return cls(bundle, runs, memory)._chosen(choice)
+        from motionrt.runtime.memory import MotionMemory
 
-            opened = MotionMemory.open(Path(memory), readonly=True)
-            try:
-                pipeline = cls(bundle, backend or OnnxRuntimeBackend(threads), opened)
-            except BaseException:
-                opened.close()
-                raise
-            pipeline._owns_memory = True
-            return pipeline
-        return cls(bundle, backend or OnnxRuntimeBackend(threads), memory)
+        opened = MotionMemory.open(Path(memory), readonly=True)
+        try:
+            pipeline = cls(bundle, runs, opened)
+        except BaseException:
+            opened.close()
+            raise
+        pipeline._owns_memory = True
+        return pipeline._chosen(choice)
+
+    def _chosen(self, choice: Choice | None) -> MotionPipeline:
+        if choice is not None:
+            self.choice, self._graphs = choice.why, dict(choice.graphs)
+        return self
 
     def close(self) -> None:
         """Close the memory if this pipeline opened it."""
@@ -256,13 +217,16 @@ class MotionPipeline:
             guidance=np.asarray(guidance, np.float32),
             noise=lambda index: noise(seed, index + 1, shape),
             on_step=on_step,
+            fetch=not getattr(step, "resident", False),
         )
         seconds["step"] += sum(step_seconds)
         start = time.perf_counter()
-        frames = to_frames(self.graph("decode")({"latents": latents})["video"])
+        frames = to_frames(fetch(self._call("decode", {"latents": latents})["video"]))
         seconds["decode"] += time.perf_counter() - start
-        fps = self.bundle.model.fps
-        return Result(frames, prepared.references, seconds, step_seconds, seed, fps, prepared.fallback)
+        return Result(
+            frames, prepared.references, seconds, step_seconds, seed, self.bundle.model.fps, prepared.fallback,
+            getattr(self.backend, "label", type(self.backend).__name__), self.choice,
+        )  # fmt: skip
 
     def prepare(self, request: Request) -> Prepared:
         """Everything of a request that the loop does not change: text, retrieval, CAMA, image, request graph."""
@@ -274,8 +238,8 @@ class MotionPipeline:
         text = {}
         if "text" in self.bundle.graphs:  # SVD reads no text: its prompt is for the search alone
             with prepared.stage("text"):
-                text = {"text": self.text(request.prompt), "negative_text": self.text(request.negative_prompt)}
-        motion = np.zeros((1, *self.bundle.model.motion_tokens), np.float32)
+                text = {"text": self._text(request.prompt), "negative_text": self._text(request.negative_prompt)}
+        motion: Any = np.zeros((1, *self.bundle.model.motion_tokens), np.float32)
         if request.motion_scale != 0:
             prepared.references = self._references(request, prepared)
             if not prepared.references:
@@ -285,20 +249,20 @@ class MotionPipeline:
         if prepared.references:
             with prepared.stage("appearance"):
                 seen = (image + 1) / 2 if self.bundle.target_range == "released" else image
-                appearance = self.graph("appearance")({"image": seen})["appearance"]
+                appearance = self._call("appearance", {"image": seen})["appearance"]
             with prepared.stage("cama"):
                 stacked = {
                     "reference_motion": np.stack([r.motion for r in prepared.references])[None],
                     "reference_appearance": np.stack([r.appearance for r in prepared.references])[None],
                 }
                 tokens = {name: value.astype(np.float32, copy=False) for name, value in stacked.items()}
-                motion = self.graph("cama")({**tokens, "appearance": appearance})["motion"]
+                motion = self._call("cama", {**tokens, "appearance": appearance})["motion"]
         with prepared.stage("encode"):
             arrays = {"image": image}
             for port in self.bundle.graph("encode").inputs:
                 if port.name == "noise":
                     arrays["noise"] = noise(request.seed, _ENCODER_DRAW, [dim.opt for dim in port.dims])
-            encoded = self.graph("encode")(arrays)
+            encoded = self._call("encode", arrays)
         prepared.inputs = {
             **text,
             "motion": motion,
@@ -312,12 +276,20 @@ class MotionPipeline:
         prepared.state = dict(prepared.inputs)
         if "request" in self.bundle.graphs:  # a step that hoists nothing has no request graph
             with prepared.stage("request"):
-                prepared.state |= self.graph("request")(self.select("request", prepared.inputs))
+                prepared.state |= self._call("request", self.select("request", prepared.inputs))
         return prepared
 
     def text(self, prompt: str) -> Array:
         """The prompt as text tokens, float32 [1, Lt, Dt]; `InputError` if it is longer than the tokenizer takes."""
-        return self.graph("text")(self.select("text", self.bundle.tokenize("text", prompt)))["text"]
+        text: Array = fetch(self._text(prompt))
+        return text
+
+    def _text(self, prompt: str) -> Any:
+        return self._call("text", self.select("text", self.bundle.tokenize("text", prompt)))["text"]
+
+    def _call(self, name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Graph `name`; results stay on its device where they may, and `fetch` brings one to the host."""
+        return call(self.graph(name), inputs)
 
     def embed(self, prompt: str) -> NDArray[np.float32]:
         """The prompt as a search vector, float32 [E], of length 1."""
@@ -325,23 +297,24 @@ class MotionPipeline:
         embedding: NDArray[np.float32] = self.graph("text_query")(inputs)["embedding"][0]
         return embedding
 
-    def schedule(self, solver: Solver) -> dict[str, Array]:
+    def schedule(self, solver: Solver) -> dict[str, Any]:
         """The schedule tables [T, ...] of `solver`, all timesteps in one batch; kept for the next request."""
         key = (solver.name, solver.steps)
         if key not in self._schedules:
-            tables: dict[str, Array] = {}
+            tables: dict[str, Any] = {}
             if "schedule" in self.bundle.graphs:
-                tables = self.graph("schedule")({"timesteps": solver.timesteps})
+                tables = self._call("schedule", {"timesteps": solver.timesteps})
                 ports = {port.name: port for port in self.bundle.graph("step").inputs}
                 for name, table in tables.items():
                     if name in ports and len(ports[name].dims) == table.ndim:  # `step` keeps the row as a batch of one
                         tables[name] = table[:, None]
-            while len(self._schedules) >= _CACHED_SCHEDULES:
+            on_device = any(getattr(table, "resident", False) for table in tables.values())
+            while len(self._schedules) >= (_CACHED_ON_DEVICE if on_device else _CACHED_SCHEDULES):
                 del self._schedules[next(iter(self._schedules))]
             self._schedules[key] = tables
         return self._schedules[key]
 
-    def select(self, graph: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    def select(self, graph: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """Those of `arrays` that `graph` declares as inputs."""
         return {port.name: arrays[port.name] for port in self.bundle.graph(graph).inputs if port.name in arrays}
 

@@ -28,7 +28,8 @@ def sample(
     guidance: Array | float,
     noise: Callable[[int], Array],
     on_step: Callable[[int, int], None] | None = None,
-) -> Array:
+    fetch: bool = True,
+) -> Any:
     """Denoise `latents` float32 [B, F, C, H, W] in T steps and return them, same shape and dtype.
 
     `state`: arrays that every step reads; `tables`: arrays [T, ...], of which step t reads row t under the same name;
@@ -36,6 +37,7 @@ def sample(
     `latents`, asked for only where c3 of step t is not 0. `on_step(t, T)` is called after step t and may raise to stop.
     A `step` that can keep values on its device (`DeviceGraph`) is given `state` and `tables` once (or gets them as `place`
     made them), and its results stay there until the last; any other must not write into what it has returned.
+    `fetch`: give the latents as a host array; otherwise where the last step left them, until `step` runs again.
     Raises `InputError` where the lengths of tables, guidance and coefficients differ.
     """
     rows = np.asarray(coefficients, np.float32)
@@ -55,6 +57,7 @@ def sample(
     x: Any = latents
     x0: Any = place(step, {"previous_x0": np.zeros_like(latents)})["previous_x0"]
     zeros = x0
+    loop = place(step, {"coefficients": rows, "guidance": scales})
     run: Callable[[Mapping[str, Any]], dict[str, Any]] = step if device is None else device.run
     for t in range(steps):
         outputs = run(
@@ -64,15 +67,14 @@ def sample(
                 "latents": x,
                 "previous_x0": x0,
                 "noise": noise(t) if rows[t, 5] else zeros,
-                "coefficients": rows[t],
-                "guidance": np.asarray(scales[t]),  # [] rather than a NumPy scalar
+                "coefficients": loop["coefficients"][t],
+                "guidance": np.asarray(scales[t]) if device is None else loop["guidance"][t],  # [], not a NumPy scalar
             }
         )
         x, x0 = outputs["next_latents"], outputs["x0"]
         if on_step is not None:
             on_step(t, steps)
-    latents = x if device is None else device.get(x)
-    return latents
+    return device.get(x) if device is not None and fetch else x
 
 
 def dynamic_guidance(scale: float, timesteps: Sequence[int] | Array) -> list[float]:

@@ -415,8 +415,8 @@ def test_open_backend_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(open_backend(), OnnxRuntimeBackend)
     with pytest.raises(InputError, match="backend is 'onnx'; it must be one of onnxruntime, torch"):
         open_backend("onnx")
-    with pytest.raises(InputError, match="device is 'cuda'; the backend onnxruntime runs on cpu"):
-        open_backend(device="cuda")
+    with pytest.raises(InputError, match="device is 'tpu'; the backend onnxruntime runs on cpu"):
+        open_backend(device="tpu")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BackendError, match=r"needs PyTorch: `pip install motionrt\[torch\]`"):
         open_backend("torch")
@@ -433,7 +433,7 @@ def test_command_line_runs_the_torch_backend(
         (["--backend", "torch", "--allow-onnxruntime"], 0, "out.png: 3 frames"),
         (["--backend", "torch"], 2, "has no torch program of graph 'text' (it has: step)"),
         (["--backend", "torch", "--device", "cuda:99"], 2, "device is 'cuda:99'; torch"),
-        (["--device", "cuda"], 2, "the backend onnxruntime runs on cpu"),
+        (["--device", "tpu"], 2, "the backend onnxruntime runs on cpu"),
         (["--backend", "jax"], 2, "backend is 'jax'; it must be one of onnxruntime, torch"),
     ):
         with pytest.raises(SystemExit) as caught:
