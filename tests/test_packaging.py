@@ -137,7 +137,7 @@ def test_locks_pin_what_the_project_asks_for() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
     runtime, dev = pinned("runtime"), pinned("dev")
     assert names(PROJECT["project"]["dependencies"] + extras["cpu"]) <= runtime.keys()
-    assert names(extras["export"] + extras["torch"] + extras["dev"]) <= dev.keys()
+    assert names(extras["export"] + extras["torch"] + extras["rtx"] + extras["dev"]) <= dev.keys()
     assert not runtime.keys() & dev.keys(), "dev.txt includes runtime.txt: a package in both could differ"
 
 
