@@ -32,19 +32,19 @@ def from_sentencepiece(path: Path, extra_ids: int = 100) -> str:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
     from tokenizers.models import Unigram
 
-    from motionrt.runtime.backend import _bytes, _fields
     from motionrt.runtime.errors import MotionRTError
+    from motionrt.runtime.onnx_weights import protobuf_bytes, protobuf_fields
 
     vocabulary: list[tuple[str, float]] = []
     charsmap = b""
     try:
-        for number, message in _fields(memoryview(path.read_bytes()), 1, 3):
+        for number, message in protobuf_fields(memoryview(path.read_bytes()), 1, 3):
             if number == 3:
-                charsmap = bytes(_bytes(dict(_fields(_bytes(message), 2)).get(2, memoryview(b""))))
+                charsmap = bytes(protobuf_bytes(dict(protobuf_fields(protobuf_bytes(message), 2)).get(2, memoryview(b""))))
                 continue
-            fields = dict(_fields(_bytes(message), 1, 2))
-            score = struct.unpack("<f", _bytes(fields[2]))[0] if 2 in fields else 0.0
-            vocabulary.append((bytes(_bytes(fields[1])).decode(), score))
+            fields = dict(protobuf_fields(protobuf_bytes(message), 1, 2))
+            score = struct.unpack("<f", protobuf_bytes(fields[2]))[0] if 2 in fields else 0.0
+            vocabulary.append((bytes(protobuf_bytes(fields[1])).decode(), score))
         names = [piece for piece, _ in vocabulary]
         unknown, end = names.index("<unk>"), names.index("</s>")
     except (MotionRTError, KeyError, ValueError, struct.error) as error:

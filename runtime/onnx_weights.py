@@ -50,20 +50,20 @@ def external_initializers(model: bytes) -> Iterator[str]:
     ONNX Runtime refuses values for names that a graph does not have and cannot list them, so they are read from the
     protobuf: ModelProto.graph = 7, GraphProto.initializer = 5, TensorProto.name = 8 and data_location = 14.
     """
-    for _, graph in _fields(memoryview(model), 7):
-        for _, tensor in _fields(_bytes(graph), 5):
-            fields = dict(_fields(_bytes(tensor), 8, 14))
+    for _, graph in protobuf_fields(memoryview(model), 7):
+        for _, tensor in protobuf_fields(protobuf_bytes(graph), 5):
+            fields = dict(protobuf_fields(protobuf_bytes(tensor), 8, 14))
             if fields.get(14) == 1:
-                yield bytes(_bytes(fields[8])).decode()
+                yield bytes(protobuf_bytes(fields[8])).decode()
 
 
-def _bytes(value: memoryview | int) -> memoryview:
+def protobuf_bytes(value: memoryview | int) -> memoryview:
     if isinstance(value, int):
         raise BundleError("an ONNX graph of the bundle is not well formed. Export the bundle again.")
     return value
 
 
-def _fields(data: memoryview, *wanted: int) -> Iterator[tuple[int, memoryview | int]]:
+def protobuf_fields(data: memoryview, *wanted: int) -> Iterator[tuple[int, memoryview | int]]:
     """The protobuf fields numbered `wanted` of one message: integers, or the bytes of strings and messages."""
     at = 0
 
