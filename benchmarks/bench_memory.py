@@ -89,7 +89,8 @@ def memory_of_process() -> dict[str, float]:
 
 def reader(path: Path, queries: Path) -> None:
     """In a process of its own: open, search, and print as JSON what it took."""
-    asked, warm = np.load(queries)["queries"], np.load(queries)["warm"]
+    with np.load(queries) as stored:
+        asked, warm = stored["queries"], stored["warm"]
     memory_index._usearch()  # its import is a program's, not a memory's
     for file in sorted(path.glob("*")):  # into the system's page cache, as far as it holds them
         with file.open("rb") as stream:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import re
 import sysconfig
 from collections.abc import Iterator
@@ -27,8 +28,9 @@ RANKS = (1, 3, 10, 30, 100, 300, 1000, 3000)
 Floats = NDArray[np.float32]
 
 
+@functools.cache
 def leaves(size: int) -> Floats:
-    """The sums of the nodes above each leaf, [2**DEPTH,size]."""
+    """The sums of the nodes above each leaf, [2**DEPTH,size]; made once, not to be written to."""
     random = np.random.default_rng(1)
 
     def parts(count: int, share: float) -> Floats:

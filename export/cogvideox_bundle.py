@@ -166,10 +166,7 @@ def export_cogvideox(
         part = vae_part(base, lambda vae: DecodeCausal(vae, dtype), "decoder", dtype)
         stage.add("decode", part, [Example({}, {"latents": torch.empty(1, *latents, device="meta")})] * 2, ("video",))
 
-        def read(name: str) -> Tensor | None:
-            return weights[name].read() if name in weights else None
-
-        cut = stage.add_step(step, step_args(INPUTS, config, latents, motion), INPUTS, read)
+        cut = stage.add_step(step, step_args(INPUTS, config, latents, motion), INPUTS, weights)
         lines = stage.write_keys(reports)
         write_manifest(
             folder,

@@ -181,9 +181,13 @@ class Stage:
         step: nn.Module,
         args: Mapping[str, Tensor],
         inputs: Mapping[str, str],
-        read: Callable[[str], Tensor | None],
+        weights: Mapping[str, Lazy],
     ) -> Partition:
-        """The graphs schedule, request and step of a step module without weights."""
+        """The graphs schedule, request and step of a step module that lies on meta; `weights` by the module's names."""
+
+        def read(name: str) -> Tensor | None:
+            return weights[name].read() if name in weights else None
+
         self.say("partition")
         cut = fake_partition(step, tuple(args.values()), inputs, outputs=("next_latents", "x0"))
         tables = Batched(cut.schedule)

@@ -204,10 +204,7 @@ def export_svd(
         feed = {"latents": torch.empty(1, *latents, device="meta")}
         stage.add("decode", decode_part(base, dtype), [Example({}, feed)] * 2, ("video",))
 
-        def read(name: str) -> Tensor | None:
-            return weights[name].read() if name in weights else None
-
-        cut = stage.add_step(step, step_args(INPUTS, config, latents, motion), INPUTS, read)
+        cut = stage.add_step(step, step_args(INPUTS, config, latents, motion), INPUTS, weights)
         lines = stage.write_keys(reports)
         write_manifest(
             folder,

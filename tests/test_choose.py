@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +19,7 @@ from motionrt.runtime import tensorrt
 from motionrt.runtime.backend import OnnxRuntimeBackend
 from motionrt.runtime.bundle import Bundle
 from motionrt.runtime.choose import choose
+from motionrt.runtime.demo import load_by_path
 from motionrt.runtime.device_memory import Cuda
 from motionrt.runtime.errors import BackendError, InputError
 from motionrt.runtime.machine import Gpu
@@ -37,11 +37,7 @@ def path(fake_bundle: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """tests/fake_engine.py, and its GPU in place of the real one: every TensorRTBackend runs on it."""
-    spec = importlib.util.spec_from_file_location("motionrt_fake_engine_choose", Path(__file__).with_name("fake_engine.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    module = load_by_path(Path(__file__).with_name("fake_engine.py"))
     driver = module.FakeDriver()
     real = tensorrt.TensorRTBackend
     library = module.FakeTensorRT(driver)

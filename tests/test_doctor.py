@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from motionrt.runtime import doctor
+from motionrt.runtime.demo import load_by_path
 from motionrt.runtime.machine import Gpu, find_gpus
 
 Run = Callable[..., tuple[int, str, str]]
@@ -41,11 +42,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.fixture
 def engines(fake_bundle: Path, tmp_path: Path) -> tuple[Path, ModuleType]:
     """A copy of the fake bundle, and what writes engines into it."""
-    spec = importlib.util.spec_from_file_location("motionrt_fake_engine_doctor", Path(__file__).with_name("fake_engine.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    module = load_by_path(Path(__file__).with_name("fake_engine.py"))
     return Path(shutil.copytree(fake_bundle, tmp_path / "bundle")), module
 
 

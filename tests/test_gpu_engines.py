@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from motionrt.runtime.demo import load_by_path
 from motionrt.runtime.device_memory import Cuda
 from motionrt.runtime.machine import find_gpus
 from motionrt.runtime.tensorrt import TensorRTBackend
@@ -23,21 +23,12 @@ ROOT = Path(__file__).resolve().parent.parent
 GRAPHS = ("text_query", "text", "appearance", "cama", "encode", "request", "schedule", "step", "decode")
 
 
-def load(name: str, path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def suite() -> Any:
     """The module, with the benchmarks' folder on the path as when it is run."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
-        yield load("gpu_engines", ROOT / "benchmarks" / "gpu_engines.py")
+        yield load_by_path(ROOT / "benchmarks" / "gpu_engines.py")
     finally:
         sys.path.remove(str(ROOT / "benchmarks"))
 
@@ -45,7 +36,7 @@ def suite() -> Any:
 @pytest.fixture
 def engines(fake_bundle: Path, tmp_path: Path) -> tuple[Path, TensorRTBackend, Any]:
     """The fake bundle with an engine of every graph, and a backend that runs them."""
-    fake = load("motionrt_fake_engine_suite", ROOT / "tests" / "fake_engine.py")
+    fake = load_by_path(ROOT / "tests" / "fake_engine.py")
     path = Path(shutil.copytree(fake_bundle, tmp_path / "bundle"))
     for graph in GRAPHS:
         fake.write_engine(path, graph)

@@ -6,7 +6,6 @@ precision, which is what eager execution in that dtype computes; see tests/round
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from functools import cache, lru_cache
 from pathlib import Path
@@ -24,6 +23,7 @@ from motionrt.export.engine_profiles import profiles_of
 from motionrt.export.precision import FULL_OPS, HEAVY_OPS, to_precision
 from motionrt.runtime.backend import OnnxRuntimeBackend
 from motionrt.runtime.bundle import Bundle
+from motionrt.runtime.demo import load_by_path
 from motionrt.runtime.engine_file import Span
 from motionrt.runtime.onnx_weights import package_weights
 
@@ -40,11 +40,7 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 @pytest.fixture(scope="module")
 def rounded() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("motionrt_rounded_graph", Path(__file__).with_name("rounded_graph.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_by_path(Path(__file__).with_name("rounded_graph.py"))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
 import logging
 import shutil
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from motionrt.runtime.backend import DeviceGraph, OnnxRuntimeBackend, fetch, open_backend, place
 from motionrt.runtime.bundle import Bundle
+from motionrt.runtime.demo import load_by_path
 from motionrt.runtime.device_memory import Cuda, DeviceArray, Pool, load_driver
 from motionrt.runtime.errors import BackendError, BackendWarning, EngineError, InputError
 from motionrt.runtime.machine import find_gpus
@@ -39,12 +39,7 @@ Make = Callable[..., TensorRTBackend]
 @pytest.fixture(scope="module")
 def gpu() -> ModuleType:
     """The module tests/fake_engine.py."""
-    spec = importlib.util.spec_from_file_location("motionrt_fake_engine", Path(__file__).with_name("fake_engine.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_by_path(Path(__file__).with_name("fake_engine.py"))
 
 
 @pytest.fixture

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import shutil
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +15,7 @@ pytest.importorskip("onnx_ir")
 
 from motionrt.export.engine_build import Options, build_engines  # noqa: E402
 from motionrt.runtime.bundle import Bundle  # noqa: E402
+from motionrt.runtime.demo import load_by_path  # noqa: E402
 from motionrt.runtime.device_memory import Cuda  # noqa: E402
 from motionrt.runtime.errors import EngineError  # noqa: E402
 from motionrt.runtime.machine import find_gpus  # noqa: E402
@@ -25,12 +24,7 @@ from motionrt.runtime.tensorrt import TensorRTBackend, installed, load_library, 
 
 @pytest.fixture(scope="module")
 def fakes() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("motionrt_fake_engine_real", Path(__file__).with_name("fake_engine.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_by_path(Path(__file__).with_name("fake_engine.py"))
 
 
 def public(kind: type) -> set[str]:
