@@ -12,7 +12,6 @@ prompt and pixels to motion tokens. Stored tokens must be what encoding gives, t
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import harness
+from bench_end_to_end import read_requests
 from motionrt.runtime.memory import MotionMemory, Reference
 from motionrt.runtime.pipeline import MotionPipeline
 from motionrt.runtime.video import decode_clip, read_image
@@ -175,17 +175,9 @@ def measure(work: Conditioning, ways: Sequence[str], k: int, warmups: int, round
 def fit(points: Mapping[int, float]) -> dict[str, Any]:
     """Least squares of ms = fixed + per_reference K, and how far the worst point is from it, relative."""
     k, ms = np.array(list(points)), np.array(list(points.values()))
-    slope, fixed = np.polyfit(k, ms, 1)
+    slope, fixed = (float(value) for value in np.polyfit(k, ms, 1))
     worst = float(np.abs(slope * k + fixed - ms).max() / ms.max())
-    return {"fixed_ms": float(fixed), "per_reference_ms": float(slope), "residual": worst, "k": k.tolist(), "p50_ms": ms.tolist()}
-
-
-def demo_requests(file: Path, height: int, width: int) -> list[tuple[str, Floats]]:
-    """Prompts and stills of a list of {"prompt", "image"}; images are beside the file, or in inputs/."""
-    items = json.loads(file.read_text(encoding="utf-8"))
-    found = [(item["prompt"], next(p for p in (file.parent / item["image"], file.parent / "inputs" / item["image"]) if p.is_file()))
-             for item in items]  # fmt: skip
-    return [(prompt, read_image(path, height, width)) for prompt, path in found]
+    return {"fixed_ms": fixed, "per_reference_ms": slope, "residual": worst, "k": k.tolist(), "p50_ms": ms.tolist()}
 
 
 def full_requests(height: int, width: int) -> list[tuple[str, Floats]]:
@@ -224,7 +216,8 @@ def main(arguments: list[str] | None = None) -> None:
     with MotionPipeline.from_bundle(options.bundle, options.memory, threads=options.threads) as pipeline:
         model = pipeline.bundle.model
         size = model.height, model.width
-        requests = full_requests(*size) if full else demo_requests(options.prompts, *size)
+        listed = read_requests(options.prompts)
+        requests = full_requests(*size) if full else [(item.prompt, read_image(item.image, *size)) for item in listed]
         clips = (options.clips or options.memory.parent).absolute()
         work = Conditioning(pipeline, requests, clips, options.chunk)
         report(work, options)

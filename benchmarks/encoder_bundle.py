@@ -100,7 +100,7 @@ def moving_picture(number: int, frames: int, size: tuple[int, int]) -> NDArray[n
     return np.stack([np.roll(picture, tuple(shifts * index), (0, 1)) for index in range(frames)])
 
 
-def write_clips(folder: Path, count: int, size: tuple[int, int], rate: int = 24, seconds: float = 3.0) -> list[tuple[Path, str]]:
+def write_clips(folder: Path, count: int, size: tuple[int, int], rate: int = 24, seconds: float = 3) -> list[tuple[Path, str]]:
     """`count` H.264 files of `size`, which is the model's own: the cheapest that the release could be given. (file, caption)"""
     clips = []
     for number in range(count):
