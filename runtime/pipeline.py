@@ -119,20 +119,19 @@ class MotionPipeline:
     def load(self, workers: int | None = None) -> None:
         """Load every graph that a request runs.
 
-        workers: graphs that are loaded at once, as many as there are cores if not given; 1 for a backend that does not say
-        (`parallel_load`) that it can load several.
+        workers: graphs that are loaded at once; as many as there are cores if not given. Only a backend that says so
+        (`parallel_load`) loads more than one, and only graphs that hold their own weights: what it takes for a moment to
+        load those beside a graph, gigabytes each, must not add up.
         """
-        names = [name for name in _LOADED if name in self.bundle.graphs and name not in self._graphs]
-        if self.memory is None and "text_query" in names:
-            names.remove("text_query")
-        if workers is None:
-            workers = os.cpu_count() or 1
-        if workers > 1 and len(names) > 1 and getattr(self.backend, "parallel_load", False):
+        names = [name for name in _LOADED if name in self.bundle.graphs and (name != "text_query" or self.memory is not None)]
+        small = [name for name in names if name not in self._graphs and self.bundle.graph(name).data is None]
+        workers = workers or os.cpu_count() or 1
+        if workers > 1 and len(small) > 1 and getattr(self.backend, "parallel_load", False):
             from concurrent.futures import ThreadPoolExecutor
 
             with ThreadPoolExecutor(workers, "motionrt-load") as pool:
-                for name, graph in zip(names, pool.map(lambda name: self.backend.load(self.bundle, name), names), strict=True):
-                    self._graphs[name] = graph
+                loaded = pool.map(lambda name: self.backend.load(self.bundle, name), small)
+                self._graphs.update(zip(small, loaded, strict=True))
         for name in names:
             self.graph(name)
 
