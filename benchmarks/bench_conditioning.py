@@ -15,7 +15,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
@@ -41,15 +41,16 @@ class Conditioning:
     """One pipeline and its requests; every way answers request after request, in the same order.
 
     `clips`: the folder that relative sources are in; `chunk`: clips through an encoder at once. `seconds` is by way and
-    stage, a list over calls.
+    stage, a list over calls of (seconds, CPU seconds of all threads). `fresh`: tokens of clips that were encoded to check.
     """
 
     pipeline: MotionPipeline
     requests: Sequence[tuple[str, Floats]]
     clips: Path
     chunk: int
-    seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    seconds: dict[str, dict[str, list[tuple[float, float]]]] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
+    fresh: dict[int, Tokens] = field(default_factory=dict)
 
     def graph(self, name: str, **inputs: Floats) -> Floats:
         (result,) = self.pipeline.graph(name)(inputs).values()
@@ -101,17 +102,22 @@ class Conditioning:
         clock("cama")
         return result
 
+    def encoded(self, references: Sequence[Reference]) -> Tokens:
+        """Tokens of the references' videos, each encoded once, by itself."""
+        for reference in references:
+            if reference.id not in self.fresh:
+                video = self.decode(reference)[None]
+                tokens = self.graph("motion", video=video), self.graph("appearance", image=video[:, 0])
+                self.fresh[reference.id] = tokens
+        motion, appearance = zip(*(self.fresh[reference.id] for reference in references), strict=True)
+        return np.concatenate(motion), np.concatenate(appearance)
+
     def check(self, k: int) -> dict[str, Any]:
         """Every request's stored tokens against fresh ones; ParityError above the rounding of storage."""
         worst, same, values, exact = 0.0, 0, 0, True
         for prompt, still in self.requests:
             references = self.search(prompt, k)
-            videos = [self.decode(reference) for reference in references]
-            fresh = (
-                self.encode("motion", "video", videos),
-                self.encode("appearance", "image", [video[0] for video in videos]),
-            )
-            kept = stored(references)
+            fresh, kept = self.encoded(references), stored(references)
             rounded = tuple(value.astype(np.float16).astype(np.float32) for value in fresh)
             for name, ours, theirs, nearest in zip(("motion", "appearance"), kept, fresh, rounded, strict=True):
                 allowed = half_ulp(theirs, kind(self.pipeline)) + SLACK * np.abs(theirs).max()
@@ -131,15 +137,15 @@ class Conditioning:
 
 
 class Clock:
-    """Adds the seconds since it was made, or since the last call, to a stage."""
+    """Adds the seconds, and CPU seconds, since it was made or last called to a stage."""
 
-    def __init__(self, stages: dict[str, list[float]]) -> None:
-        self.stages, self.last = stages, perf_counter()
+    def __init__(self, stages: dict[str, list[tuple[float, float]]]) -> None:
+        self.stages, self.last, self.cpu = stages, perf_counter(), process_time()
 
     def __call__(self, stage: str) -> None:
-        now = perf_counter()
-        self.stages.setdefault(stage, []).append(now - self.last)
-        self.last = perf_counter()
+        now, cpu = perf_counter(), process_time()
+        self.stages.setdefault(stage, []).append((now - self.last, cpu - self.cpu))
+        self.last, self.cpu = perf_counter(), process_time()
 
 
 def stored(references: Sequence[Reference]) -> Tokens:
@@ -207,7 +213,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     full = options.model == "full-encoders"
     if full and options.folder is None:
-        parser.error("--model full-encoders needs --folder: about 2 GB")
+        parser.error("--model full-encoders needs --folder, with room for 3 GB")
     if full:
         from encoder_bundle import prepare
 
@@ -233,7 +239,7 @@ def report(work: Conditioning, options: argparse.Namespace) -> None:
         "model": name, "what": "conditioning", "shape": [model.frames, 3, model.height, model.width], "dtype": "float32",
         "threads": options.threads, "clips": work.pipeline.memory.stats().clips, "note": options.note,
     }  # fmt: skip
-    medians: dict[str, dict[int, float]] = {}
+    points: dict[str, dict[int, float]] = {}
     for k in options.k:
         if not taken.min <= k <= taken.max:
             print(f"K = {k}: not run: CAMA of {name} takes {taken.min} to {taken.max} references")
@@ -241,22 +247,27 @@ def report(work: Conditioning, options: argparse.Namespace) -> None:
         tokens = work.check(k)
         ways = ("memory", "release", "release_whole")
         result = measure(work, ways, k, options.warmups, options.rounds)
+        cpu: dict[str, float] = {}
         for way in ways:
-            stages = {stage: float(np.median(times)) * 1e3 for stage, times in work.seconds[way].items()}
+            medians = {stage: np.median(times, axis=0) * 1e3 for stage, times in work.seconds[way].items()}
+            stages = {stage: float(wall) for stage, (wall, _) in medians.items()}
+            cpu[way] = sum(float(used) for _, used in medians.values())
             row = {**result.row(way), **shared, "k": k, "chunk": options.chunk, "stages_ms": stages, "tokens": tokens}
+            row["cpu_ms"] = cpu[way]
             ratio = ""
             if way != "memory":
                 over = result.ratio(way, "memory")
                 row["over_memory"] = [over.value, over.low, over.high]
-                ratio = f" = {over} of memory"
+                row["cpu_over_memory"] = cpu[way] / cpu["memory"]
+                ratio = f" = {over} of memory, in CPU time {row['cpu_over_memory']:.1f}x"
             harness.append_row("bench_conditioning", row, folder=options.results)
-            medians.setdefault(way, {})[k] = row["p50_ms"]
+            points.setdefault(way, {})[k] = row["p50_ms"]
             parts = ", ".join(f"{stage} {ms:.1f}" for stage, ms in stages.items())
             print(f"K = {k} {way:>13}: p50 {row['p50_ms']:.1f} ms{ratio} ({parts})", flush=True)
         print(f"K = {k} tokens: {tokens}", flush=True)
-    for way, points in medians.items():
-        if len(points) > 2:
-            line = fit(points)
+    for way, p50 in points.items():
+        if len(p50) > 2:
+            line = fit(p50)
             row = {**shared, "backend": way, "what": "fit", "axis": "k", **line}
             harness.append_row("bench_conditioning", row, folder=options.results)
             print(f"{way}: {line['fixed_ms']:.2f} ms + {line['per_reference_ms']:.2f} ms x K, residual {line['residual']:.1%}")

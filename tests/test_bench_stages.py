@@ -65,7 +65,7 @@ def test_conditioning_times_all_ways_to_the_same_tokens(
         assert row["error"]["max_abs_difference"] <= row["error"]["allowed"]
         assert set(row["stages_ms"]) == {"search", "appearance", "cama"} | ({"decode", "motion"} if way != "memory" else set())
         assert sum(row["stages_ms"].values()) == pytest.approx(row["p50_ms"], rel=0.9)
-        assert ("over_memory" in row) == (way != "memory")
+        assert ("over_memory" in row) == ("cpu_over_memory" in row) == (way != "memory") and row["cpu_ms"] > 0
     fits = {row["backend"]: row for row in found if row["what"] == "fit"}
     assert set(fits) == set(WAYS) and fits["release"]["k"] == [1, 2, 3]
     assert "K = 9: not run: CAMA of fake takes 1 to 8 references" in capsys.readouterr().out
