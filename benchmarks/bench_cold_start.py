@@ -117,7 +117,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--born", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child is not None:
-        child(*json.loads(options.child), born=options.born)
+        bundle, memory, threads, workers, image, prompt = json.loads(options.child)
+        child(bundle, memory, threads, workers, image, prompt, options.born)
         return
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for index in range(-1, options.processes):  # the first pair brings the files into the page cache

@@ -162,9 +162,10 @@ def kind(pipeline: MotionPipeline) -> str:
 def half_ulp(values: Floats, tokens: str) -> Floats:
     """What rounding to storage may change: half a unit in the last place of float16, or half an int8 step of the row."""
     if tokens == "int8":
-        return np.broadcast_to(np.abs(values).max(axis=-1, keepdims=True) / 254, values.shape)
+        step: Floats = (np.abs(values).max(axis=-1, keepdims=True) / 254).astype(np.float32)
+        return np.broadcast_to(step, values.shape)
     spacing: Floats = np.spacing(np.abs(values).astype(np.float16)).astype(np.float32)
-    return spacing / 2
+    return spacing * np.float32(0.5)
 
 
 def measure(work: Conditioning, ways: Sequence[str], k: int, warmups: int, rounds: int) -> harness.Comparison:
@@ -240,7 +241,7 @@ def report(work: Conditioning, options: argparse.Namespace) -> None:
     name = options.model if options.model != "demo" else work.pipeline.bundle.name
     shared = {
         "model": name, "what": "conditioning", "shape": [model.frames, 3, model.height, model.width], "dtype": "float32",
-        "videos": options.videos, "threads": options.threads, "clips": work.pipeline.memory.stats().clips, "note": options.note,
+        "videos": options.videos, "threads": options.threads, "clips": len(work.pipeline.memory), "note": options.note,
     }  # fmt: skip
     points: dict[str, dict[int, float]] = {}
     for k in options.k:

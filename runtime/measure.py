@@ -66,6 +66,9 @@ class Plan:
     solver: str | None = None
 
 
+DEFAULT = Plan()
+
+
 @dataclass
 class Comparison:
     """Seconds of each way to compute a step (`step`, `step_plain`, `eager`), by round, and how far they differ."""
@@ -82,7 +85,7 @@ class Comparison:
         return float(np.median(np.divide(self.seconds[name], self.seconds["step"])))
 
 
-def bench_request(pipeline: MotionPipeline, index: int, plan: Plan) -> Request:
+def bench_request(pipeline: MotionPipeline, index: int, plan: Plan = DEFAULT) -> Request:
     """Request number `index`: another seed each time; random references where there is no memory."""
     model = pipeline.bundle.model
     rng = np.random.default_rng(index)
