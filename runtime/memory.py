@@ -31,6 +31,7 @@ from motionrt.runtime.video import replacing
 
 __all__ = ["INDEX_THRESHOLD", "Clip", "MemoryStats", "MotionMemory", "Reference"]
 _log = logging.getLogger(__name__)
+_UNUSED = np.empty(0, np.float32)
 DELTA = 4096  # clips newer than the index that `refresh` leaves to exact search: about half a millisecond
 
 
@@ -209,42 +210,36 @@ class MotionMemory(MemoryFile):
     def _pick(self, view: _View, query: NDArray[np.float32], k: int, choice: Choice) -> list[Found]:
         condition, parameters = choice.of_row()
 
-        def rows(ids: NDArray[np.int64]) -> tuple[list[int], NDArray[np.float32]]:
+        def rows(ids: list[int]) -> tuple[Sequence[int], NDArray[np.float32]]:
             """Ids and unit vectors of those clips that are there and pass."""
-            if not len(ids):
-                return [], np.empty((0, len(query)), np.float32)
             question = f"SELECT v.id, v.embedding FROM vectors v WHERE v.id IN ({store.marks(ids)}){condition}"
-            kept = view.db.execute(question, (*ids.tolist(), *parameters)).fetchall()
-            numbers = [number for number, _ in kept]
-            return numbers, self._layout.unpack("embedding", numbers, [blob for _, blob in kept])
+            kept = view.db.execute(question, (*ids, *parameters)).fetchall()
+            numbers, blobs = zip(*kept, strict=True) if kept else ((), ())
+            return numbers, unit(self._layout.unpack("embedding", numbers, blobs))
 
         def ranked(want: int) -> Ranked:
             fetch = want + 8  # the index rounds vectors: its order is right to within a few places
             while not few and fetch <= choosing.FETCH and (base is None or fetch < base.count):
-                numbers, vectors = rows(self._recent.nearest(query, fetch))
+                newer = self._recent.nearest(query, fetch).tolist()
+                numbers, vectors = rows(newer if base is None else newer + base.nearest(query, fetch).tolist())
                 complete = fetch >= len(self._recent.ids)
-                enough = complete or len(numbers) >= want
-                if base is not None:
-                    more, others = rows(base.nearest(query, fetch))
-                    numbers, vectors = numbers + more, np.concatenate([vectors, others])
-                    enough, complete = enough and len(more) >= want, False
-                if enough:
-                    scores = choosing.dots(unit(vectors), query)
-                    return *choosing.in_order(np.array(numbers, np.int64), scores), complete
+                new = sum(map(after.__lt__, numbers))
+                if (complete or new >= want) and (base is None or len(numbers) - new >= want):
+                    found = np.array(numbers, np.int64)
+                    return *choosing.in_order(found, choosing.dots(vectors, query)), complete and base is None
                 fetch *= 4
             return *choosing.rank_all(view.db, self._layout, "embedding", query, choice), True
 
         def fetch(ids: NDArray[np.int64], scores: NDArray[np.float32]) -> list[Found]:
             references = store.references(view.db, self.path, self._layout, ids.tolist(), scores.tolist())
-            vectors = np.empty((len(ids), 0), np.float32)
-            if choice.diversity:
-                numbers, found = rows(ids)
-                vectors = unit(found)[[numbers.index(number) for number in ids]]
-            return [Found(*pair) for pair in zip(references, vectors, strict=True)]
+            if not choice.diversity:
+                return [Found(item, _UNUSED) for item in references]
+            numbers, vectors = rows(ids.tolist())
+            return [Found(item, vectors[numbers.index(item.id)]) for item in references]
 
         base, few = view.base, choice.leaves_few(view.db)
+        after = 0 if base is None else base.last
         if not few:
-            after = 0 if base is None else base.last
             self._recent.update(after, view.state, lambda above: choosing.scan(view.db, self._layout, "embedding", after=above))
         return choosing.pick(ranked, fetch, choice, choice.pool(k))
 

@@ -90,8 +90,8 @@ class Recent:
 
     def nearest(self, query: NDArray[np.float32], count: int) -> NDArray[np.int64]:
         """Ids of the `count` nearest rows, of equal ones the lowest."""
-        scores = self.vectors @ query
-        if count < len(scores):
+        if count < len(self.ids):
+            scores = self.vectors @ query
             least = np.partition(scores, len(scores) - count)[len(scores) - count]
             rows = np.flatnonzero(scores >= least)
             return self.ids[rows[np.argsort(-scores[rows], kind="stable")[:count]]]

@@ -18,7 +18,7 @@ from motionrt.runtime.memory_store import marks
 
 CHUNK = 4096  # rows read and scored at once by a scan
 FEW = 4096  # clips that a filter may leave for an exact scan of them to be the cheapest way
-FETCH = 16384  # clips that an index is asked for at most; beyond, an exact scan is
+FETCH = 16_000  # clips that an index is asked for at most; beyond, an exact scan is. Twice that are values of one statement
 LOOK = 4096  # best clips among which `distinct` looks for clips that are no copies
 
 Where = Mapping[str, str | Sequence[str]]
@@ -223,8 +223,8 @@ def directions(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def dots(vectors: NDArray[np.float32], query: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Dot products [n], summed row by row, so that equal rows score equal whatever stands beside them."""
-    return np.asarray((vectors * query).sum(axis=1), np.float32)
+    """Dot products [n], row by row, so that equal rows score equal whatever stands beside them (a matrix product's may not)."""
+    return np.asarray(np.vecdot(vectors, query), np.float32)
 
 
 def _is_number(value: object) -> bool:
