@@ -116,8 +116,7 @@ class MotionMemory(MemoryFile):
     def found(self, part: str, query: NDArray[Any], k: int, choice: Choice) -> list[Found]:
         """Candidates for `k` references, best first, fewer if there are no more: what `search` chooses from."""
         what = "the query embedding" if part == "embedding" else f"the {part} tokens of the query"
-        flat = self._layout.array(part, query, what).reshape(1, -1)
-        vector = unit(flat)[0]
+        vector = unit(self._layout.array(part, query, what).reshape(-1))
         with self._view() as view:
             if part != "embedding":
                 return self._pick_by_tokens(view, part, vector, k, choice)
@@ -215,7 +214,7 @@ class MotionMemory(MemoryFile):
             question = f"SELECT v.id, v.embedding FROM vectors v WHERE v.id IN ({store.marks(ids)}){condition}"
             kept = view.db.execute(question, (*ids, *parameters)).fetchall()
             numbers, blobs = zip(*kept, strict=True) if kept else ((), ())
-            return numbers, unit(self._layout.unpack("embedding", numbers, blobs))
+            return numbers, self._layout.unpack("embedding", numbers, blobs)
 
         def ranked(want: int) -> Ranked:
             fetch = want + 8  # the index rounds vectors: its order is right to within a few places

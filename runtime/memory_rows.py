@@ -140,7 +140,7 @@ class Layout:
         return 2 * size if self.tokens == "float16" else size + 4 * self.dims[part][0]
 
     def unpack(self, part: str, ids: Sequence[int], blobs: Sequence[bytes]) -> NDArray[np.float32]:
-        """Blobs [N] of one part as float32 [N,...], writeable; DamagedRow names an impossible one."""
+        """Blobs [N] of one part as float32 [N,...], embeddings as unit vectors; DamagedRow names an impossible one."""
         size, shape = self.bytes_of(part), (len(blobs), *self.dims[part])
         try:
             data = b"".join(blobs)
@@ -151,21 +151,23 @@ class Layout:
             lengths = [len(blob) if isinstance(blob, bytes) else -1 for blob in blobs]
             wrong = next(n for n, length in enumerate(lengths) if length != size)
             raise DamagedRow(f"clip {ids[wrong]} has {max(lengths[wrong], 0)} bytes of {part}")
-        if part == "embedding" or self.tokens == "float16":
-            values = np.frombuffer(data, "<f4" if part == "embedding" else "<f2").reshape(shape).astype(np.float32)
+        if part == "embedding":
+            values = np.frombuffer(data, "<f4").reshape(shape)
+        elif self.tokens == "float16":
+            values = np.frombuffer(data, "<f2").reshape(shape).astype(np.float32)
         else:
             raw = np.frombuffer(data, np.int8).reshape(len(blobs), size)
             scale = raw[:, : 4 * shape[1]].copy().view("<f4")[..., None]
             values = (raw[:, 4 * shape[1] :].reshape(shape) * scale).astype(np.float32, copy=False)
         rows = values.reshape(len(blobs), -1) if len(blobs) else values
-        squares = np.vecdot(rows, rows).tolist()  # one cheap pass; only what is suspicious is looked at closely
-        if not math.isfinite(sum(squares)) or part == "embedding" and not all(squares):
+        squares = np.vecdot(rows, rows)  # one cheap pass; only what is suspicious is looked at closely
+        if not math.isfinite(squares.sum(dtype=np.float64)) or part == "embedding" and not squares.all():
             impossible = ~np.isfinite(rows).all(axis=1)
             if part == "embedding":
                 impossible |= ~rows.any(axis=1)
             if impossible.any():
                 raise DamagedRow(f"clip {ids[int(np.argmax(impossible))]} has an impossible {part}")
-        return values
+        return np.asarray(values / np.sqrt(squares)[:, None], np.float32) if part == "embedding" else values
 
     def _pack(self, tokens: NDArray[np.float32]) -> bytes:
         if self.tokens == "float16":

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motionrt.runtime.errors import InputError
-from motionrt.runtime.memory_rows import Layout, Reference, unit
+from motionrt.runtime.memory_rows import Layout, Reference
 from motionrt.runtime.memory_store import marks
 
 CHUNK = 4096  # rows read and scored at once by a scan
@@ -119,7 +119,7 @@ def scan(
     while chunk := rows.fetchmany(CHUNK):
         ids = [row[0] for row in chunk]
         vectors = layout.unpack(part, ids, [row[1] for row in chunk]).reshape(len(ids), -1)
-        yield np.array(ids, np.int64), unit(vectors) if part == "embedding" else directions(vectors)
+        yield np.array(ids, np.int64), vectors if part == "embedding" else directions(vectors)
 
 
 def rank_all(
