@@ -13,6 +13,7 @@ import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -209,37 +210,45 @@ class MotionMemory(MemoryFile):
     def _pick(self, view: _View, query: NDArray[np.float32], k: int, choice: Choice) -> list[Found]:
         condition, parameters = choice.of_row()
 
-        def rows(ids: list[int]) -> tuple[Sequence[int], NDArray[np.float32]]:
-            """Ids and unit vectors of those clips that are there and pass."""
-            question = f"SELECT v.id, v.embedding FROM vectors v WHERE v.id IN ({store.marks(ids)}){condition}"
-            kept = view.db.execute(question, (*ids, *parameters)).fetchall()
-            numbers, blobs = zip(*kept, strict=True) if kept else ((), ())
-            return numbers, self._layout.unpack("embedding", numbers, blobs)
+        def left(ids: NDArray[np.int64], vectors: NDArray[np.float32] | None) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+            """Those of the clips that are there and pass the filters, and their unit vectors."""
+            if len(ids) and (condition or gone):
+                question = f"SELECT v.id FROM vectors v WHERE v.id IN ({store.marks(ids)}){condition}"
+                there = {row[0] for row in view.db.execute(question, (*ids.tolist(), *parameters))}
+                keep = np.array([number in there for number in ids.tolist()])
+                ids, vectors = ids[keep], None if vectors is None else vectors[keep]
+            return ids, vectors_of(ids.tolist()) if vectors is None else vectors
+
+        def vectors_of(ids: list[int]) -> NDArray[np.float32]:
+            question = f"SELECT id, embedding FROM vectors WHERE id IN ({store.marks(ids)})"
+            found = dict(view.db.execute(question, ids).fetchall())
+            return self._layout.unpack("embedding", ids, [found[number] for number in ids])
 
         def ranked(want: int) -> Ranked:
             fetch = want + 8  # the index rounds vectors: its order is right to within a few places
             while not few and fetch <= choosing.FETCH and (base is None or fetch < base.count):
-                newer = self._recent.nearest(query, fetch).tolist()
-                numbers, vectors = rows(newer if base is None else newer + base.nearest(query, fetch).tolist())
+                ids, vectors = left(*self._recent.nearest(query, fetch))
                 complete = fetch >= len(self._recent.ids)
-                new = sum(map(after.__lt__, numbers))
-                if (complete or new >= want) and (base is None or len(numbers) - new >= want):
-                    found = np.array(numbers, np.int64)
-                    return *choosing.in_order(found, choosing.dots(vectors, query)), complete and base is None
+                enough = complete or len(ids) >= want
+                if base is not None:
+                    more, others = left(*base.nearest(query, fetch))
+                    enough, complete = enough and len(more) >= want, False
+                    ids, vectors = np.concatenate([ids, more]), np.concatenate([vectors, others])
+                if enough:
+                    return *choosing.in_order(ids, choosing.dots(vectors, query)), complete
                 fetch *= 4
             return *choosing.rank_all(view.db, self._layout, "embedding", query, choice), True
 
         def fetch(ids: NDArray[np.int64], scores: NDArray[np.float32]) -> list[Found]:
             references = store.references(view.db, self.path, self._layout, ids.tolist(), scores.tolist())
-            if not choice.diversity:
-                return [Found(item, _UNUSED) for item in references]
-            numbers, vectors = rows(ids.tolist())
-            return [Found(item, vectors[numbers.index(item.id)]) for item in references]
+            vectors = vectors_of(ids.tolist()) if choice.diversity else repeat(_UNUSED)
+            return list(map(Found, references, vectors))
 
         base, few = view.base, choice.leaves_few(view.db)
         after = 0 if base is None else base.last
         if not few:
             self._recent.update(after, view.state, lambda above: choosing.scan(view.db, self._layout, "embedding", after=above))
+        gone = view.state.clips != len(self._recent.ids) + (0 if base is None else base.count)
         return choosing.pick(ranked, fetch, choice, choice.pool(k))
 
     def _pick_by_tokens(self, view: _View, part: str, query: NDArray[np.float32], k: int, choice: Choice) -> list[Found]:
@@ -279,6 +288,8 @@ class MotionMemory(MemoryFile):
             db.execute("BEGIN")
             store.look_like_new(db, self._old)
             state = store.read_state(db, self.path)
+            if base is not None and base.file is None:  # it could not be stored, so it cannot be read again
+                base = None
             chunks = choosing.scan(db, self._layout, "embedding", after=0 if base is None else base.last)
             made = derived.make_base(self.path, state, chunks, self.dims["embedding"][0], threads, base)
         with self._lock:

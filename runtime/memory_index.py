@@ -2,7 +2,10 @@
 
 The index (HNSW, cosine) is never changed in place: `index-<digest>.usearch` is written beside and renamed, then the
 sidecar `index.json` is renamed to name it. The sidecar says which state of the memory it knows. Clips added later are
-searched exactly, in a matrix, until a new index takes them in; clips removed later are skipped when their rows are read.
+searched exactly, in a matrix, until a new index takes them in; clips removed later are left out when they are found.
+
+After what USearch wrote, the file holds a row for each of its keys 0, 1, ...: the clip's id int64 and its unit vector
+float32 [E], little-endian. Candidates are scored with these; SQLite would copy a page of 8 KiB for each of them.
 """
 
 from __future__ import annotations
@@ -12,8 +15,11 @@ import errno
 import json
 import logging
 import os
+import secrets
+import shutil
 import time
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,26 +34,52 @@ from motionrt.runtime.memory_store import State
 from motionrt.runtime.video import replacing
 
 SIDECAR = "index.json"
-_FORMAT = 3
+_FORMAT = 4
 # A search waits for memory, so the vectors are kept in 8 bits, each scaled to its own largest component (USearch's own
-# conversion uses 6 of them at 384 dimensions). What that misorders is put right from the float32 rows.
+# conversion uses 6 of them at 384 dimensions). What that misorders is put right with the float32 rows.
 _DTYPE, _CONNECTIVITY, _EXPANSION_ADD, _EXPANSION_SEARCH = "i8", 32, 200, 64
+_CHUNK = 4096  # rows that are copied at once
 _STALE = 3600.0  # seconds after which a half-written file is a dead writer's
 _log = logging.getLogger(__name__)
 
 Chunks = Iterable[tuple[NDArray[np.int64], NDArray[np.float32]]]  # ids [n] rising, unit vectors [n,E]
 
 
+class Rows:
+    """Ids and unit vectors behind an index in its file, by key. Read, not mapped: a shortened file is an error, no crash."""
+
+    def __init__(self, file: Path, at: int, size: int, count: int) -> None:
+        self._file, self._at, self._kind, self._count = file, at, _row(size), count
+        self._handle = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._handle)
+        if os.fstat(self._handle).st_size != at + count * self._kind.itemsize:
+            raise ValueError("another number of rows")
+
+    def read(self, keys: NDArray[Any]) -> NDArray[Any]:
+        """Records (id, vector) [n] of the keys [n]."""
+        size = self._kind.itemsize
+        data = b"".join([os.pread(self._handle, size, self._at + size * key) for key in keys.tolist()])
+        if len(data) != size * len(keys):
+            raise MemoryStoreError(f"{self._file} was shortened by another program; search again: it will be made anew.")
+        return np.frombuffer(data, self._kind)
+
+    def all(self) -> Iterator[NDArray[Any]]:
+        """All records, in chunks."""
+        for start in range(0, self._count, _CHUNK):
+            yield self.read(np.arange(start, min(start + _CHUNK, self._count)))
+
+
 @dataclass(frozen=True, eq=False)
 class Base:
     """An index and what it knows: `count` clips with ids up to `last`, of the state `generation`, `content`.
 
-    file: what it is mapped from; None for one that could not be stored.
+    file, rows: what it is mapped and read from; for one that could not be stored None, and int64 [count] the ids by key.
     """
 
     index: Any
     file: Path | None
     stamp: tuple[int, ...]
+    rows: Rows | NDArray[np.int64]
     generation: int
     content: str
     last: int
@@ -60,11 +92,15 @@ class Base:
         except OSError:
             return False
 
-    def nearest(self, query: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-        """Ids of about the `count` nearest clips, removed ones among them."""
+    def nearest(self, query: NDArray[np.float32], count: int) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
+        """Ids [n] and, if they were stored, unit vectors [n,E] of about the `count` nearest clips, removed ones among them."""
         count = min(count, self.count)
         self.index.expansion_search = max(count, _EXPANSION_SEARCH)
-        return np.asarray(self.index.search(_in_bytes(query), count, threads=1).keys, np.int64)
+        keys = self.index.search(_in_bytes(query), count, threads=1).keys
+        if not isinstance(self.rows, Rows):
+            return self.rows[keys.astype(np.int64)], None
+        rows = self.rows.read(keys)
+        return rows["id"], rows["vector"]
 
 
 class Recent:
@@ -89,14 +125,39 @@ class Recent:
             self.vectors = np.concatenate([self.vectors, *(vectors for _, vectors in chunks)])
             self.seen = state.last
 
-    def nearest(self, query: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-        """Ids of the `count` nearest rows, of equal ones the lowest."""
+    def nearest(self, query: NDArray[np.float32], count: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Ids [n] and vectors [n,E] of the `count` nearest rows, of equal ones the lowest ids."""
         if count < len(self.ids):
             scores = self.vectors @ query
             least = np.partition(scores, len(scores) - count)[len(scores) - count]
             rows = np.flatnonzero(scores >= least)
-            return self.ids[rows[np.argsort(-scores[rows], kind="stable")[:count]]]
-        return self.ids
+            rows = rows[np.argsort(-scores[rows], kind="stable")[:count]]
+            return self.ids[rows], self.vectors[rows]
+        return self.ids, self.vectors
+
+
+class _Spool:
+    """Rows on their way into the file of an index. A full disk stops them (`error`), but not the index that is being made."""
+
+    def __init__(self, directory: Path) -> None:
+        self.file = directory / f".{secrets.token_hex(6)}.partial"
+        self.error: OSError | None = None
+
+    def __enter__(self) -> _Spool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with contextlib.suppress(OSError):
+            self.file.unlink(missing_ok=True)
+
+    def write(self, rows: NDArray[Any]) -> None:
+        """Append `rows`."""
+        try:
+            if self.error is None:
+                with self.file.open("ab") as stream:
+                    stream.write(rows.tobytes())
+        except OSError as error:
+            self.error = error
 
 
 def signature(directory: Path) -> tuple[int, ...] | None:
@@ -130,7 +191,9 @@ def open_base(directory: Path, readonly: bool) -> Base | None:
             index = _usearch().Index.restore(str(file), view=True, enable_key_lookups=False)
             if index is None or len(index) != record["count"]:
                 return None
-            return Base(index, file, tuple(stamp), *(record[name] for name in ("generation", "content", "last", "count")))
+            rows = Rows(file, record["rows_at"], index.ndim, record["count"])
+            known = (record[name] for name in ("generation", "content", "last", "count"))
+            return Base(index, file, tuple(stamp), rows, *known)
         if signature(directory) is None:
             return None
         time.sleep(0.01)
@@ -151,23 +214,30 @@ def make_base(directory: Path, state: State, chunks: Chunks, size: int, threads:
     With one thread it depends on the clips alone. Where it cannot be stored, a warning says so and it serves from memory.
     """
     options = {"expansion_add": _EXPANSION_ADD, "connectivity": _CONNECTIVITY}
-    index, count = _usearch().Index(ndim=size, metric="cos", dtype=_DTYPE, **options), 0
-    if base is not None:
+    index, ids = _usearch().Index(ndim=size, metric="cos", dtype=_DTYPE, **options), list[NDArray[np.int64]]()
+    with _Spool(directory) as spool:
+        if base is not None and isinstance(base.rows, Rows):
+            try:
+                index.load(str(base.file))
+            except RuntimeError as error:
+                text = f"the index of {directory} was replaced by another process ({error}); try again."
+                raise MemoryStoreError(text) from error
+            for rows in base.rows.all():
+                spool.write(rows)
+                ids.append(rows["id"].copy())
+        for some, vectors in chunks:
+            index.add(np.arange(len(index), len(index) + len(some)), _in_bytes(vectors), threads=threads)
+            rows = np.empty(len(some), _row(size))
+            rows["id"], rows["vector"] = some, vectors
+            spool.write(rows)
+            ids.append(some)
+        every = np.concatenate([np.empty(0, np.int64), *ids])
+        made = Base(index, None, (), every, state.generation, state.content, state.last, len(every))
         try:
-            index.load(str(base.file))
-        except RuntimeError as error:
-            text = f"the index of {directory} was replaced by another process ({error}); try again."
-            raise MemoryStoreError(text) from error
-        count = base.count
-    for ids, vectors in chunks:
-        index.add(ids, _in_bytes(vectors), threads=threads)
-        count += len(ids)
-    made = Base(index, None, (), state.generation, state.content, state.last, count)
-    try:
-        _save(directory, made)
-    except MotionRTError as error:
-        _log.warning("the vector index is used but could not be kept: %s", error)
-        return made
+            _save(directory, made, spool)
+        except MotionRTError as error:
+            _log.warning("the vector index is used but could not be kept: %s", error)
+            return made
     return open_base(directory, True) or made
 
 
@@ -189,9 +259,11 @@ def stored_bytes(directory: Path) -> int:
     return sum(file.stat().st_size for file in [*directory.glob("index-*.usearch"), *directory.glob(SIDECAR)])
 
 
-def _save(directory: Path, base: Base) -> None:
+def _save(directory: Path, base: Base, spool: _Spool) -> None:
     file = directory / f"index-{base.content[:16]}.usearch"
     with replacing(file, MemoryStoreError) as temporary:
+        if spool.error is not None:
+            raise spool.error
         try:
             base.index.save(str(temporary))
         except RuntimeError as error:  # USearch's word for a full disk
@@ -199,8 +271,11 @@ def _save(directory: Path, base: Base) -> None:
         if temporary.stat().st_size != base.index.serialized_length:
             raise OSError(errno.ENOSPC, "the index was written in part")
         _put_in_order(temporary)
+        at = temporary.stat().st_size
+        with temporary.open("ab") as target, spool.file.open("rb") as rows:
+            shutil.copyfileobj(rows, target, 1 << 24)
         sha256 = sha256_of(temporary)
-    record = {"format": _FORMAT, "file": file.name, "sha256": sha256, "stamp": list(_stamp(file))}
+    record = {"format": _FORMAT, "file": file.name, "sha256": sha256, "stamp": list(_stamp(file)), "rows_at": at}
     known = {"generation": base.generation, "content": base.content, "last": base.last, "count": base.count}
     _write_record(directory, record | known)
     tidy(directory)
@@ -251,6 +326,10 @@ def _in_bytes(vectors: NDArray[np.float32]) -> NDArray[np.int8]:
     """Vectors [...,E] in 8 bits, the largest component of each 127: the same direction but for rounding."""
     largest = np.abs(vectors).max(axis=-1, keepdims=True)
     return np.asarray(np.rint(vectors * (127 / largest)), np.int8)
+
+
+def _row(size: int) -> np.dtype[np.void]:
+    return np.dtype([("id", "<i8"), ("vector", "<f4", (size,))])
 
 
 def _usearch() -> Any:

@@ -82,7 +82,7 @@ def order_of(vectors: NDArray[np.int8]) -> NDArray[np.int64]:
 
 def _direction(sample: NDArray[np.float32]) -> NDArray[np.float32]:
     """From the centre of one half of the sample [n,E] to that of the other; halves are made better three times."""
-    direction = sample[0] - sample[-1]
+    direction: NDArray[np.float32] = sample[0] - sample[-1]
     for _ in range(3):
         side = sample @ direction
         upper = side > np.median(side)
@@ -117,7 +117,7 @@ def _nodes(
     """The bytes of `nodes`, one after the other, their neighbours renumbered."""
     length = layout.places[nodes + 1] - layout.places[nodes]
     begins = np.cumsum(length) - length
-    found = data[np.repeat(layout.places[nodes] - begins, length) + np.arange(length.sum())]
+    found: NDArray[np.uint8] = data[np.repeat(layout.places[nodes] - begins, length) + np.arange(length.sum())]
     levels, at = layout.levels[nodes], begins + 10
     for level in range(int(levels.max(initial=0)) + 1):
         here = at[levels >= level]
