@@ -82,9 +82,9 @@ def exact(queries: Floats, count: int, size: int) -> NDArray[np.int64]:
 
 
 def memory_of_process() -> dict[str, float]:
-    """MiB of this process: resident, and with shared pages divided among those who share them."""
+    """MiB of this process, pages that others share divided among them: all, its own, and those of mapped files."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
-    return {f"{name.lower()}_mib": int(lines[name].split()[0]) / 1024 for name in ("Rss", "Pss", "Private_Dirty")}
+    return {f"{name.lower()}_mib": int(lines[name].split()[0]) / 1024 for name in ("Pss", "Pss_Anon", "Pss_File")}
 
 
 def reader(path: Path, queries: Path) -> None:
@@ -104,7 +104,7 @@ def reader(path: Path, queries: Path) -> None:
     first = perf_counter()
     with memory:
         seconds, ids = timed({"memory": lambda q: [r.id for r in memory.search(q, K)]}, asked, warm)
-    used = memory_of_process()
+        used = memory_of_process()
     print(json.dumps({
         "open_ms": (opened - start) * 1e3, "open_and_first_search_ms": (first - start) * 1e3,
         **harness.summary(seconds["memory"]), "warmups": len(warm), "ids": ids["memory"],
@@ -201,7 +201,7 @@ def measure(options: argparse.Namespace, count: int, size: int) -> None:
         print("{clips} x {embedding}: recall@9 {recall:.4f}, p50 {p50_ms:.3f} ms, p99 {p99_ms:.3f} ms".format(**row))
         print("  open {open_ms:.1f} ms, with the first search {open_and_first_search_ms:.1f} ms".format(**row))
         row |= {"adding": adding(memory, path, queries, warm, tokens)}
-        print("  process +{pss_mib:.0f} MiB PSS;".format(**row["process_more"]), "adding 1,000:", row["adding"])
+        print("  process +{pss_anon_mib:.0f} MiB, +{pss_file_mib:.0f} mapped;".format(**row["process_more"]), "adding 1,000:", row["adding"])
         harness.append_row("bench_memory", row, folder=options.results)
 
         searches: dict[str, Search] = {"memory": lambda q: [r.id for r in memory.search(q, K)]}

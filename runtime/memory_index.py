@@ -18,8 +18,7 @@ import os
 import secrets
 import shutil
 import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,41 +44,19 @@ _log = logging.getLogger(__name__)
 Chunks = Iterable[tuple[NDArray[np.int64], NDArray[np.float32]]]  # ids [n] rising, unit vectors [n,E]
 
 
-class Rows:
-    """Ids and unit vectors behind an index in its file, by key. Read, not mapped: a shortened file is an error, no crash."""
-
-    def __init__(self, file: Path, at: int, size: int, count: int) -> None:
-        self._file, self._at, self._kind, self._count = file, at, _row(size), count
-        self._handle = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        weakref.finalize(self, os.close, self._handle)
-        if os.fstat(self._handle).st_size != at + count * self._kind.itemsize:
-            raise ValueError("another number of rows")
-
-    def read(self, keys: NDArray[Any]) -> NDArray[Any]:
-        """Records (id, vector) [n] of the keys [n]."""
-        size = self._kind.itemsize
-        data = b"".join([os.pread(self._handle, size, self._at + size * key) for key in keys.tolist()])
-        if len(data) != size * len(keys):
-            raise MemoryStoreError(f"{self._file} was shortened by another program; search again: it will be made anew.")
-        return np.frombuffer(data, self._kind)
-
-    def all(self) -> Iterator[NDArray[Any]]:
-        """All records, in chunks."""
-        for start in range(0, self._count, _CHUNK):
-            yield self.read(np.arange(start, min(start + _CHUNK, self._count)))
-
-
 @dataclass(frozen=True, eq=False)
 class Base:
     """An index and what it knows: `count` clips with ids up to `last`, of the state `generation`, `content`.
 
-    file, rows: what it is mapped and read from; for one that could not be stored None, and int64 [count] the ids by key.
+    file: what it is mapped from; None for one that could not be stored. ids int64 [count] and, of a stored one, unit vectors
+    float32 [count,E]: by key.
     """
 
     index: Any
     file: Path | None
     stamp: tuple[int, ...]
-    rows: Rows | NDArray[np.int64]
+    ids: NDArray[np.int64]
+    vectors: NDArray[np.float32] | None
     generation: int
     content: str
     last: int
@@ -97,10 +74,7 @@ class Base:
         count = min(count, self.count)
         self.index.expansion_search = max(count, _EXPANSION_SEARCH)
         keys = self.index.search(_in_bytes(query), count, threads=1).keys
-        if not isinstance(self.rows, Rows):
-            return self.rows[keys.astype(np.int64)], None
-        rows = self.rows.read(keys)
-        return rows["id"], rows["vector"]
+        return self.ids[keys], None if self.vectors is None else self.vectors[keys]
 
 
 class Recent:
@@ -150,8 +124,10 @@ class _Spool:
         with contextlib.suppress(OSError):
             self.file.unlink(missing_ok=True)
 
-    def write(self, rows: NDArray[Any]) -> None:
-        """Append `rows`."""
+    def write(self, ids: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
+        """Append rows."""
+        rows = np.empty(len(ids), _row(vectors.shape[1]))
+        rows["id"], rows["vector"] = ids, vectors
         try:
             if self.error is None:
                 with self.file.open("ab") as stream:
@@ -191,9 +167,9 @@ def open_base(directory: Path, readonly: bool) -> Base | None:
             index = _usearch().Index.restore(str(file), view=True, enable_key_lookups=False)
             if index is None or len(index) != record["count"]:
                 return None
-            rows = Rows(file, record["rows_at"], index.ndim, record["count"])
+            rows = _mapped(file, record["rows_at"], record["count"], index.ndim)
             known = (record[name] for name in ("generation", "content", "last", "count"))
-            return Base(index, file, tuple(stamp), rows, *known)
+            return Base(index, file, tuple(stamp), rows["id"], rows["vector"], *known)
         if signature(directory) is None:
             return None
         time.sleep(0.01)
@@ -216,23 +192,21 @@ def make_base(directory: Path, state: State, chunks: Chunks, size: int, threads:
     options = {"expansion_add": _EXPANSION_ADD, "connectivity": _CONNECTIVITY}
     index, ids = _usearch().Index(ndim=size, metric="cos", dtype=_DTYPE, **options), list[NDArray[np.int64]]()
     with _Spool(directory) as spool:
-        if base is not None and isinstance(base.rows, Rows):
+        if base is not None and base.vectors is not None:
             try:
                 index.load(str(base.file))
             except RuntimeError as error:
                 text = f"the index of {directory} was replaced by another process ({error}); try again."
                 raise MemoryStoreError(text) from error
-            for rows in base.rows.all():
-                spool.write(rows)
-                ids.append(rows["id"].copy())
+            ids.append(np.array(base.ids))
+            for start in range(0, base.count, _CHUNK):
+                spool.write(base.ids[start : start + _CHUNK], base.vectors[start : start + _CHUNK])
         for some, vectors in chunks:
             index.add(np.arange(len(index), len(index) + len(some)), _in_bytes(vectors), threads=threads)
-            rows = np.empty(len(some), _row(size))
-            rows["id"], rows["vector"] = some, vectors
-            spool.write(rows)
+            spool.write(some, vectors)
             ids.append(some)
         every = np.concatenate([np.empty(0, np.int64), *ids])
-        made = Base(index, None, (), every, state.generation, state.content, state.last, len(every))
+        made = Base(index, None, (), every, None, state.generation, state.content, state.last, len(every))
         try:
             _save(directory, made, spool)
         except MotionRTError as error:
@@ -326,6 +300,14 @@ def _in_bytes(vectors: NDArray[np.float32]) -> NDArray[np.int8]:
     """Vectors [...,E] in 8 bits, the largest component of each 127: the same direction but for rounding."""
     largest = np.abs(vectors).max(axis=-1, keepdims=True)
     return np.asarray(np.rint(vectors * (127 / largest)), np.int8)
+
+
+def _mapped(file: Path, at: int, count: int, size: int) -> NDArray[np.void]:
+    """The rows behind an index; ValueError for another number of them."""
+    kind = _row(size)
+    if file.stat().st_size != at + count * kind.itemsize:
+        raise ValueError("another number of rows")
+    return np.asarray(np.memmap(file, kind, "r", at, (count,)))
 
 
 def _row(size: int) -> np.dtype[np.void]:
