@@ -87,6 +87,10 @@ SECTIONS = (
         "On a GPU: conditioning, decoder, a whole request", "Random weights.", render.on_gpu("gpu_request", "what"), SUITE
     ),
     Section(
+        "On a GPU: the demo", "Its step in PyTorch and ONNX Runtime against the processor's, and steps of training.",
+        render.on_gpu("gpu_demo", "what"), f"{SUITE} --optional",
+    ),
+    Section(
         "On a GPU: engines", "TensorRT engines of the demo, host to host.",
         render.on_gpu("gpu_engines", "what"), f"{SUITE} --engines",
     ),

@@ -73,14 +73,19 @@ def ordered(rows: Sequence[Row], order: Sequence[str]) -> list[Row]:
     return sorted(rows, key=lambda row: order.index(row.get("backend")) if row.get("backend") in order else len(order))
 
 
+RATES = {"gb_per_s": "GB/s", "tflop_per_s": "TFLOP/s", "tflops": "TFLOP/s"}
+
+
 def times(rows: Sequence[Row], *over: str, first: str = "backend") -> list[str]:
     """The table of a timing: percentiles and how many, the ratios `over` that any row has, how far it is from the reference."""
     over = tuple(name for name in over if any(row.get(f"over_{name}") is not None for row in rows))
-    head = [first, "p50 ms", "p95", "p99", "n", *(f"x {name}" for name in over), "difference"]
+    rates = [key for key in RATES if any(row.get(key) is not None for row in rows)]
+    head = [first, "p50 ms", "p95", "p99", "n", *(f"x {name}" for name in over), *(RATES[key] for key in rates), "difference"]
     body = [
         [
             str(row.get(first, "?")), *(number(row.get(key)) for key in ("p50_ms", "p95_ms", "p99_ms", "n")),
-            *(ratio(row.get(f"over_{name}")) for name in over), error(row.get("error")),
+            *(ratio(row.get(f"over_{name}")) for name in over), *(number(row.get(key)) for key in rates),
+            error(row.get("error")),
         ]
         for row in rows
     ]  # fmt: skip

@@ -233,6 +233,15 @@ def on_gpu(question: str, *keys: str) -> Callable[[Report], list[str]]:
         for name, rows in groups(report.rows(question, gpu=True), "device", *keys).items():
             over = sorted({key.removeprefix("over_") for row in rows for key in row.data if key.startswith("over_")})
             parts += [f"### {name}", "", *times(rows, *over), "", text.source(rows), ""]
+            base = min((row for row in rows if str(row.get("backend")).startswith("base_")), key=_p50, default=None)
+            if base is not None:
+                compared = [f"{row.get('backend')} {_p50(row) / _p50(base):.3f}" for row in rows if row is not base]
+                said = f"p50 over that of {base.get('backend')}, the fastest base, stages one after another"
+                parts += [f"{said}: {', '.join(compared)}.", ""]
         return parts
 
     return render
+
+
+def _p50(row: Row) -> float:
+    return float(row.get("p50_ms", float("inf")))

@@ -125,6 +125,11 @@ def test_only_work_of_a_gpu_stands_in_a_gpus_section(report: ModuleType, tmp_pat
     write(tmp_path, "gpu_step", timing("ours_graph", 9.0, device="NVIDIA H200", over_base=[0.9, 0.8, 1.0], **here))
     body = section(report.page(tmp_path)[0], "On a GPU: the step at full size")
     assert "### NVIDIA H200, cogvideox-5b step" in body and "| ours_graph | 9.00 |" in body and "7.00" not in body
+    for backend, p50 in (("base_eager", 20.0), ("base_compiled", 10.0)):
+        write(tmp_path, "gpu_step", timing(backend, p50, device="NVIDIA H200", tflops=700.0, **here))
+    body = section(report.page(tmp_path)[0], "On a GPU: the step at full size")
+    assert "p50 over that of base_compiled, the fastest base" in body and "ours_graph 0.900" in body
+    assert "| TFLOP/s |" in body and "| 700 |" in body
 
 
 @pytest.mark.parametrize("values", [[(1.0, -1.0)], []], ids=["negative", "none"])
