@@ -37,6 +37,8 @@ PARTS = ("conditioning", "decode", "request")
 K = 9
 # Relative to the reference (L2): batches of other sizes take other matrix products, whose bf16 roundings differ.
 ALLOWED = {torch.bfloat16: 5e-2, torch.float32: 1e-4}
+# Stored tokens are float16, and that rounding goes through CAMA: a part in 2000 of a token before it.
+ALLOWED_STORED = {torch.bfloat16: 5e-2, torch.float32: 2e-3}
 TINY_VIDEOMAE = {"image_size": 28, "patch_size": 14, "num_frames": 4, "hidden_size": 24, "num_hidden_layers": 2}
 TINY_VIDEOMAE |= {"num_attention_heads": 2, "intermediate_size": 32}
 TINY_DINO = {"image_size": 28, "patch_size": 14, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -67,7 +69,7 @@ class Bench:
         """Random pictures in [-1, 1] on the host, float32, as the runtime reads them."""
         return torch.rand(*shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
-    def keep(self, what: str, backend: str, call: Callable[[], Tensor], error: float | None = None, **more: Any) -> None:
+    def keep(self, what: str, backend: str, call: Callable[[], Tensor], error: Any = None, **more: Any) -> None:
         """Time `call`, print and append its row."""
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -75,19 +77,19 @@ class Bench:
         row = {
             "what": what, "backend": backend, **harness.summary(seconds), "warmups": self.options.warmups,
             "dtype": str(self.dtype).removeprefix("torch."), **facts(self.device), "toy": self.toy,
-            "error": None if error is None else {"relative_l2": error, "allowed": ALLOWED[self.dtype]},
+            "error": error,
             "note": "random weights", **more,
         }  # fmt: skip
         harness.append_row("gpu_request", row, folder=self.options.results)
         print(f"{what}, {backend}: p50 {row['p50_ms']:.2f} ms, p95 {row['p95_ms']:.2f} ms, n {row['n']}", flush=True)
 
 
-def agreed(bench: Bench, what: str, got: Tensor, want: Tensor) -> float:
+def agreed(what: str, got: Tensor, want: Tensor, allowed: float) -> dict[str, float]:
     """The relative difference; ParityError above what is allowed, or where something is not finite."""
     error = gpu_step.relative([got], [want.cpu()])
-    if error > ALLOWED[bench.dtype]:
-        raise harness.ParityError(f"{what} differs by {error:.3g}; allowed is {ALLOWED[bench.dtype]:g}")
-    return error
+    if error > allowed:
+        raise harness.ParityError(f"{what} differs by {error:.3g}; allowed is {allowed:g}")
+    return {"relative_l2": error, "allowed": allowed}
 
 
 class Encoders:
@@ -154,9 +156,9 @@ def conditioning(bench: Bench) -> None:
         appearance = encoders.appearance(torch.cat([videos[:, 0], still]).to(bench.device))
         return cama(motion, appearance[:K], appearance[K:])
 
-    error = agreed(bench, "conditioning: memory and release", memory(), release())
+    error = agreed("conditioning: memory and release", memory(), release(), ALLOWED_STORED[bench.dtype])
     bench.keep("conditioning", "memory", memory, error, k=K)
-    bench.keep("conditioning", "release", release, 0.0, k=K)
+    bench.keep("conditioning", "release", release, k=K)
 
 
 @torch.no_grad()
@@ -253,10 +255,10 @@ def request(bench: Bench) -> None:
             latents, x0 = (value.clone() for value in step(index, state))  # a graph's buffers hold until its next call
         return latents
 
-    error = agreed(bench, "latents of a request: ours and as written", ours(), written())
+    error = agreed("latents of a request: ours and as written", ours(), written(), ALLOWED[bench.dtype])
     what = f"{size.name} request, {len(timesteps)} steps"
     bench.keep(what, f"ours {graph.mode}", lambda: decoder(ours()), error, steps=len(timesteps))
-    bench.keep(what, "as released, eager", lambda: decoder(written()), 0.0, steps=len(timesteps))
+    bench.keep(what, "as released, eager", lambda: decoder(written()), steps=len(timesteps))
 
 
 def main(
