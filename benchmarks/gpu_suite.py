@@ -173,6 +173,8 @@ STAGES = (
 
 def _budget(name: str, options: argparse.Namespace) -> float:
     """Seconds after which a stage starts nothing more: what is running then may still end before the process is ended."""
+    if options.toy:
+        return 1e9  # a slow processor must not make a test pass by doing less
     seconds = next(stage.seconds for stage in STAGES if stage.name == name)
     return 0.75 * min(seconds, float(options.seconds))
 

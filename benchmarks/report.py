@@ -43,6 +43,10 @@ SECTIONS = (
         render.adapter, "benchmarks/bench_adapter.py",
     ),
     Section(
+        "One adapter layer at full width", "CogVideoX-5B's Motion-Adapter on 17 frames of 480x720, plain PyTorch.",
+        render.plain("bench_kernel", "what"), "benchmarks/bench_kernel.py",
+    ),
+    Section(
         "The step", "One denoising step: ours, the same step as it was written, diffusers eager and compiled.",
         render.step, "benchmarks/bench_step.py",
     ),
@@ -71,28 +75,33 @@ SECTIONS = (
         "Speed against quality", "The demo with fewer steps and coarser weights.", render.quality, "demo/evaluate.py --keep"
     ),
     Section(
+        "What no GPU can beat", "Static bounds by vendors' peaks: nothing of it was measured.",
+        render.bounds, "benchmarks/roofline.py",
+    ),
+    Section(
         "On a GPU: environment and ceilings", "What the chip copies and multiplies; all below is measured against it.",
-        render.on_gpu("gpu_ceilings"), SUITE,
+        render.plain("gpu_ceilings", gpu=True), SUITE,
     ),
     Section(
         "On a GPU: the kernels", "Motion-cross-attention against all that computes the same.",
-        render.on_gpu("gpu_kernel", "what"), SUITE,
+        render.plain("gpu_kernel", "what", gpu=True), SUITE,
     ),
     Section(
         "On a GPU: the step at full size",
         "CogVideoX and SVD: base, released adapter, ours; each eager, compiled, and ours as a CUDA graph.",
-        render.on_gpu("gpu_step", "what"), SUITE,
+        render.plain("gpu_step", "what", gpu=True), SUITE,
     ),
     Section(
-        "On a GPU: conditioning, decoder, a whole request", "Random weights.", render.on_gpu("gpu_request", "what"), SUITE
+        "On a GPU: conditioning, decoder, a whole request", "Random weights.",
+        render.plain("gpu_request", "what", gpu=True), SUITE,
     ),
     Section(
         "On a GPU: the demo", "Its step in PyTorch and ONNX Runtime against the processor's, and steps of training.",
-        render.on_gpu("gpu_demo", "what"), f"{SUITE} --optional",
+        render.plain("gpu_demo", "what", gpu=True), f"{SUITE} --optional",
     ),
     Section(
         "On a GPU: engines", "TensorRT engines of the demo, host to host.",
-        render.on_gpu("gpu_engines", "what"), f"{SUITE} --engines",
+        render.plain("gpu_engines", "what", gpu=True), f"{SUITE} --engines",
     ),
 )  # fmt: skip
 

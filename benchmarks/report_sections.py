@@ -225,12 +225,27 @@ def quality(report: Report) -> list[str]:
     return [*parts, report.figure("speed_quality", svg, title), "", note, text.source([one]), ""]
 
 
-def on_gpu(question: str, *keys: str) -> Callable[[Report], list[str]]:
-    """The newest rows of a question that a GPU answered, as a table by `keys`."""
+def bounds(report: Report) -> list[str]:
+    """What no implementation can beat: counted, for GPUs that were never here."""
+    newest = {row.get("what"): row for row in report.rows("roofline")}
+    rows = [row for row in newest.values() if row.get("bounds")]
+    if not rows:
+        return []
+    body = [
+        [str(row.get("what")), f"{row.get('flops') / 1e12:,.2f}", f"{row.get('bytes') / 1e9:,.2f}"]
+        + [text.number(bound["bound_ms"]) for bound in row.get("bounds")]
+        for row in rows
+    ]
+    head = ["ms at the least", "TFLOP", "GB", *(bound["name"] for bound in rows[0].get("bounds"))]
+    return [*text.table(head, body), "", text.source(rows), ""]
+
+
+def plain(question: str, *keys: str, gpu: bool = False) -> Callable[[Report], list[str]]:
+    """The newest rows of a question, of the processor or of a GPU, as a table by `keys`."""
 
     def render(report: Report) -> list[str]:
         parts: list[str] = []
-        for name, rows in groups(report.rows(question, gpu=True), "device", *keys).items():
+        for name, rows in groups(report.rows(question, gpu=gpu), "device", *keys).items():
             over = sorted({key.removeprefix("over_") for row in rows for key in row.data if key.startswith("over_")})
             parts += [f"### {name}", "", *times(rows, *over), "", text.source(rows), ""]
             base = min((row for row in rows if str(row.get("backend")).startswith("base_")), key=_p50, default=None)
