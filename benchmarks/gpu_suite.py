@@ -102,7 +102,7 @@ def _request(part: str, rounds: int | None = None) -> Callable[[argparse.Namespa
 
         import gpu_request
 
-        arguments = [*_common(options, rounds), "--parts", part]
+        arguments = [*_common(options, None if toy else rounds), "--parts", part]
         if toy:
             gpu_request.main([*arguments, "--steps", "2"], device="cpu", dtype=torch.float32, toy=True)
         else:
