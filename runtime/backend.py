@@ -194,6 +194,8 @@ class OnnxRuntimeBackend:
     Runtime has no such provider.
     """
 
+    parallel_load = True  # `load` may be called from several threads at once
+
     def __init__(self, threads: int | None = None, device: str = "cpu", *, allow_cpu: bool = False) -> None:
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads is {threads!r}; it must be 1 or more, or None for every core.")

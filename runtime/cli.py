@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from motionrt.runtime.cli_bench import bench
 from motionrt.runtime.cli_build import build
 from motionrt.runtime.cli_common import (
     AllowCpu,
@@ -172,59 +172,7 @@ def inspect(bundle: Annotated[Path, typer.Argument(help="Bundle directory.")]) -
         console.print(table)
 
 
-@app.command()
-def bench(
-    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
-    memory: Annotated[Path | None, typer.Option("--memory", "-m", help="Memory to search in.")] = None,
-    repeat: Annotated[int, typer.Option("--repeat", "-n", min=1, help="Requests, and rounds of the comparison.")] = 20,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write every measured second here.")] = None,
-    threads: Threads = None,
-    backend: BackendName = "onnxruntime",
-    device: Device = None,
-    allow_onnxruntime: AllowOnnxRuntime = False,
-    allow_cpu: AllowCpu = False,
-    engines: Engines = None,
-) -> None:
-    """Time every stage of a request, and the rewritten step against the plain one.
-
-    \b
-    Examples:
-      motionrt bench demo/bundle --memory demo/memory --repeat 50
-      motionrt bench demo/bundle --threads 1 --json bench.json
-      motionrt bench my-bundle --backend torch --device cuda --allow-onnxruntime
-    """
-    from motionrt.runtime import measure, report
-    from motionrt.runtime.video import replacing
-
-    memories = [str(memory)] if memory else []
-    opened = open_pipeline(bundle, memories, threads, backend, device, allow_onnxruntime, allow_cpu, engines)
-    with opened as pipeline, report.progress() as bars:
-        task = bars.add_task("requests", total=repeat + measure.WARMUPS)
-        rows = measure.bench_stages(pipeline, repeat, lambda: bars.advance(task))
-        task = bars.add_task("steps", total=repeat)
-        comparison, notes = measure.compare_steps(pipeline, repeat, threads, lambda: bars.advance(task))
-        environment = measure.environment(pipeline, threads)
-    console = report.console()
-    if memory is None:
-        notes.insert(0, "search: not run: no --memory was given; the references were random tokens")
-    for item in report.bench_tables(rows, comparison, notes):
-        console.print(item)
-    if json_path is not None:
-        document = {
-            **environment,
-            "seconds": {row.what: row.seconds for row in rows},
-            "percentiles_ms": {
-                row.what: {f"p{q}": 1e3 * row.percentile(q) for q in (50, 95, 99)} for row in rows if row.seconds
-            },
-            "step_seconds": comparison.seconds,
-            "step_ratios": {name: comparison.ratio(name) for name in comparison.seconds if name != "step"},
-            "step_differences": comparison.differences,
-            "notes": notes,
-        }
-        with replacing(json_path, MotionRTError) as temporary:
-            temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-
+app.command()(bench)
 app.command(name="export")(export)
 
 

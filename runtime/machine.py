@@ -1,4 +1,4 @@
-"""The GPUs of this machine, told by the NVIDIA driver itself: no package, no toolkit, no nvidia-smi.
+"""The processor and the GPUs of this machine; these told by the NVIDIA driver itself: no package, no toolkit, no nvidia-smi.
 
 Source of the calls and constants: CUDA driver API reference (cuDeviceGetAttribute: compute capability 75 and 76).
 """
@@ -6,6 +6,7 @@ Source of the calls and constants: CUDA driver API reference (cuDeviceGetAttribu
 from __future__ import annotations
 
 import ctypes
+import platform
 import re
 import sys
 from dataclasses import dataclass
@@ -68,3 +69,13 @@ def driver_version() -> str | None:
     except OSError:
         return None
     return found[1] if found else None
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())

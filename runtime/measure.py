@@ -1,16 +1,19 @@
 """`motionrt bench`: times of the stages of a request, and the rewritten step against the plain one in one run.
 
 Ratios come from interleaved rounds (each round times every candidate once, in turning order), because the medians of
-separate runs drift on a busy machine. No ratio is given before the candidates agree on a whole video.
+separate runs drift on a busy machine. No ratio is given before the candidates agree on a whole video. What a bundle, its
+backend or this machine has not got is not run, and says why.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib.metadata
 import importlib.util
 import os
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,30 +25,45 @@ import numpy as np
 
 import motionrt
 from motionrt.runtime.backend import Array, Graph, place
-from motionrt.runtime.bundle import sha256_of
+from motionrt.runtime.bundle import Bundle, sha256_of
 from motionrt.runtime.demo import find_demo, load_by_path
-from motionrt.runtime.errors import InputError
+from motionrt.runtime.errors import BackendError, BundleError, InputError
+from motionrt.runtime.machine import find_gpus, processor
 from motionrt.runtime.memory import Reference
 from motionrt.runtime.noise import noise
-from motionrt.runtime.pipeline import STAGES, MotionPipeline, Request
+from motionrt.runtime.pipeline import STAGES, MotionPipeline, Request, Result
 from motionrt.runtime.sampler import sample
 from motionrt.runtime.video import write_video
 
 WARMUPS = 2
 TOLERANCE = 1e-4  # fp32, end to end
+EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7}  # of a bundle in one of these, 16 of them are allowed
+PROMPT = "a red star moves right"
+WHOLE = ("first_frame", "unaccounted", "write", "all")  # call to frames; what of it is in no stage; the mp4; call to mp4
 NEEDS_EXPORT = "torch eager: not run: needs motionrt[export]"
 
 
 @dataclass
 class Row:
-    """Measured seconds of one thing; empty where it was not run."""
+    """Measured seconds of one thing; where there are none, `why` it was not run."""
 
     what: str
     seconds: list[float] = field(default_factory=list)
+    why: str = ""
 
     def percentile(self, q: float) -> float:
         """The q-th percentile in seconds."""
         return float(np.percentile(self.seconds, q))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked for in every request; None takes the bundle's default, no `image` a synthetic still."""
+
+    prompt: str = PROMPT
+    image: Path | None = None
+    steps: int | None = None
+    solver: str | None = None
 
 
 @dataclass
@@ -64,67 +82,97 @@ class Comparison:
         return float(np.median(np.divide(self.seconds[name], self.seconds["step"])))
 
 
-def bench_request(pipeline: MotionPipeline, index: int) -> Request:
-    """Request number `index`: a synthetic still, another seed each time; random references where there is no memory."""
+def bench_request(pipeline: MotionPipeline, index: int, plan: Plan) -> Request:
+    """Request number `index`: another seed each time; random references where there is no memory."""
     model = pipeline.bundle.model
     rng = np.random.default_rng(index)
     ramp = np.linspace(0, 255, model.width, dtype=np.uint8)
-    image = np.broadcast_to(ramp[None, :, None], (model.height, model.width, 3))
+    image = np.ascontiguousarray(np.broadcast_to(ramp[None, :, None], (model.height, model.width, 3)))
     references = None
     if pipeline.memory is None:
         tokens = rng.standard_normal((model.default_references, 2, *model.motion_tokens)).astype(np.float32)
-        references = [
-            Reference(i, 0.0, "random tokens", "", 0.0, 0.0, pair[0], pair[1]) for i, pair in enumerate(tokens)
-        ]
-    return Request(np.ascontiguousarray(image), "a red star moves right", seed=index, references=references)
+        references = [Reference(i, 0.0, "random tokens", "", 0.0, 0.0, pair[0], pair[1]) for i, pair in enumerate(tokens)]
+    return Request(
+        image if plan.image is None else plan.image,
+        plan.prompt,
+        seed=index,
+        references=references,
+        steps=plan.steps,
+        solver=plan.solver,
+    )
 
 
-def bench_stages(pipeline: MotionPipeline, repeat: int, on_request: Callable[[], None]) -> list[Row]:
-    """Run `repeat` requests after the warm-ups. Rows: every stage, one `step`, `write` (mp4), and `all`."""
-    rows = {name: Row(name) for name in (*STAGES, "write", "all")}
+def not_run(pipeline: MotionPipeline, result: Result) -> dict[str, str]:
+    """Stages that a request of this bundle does not have, and why."""
+    graphs, why = pipeline.bundle.graphs, {}
+    if pipeline.memory is None:
+        why["search"] = "no --memory was given; the references were random tokens"
+        if "text" not in graphs:
+            why["text"] = "this bundle reads no text, and without --memory nothing is searched for"
+    if not result.references:
+        nothing = result.fallback or "no reference was found"
+        why |= {"appearance": nothing, "cama": nothing}
+    if "request" not in graphs:
+        why["request"] = "nothing of this bundle's step depends on the request alone"
+    if "schedule" not in graphs:
+        why["schedule"] = "nothing of this bundle's step depends on the schedule alone"
+    return why
+
+
+def bench_stages(pipeline: MotionPipeline, repeat: int, plan: Plan, on_request: Callable[[], None]) -> list[Row]:
+    """Run `repeat` requests after the warm-ups. Rows: every stage (one `step`, not the loop), and those of `WHOLE`."""
+    rows = {name: Row(name) for name in (*STAGES, *WHOLE)}
     pipeline.warm()
     with tempfile.TemporaryDirectory(prefix="motionrt-bench-") as folder:
         for index in range(-WARMUPS, repeat):
+            request = bench_request(pipeline, index + WARMUPS, plan)
             start = time.perf_counter()
-            result = pipeline.batch([bench_request(pipeline, index + WARMUPS)])[0]
-            written = time.perf_counter()
+            result = pipeline.batch([request])[0]
+            shown = time.perf_counter()
             write_video(Path(folder) / "video.mp4", result.frames, result.fps)
             end = time.perf_counter()
+            missing = not_run(pipeline, result)
             if index >= 0:
-                for name, seconds in result.seconds.items():
-                    if name != "step" and not (name == "search" and pipeline.memory is None):
-                        rows[name].seconds.append(seconds)
+                taken = {name: seconds for name, seconds in result.seconds.items() if name != "step" and name not in missing}
+                whole = (shown - start, shown - start - sum(result.seconds.values()), end - shown, end - start)
+                for name, seconds in (*taken.items(), *zip(WHOLE, whole, strict=True)):
+                    rows[name].seconds.append(seconds)
                 rows["step"].seconds += result.step_seconds
-                rows["write"].seconds.append(end - written)
-                rows["all"].seconds.append(end - start)
+            for name, why in missing.items():
+                rows[name].why = why
             on_request()
     return list(rows.values())
 
 
 def compare_steps(
-    pipeline: MotionPipeline, rounds: int, threads: int | None, on_round: Callable[[], None]
+    pipeline: MotionPipeline, rounds: int, threads: int | None, plan: Plan, on_round: Callable[[], None]
 ) -> tuple[Comparison, list[str]]:
     """The rewritten step against `step_plain` and torch eager, where they exist; with notes on what was not run."""
     bundle, comparison, notes = pipeline.bundle, Comparison(), []
     candidates: dict[str, Graph] = {"step": pipeline.graph("step")}
     if "step_plain" in bundle.graphs:
-        candidates["step_plain"] = pipeline.graph("step_plain")
+        try:
+            candidates["step_plain"] = pipeline.graph("step_plain")
+        except (BackendError, BundleError) as error:  # no engine or no program of it, as it is only for this comparison
+            notes.append(f"plain step: not run: {error}")
         eager = _eager(pipeline, threads)
         if isinstance(eager, str):
             notes.append(eager)
         else:
             candidates["eager"] = eager
     else:
-        notes.append("plain step: not run: this bundle carries no graph `step_plain`")
-    request = bench_request(pipeline, 0)
-    prepared, solver = pipeline.prepare(request), bundle.solver()
+        notes.append("plain step and torch eager: not run: this bundle carries no graph `step_plain`")
+    notes.append(
+        "adapter overhead: not run: a bundle holds no base model without adapters; benchmarks/bench_adapter.py builds both"
+    )
+    prepared = pipeline.prepare(bench_request(pipeline, 0, plan))
+    solver = bundle.solver(plan.solver, plan.steps)
     shape = (1, *bundle.model.latents)
     plain = "step_plain" if "step_plain" in bundle.graphs else "step"
     selected = {name: pipeline.select("step" if name == "step" else plain, prepared.state) for name in candidates}
     states = {name: place(candidates[name], state) for name, state in selected.items()}  # once for all rounds
     tables: dict[str, dict[str, Array]] = {
-        name: pipeline.schedule(solver) if name == "step" else {"timestep": solver.timesteps[:, None]}
-        for name in candidates
+        name: pipeline.schedule(solver) if name == "step" else {"timestep": solver.timesteps[:, None]} for name in candidates
     }
 
     def run(name: str, first: int, count: int) -> Array:
@@ -142,7 +190,7 @@ def compare_steps(
     whole = {name: run(name, 0, solver.steps) for name in candidates}  # also the warm-up
     comparison.differences = {name: float(np.abs(latents - whole["step"]).max()) for name, latents in whole.items()}
     for name in list(candidates):
-        if not comparison.differences[name] <= TOLERANCE * max(1.0, float(np.abs(whole["step"]).max())):
+        if not comparison.differences[name] <= tolerance(bundle) * max(1.0, float(np.abs(whole["step"]).max())):
             notes.append(f"{name}: no ratio: it differs from the rewritten step by {comparison.differences[name]:.1e}")
             del candidates[name]
     comparison.seconds = {name: [] for name in candidates}
@@ -155,7 +203,7 @@ def compare_steps(
         on_round()
     difference = max((comparison.differences[name] for name in candidates), default=0.0)
     if len(candidates) > 1:
-        notes.append(f"largest difference between them after {solver.steps} steps: {difference:.1e} (fp32)")
+        notes.append(f"largest difference between them after {solver.steps} steps: {difference:.1e} ({dtype(bundle)})")
     return comparison, notes
 
 
@@ -178,24 +226,52 @@ def _eager(pipeline: MotionPipeline, threads: int | None) -> Graph | str:
     return graph
 
 
+def dtype(bundle: Bundle) -> str:
+    """What the bundle's step computes in: as its export recorded it, else float32."""
+    recorded = (bundle.manifest.get("provenance") or {}).get("dtype", "float32")
+    return str(recorded)
+
+
+def tolerance(bundle: Bundle) -> float:
+    """How far latents of unit size may differ after all steps."""
+    return max(TOLERANCE, 16 * EPSILON.get(dtype(bundle), 0.0))
+
+
 def environment(pipeline: MotionPipeline, threads: int | None) -> dict[str, Any]:
-    """What a published number needs beside it: date, machine, versions, bundle."""
+    """What a published number needs beside it: date, machine, versions, bundle; no host name, no path."""
     versions = {}
     for package in ("numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "torch", "usearch"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    gpus = find_gpus()
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "motionrt": motionrt.__version__,
         "bundle": pipeline.bundle.name,
-        "device": f"{platform.machine()} CPU, {os.cpu_count()} cores, {platform.system()}",
+        "bundle_sha256": sha256_of(pipeline.bundle.path / "bundle.json"),
+        "memory_clips": None if pipeline.memory is None else len(pipeline.memory),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "gpu": gpus if isinstance(gpus, str) else [dataclasses.asdict(gpu) for gpu in gpus],
+        "peak_rss_mib": peak_rss_mib(),
         "threads": threads or os.cpu_count(),
         "python": platform.python_version(),
         "versions": versions,
         "backend": getattr(pipeline.backend, "label", type(pipeline.backend).__name__),
         "choice": pipeline.choice,
-        "dtype": "float32",
+        "dtype": dtype(pipeline.bundle),
         "warmups": WARMUPS,
     }
+
+
+def peak_rss_mib() -> float | None:
+    """The most memory that this process has held, MiB; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024), 1)

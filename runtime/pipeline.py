@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from motionrt.runtime.backend import Array, Backend, Graph, call, fetch, open_backend
 from motionrt.runtime.bundle import Bundle, Solver
 from motionrt.runtime.choose import Choice, choose
-from motionrt.runtime.errors import BackendError, Cancelled, InputError
+from motionrt.runtime.errors import BackendError, Cancelled, InputError, MemoryStoreError
 from motionrt.runtime.noise import check_seed, noise
 from motionrt.runtime.request import STAGES, Prepared, Request, Result
 from motionrt.runtime.sampler import sample
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["STAGES", "MotionPipeline", "Prepared", "Request", "Result", "to_frames"]
 _CACHED_SCHEDULES, _CACHED_ON_DEVICE = 8, 2  # a large model's tables are hundreds of megabytes
+# Slowest first: text_query brings the largest weights where the rest is small, the step where it is not.
+_LOADED = ("text_query", "step", "text", "decode", "appearance", "cama", "encode", "schedule", "request")
 _ENCODER_DRAW = 1 << 40  # the index of the encoder's noise: behind that of any step
 
 
@@ -113,13 +116,34 @@ class MotionPipeline:
             self._graphs[name] = self.backend.load(self.bundle, name)
         return self._graphs[name]
 
+    def load(self, workers: int | None = None) -> None:
+        """Load every graph that a request runs.
+
+        workers: graphs that are loaded at once; as many as there are cores if not given. Only a backend that says so
+        (`parallel_load`) loads more than one, and only graphs that hold their own weights: what it takes for a moment to
+        load those beside a graph, gigabytes each, must not add up.
+        """
+        names = [name for name in _LOADED if name in self.bundle.graphs and (name != "text_query" or self.memory is not None)]
+        small = [name for name in names if name not in self._graphs and self.bundle.graph(name).data is None]
+        workers = workers or os.cpu_count() or 1
+        if workers > 1 and len(small) > 1 and getattr(self.backend, "parallel_load", False):
+            from concurrent.futures import ThreadPoolExecutor
+
+            with ThreadPoolExecutor(workers, "motionrt-load") as pool:
+                loaded = pool.map(lambda name: self.backend.load(self.bundle, name), small)
+                self._graphs.update(zip(small, loaded, strict=True))
+        for name in names:
+            self.graph(name)
+
     def warm(self) -> None:
-        """Load every graph that a request runs, so that the first request is as fast as the next."""
-        for name in ("text", "appearance", "cama", "encode", "request", "schedule", "step", "decode"):
-            if name in self.bundle.graphs:
-                self.graph(name)
+        """Load what a request needs, so that the first is as fast as the next: graphs, tokenizers, the memory's index."""
+        self.load()
+        for name in ("text", "text_query"):
+            if name in self._graphs:
+                self.bundle.tokenizer(name)
         if self.memory is not None:
-            self.graph("text_query")
+            with contextlib.suppress(MemoryStoreError):  # an empty memory: the request will say so
+                self.memory.search(self.embed("motion"), 1)
 
     def __call__(
         self,

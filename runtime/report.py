@@ -150,14 +150,12 @@ def _shape(dims: Sequence[object]) -> str:
 
 
 def bench_tables(rows: Sequence[Row], comparison: Comparison, notes: Sequence[str]) -> Iterator[Table | str]:
-    """Percentiles per stage, then the ratios of the step."""
+    """Percentiles per stage, or why there are none; then the ratios of the step."""
     stages = [
-        (row.what, *(f"{1e3 * row.percentile(q):.2f}" for q in (50, 95)), len(row.seconds))
-        if row.seconds
-        else (row.what, "-", "-", 0)
-        for row in rows
+        (row.what, *(f"{1e3 * row.percentile(q):.2f}" for q in (50, 95, 99)), len(row.seconds)) for row in rows if row.seconds
     ]
-    yield table("stages", ("stage", "p50 ms", "p95 ms", "n"), stages)
+    yield table("stages", ("stage", "p50 ms", "p95 ms", "p99 ms", "n"), stages)
+    yield from (f"{row.what}: not run: {row.why}" for row in rows if row.why)
     if comparison.seconds:
         base = comparison.seconds["step"]
         lines = []
@@ -166,6 +164,15 @@ def bench_tables(rows: Sequence[Row], comparison: Comparison, notes: Sequence[st
             lines.append((_NAMES[name], f"{1e3 * comparison.median(name):.3f}", ratio, len(seconds)))
         yield table(f"one step, {len(base)} interleaved rounds", ("", "p50 ms", "time / rewritten", "n"), lines)
     yield from notes
+
+
+def counted(partition: Mapping[str, Any]) -> str | None:
+    """What the rewrites took out of a step, counted at export; None where the bundle does not say."""
+    step, original = (partition.get("classes") or {}).get("step"), partition.get("original")
+    if not step or not original or not original.get("flops"):
+        return None
+    share = step["flops"] / original["flops"]
+    return f"counted: {step['flops']:,} FLOPs a step, {share:.1%} of the {original['flops']:,} of the step as written"
 
 
 _NAMES = {"step": "rewritten step", "step_plain": "plain step, same backend", "eager": "plain step, torch eager"}

@@ -8,15 +8,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from motionrt.runtime import demo, video
+from motionrt.runtime import demo, measure, video
 from motionrt.runtime.errors import InputError
 
 Edit = Callable[..., Path]
@@ -179,15 +179,78 @@ def test_bench_gives_percentiles_and_ratios(
     assert status == 0
     document = json.loads(file.read_text())
     seconds = document["seconds"]
-    for stage in ("text", "appearance", "cama", "request", "decode", "write", "all"):
+    for stage in ("text", "appearance", "cama", "request", "decode", "first_frame", "write", "all"):
         assert len(seconds[stage]) == 3 and f"│ {stage} " in out
-        assert document["percentiles_ms"][stage]["p50"] <= document["percentiles_ms"][stage]["p95"]
+        p50, p95, p99 = (document["percentiles_ms"][stage][key] for key in ("p50", "p95", "p99"))
+        assert p50 <= p95 <= p99
     assert len(seconds["step"]) == 12
+    for index in range(3):
+        assert seconds["all"][index] == pytest.approx(seconds["first_frame"][index] + seconds["write"][index])
+        assert 0 <= seconds["unaccounted"][index] < seconds["first_frame"][index]
     assert len(seconds["search"]) == (3 if with_memory else 0)
-    assert ("search: not run" in out) != with_memory
+    assert ("search: not run" in out) != with_memory and ("search" in document["not_run"]) != with_memory
     assert set(document["step_seconds"]) == {"step", "step_plain"} and document["step_ratios"]["step_plain"] > 0
-    assert "torch eager: not run" in out and "largest difference" in out
-    assert document["versions"]["onnxruntime"] and document["threads"] == 1
+    assert "torch eager: not run" in out and "largest difference" in out and "adapter overhead: not run" in out
+    assert "counted: 1,000 FLOPs a step, 25.0% of the 4,000" in out.replace("\n", " ")
+    assert document["versions"]["onnxruntime"] and document["threads"] == 1 and document["dtype"] == "float32"
+    assert document["processor"] and document["cores"] and document["gpu"] and document["peak_rss_mib"] > 10
+    assert document["memory_clips"] == (4 if with_memory else None) and (document["solver"], document["steps"]) == ("ddim", 4)
+
+
+def test_bench_takes_a_request_and_memories_of_its_own(run: Run, fake_bundle: Path, fake_memory: Path, tmp_path: Path) -> None:
+    other, file = Path(shutil.copytree(fake_memory, tmp_path / "other")), tmp_path / "bench.json"
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "still.png")
+    asked = ["--prompt", "the star moves up", "--image", tmp_path / "still.png", "--solver", "dpm", "--steps", 2]
+    status, _, _ = run("bench", fake_bundle, "-m", fake_memory, "-m", f"{other}=0.5", "-n", 2, "--json", file, *asked)
+    assert status == 0
+    document = json.loads(file.read_text())
+    assert (document["solver"], document["steps"], document["memory_clips"]) == ("dpm", 2, 8)
+    assert len(document["seconds"]["step"]) == 4 and document["not_run"] == {}
+    status, _, err = run("bench", fake_bundle, "-n", 1, "--image", tmp_path / "none.png")
+    assert status == 2 and "none.png" in err
+    status, _, err = run("bench", fake_bundle, "-n", 1, "--steps", 77)
+    assert status == 2 and "steps is 77" in err
+
+
+def test_bench_of_a_bundle_without_the_plain_step(run: Run, edit_bundle: Edit, tmp_path: Path) -> None:
+    def less(manifest: dict[str, Any]) -> None:
+        del manifest["graphs"]["step_plain"], manifest["partition"]
+        manifest["provenance"] = {"dtype": "bfloat16"}
+
+    file = tmp_path / "bench.json"
+    status, out, _ = run("bench", edit_bundle(less), "-n", 2, "--json", file)
+    assert status == 0 and "plain step and torch eager: not run: this bundle carries no graph `step_plain`" in out
+    document = json.loads(file.read_text())
+    assert document["dtype"] == "bfloat16" and set(document["step_seconds"]) == {"step"} and "counted:" not in out
+
+
+def test_bench_goes_on_where_the_backend_cannot_run_the_plain_step(run: Run, edit_bundle: Edit, fake: ModuleType) -> None:
+    """As TensorRT cannot: nobody builds an engine of it."""
+    path = edit_bundle(lambda manifest: manifest["graphs"]["step_plain"].update(sha256=fake.digest(b"no graph")))
+    (path / "graphs" / "step_plain.onnx").write_bytes(b"no graph")
+    status, out, _ = run("bench", path, "-n", 2)
+    assert status == 0 and "plain step: not run: ONNX Runtime" in out and "one step, 2 interleaved rounds" in out
+
+
+def test_bench_says_why_a_stage_is_not_run() -> None:
+    """Of a bundle as SVD's: its model reads no prompt."""
+    graphs = dict.fromkeys(("text_query", "appearance", "cama", "encode", "step", "decode"))
+    found = SimpleNamespace(references=["some"], fallback=None)
+    pipeline: Any = SimpleNamespace(memory=None, bundle=SimpleNamespace(graphs=graphs))
+    result: Any = found
+    assert set(measure.not_run(pipeline, result)) == {"text", "search", "request", "schedule"}
+    pipeline.memory = object()
+    assert set(measure.not_run(pipeline, result)) == {"request", "schedule"}
+    result = SimpleNamespace(references=[], fallback="no motion: no clip passes")
+    why = measure.not_run(pipeline, result)
+    assert why["cama"] == why["appearance"] == "no motion: no clip passes"
+
+
+@pytest.mark.parametrize("kind, allowed", [("float32", 1e-4), ("float16", 2**-6), ("bfloat16", 2**-3)])
+def test_bench_allows_what_the_dtype_of_the_step_rounds(kind: str, allowed: float) -> None:
+    bundle: Any = SimpleNamespace(manifest={"provenance": {"dtype": kind}})
+    assert measure.tolerance(bundle) == allowed
+    assert measure.tolerance(cast(Any, SimpleNamespace(manifest={"provenance": None}))) == 1e-4
 
 
 def test_bench_gives_no_ratio_on_a_red_gate(run: Run, edit_bundle: Edit, fake: ModuleType) -> None:

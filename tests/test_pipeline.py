@@ -3,7 +3,9 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,14 @@ from PIL import Image
 from motionrt.runtime.backend import Graph, OnnxRuntimeBackend
 from motionrt.runtime.bundle import Bundle
 from motionrt.runtime.errors import BackendError, Cancelled, InputError, MediaError, MemoryStoreError
+from motionrt.runtime.manifest import Data
 from motionrt.runtime.memory import Clip, MotionMemory, Reference
 from motionrt.runtime.memory_set import MemorySet
 from motionrt.runtime.noise import noise
 from motionrt.runtime.pipeline import STAGES, MotionPipeline, Request, to_frames
 from motionrt.runtime.sampler import sample
 
+GRAPHS = ("text", "appearance", "cama", "encode", "request", "schedule", "step", "decode")
 Edit = Callable[..., Path]
 Still = NDArray[np.uint8]
 
@@ -74,9 +78,7 @@ def test_call_equals_the_unrewritten_step(pipeline: MotionPipeline, still: Still
 
 
 @pytest.mark.parametrize("solver, steps", [("ddim", 1), ("ddim", 10), ("dpm", 2)], ids=str)
-def test_same_seed_same_frames_alone_or_in_a_batch(
-    pipeline: MotionPipeline, still: Still, solver: str, steps: int
-) -> None:
+def test_same_seed_same_frames_alone_or_in_a_batch(pipeline: MotionPipeline, still: Still, solver: str, steps: int) -> None:
     requests = [Request(still, "the star", seed=seed, solver=solver, steps=steps) for seed in (7, 8, 7)]
     batch = pipeline.batch(requests)
     alone = pipeline(still, "the star", seed=7, solver=solver, steps=steps)
@@ -106,9 +108,7 @@ def test_references_by_id_are_those_of_the_search(pipeline: MotionPipeline, stil
     np.testing.assert_array_equal(found.frames, pipeline(still, "a red ball", references=found.references).frames)
 
 
-def test_default_references_bend_to_a_small_memory(
-    fake_bundle: Path, fake_memory: Path, still: Still, tmp_path: Path
-) -> None:
+def test_default_references_bend_to_a_small_memory(fake_bundle: Path, fake_memory: Path, still: Still, tmp_path: Path) -> None:
     bundle = Bundle.open(fake_bundle)
     dims = {"embedding": 8, "motion": [2, 4], "appearance": [2, 4]}
     with MotionMemory.create(tmp_path / "empty", digests=bundle.digests, dims=dims) as memory:
@@ -145,9 +145,7 @@ def test_a_minimum_score_leaves_the_clips_above_it(pipeline: MotionPipeline, sti
         assert [item.score for item in found] == scores[:2]
 
 
-def test_requests_choose_among_clips_by_metadata_motion_and_diversity(
-    fake_bundle: Path, still: Still, tmp_path: Path
-) -> None:
+def test_requests_choose_among_clips_by_metadata_motion_and_diversity(fake_bundle: Path, still: Still, tmp_path: Path) -> None:
     bundle = Bundle.open(fake_bundle)
     dims = {"embedding": 8, "motion": [2, 4], "appearance": [2, 4]}
     with MotionMemory.create(tmp_path / "m", digests=bundle.digests, dims=dims) as memory:
@@ -335,9 +333,9 @@ def test_schedule_rows_may_keep_a_batch_of_one(edit_bundle: Edit, still: Still) 
             raise AssertionError(name)
 
     path = edit_bundle(
-        lambda manifest: next(
-            port for port in manifest["graphs"]["step"]["inputs"] if port["name"] == "modulation"
-        ).update(dims=[1, 4])
+        lambda manifest: next(port for port in manifest["graphs"]["step"]["inputs"] if port["name"] == "modulation").update(
+            dims=[1, 4]
+        )
     )
     pipeline = MotionPipeline.from_bundle(path, backend=Shaped())
     assert pipeline.schedule(pipeline.bundle.solver("ddim", 5))["modulation"].shape == (5, 1, 4)
@@ -358,3 +356,57 @@ def test_import_pulls_in_no_framework(module: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_load_takes_several_graphs_at_once_and_large_ones_in_turn(
+    fake_bundle: Path, fake_memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From other threads only where the backend allows it, and never those whose weights lie beside them."""
+    with MotionPipeline.from_bundle(fake_bundle, fake_memory, threads=1) as pipeline:
+        large = replace(pipeline.bundle.graph("decode"), data=Data("graphs/decode.safetensors", "0" * 64))
+        graph = Bundle.graph
+        monkeypatch.setattr(Bundle, "graph", lambda self, name: large if name == "decode" else graph(self, name))
+        threads: dict[str, str] = {}
+
+        class Noting:
+            parallel_load = True
+
+            def load(self, bundle: Bundle, name: str) -> Graph:
+                threads[name] = threading.current_thread().name
+                return lambda inputs: {}
+
+        pipeline.backend = Noting()
+        pipeline.load(workers=2)
+        main = threading.current_thread().name
+        assert {name for name, thread in threads.items() if thread == main} == {"decode"}
+        assert set(threads) == {"text_query", *(name for name in GRAPHS if name in pipeline.bundle.graphs)}
+        seen = dict(threads)
+        pipeline.load(workers=2)
+        assert threads == seen
+        for workers, parallel in ((1, True), (2, False)):
+            pipeline._graphs.clear()
+            Noting.parallel_load = parallel
+            pipeline.load(workers=workers)
+            assert set(threads.values()) == {main}
+
+
+def test_load_of_a_damaged_graph_fails_as_it_does_alone(fake_bundle: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(fake_bundle, tmp_path / "bundle"))
+    pipeline = MotionPipeline.from_bundle(path, threads=1)
+    (path / "graphs" / "cama.onnx").write_bytes(b"no graph")
+    with pytest.raises(BackendError, match="cannot load graph 'cama'"):
+        pipeline.load(workers=2)
+
+
+def test_warm_reaches_what_the_first_request_would_wait_for(fake_bundle: Path, fake_memory: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(fake_bundle)
+    with MotionPipeline.from_bundle(fake_bundle, fake_memory, threads=1) as pipeline:
+        searched: list[int] = []
+        assert isinstance(pipeline.memory, MotionMemory)
+        search = pipeline.memory.search
+        pipeline.memory.search = lambda embedding, k: searched.append(k) or search(embedding, k)  # type: ignore
+        pipeline.warm()
+        assert searched == [1]
+    dims = {"embedding": 8, "motion": [2, 4], "appearance": [2, 4]}
+    with MotionMemory.create(tmp_path / "empty", digests=bundle.digests, dims=dims) as memory:
+        MotionPipeline.from_bundle(fake_bundle, memory, threads=1).warm()  # an empty one is the request's to refuse

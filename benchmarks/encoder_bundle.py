@@ -1,0 +1,135 @@
+"""A bundle of MotionRAG's conditioning alone, at the released sizes with random weights, and videos and a memory for it.
+
+Graphs: text_query (the packaged sentence encoder, its real weights), motion (VideoMAE-base and Resampler), appearance
+(DINOv2-large and Resampler), cama. The structure is the exporter's own, of files of the released shapes; only the values
+are drawn. Times do not depend on values; parity does not either, because both ways read the same weights.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from export_full import write_encoders, write_motionrag
+from motionrt.export.bundle import staged, write_manifest
+from motionrt.export.checkpoints import Lazy
+from motionrt.export.motionrag_files import SosToken, open_motionrag
+from motionrt.export.parts import Part
+from motionrt.export.real import Encoders, Sources, Stage, encoders
+from motionrt.runtime.backend import OnnxRuntimeBackend
+from motionrt.runtime.bundle import Bundle
+from motionrt.runtime.indexing import ClipEncoders, index_clips
+from motionrt.runtime.memory import MotionMemory
+from motionrt.runtime.video import write_video
+
+FRAMES, SIZE, FPS, REFERENCES = 17, (480, 720), 8, 9  # CogVideoX; 9 references of 25 tokens fill CAMA's 256 positions
+BLOCK = {"transformer.transformer_blocks.0.attn1": 64}  # an adapter must be there to be opened; nothing here uses it
+SUBJECTS = ("a red kite", "two white horses", "the old ferry", "a paper lantern", "thick smoke", "a small dog")
+MOTIONS = ("drifts slowly to the left", "turns around on the spot", "rises and falls again", "runs towards the camera")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A weight that is drawn from its name and shape: N(0, 1 / fan-in), scales around 1, biases small. float32."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+    def read(self) -> Tensor:
+        draw = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
+        value = torch.randn(self.shape, generator=draw)
+        if len(self.shape) > 1:
+            return value * max(1, value[0].numel()) ** -0.5
+        return 0.02 * value + (0.0 if self.name.endswith("bias") else 1.0)
+
+
+def drawn(part: Part) -> Part:
+    """`part` with drawn weights in the place of those of its files."""
+    weights: dict[str, Lazy] = {name: Drawn(name, tuple(lazy.shape)) for name, lazy in part.weights.items()}
+    return replace(part, weights=weights)
+
+
+def released_encoders(folder: Path) -> tuple[Encoders, tuple[int, int]]:
+    """The exporter's parts of files of the released shapes (sparse, in `folder`), with drawn weights; (M, D)."""
+    write_encoders(folder)
+    write_motionrag(folder / "rag", BLOCK, False)
+    sos = SosToken(seed=42)
+    files = open_motionrag(folder / "rag", BLOCK, overlay=False, sos=sos)
+    sources = Sources(folder, folder / "rag", folder / "videomae", folder / "dinov2", folder, dtype="float32", sos=sos)
+    made = encoders(sources, files, FRAMES, SIZE)
+    parts = Encoders(lambda d: drawn(made.motion(d)), lambda d: drawn(made.appearance(d)), lambda: drawn(made.cama()))
+    return parts, (files.cama_size.num_queries, files.cama_size.dim)
+
+
+def write_bundle(
+    out: Path, parts: Encoders, tokens: tuple[int, int], frames: int, size: tuple[int, int], say: Callable[[str], None]
+) -> None:
+    """Export text_query, motion, appearance and cama in float32 as the bundle `out`; it has no step, and cannot generate."""
+    model = {
+        "frames": frames, "height": size[0], "width": size[1], "fps": FPS, "latents": [1, 1, 1, 1],
+        "motion_tokens": list(tokens), "max_references": REFERENCES, "default_references": REFERENCES,
+    }  # fmt: skip
+    with staged(out) as folder:
+        stage = Stage(folder, say)
+        tokenizer, digest = stage.add_text_query()
+        digests = stage.add_encoders(parts, model, torch.float32)
+        write_manifest(
+            folder, name="full-encoders", model=model, graphs=stage.graphs,
+            solvers={"none": {1: (np.zeros(1, np.int64), np.zeros((1, 6), np.float32))}}, default_solver=("none", 1),
+            tokenizers={"text_query": (tokenizer, 256, 0)}, guidance=1.0, digests={"text_query": digest, **digests},
+            partition={}, provenance={"weights": "random"},
+        )  # fmt: skip
+
+
+def moving_picture(number: int, frames: int, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """A textured picture that moves and brightens, uint8 [F, H, W, 3]: something for a video codec to do."""
+    rng = np.random.default_rng(number)
+    coarse = rng.integers(0, 256, (size[0] // 16 + 1, size[1] // 16 + 1, 3), np.uint8)
+    picture = coarse.repeat(16, 0).repeat(16, 1)[: size[0], : size[1]]
+    picture = np.clip(picture + rng.normal(0, 8, picture.shape), 0, 255).astype(np.uint8)
+    shifts = rng.integers(-6, 7, 2)
+    return np.stack([np.roll(picture, tuple(shifts * index), (0, 1)) for index in range(frames)])
+
+
+def write_clips(folder: Path, count: int, size: tuple[int, int], rate: int = 24, seconds: float = 3) -> list[tuple[Path, str]]:
+    """`count` H.264 files of `size`, which is the model's own: the cheapest that the release could be given. (file, caption)"""
+    clips = []
+    for number in range(count):
+        path = folder / f"{number:03d}.mp4"
+        write_video(path, moving_picture(number, round(rate * seconds), size), rate)
+        clips.append((path, f"{SUBJECTS[number % len(SUBJECTS)]} {MOTIONS[number % len(MOTIONS)]}"))
+    return clips
+
+
+def write_memory(path: Path, bundle: Path, clips: Sequence[tuple[Path, str]], threads: int, say: Callable[[str], None]) -> None:
+    """Index `clips` with the graphs of `bundle` into the memory `path`."""
+    opened = Bundle.open(bundle)
+    tokens, width = list(opened.model.motion_tokens), opened.port("text_query", "embedding").dims[-1].max
+    dims: dict[str, int | list[int]] = {"embedding": width, "motion": tokens, "appearance": tokens}
+    with MotionMemory.create(path, digests=opened.digests, dims=dims) as memory:
+        made = ClipEncoders.from_bundle(opened, OnnxRuntimeBackend(threads))
+        items = [(file, caption, None) for file, caption in clips]
+        report = index_clips(memory, made, items, progress=lambda done, name: say(f"clip {done} of {len(items)} read"))
+    if report.failed:
+        raise RuntimeError(f"could not index: {report.failed}")
+
+
+def prepare(folder: Path, count: int, threads: int, say: Callable[[str], None]) -> None:
+    """Bundle, clips and memory in `folder`, made once: what is whole is kept."""
+    if not (folder / "bundle" / "bundle.json").exists():
+        with tempfile.TemporaryDirectory(prefix="motionrt-encoders-") as work:
+            parts, tokens = released_encoders(Path(work))
+            write_bundle(folder / "bundle", parts, tokens, FRAMES, SIZE, say)
+    if not (folder / "done").exists():
+        clips = write_clips(folder / "clips", count, SIZE)
+        write_memory(folder / "memory", folder / "bundle", clips, threads, say)
+        (folder / "done").touch()
