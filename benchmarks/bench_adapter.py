@@ -2,8 +2,9 @@
 
     .venv-dev/bin/python benchmarks/bench_adapter.py --model cogvideox-mid
     .venv-dev/bin/python benchmarks/bench_adapter.py --model svd-mid
+    .venv-dev/bin/python benchmarks/bench_adapter.py --model cogvideox-layer   # one block at full width, L 6976, in PyTorch
 
-In ONNX Runtime on the CPU, in turns: `base` (no adapter, as written), `base_ours` (no adapter, after the compiler pass),
+In ONNX Runtime on the CPU (or in PyTorch eager, `--runtime torch`), in turns: `base` (no adapter, as written), `base_ours` (no adapter, after the compiler pass),
 `released` (with adapters, as written), `folded` (with adapters, after the pass: what a bundle holds) and `scale_0` (folded at
 motion_scale 0). Before anything is timed: folded must equal released, base_ours and scale_0 must equal base, and released
 must differ from base, or the adapters of these random weights would prove nothing.
@@ -12,33 +13,68 @@ must differ from base, or the adapters of these random weights would prove nothi
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import harness
-from mid_graphs import FORMS, WORK, Saved, flop_shares, graphs_of
-from mid_models import MODELS
+from mid_graphs import FORMS, WORK, flop_shares, graphs_of
+from mid_models import MODELS, Model, known_values
+from motionrt.export.partition import partition
 from onnx_graph import Arrays, Graph
 
 SAME_AS = {"base": "base", "base_ours": "base", "released": "released", "folded": "released", "scale_0": "base"}
 TOLERANCE = 1e-4  # of the largest value of an output
-NOT_RUN = "fused: not run: ONNX Runtime's CPU provider has no kernel for the op; it runs what the op stands for, `folded`"
+NOT_RUN = "fused: not run: there is no CPU kernel of the op; what it stands for runs instead, and that is `folded`"
 GOAL = 2.5  # percent of the base step, folded over base_ours
 
 
-def candidates(saved: Mapping[str, Saved], threads: int) -> dict[str, harness.Candidate]:
-    """One call for each variant, each in a session of its own; scale_0 is the folded graph with another input."""
+Calls = dict[str, harness.Candidate]
+
+
+def onnx_calls(model: Model, options: argparse.Namespace) -> tuple[Calls, dict[str, int]]:
+    """One call for each variant, each in a session of its own, and FLOPs; scale_0 is the folded graph with another input."""
 
     def bind(graph: Graph, feed: Arrays) -> harness.Candidate:
         return lambda: graph(feed)
 
-    calls = {form: bind(graph.open(threads), graph.feed) for form, graph in saved.items()}
+    saved = graphs_of(model, FORMS, options.work)
+    calls = {form: bind(graph.open(options.threads), graph.feed) for form, graph in saved.items()}
     silent = saved["folded"].silent
     assert silent is not None
-    return {**calls, "scale_0": bind(saved["folded"].open(threads), silent)}
+    calls["scale_0"] = bind(saved["folded"].open(options.threads), silent)
+    return calls, {form: graph.flops for form, graph in saved.items()}
+
+
+def torch_calls(model: Model, options: argparse.Namespace) -> tuple[Calls, dict[str, int]]:
+    """The same in PyTorch eager, without any export; the fused op runs as its reference in plain torch."""
+    import torch
+
+    torch.set_num_threads(options.threads)
+
+    def bind(module: Any, feed: Sequence[Any]) -> harness.Candidate:
+        def run() -> Arrays:
+            with torch.inference_mode():
+                results = module(*feed)
+            return {name: value.numpy() for name, value in zip(model.outputs, results, strict=True)}
+
+        return run
+
+    values = model.feed()
+    silent = {**values, "motion_scale": torch.tensor(0.0)}
+    calls: Calls = {}
+    flops = {}
+    for adapter, plain, ours in ((False, "base", "base_ours"), (True, "released", "folded")):
+        module = model.step(adapter=adapter)
+        cut = partition(module, tuple(values.values()), model.inputs, outputs=model.outputs)
+        calls[plain] = bind(module, list(values.values()))
+        calls[ours] = bind(cut.step.module, [known_values(cut, values)[name] for name in cut.step.inputs])
+        flops |= {plain: cut.original.flops, ours: cut.classes["step"].flops}
+        if adapter:
+            calls["scale_0"] = bind(cut.step.module, [known_values(cut, silent)[name] for name in cut.step.inputs])
+    return calls, flops
 
 
 def gate(calls: Mapping[str, harness.Candidate]) -> dict[str, dict[str, Any]]:
@@ -64,6 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Export what is missing, check, time in turns, append one row for each variant."""
     parser = argparse.ArgumentParser(description="Overhead of the Motion-Adapter per step.")
     parser.add_argument("--model", choices=list(MODELS), default="cogvideox-mid")
+    parser.add_argument("--runtime", choices=["onnxruntime", "torch"], help="default: the model's own")
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder for rows")
     parser.add_argument("--work", type=Path, default=WORK, help="folder where exported graphs are kept")
     parser.add_argument("--rounds", type=int, default=15)
@@ -73,8 +110,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     model = MODELS[options.model]
-    saved = graphs_of(model, FORMS, options.work)
-    calls = candidates(saved, options.threads)
+    runtime = options.runtime or model.runtime
+    calls, flops = (torch_calls if runtime == "torch" else onnx_calls)(model, options)
     errors = gate(calls)
 
     def quiet(call: harness.Candidate) -> harness.Candidate:
@@ -91,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
         warmups=options.warmups,
         rounds=options.rounds,
     )
-    counted = flop_shares(model, saved, options.work)
+    counted = flop_shares(model, flops, options.work)
     for name in calls:
         row: dict[str, Any] = {
             **result.row(name),
@@ -101,7 +138,8 @@ def main(arguments: list[str] | None = None) -> None:
             "shape": dict(model.shape),
             "dtype": "float32",
             "threads": options.threads,
-            "flops": saved[name if name in saved else "folded"].flops,
+            "runtime": runtime,
+            "flops": flops[name if name in flops else "folded"],
             "flops_over_base": counted,
             "note": options.note,
         }

@@ -101,10 +101,9 @@ def _read(folder: Path, form: str) -> Saved:
     return Saved(path, feed(form), flops, feed("scale_0") if form == "folded" else None)
 
 
-def flop_shares(model: Model, saved: Mapping[str, Saved], work: Path = WORK) -> dict[str, Any]:
-    """What the adapter adds in FLOPs, in percent of the base step: in this model, and in the real one (None for a toy)."""
-    base = saved["base"].flops
-    mid = {form: round(100 * (saved[form].flops / base - 1), 3) for form in saved if form != "base"}
+def flop_shares(model: Model, flops: Mapping[str, int], work: Path = WORK) -> dict[str, Any]:
+    """What the forms add in FLOPs, in percent of the base step: in this model, and in the real one (None for a toy)."""
+    mid = {form: round(100 * (count / flops["base"] - 1), 3) for form, count in flops.items() if form != "base"}
     if model.real is None:
         return {"this_percent": mid, "real_percent": None}
     file = work / f"real-{model.real}-{digest()}.json"

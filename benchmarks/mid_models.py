@@ -37,7 +37,8 @@ Values = Mapping[str, Tensor]
 class Model:
     """A step to measure: its module with or without adapters (the same other weights), inputs, and their declared classes.
 
-    `real`: the name of the model that it stands for, for `shares`; None for a toy.
+    `real`: the name of the model that it stands for, for `shares`; None for a toy. `runtime`: onnxruntime, or torch where
+    ONNX Runtime, which keeps all attention scores of a layer in memory, would need 9 GB for each session.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Model:
     outputs: tuple[str, ...]
     shape: Mapping[str, int]
     real: str | None = None
+    runtime: str = "onnxruntime"
 
     def cut(self, *, adapter: bool) -> Partition:
         """The step after the compiler pass."""
@@ -146,7 +148,7 @@ def layer_model(size: Size, real: str | None = None) -> Model:
 
     inputs = {"hidden": "step", "text": "step", "time": "schedule", "motion": "request", "motion_scale": "request"}
     shape = {"B": 1, "L": size.tokens, "D": size.model_width, "N": size.heads, "M": size.motion_tokens, "layers": 1}
-    return Model(size.name, step, feed, inputs, ("video", "words"), shape, real)
+    return Model(size.name, step, feed, inputs, ("video", "words"), shape, real, "torch")
 
 
 # --- SVD ------------------------------------------------------------------------------------------------------------
