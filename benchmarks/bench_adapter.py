@@ -4,10 +4,10 @@
     .venv-dev/bin/python benchmarks/bench_adapter.py --model svd-mid
     .venv-dev/bin/python benchmarks/bench_adapter.py --model cogvideox-layer   # one block at full width, L 6976, in PyTorch
 
-In ONNX Runtime on the CPU (or in PyTorch eager, `--runtime torch`), in turns: `base` (no adapter, as written), `base_ours` (no adapter, after the compiler pass),
-`released` (with adapters, as written), `folded` (with adapters, after the pass: what a bundle holds) and `scale_0` (folded at
-motion_scale 0). Before anything is timed: folded must equal released, base_ours and scale_0 must equal base, and released
-must differ from base, or the adapters of these random weights would prove nothing.
+In ONNX Runtime on the CPU (or in PyTorch eager, `--runtime torch`), in turns: `base` (no adapter, as written), `base_ours`
+(no adapter, after the compiler pass), `released` (with adapters, as written), `folded` (with adapters, after the pass: what
+a bundle holds) and `scale_0` (folded at motion_scale 0). Before anything is timed: folded must equal released, base_ours
+and scale_0 must equal base, and released must differ from base, or these random adapters would prove nothing.
 """
 
 from __future__ import annotations
@@ -65,15 +65,15 @@ def torch_calls(model: Model, options: argparse.Namespace) -> tuple[Calls, dict[
     values = model.feed()
     silent = {**values, "motion_scale": torch.tensor(0.0)}
     calls: Calls = {}
-    flops = {}
+    flops: dict[str, int] = {}
     for adapter, plain, ours in ((False, "base", "base_ours"), (True, "released", "folded")):
         module = model.step(adapter=adapter)
         cut = partition(module, tuple(values.values()), model.inputs, outputs=model.outputs)
         calls[plain] = bind(module, list(values.values()))
-        calls[ours] = bind(cut.step.module, [known_values(cut, values)[name] for name in cut.step.inputs])
+        for name, inputs in {ours: values, **({"scale_0": silent} if adapter else {})}.items():
+            known = known_values(cut, inputs)
+            calls[name] = bind(cut.step.module, [known[read] for read in cut.step.inputs])
         flops |= {plain: cut.original.flops, ours: cut.classes["step"].flops}
-        if adapter:
-            calls["scale_0"] = bind(cut.step.module, [known_values(cut, silent)[name] for name in cut.step.inputs])
     return calls, flops
 
 
@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
                 row[f"over_{reference}"] = [ratio.value, ratio.low, ratio.high]
         harness.append_row("bench_adapter", row, folder=options.results)
         over = ", ".join(
-            "{:+.2f} % [{:+.2f}, {:+.2f}] of {}".format(*(100 * (x - 1) for x in row[f"over_{r}"]), r)
+            "{:+.2f} % [{:+.2f}, {:+.2f}]".format(*(100 * (x - 1) for x in row[f"over_{r}"])) + f" of {r}"
             for r in ("base", "base_ours")
             if f"over_{r}" in row
         )

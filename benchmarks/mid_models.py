@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -61,9 +62,10 @@ def _sharpen(module: nn.Module, seed: int) -> None:
     with torch.no_grad():
         for part in module.modules():
             if isinstance(part, MotionAdapter) and hasattr(part, "to_q_ip"):
-                for projection, gain in ((part.to_q_ip, 8.0), (part.to_k_ip, 1.0), (part.to_v_ip, 1.0)):
-                    weight = projection[0].weight
-                    weight.normal_(0, gain * weight.shape[1] ** -0.5, generator=draw)
+                for name, gain in (("to_q_ip", 8.0), ("to_k_ip", 1.0), ("to_v_ip", 1.0)):
+                    projections: Any = getattr(part, name)
+                    weight: Tensor = projections[0].weight
+                    weight.normal_(0.0, gain * weight.shape[1] ** -0.5, generator=draw)
 
 
 def _tokens(count: int, width: int) -> Tensor:
@@ -105,9 +107,10 @@ class Layer(nn.Module):
         self.adapted = adapter
         if adapter:
             self.block.attn1.set_processor(MotionAdapterCogVideoX(size.model_width, size.motion_width))
-        config = full_step.build_step(replace(full_step.TOY, head_width=size.head_width), torch.float32).transformer.config
-        native = {"sample_height": size.height, "sample_width": size.width, "attention_head_dim": size.head_width}
-        cos, sin = cogvideox.rotary_tables(_Config({**config, **native}), size.frames, size.height, size.width)
+        config = SimpleNamespace(
+            patch_size=2, attention_head_dim=size.head_width, sample_height=size.height, sample_width=size.width
+        )
+        cos, sin = cogvideox.rotary_tables(config, size.frames, size.height, size.width)
         self.rope_cos: Tensor
         self.rope_sin: Tensor
         self.register_buffer("rope_cos", cos, persistent=False)
@@ -120,13 +123,6 @@ class Layer(nn.Module):
         extra = {"attention_kwargs": {"motion": motion, "motion_scale": motion_scale}} if self.adapted else {}
         video, words = self.block(hidden, text, time, image_rotary_emb=(self.rope_cos, self.rope_sin), **extra)
         return video, words
-
-
-class _Config(dict[str, Any]):
-    """A config by attribute, as diffusers' is."""
-
-    def __getattr__(self, name: str) -> Any:
-        return self[name]
 
 
 def layer_model(size: Size, real: str | None = None) -> Model:
