@@ -1,7 +1,7 @@
 """How much faster is one denoising step than in PyTorch, and what of that is the compiler pass? All in one run.
 
-    .venv-dev/bin/python benchmarks/bench_step.py --rounds 50                        # the demo, from its bundle
-    .venv-dev/bin/python benchmarks/bench_step.py --model cogvideox-mid --rounds 9   # or svd-mid: see mid_models.py
+    .venv-dev/bin/python benchmarks/bench_step.py                         # the demo, from its bundle
+    .venv-dev/bin/python benchmarks/bench_step.py --model cogvideox-mid   # or svd-mid: see mid_models.py
 
 Candidates: `rewritten` and `plain` (the same step as it was written), both in ONNX Runtime, and with PyTorch installed
 `eager` and `compiled`, the plain module there (step_rivals.py says how). All must agree first, on one step, and in the demo
@@ -209,11 +209,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder for rows")
     parser.add_argument("--work", type=Path, default=harness.ROOT / "out" / "mid", help="folder where exported graphs are kept")
     parser.add_argument("--compile-mode", default="max-autotune", help="of torch.compile; none leaves it out")
-    parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--warmups", type=int, default=5)
+    parser.add_argument("--rounds", type=int, help="50 for the demo, 9 for the others")
+    parser.add_argument("--warmups", type=int, help="5 for the demo, 1 for the others")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--note", default="")
     options = parser.parse_args(arguments)
+    rounds, warmups = (50, 5) if options.model == "demo" else (9, 1)
+    options.rounds = rounds if options.rounds is None else options.rounds
+    options.warmups = warmups if options.warmups is None else options.warmups
 
     result, same, each = demo(options) if options.model == "demo" else mid(options)
     for name in result.seconds:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 Arrays = dict[str, NDArray[Any]]
-COMPILED = "torch.compile, mode max-autotune, freezing"
 
 
 def torch_step(
@@ -27,15 +26,17 @@ def torch_step(
 
     torch.set_num_threads(threads)
     call: Callable[..., Any] = module
+    mode_of_grad: Any = torch.inference_mode
     if mode is not None:
         import torch._inductor.config as inductor
 
         inductor.freezing = True
         call = torch.compile(module, mode=mode, dynamic=False)
+        mode_of_grad = torch.no_grad  # what freezing is made for
 
     def run(arrays: Mapping[str, Any]) -> Arrays:
         tensors = {name: torch.from_numpy(np.asarray(arrays[name])) for name in inputs}
-        with torch.inference_mode():
+        with mode_of_grad():
             results = call(**tensors)
         return {name: value.numpy() for name, value in zip(outputs, results, strict=True)}
 

@@ -80,8 +80,10 @@ def test_step_is_timed_against_both_rivals(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Compiled without Inductor here: a C++ compiler would take a minute."""
+    import torch._inductor.config as inductor
+
     monkeypatch.setattr(torch, "compile", lambda module, **options: functools.partial(_compiled, module, options))
-    monkeypatch.setattr(torch._inductor.config, "freezing", False)
+    monkeypatch.setattr(inductor, "freezing", False)
     threads = torch.get_num_threads()
     arguments = ["--model", "layer-toy", "--rounds", "2", "--warmups", "1", "--work", str(work), "--results", str(tmp_path)]
     try:
