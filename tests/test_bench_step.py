@@ -27,7 +27,9 @@ def run(script: str, *arguments: str, **environment: str) -> subprocess.Complete
 
 @pytest.mark.slow
 def test_bench_step_checks_then_appends_one_row_for_each_candidate(tmp_path: Path) -> None:
-    done = run("bench_step.py", "--rounds", "3", "--warmups", "1", "--results", str(tmp_path), "--note", "test")
+    # Inductor would take minutes: test_bench_adapter.py has the compiled rival
+    few = ("--compile-mode", "none", "--rounds", "3", "--warmups", "1")
+    done = run("bench_step.py", *few, "--results", str(tmp_path), "--note", "test")
     assert done.returncode == 0, done.stderr
     rows = {row["backend"]: row for row in map(json.loads, (tmp_path / "bench_step.jsonl").read_text().splitlines())}
     assert set(rows) == {"plain", "rewritten", "eager"}
