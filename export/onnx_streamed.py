@@ -26,7 +26,6 @@ from motionrt.export.onnx_functions import add_functions, symbolic_forms
 from motionrt.export.partition import Partition, Program
 from motionrt.export.safetensors_file import Entry, write_file
 from motionrt.export.structure import faked, materialise
-from motionrt.runtime.manifest import sha256_of
 
 Read = Callable[[str], Tensor | None]
 _RESULT = "result of "
@@ -148,8 +147,8 @@ def _stream(
         path.parent.mkdir(parents=True, exist_ok=True)
         data = path.with_suffix(".safetensors")
         if entries:
-            where = write_file(data, entries)
-            for name, stored in where.items():
+            written = write_file(data, entries)
+            for name, stored in written.tensors.items():
                 initializer = model.graph.initializers[name]
                 initializer.const_value = onnx_ir.ExternalTensor(
                     data.name, stored.offset, stored.size, onnx_ir.DataType(_ONNX[stored.dtype]),
@@ -164,7 +163,9 @@ def _stream(
             port(n, a, dynamic_axes(a, b, first.sizes, second.sizes), ranges) for n, a, b in zip(outputs, *wanted, strict=True)
         ],
     }
-    return {**ports, **({"data": {"file": f"{path.parent.name}/{data.name}", "sha256": sha256_of(data)}} if entries else {})}
+    if not entries:
+        return ports
+    return {**ports, "data": {"file": f"{path.parent.name}/{data.name}", "sha256": written.sha256}}
 
 
 _ONNX = {
