@@ -77,13 +77,7 @@ def inspect(bundle: Path) -> dict[str, dict[str, Any]]:
     opened = Bundle.open(bundle)
     for name in opened.graphs:
         path = opened.graph_path(name)
-        onnx.checker.check_model(str(path), full_check=False)
-        inferred_path = path.with_suffix(".inferred")
-        try:
-            onnx.shape_inference.infer_shapes_path(str(path), str(inferred_path), check_type=True, strict_mode=True)
-            inferred = onnx.load(inferred_path, load_external_data=False)
-        finally:
-            inferred_path.unlink(missing_ok=True)
+        inferred = _inferred_without_weights(path) if opened.graph(name).weights is not None else _inferred(path)
         graph = inferred.graph
         outputs = {o for node in graph.node for o in node.output if o} - {value.name for value in graph.output}
         typed = {value.name for value in graph.value_info if value.type.tensor_type.HasField("shape")}
@@ -97,6 +91,28 @@ def inspect(bundle: Path) -> dict[str, dict[str, Any]]:
             "inner_values_inferred": len(outputs & typed),
         }
     return found
+
+
+def _inferred(path: Path) -> onnx.ModelProto:
+    """The graph with the types of inner values, once checker and shape inference have passed; its weights stay on disk."""
+    onnx.checker.check_model(str(path), full_check=False)
+    inferred = path.with_suffix(".inferred")
+    try:
+        onnx.shape_inference.infer_shapes_path(str(path), str(inferred), check_type=True, strict_mode=True)
+        return onnx.load(inferred, load_external_data=False)
+    finally:
+        inferred.unlink(missing_ok=True)
+
+
+def _inferred_without_weights(path: Path) -> onnx.ModelProto:
+    """As `_inferred`, for a graph whose weights stay in a package: the checker looks for files, so they become inputs."""
+    model = onnx.load(path, load_external_data=False)
+    outside = [tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    for tensor in outside:
+        model.graph.initializer.remove(tensor)
+        model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    onnx.checker.check_model(model, full_check=False)
+    return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
 
 
 WRITERS = {"cogvideox-5b-i2v": write_cogvideox, "svd": write_svd}
