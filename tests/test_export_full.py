@@ -111,7 +111,12 @@ def test_the_row_tells_memory_stages_graphs_and_counts(scripts: tuple[Any, Any],
     assert set(graphs) == {
         "text", "text_query", "motion", "appearance", "cama", "encode", "decode", "schedule", "request", "step"
     }  # fmt: skip
-    assert all(graph["inner_values_inferred"] == graph["inner_values"] > 0 for graph in graphs.values())
+    for name, graph in graphs.items():
+        inferred = graph["inner_values_inferred"]
+        if name in ("encode", "decode"):  # ONNX has no shape inference for GroupNormalization
+            assert 0 < inferred < graph["inner_values"]
+        else:
+            assert 0 < inferred == graph["inner_values"]
     assert row["bundle_bytes"] > sum(graph["weights_bytes"] for graph in graphs.values()) > 1e6
     classes = row["classes"]
     counted = full.Expected(
