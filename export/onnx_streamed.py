@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import onnx
 import torch
@@ -104,7 +105,6 @@ def _stream(
     value: Read,
 ) -> dict[str, Any]:
     import onnx_ir
-    import onnxscript.optimizer
 
     first, second = examples[0], examples[min(1, len(examples) - 1)]
     names = list(first.feed)
@@ -134,7 +134,7 @@ def _stream(
             kinds[name], real[name] = (raw.dtype, tuple(raw.shape)), raw
             initializer.const_value = None
     with _quiet(), torch._subclasses.fake_tensor.unset_fake_temporarily():
-        onnxscript.optimizer.optimize_ir(model)
+        _optimize(model)
         kinds = {name: kind for name, kind in kinds.items() if name in model.graph.initializers}
 
         def make(name: str) -> Tensor:
@@ -222,6 +222,20 @@ def _check(path: Path, model: onnx.ModelProto) -> None:
             onnx.shape_inference.infer_shapes_path(str(partial), str(inferred), check_type=True, strict_mode=True)
         finally:
             inferred.unlink(missing_ok=True)
+
+
+def _optimize(model: Any) -> None:
+    """onnxscript's optimiser, in place, without its one rule over pairs of nodes (two slices that are a split).
+
+    For every node that rule looks at all slices of the graph: 230 of 250 s at 42 blocks. Where a graph has such a pair, two
+    nodes stay in the place of one.
+    """
+    import onnxscript.optimizer
+    from onnxscript import rewriter
+
+    rules = tuple(rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule.name != "SlicesSplit")
+    with mock.patch.object(rewriter, "_DEFAULT_REWRITE_RULES", rules):
+        onnxscript.optimizer.optimize_ir(model)
 
 
 @contextlib.contextmanager
