@@ -227,8 +227,8 @@ def _check(path: Path, model: onnx.ModelProto) -> None:
 def _optimize(model: Any) -> None:
     """onnxscript's optimiser, in place, without its one rule over pairs of nodes (two slices that are a split).
 
-    For every node that rule looks at all slices of the graph: 230 of 250 s at 42 blocks. Where a graph has such a pair, two
-    nodes stay in the place of one.
+    For every node that rule looks at all slices of the graph: 5 of 7 s at 6 blocks of CogVideoX, and it grows with their
+    square. Where a graph has such a pair, two nodes stay in the place of one.
     """
     import onnxscript.optimizer
     from onnxscript import rewriter
