@@ -66,7 +66,7 @@ class EncodeStill(nn.Module):
         """`image`, `noise` `[B, 3, H, W]` -> image_context `[B, 1, D]`, image_latents `[B, 4, H/8, W/8]`, float32."""
         seen = ((self.rows @ image @ self.columns + 1) / 2 - self.mean) / self.std
         context = self.clip(pixel_values=seen.to(self.dtype)).image_embeds[:, None]
-        noisy = (image + NOISE_LEVEL * noise).to(self.dtype)
+        noisy = (image + NOISE_LEVEL * noise).to(self.vae.dtype)
         moments = self.vae.quant_conv(self.vae.encoder(noisy))
         return context.float(), moments.chunk(2, dim=1)[0].float()
 
@@ -111,7 +111,8 @@ def encode_part(base: Path, size: tuple[int, int], dtype: torch.dtype) -> Part:
         "clip.", clip, component, "image_encoder",
         optional=lambda key: "a range, made anew" if key.endswith("position_ids") else None,
     )  # fmt: skip
-    vae, more, report = _vae(base, dtype)
+    upcast = open_component(base, "vae", "AutoencoderKLTemporalDecoder").config.get("force_upcast", True)
+    vae, more, report = _vae(base, torch.float32 if upcast and dtype == torch.float16 else dtype)  # as diffusers does
     module = EncodeStill(clip.eval(), vae, size, dtype).eval()
     del vae.decoder
     return Part(module, weights | more, (clip_report, report))
