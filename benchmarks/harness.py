@@ -13,8 +13,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
+import shlex
 import subprocess
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -180,13 +183,44 @@ def machine() -> dict[str, Any]:
     }
 
 
+def command(argv: Sequence[str] | None = None, *, root: Path = ROOT) -> str:
+    """The shell command that makes a row again, run in the repository's root; by default of this very process.
+
+    Paths inside `root` are written relative to it, whatever the working folder was; any other is written as FOLDER, because
+    a row names nothing of the machine but its hardware and versions. What runs the script is `.venv-dev`, as `make` makes it.
+    """
+    script, *arguments = sys.argv if argv is None else argv
+
+    def inside(path: str) -> str | None:
+        """`path` relative to the root, or None where it lies outside; links are followed only if they must be."""
+        for absolute in (Path(os.path.abspath(path)), Path(path).resolve()):
+            if absolute.is_relative_to(root):
+                return absolute.relative_to(root).as_posix()
+        return None
+
+    def hidden(argument: str) -> str:
+        """`argument` without any place outside the root; the value of `--name=value` is taken by itself."""
+        option, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
+        if value.startswith(("/", "~/", "../")) or os.path.exists(value):
+            return option + equals + (inside(os.path.expanduser(value)) or "FOLDER")
+        return option + equals + re.sub(r"(?<![\w.)~])~?(?:/[\w.@+-]+)+/?", lambda found: inside(found[0]) or "FOLDER", value)
+
+    if script == "-c":
+        start = [".venv-dev/bin/python", "-c"]
+    elif Path(script).parent == Path(sys.executable).parent:  # an installed command, such as `motionrt`
+        start = [f".venv-dev/bin/{Path(script).name}"]
+    else:
+        start = [".venv-dev/bin/python", inside(script) or "FOLDER"]
+    return shlex.join([*start, *map(hidden, arguments)])
+
+
 def append_row(question: str, row: Mapping[str, Any], *, folder: Path = RESULTS) -> Path:
-    """Append `row`, after the machine's facts, as one line to `folder`/`question`.jsonl; return that path.
+    """Append `row`, after the machine's facts and the command, as one line to `folder`/`question`.jsonl; return that path.
 
     Rows are only ever appended. ValueError for a row that is not plain JSON (NaN and infinity are not).
     """
     try:
-        line = json.dumps({**machine(), "question": question, **row}, allow_nan=False)
+        line = json.dumps({**machine(), "command": command(), "question": question, **row}, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"a row of {question} is not plain JSON: {error}; give numbers, strings, lists") from None
     folder.mkdir(parents=True, exist_ok=True)

@@ -121,7 +121,7 @@ def test_append_row_appends_lines_that_read_back(tmp_path: Path) -> None:
         path = harness.append_row("q", {**result.row("a"), "note": note}, folder=tmp_path / "results")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["note"] for row in rows] == ["first", "second"]
-    wanted = set("date commit processor cores versions question n p50_ms p95_ms p99_ms error".split())
+    wanted = set("command date commit processor cores versions question n p50_ms p95_ms p99_ms error".split())
     assert wanted <= rows[0].keys()
     assert rows[0]["versions"]["numpy"] == np.__version__
 
@@ -139,3 +139,41 @@ def test_machine_names_no_path_or_host() -> None:
     text = json.dumps(harness.machine())
     assert str(PATH.parent.parent) not in text
     assert platform.node() == "" or f'"{platform.node()}"' not in text
+
+
+ROOT = PATH.parent.parent
+COMMANDS = {
+    "script": (["benchmarks/bench_x.py", "--model", "cogvideox-mid"], "benchmarks/bench_x.py --model cogvideox-mid"),
+    "absolute": ([str(PATH), "--results", str(ROOT / "out")], "benchmarks/harness.py --results out"),
+    "outside": (["benchmarks/x.py", "--folder", "/tmp/secret/place"], "benchmarks/x.py --folder FOLDER"),
+    "outside, equals": (["benchmarks/x.py", "--folder=/tmp/secret"], "benchmarks/x.py --folder=FOLDER"),
+    "inside, equals": (["benchmarks/x.py", f"--folder={ROOT}/out"], "benchmarks/x.py --folder=out"),
+    "above": (["benchmarks/x.py", "../secret"], "benchmarks/x.py FOLDER"),
+    "home": (["benchmarks/x.py", "~/secret"], "benchmarks/x.py FOLDER"),
+    "in a note": (["benchmarks/x.py", "--note", "as in /tmp/secret, 1/2"], "benchmarks/x.py --note 'as in FOLDER, 1/2'"),
+    "long note": (["benchmarks/x.py", "n" * 5000], f"benchmarks/x.py {'n' * 5000}"),
+    "spaces": (["benchmarks/x.py", "/tmp/my secret/x"], "benchmarks/x.py FOLDER"),
+    "parent": (["benchmarks/x.py", ".."], "benchmarks/x.py FOLDER"),
+    "no path": (["benchmarks/x.py", "--rounds", "3", "", "a/b"], "benchmarks/x.py --rounds 3 '' a/b"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("argv", "wanted"), COMMANDS.values(), ids=list(COMMANDS))
+def test_the_command_of_a_row_is_for_the_root_and_names_nothing_outside(
+    argv: list[str], wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert harness.command(argv) == f".venv-dev/bin/python {wanted}"
+
+
+def test_the_command_of_a_row_does_not_depend_on_the_working_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT / "benchmarks")
+    assert harness.command(["bench_x.py", "results", "../docs"]) == (
+        ".venv-dev/bin/python benchmarks/bench_x.py benchmarks/results docs"
+    )
+
+
+def test_the_command_of_a_row_is_that_of_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", [str(Path(sys.executable).parent / "motionrt"), "bench", str(tmp_path)])
+    row = json.loads(harness.append_row("q", {}, folder=tmp_path).read_text())
+    assert row["command"] == ".venv-dev/bin/motionrt bench FOLDER"
