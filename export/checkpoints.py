@@ -198,7 +198,7 @@ def open_any(path: Path) -> Mapping[str, Lazy]:
     return read_header(path)[0] if path.suffix == ".safetensors" else open_torch_file(path)
 
 
-def convert(path: Path, out: Path) -> dict[str, Stored]:
+def convert(path: Path, out: Path) -> Mapping[str, Stored]:
     """The `torch.save` file `path` as the safetensors file `out`, tensor by tensor; an `out` of the same bytes is kept."""
     digest = sha256_of(path)
     if out.is_file():
@@ -207,7 +207,7 @@ def convert(path: Path, out: Path) -> dict[str, Stored]:
             return tensors
     opened = open_torch_file(path)
     entries = [Entry(key, lazy.dtype, lazy.shape, lazy.read) for key, lazy in opened.items()]
-    return write_file(out, entries, {"format": "pt", "source": path.name, "sha256": digest})
+    return write_file(out, entries, {"format": "pt", "source": path.name, "sha256": digest}).tensors
 
 
 def match(

@@ -27,7 +27,6 @@ from motionrt.export.onnx_functions import add_functions, symbolic_forms
 from motionrt.export.partition import Partition, Program
 from motionrt.export.safetensors_file import Entry, write_file
 from motionrt.export.structure import faked, materialise
-from motionrt.runtime.manifest import sha256_of
 
 Read = Callable[[str], Tensor | None]
 _RESULT = "result of "
@@ -150,8 +149,8 @@ def _stream(
         path.parent.mkdir(parents=True, exist_ok=True)
         data = path.with_suffix(".safetensors")
         if entries:
-            where = write_file(data, entries)
-            for name, stored in where.items():
+            written = write_file(data, entries)
+            for name, stored in written.tensors.items():
                 initializer = model.graph.initializers[name]
                 initializer.const_value = onnx_ir.ExternalTensor(
                     data.name, stored.offset, stored.size, onnx_ir.DataType(_ONNX[stored.dtype]),
@@ -167,7 +166,9 @@ def _stream(
         ],
         "activations": activations,
     }
-    return {**ports, **({"data": {"file": f"{path.parent.name}/{data.name}", "sha256": sha256_of(data)}} if entries else {})}
+    if not entries:
+        return ports
+    return {**ports, "data": {"file": f"{path.parent.name}/{data.name}", "sha256": written.sha256}}
 
 
 _ONNX = {

@@ -66,7 +66,7 @@ def test_header_reads_what_the_library_wrote_and_the_library_what_we_wrote(tmp_p
     header, metadata = read_header(tmp_path / "theirs.safetensors")
     assert metadata == {"format": "pt"}
     entries = [Entry(k, v.dtype, tuple(v.shape), lambda v=v: v) for k, v in tensors.items()]
-    ours = write_file(tmp_path / "ours.safetensors", entries, {"who": "us"})
+    ours = write_file(tmp_path / "ours.safetensors", entries, {"who": "us"}).tensors
     again = load_file(tmp_path / "ours.safetensors")
     for key, value in tensors.items():
         assert torch.equal(header[key].read(), value) and header[key].dtype == value.dtype
@@ -84,7 +84,7 @@ def test_written_tensors_are_aligned_and_made_one_at_a_time(tmp_path: Path) -> N
         return call
 
     entries = [Entry(n, torch.float32, (size,), make(n, size)) for n, size in (("odd", 3), ("x", 16), ("y", 32))]
-    where = write_file(tmp_path / "w.safetensors", entries)
+    where = write_file(tmp_path / "w.safetensors", entries).tensors
     assert alive == ["x", "y", "odd"]
     assert where["x"].offset % 64 == 0 and where["y"].offset % 64 == 0
 
