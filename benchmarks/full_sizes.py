@@ -3,8 +3,8 @@
     cut = structure("svd", frames=16)
     plan = plan_memory(full_sizes("svd", 16, cut), steps=25)
 
-Modules are those that an export traces, with fake weights; configs are those of the public `config.json` files. `motion`
-(VideoMAE) is left out: it serves no request.
+Modules are those that an export traces, with fake weights; configs are those of `sparse_models`. `motion` (VideoMAE) is left
+out: it serves no request.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from motionrt.export.cogvideox_bundle import DecodeCausal, EncodeCausal
 from motionrt.export.liveness import live_bytes
-from motionrt.export.motionrag import Cama, Resampler
 from motionrt.export.onnx_functions import symbolic_forms
 from motionrt.export.partition import Partition, Program
 from motionrt.export.parts import AppearanceTokens, Preprocess, Text
@@ -28,30 +27,11 @@ from motionrt.export.structure import faked, meta
 from motionrt.export.svd_bundle import DecodeTemporal, EncodeStill
 from motionrt.export.text import SentenceEmbedding
 from motionrt.runtime.memory_plan import GraphSize
+from sparse_models import RELEASED
 
 Ports = tuple[tuple[str, str, tuple[int, ...]], ...]
 BF16 = torch.bfloat16
-STEPS, TOKENS = 25, 256
-_T5_XXL: dict[str, Any] = {
-    "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
-    "feed_forward_proj": "gated-gelu",
-}  # fmt: skip
-_CAUSAL_VAE: dict[str, Any] = {
-    "down_block_types": ["CogVideoXDownBlock3D"] * 4, "up_block_types": ["CogVideoXUpBlock3D"] * 4,
-    "block_out_channels": [128, 256, 256, 512], "latent_channels": 16, "layers_per_block": 3, "norm_num_groups": 32,
-    "sample_height": 480, "sample_width": 720, "scaling_factor": 0.7, "temporal_compression_ratio": 4,
-}  # fmt: skip
-_TEMPORAL_VAE: dict[str, Any] = {
-    "down_block_types": ["DownEncoderBlock2D"] * 4, "block_out_channels": [128, 256, 512, 512], "latent_channels": 4,
-    "layers_per_block": 2, "sample_size": 768, "scaling_factor": 0.18215, "force_upcast": True,
-}  # fmt: skip
-_CLIP_H: dict[str, Any] = {
-    "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16, "image_size": 224,
-    "patch_size": 14, "projection_dim": 1024, "hidden_act": "gelu",
-}  # fmt: skip
-_DINO_L: dict[str, Any] = {
-    "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 224, "patch_size": 14
-}  # fmt: skip
+STEPS, TOKENS, SEEN = 25, 256, 224
 
 
 def full_sizes(model: str, frames: int, cut: Partition) -> Iterator[GraphSize]:
@@ -59,7 +39,7 @@ def full_sizes(model: str, frames: int, cut: Partition) -> Iterator[GraphSize]:
     yield _text_query()
     yield from _cogvideox(frames) if model == "cogvideox-5b-i2v" else _svd(frames)
     cama = [torch.empty(1, n, 25, 1024) for n in (9, 9)] + [torch.empty(1, 25, 1024)]
-    yield _traced("cama", lambda: Cama(25, 1024, 4, 16, 4096), torch.float32, cama, ("motion",))
+    yield _traced("cama", lambda: RELEASED.cama.build(), torch.float32, cama, ("motion",))
     yield _program("request", cut.request)
     yield _program("schedule", cut.schedule, STEPS)
     yield _program("step", cut.step)
@@ -71,15 +51,15 @@ def _cogvideox(frames: int) -> Iterator[GraphSize]:
 
     latents = ((frames - 1) // 4 + 1, 16, 60, 90)
     ids = [torch.empty(1, 226, dtype=torch.int64)]
-    yield _traced("text", lambda: Text(T5EncoderModel(T5Config(**_T5_XXL))), BF16, ids, ("text",))
+    yield _traced("text", lambda: Text(T5EncoderModel(T5Config(**RELEASED.t5))), BF16, ids, ("text",))
     yield _appearance(480, 720)
     still = [torch.empty(1, 3, 480, 720), torch.empty(1, *latents[1:])]
     yield _traced(
-        "encode", lambda: EncodeCausal(AutoencoderKLCogVideoX(**_CAUSAL_VAE), latents[0], BF16), BF16, still,
+        "encode", lambda: EncodeCausal(AutoencoderKLCogVideoX(**RELEASED.causal_vae), latents[0], BF16), BF16, still,
         ("image_latents",),
     )  # fmt: skip
     feed = [torch.empty(1, *latents)]
-    yield _traced("decode", lambda: DecodeCausal(AutoencoderKLCogVideoX(**_CAUSAL_VAE), BF16), BF16, feed, ("video",))
+    yield _traced("decode", lambda: DecodeCausal(AutoencoderKLCogVideoX(**RELEASED.causal_vae), BF16), BF16, feed, ("video",))
 
 
 def _svd(frames: int) -> Iterator[GraphSize]:
@@ -87,22 +67,23 @@ def _svd(frames: int) -> Iterator[GraphSize]:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     def encode() -> nn.Module:
-        clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**_CLIP_H))
-        return EncodeStill(clip, AutoencoderKLTemporalDecoder(**_TEMPORAL_VAE), (576, 1024), BF16)
+        clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**RELEASED.clip))
+        return EncodeStill(clip, AutoencoderKLTemporalDecoder(**RELEASED.temporal_vae), (576, 1024), BF16)
 
     yield _appearance(576, 1024)
     picture = torch.empty(1, 3, 576, 1024)
     yield _traced("encode", encode, BF16, [picture, picture], ("image_context", "image_latents"))
     feed = [torch.empty(1, frames, 4, 72, 128)]
-    yield _traced("decode", lambda: DecodeTemporal(AutoencoderKLTemporalDecoder(**_TEMPORAL_VAE), BF16), BF16, feed, ("video",))
+    vae = RELEASED.temporal_vae
+    yield _traced("decode", lambda: DecodeTemporal(AutoencoderKLTemporalDecoder(**vae), BF16), BF16, feed, ("video",))
 
 
 def _appearance(height: int, width: int) -> GraphSize:
     from transformers import Dinov2Config, Dinov2Model
 
     def make() -> nn.Module:
-        dino = Dinov2Model(Dinov2Config(**_DINO_L))
-        proj = Resampler(1024, 4, 64, 12, 25, 1024, 1024, 4)
+        dino = Dinov2Model(Dinov2Config(**{**RELEASED.dinov2, "image_size": SEEN}))
+        proj = RELEASED.appearance.build()
         return AppearanceTokens(dino, proj, Preprocess(height, width, 256, "bicubic"), BF16)
 
     return _traced("appearance", make, BF16, [torch.empty(1, 3, height, width)], ("appearance",))

@@ -93,3 +93,15 @@ def test_doctor_prints_and_returns_the_plan(run: Run, fake_bundle: Path) -> None
     text = " ".join(out.split())
     assert status == 0 and "memory plan of one request, as stored" in text and "8 GB: fits, all graphs resident, 7." in text
     assert "are not recorded" in text
+
+
+def test_state_of_folded_cogvideox_at_full_size_is_316_mb_for_a_token_set() -> None:
+    tokens, width, layers = 25, 3072, 42
+    folded = [(f"folded_{i}", "bfloat16", (2, width, 48 * tokens)) for i in range(layers)]
+    values = [(f"values_{i}", "bfloat16", (2, 48, tokens, 64)) for i in range(layers)]
+    made = (*folded, *values)
+    request = GraphSize("request", {"bfloat16": 1_346_377_728}, (("motion", "float32", (1, 25, 1024)),), made, 0)
+    step = GraphSize("step", {"bfloat16": 9_517_268_096}, (LATENTS, *made), (LATENTS,), 0)
+    plan = plan_memory([request, step], steps=25)
+    assert plan.request_state == 2 * 316_108_800  # specs/motionrag.md B2: 7.53 MB per layer and token set, 316 MB in all
+    assert plan_memory([request, step], steps=25, dtype="float32").request_state == 4 * 316_108_800
