@@ -4,6 +4,8 @@
     python benchmarks/partition_report.py cogvideox-5b-i2v --frames 49
     python benchmarks/partition_report.py svd --frames 16
 
+    python benchmarks/partition_report.py --table        # docs/models.md's table of memory plans, from the newest rows
+
 Appends a row to results/partition_report.jsonl, and with `--memory` the memory plan of all graphs of a bundle (text encoder,
 VAE and so on traced as well) to results/memory_plan.jsonl; `--no-row` only prints.
 """
@@ -11,6 +13,7 @@ VAE and so on traced as well) to results/memory_plan.jsonl; `--no-row` only prin
 from __future__ import annotations
 
 import argparse
+import json
 import resource
 from collections import Counter
 from dataclasses import asdict
@@ -18,7 +21,7 @@ from time import perf_counter
 from typing import Any
 
 from full_sizes import STEPS, full_sizes
-from harness import append_row
+from harness import RESULTS, append_row
 from motionrt.export.partition import Partition
 from motionrt.export.released import structure
 from motionrt.export.structure import weights_by_class
@@ -57,14 +60,46 @@ def memory(model: str, frames: int, cut: Partition) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def table() -> str:
+    """The newest memory plans as Markdown: one column for each model and number of frames."""
+    rows = {}
+    for line in (RESULTS / "memory_plan.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        rows[f"{row['model']}, {row['frames']} frames"] = row
+
+    def gib(count: int) -> str:
+        return f"{count / 2**30:.2f}"
+
+    lines = [f"| GiB, bfloat16 | {' | '.join(rows)} |", f"| --- {'| --- ' * len(rows)}|"]
+    plans = [{graph["name"]: graph for graph in row["plan"]["graphs"]} for row in rows.values()]
+    for name in dict.fromkeys(name for plan in plans for name in plan):
+        cells = (f"{gib(p[name]['weights'])} + {gib(p[name]['activations'])}" if name in p else "" for p in plans)
+        lines.append(f"| `{name}`: weights + activations | {' | '.join(cells)} |")
+    for key, said in (
+        ("request_state", "request state"), ("schedule_rows", "rows of the schedule"), ("loop", "the loop alone, in all"),
+        ("largest", "largest graph, in all"), ("resident", "all graphs resident, in all"),
+    ):  # fmt: skip
+        lines.append(f"| {said} | {' | '.join(gib(row['plan'][key]) for row in rows.values())} |")
+    for index, fit in enumerate(next(iter(rows.values()))["plan"]["fits"]):
+        says = (row["lines"][index].partition(": ")[2] for row in rows.values())
+        lines.append(f"| **{fit['gib']} GB** | {' | '.join(says)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=["cogvideox-5b-i2v", "svd"])
-    parser.add_argument("--frames", type=int, required=True)
+    parser.add_argument("model", choices=["cogvideox-5b-i2v", "svd"], nargs="?")
+    parser.add_argument("--frames", type=int)
+    parser.add_argument("--table", action="store_true", help="print the newest memory plans as Markdown, and nothing else")
     parser.add_argument("--layers", type=int, help="fewer blocks of CogVideoX; no row is written")
     parser.add_argument("--memory", action="store_true", help="the memory plan as well")
     parser.add_argument("--no-row", action="store_true")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table())
+        return
+    if arguments.model is None or arguments.frames is None:
+        parser.error("a model and --frames are needed")
     row, cut = report(arguments.model, arguments.frames, arguments.layers)
     model = row["classes"]["model"]
     print(f"{arguments.model}, {arguments.frames} frames: {model['parameters'] / 1e6:.2f} M parameters")
