@@ -126,7 +126,7 @@ def _program(name: str, program: Program, repeated: int = 1) -> GraphSize:
     """One program of the partition; `repeated` rows of the schedule at once."""
     nodes = [node for node in program.module.graph.nodes if node.op == "placeholder"]
     inputs = [(port, node.meta["val"]) for port, node in zip(program.inputs, nodes, strict=True)]
-    results = program.module.graph.output_node().args[0]
+    results: Any = program.module.graph.output_node().args[0]
     made = [(port, node.meta["val"]) for port, node in zip(program.outputs, results, strict=True)]
     weights = _by_dtype(value for _, value in program.module.named_buffers())
     return GraphSize(name, weights, _ports(inputs), _ports(made), repeated * live_bytes(program.module.graph))
