@@ -23,6 +23,7 @@ from motionrt.export.onnx_from_torch import Example
 from motionrt.export.parts import Part, taken, text_part
 from motionrt.export.real import Sources, Stage, encoders, memory_plan, partition_entry, unconditional_tokens
 from motionrt.export.released import cogvideox_step, plain, step_args
+from motionrt.export.sentence import add_text_query, sentence_encoder
 from motionrt.export.structure import meta
 from motionrt.export.tokenizers_from import tokenizer_json
 
@@ -146,6 +147,8 @@ def export_cogvideox(
     checked.append(vae_part(base, lambda vae: EncodeCausal(vae, latents[0], dtype), "encoder", dtype))
     reports += [report for part in checked for report in part.reports]
 
+    query = sentence_encoder(sources.text_query)
+    reports += query.part.reports if query is not None else ()
     convert_folder(sources.motionrag, sources.converted)  # nothing is written before this line
     files = open_motionrag(sources.converted, blocks, overlay=overlay, sos=sources.sos)
     made = encoders(sources, files, frames, size)
@@ -158,7 +161,7 @@ def export_cogvideox(
         stage = Stage(folder, say)
         ids = Example({}, {"input_ids": torch.empty(1, tokens, dtype=torch.int64, device="meta")})
         stage.add("text", text, [ids, ids], ("text",))
-        query_tokenizer, query_digest = stage.add_text_query()
+        query_tokenizer, query_digest = add_text_query(stage, query)
         digests = stage.add_encoders(made, model, dtype)
         still = {"image": torch.empty(1, 3, *size, device="meta"), "noise": torch.empty(1, *latents[1:], device="meta")}
         part = vae_part(base, lambda vae: EncodeCausal(vae, latents[0], dtype), "encoder", dtype)
@@ -175,7 +178,7 @@ def export_cogvideox(
             graphs=stage.graphs,
             solvers={name: {n: solver_rows(made, n) for n in sources.steps} for name, made in schedulers.items()},
             default_solver=("dpm", DEFAULT_STEPS if DEFAULT_STEPS in sources.steps else max(sources.steps)),
-            tokenizers={"text": (*tokenizer[:1], tokens, tokenizer[1]), "text_query": (query_tokenizer, 256, 0)},
+            tokenizers={"text": (*tokenizer[:1], tokens, tokenizer[1]), "text_query": query_tokenizer},
             guidance=GUIDANCE,
             defaults={"target_range": sources.target_range},
             digests={"text_query": query_digest, **digests},

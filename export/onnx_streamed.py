@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
+from motionrt.export.liveness import live_bytes
 from motionrt.export.onnx_from_torch import OPSET, Example, Range, _name_outputs, dynamic_axes, dynamic_shapes, port
 from motionrt.export.onnx_functions import add_functions, symbolic_forms
 from motionrt.export.partition import Partition, Program
@@ -115,6 +116,7 @@ def _stream(
         program = torch.export.export(module, tuple(first.feed.values()), dynamic_shapes=shapes, strict=False)
         results = [n.meta["val"] for n in program.graph.output_node().args[0] if isinstance(n, torch.fx.Node)]
         program = program.run_decompositions(symbolic_forms())
+        activations = live_bytes(program.graph)
         exported = torch.onnx.export(
             program, input_names=names, output_names=[f"{_RESULT}{n}" for n in outputs], opset_version=OPSET, dynamo=True,
             verbose=False, optimize=False,
@@ -162,6 +164,7 @@ def _stream(
         "outputs": [
             port(n, a, dynamic_axes(a, b, first.sizes, second.sizes), ranges) for n, a, b in zip(outputs, *wanted, strict=True)
         ],
+        "activations": activations,
     }
     if not entries:
         return ports

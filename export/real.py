@@ -35,7 +35,8 @@ class Sources:
 
     `base`: diffusers folder; `motionrag`: folder with its files; `videomae`, `dinov2`: transformers folders; `converted`:
     where `.ckpt` files become safetensors, once. `target_range`: what DINOv2 sees of the still, "correct" [-1, 1] or as
-    CogVideoX was "released" [0, 1] (quirk A14.1). `positions`: see `cogvideox.fix_positions` (A7).
+    CogVideoX was "released" [0, 1] (quirk A14.1). `positions`: see `cogvideox.fix_positions` (A7). `text_query`: folder of a
+    sentence-transformers model to search with; None for the packaged one.
     """
 
     base: Path
@@ -47,6 +48,7 @@ class Sources:
     sos: SosToken | None = None
     target_range: str = "correct"
     positions: str = "released"
+    text_query: Path | None = None
     steps: tuple[int, ...] = tuple(range(2, 51))
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ from motionrt.export.onnx_from_torch import Example
 from motionrt.export.parts import Part, taken
 from motionrt.export.real import Sources, Stage, encoders, memory_plan, partition_entry, unconditional_tokens
 from motionrt.export.released import plain, step_args, svd_step
+from motionrt.export.sentence import add_text_query, sentence_encoder
 from motionrt.export.structure import meta
 from motionrt.export.svd import INPUTS, euler_rows, spatial_attentions
 
@@ -181,6 +182,8 @@ def export_svd(
     reports = [*files.reports, step_weights(base, files)[1], *(report for part in checked for report in part.reports)]
     scheduler = _scheduler(base)
 
+    query = sentence_encoder(sources.text_query)
+    reports += query.part.reports if query is not None else ()
     convert_folder(sources.motionrag, sources.converted)  # nothing is written before this line
     files = open_motionrag(sources.converted, blocks, overlay=False, sos=sources.sos)
     made = encoders(sources, files, frames, size)
@@ -195,7 +198,7 @@ def export_svd(
 
     with staged(out) as folder:
         stage = Stage(folder, say)
-        query_tokenizer, query_digest = stage.add_text_query()
+        query_tokenizer, query_digest = add_text_query(stage, query)
         digests = stage.add_encoders(made, model, dtype)
         picture = torch.empty(1, 3, *size, device="meta")
         stage.add(
@@ -214,7 +217,7 @@ def export_svd(
             graphs=stage.graphs,
             solvers={"euler": {n: euler_rows(scheduler, n) for n in sources.steps}},
             default_solver=("euler", DEFAULT_STEPS if DEFAULT_STEPS in sources.steps else max(sources.steps)),
-            tokenizers={"text_query": (query_tokenizer, 256, 0)},
+            tokenizers={"text_query": query_tokenizer},
             guidance=GUIDANCE,
             defaults={"target_range": sources.target_range},
             digests={"text_query": query_digest, **digests},

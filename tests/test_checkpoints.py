@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from motionrt.export import safetensors_file  # noqa: E402
+from motionrt.export import checkpoints, safetensors_file  # noqa: E402
 from motionrt.export.checkpoints import CheckpointError, check_pipeline, match, open_component, open_torch_file  # noqa: E402
 from motionrt.export.motionrag_files import (  # noqa: E402
     CamaSize,
@@ -266,6 +267,25 @@ def test_a_cut_torch_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "f.ckpt").write_bytes(buffer.getvalue()[:2500])
     with pytest.raises(CheckpointError, match="f.ckpt"):
         open_torch_file(tmp_path / "f.ckpt")
+
+
+def test_a_model_published_as_a_pickle_is_converted_by_the_command_that_the_error_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    torch.save({"a": torch.arange(3.0), "b": torch.ones(2, 2)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError) as refused:
+        open_component(tmp_path, "", None)
+    named = re.search("`python -m motionrt.export.checkpoints (.*)`", str(refused.value))
+    assert named is not None
+    checkpoints.main(named[1].split())
+    assert "2 tensors" in capsys.readouterr().out
+    assert open_component(tmp_path, "", None).tensors["a"].read().tolist() == [0, 1, 2]
+    with pytest.raises(SystemExit, match="usage: "):
+        checkpoints.main([])
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Attack()))
+    with pytest.raises(SystemExit, match="was not opened|cannot be read"):
+        checkpoints.main(named[1].split())
 
 
 # --- MotionRAG's files ----------------------------------------------------------------------------------------------
