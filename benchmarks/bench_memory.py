@@ -201,7 +201,8 @@ def measure(options: argparse.Namespace, count: int, size: int) -> None:
         print("{clips} x {embedding}: recall@9 {recall:.4f}, p50 {p50_ms:.3f} ms, p99 {p99_ms:.3f} ms".format(**row))
         print("  open {open_ms:.1f} ms, with the first search {open_and_first_search_ms:.1f} ms".format(**row))
         row |= {"adding": adding(memory, path, queries, warm, tokens)}
-        print("  process +{pss_anon_mib:.0f} MiB, +{pss_file_mib:.0f} mapped;".format(**row["process_more"]), "adding 1,000:", row["adding"])
+        print("  process +{pss_anon_mib:.0f} MiB, +{pss_file_mib:.0f} mapped".format(**row["process_more"]))
+        print("  adding 1,000:", row["adding"])
         harness.append_row("bench_memory", row, folder=options.results)
 
         searches: dict[str, Search] = {"memory": lambda q: [r.id for r in memory.search(q, K)]}

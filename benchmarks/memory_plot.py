@@ -75,7 +75,7 @@ def table(rows_file: Path) -> str:
     """The table of docs/memory.md, one line for each size."""
     newest = newest_rows(rows_file)
     lines = [
-        "| clips | recall@9 | p50 | p99 | open | LanceDB flat | LanceDB HNSW | 1,000 more | process | index built | bytes a clip |",
+        "| clips | recall@9 | p50 | p99 | open | LanceDB flat | LanceDB HNSW | 1,000 more | process | index | bytes a clip |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
 
