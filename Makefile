@@ -19,8 +19,9 @@ demo: .venv/.installed
 	.venv/bin/motionrt demo
 
 # Never `python -m pytest`: it puts the repository root on sys.path, where `kernels` hides a package of Hugging Face.
+# Two processes, each with whole files of tests, and one thread each: what the smallest machine of CI has.
 test: .venv-dev/.installed
-	.venv-dev/bin/pytest
+	OMP_NUM_THREADS=1 .venv-dev/bin/pytest -n 2 --dist loadfile
 
 lint: .venv-dev/.installed
 	.venv-dev/bin/ruff check .
