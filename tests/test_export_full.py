@@ -25,9 +25,10 @@ from motionrt.runtime.demo import load_by_path  # noqa: E402
 from motionrt.runtime.memory_rows import Reference  # noqa: E402
 from motionrt.runtime.pipeline import MotionPipeline  # noqa: E402
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parent.parent
 models = load_by_path(ROOT / "tests" / "real_models.py")
-FRAMES, SIZE, LATENTS, MOTION = 5, (12, 16), (2, 4, 6, 8), (3, 64)
+FRAMES, SIZE, LATENTS, MOTION = 5, (24, 32), (2, 4, 6, 8), (3, 64)
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +46,9 @@ def scripts() -> Iterator[tuple[Any, Any]]:
 def toy(scripts: tuple[Any, Any]) -> Any:
     """Every part at a toy size."""
     vae = {
-        "block_out_channels": [4, 8], "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 2, "sample_height": 12,
-        "sample_width": 16, "scaling_factor": 0.7, "down_block_types": ["CogVideoXDownBlock3D"] * 2,
-        "up_block_types": ["CogVideoXUpBlock3D"] * 2,
+        "block_out_channels": [4, 4, 8], "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 2, "sample_height": 24,
+        "sample_width": 32, "scaling_factor": 0.7, "down_block_types": ["CogVideoXDownBlock3D"] * 3,
+        "up_block_types": ["CogVideoXUpBlock3D"] * 3,
     }  # fmt: skip
     t5 = {
         "vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2,
@@ -117,7 +118,7 @@ def test_the_row_tells_memory_stages_graphs_and_counts(scripts: tuple[Any, Any],
             assert 0 < inferred < graph["inner_values"]
         else:
             assert 0 < inferred == graph["inner_values"]
-    assert row["bundle_bytes"] > sum(graph["weights_bytes"] for graph in graphs.values()) > 1e6
+    assert row["bundle_bytes"] > sum(graph["weights_bytes"] for graph in graphs.values()) > 5e5
     classes = row["classes"]
     counted = full.Expected(
         classes["schedule"]["parameters"] + classes["constant"]["parameters"], classes["model"]["parameters"], 1
@@ -149,9 +150,11 @@ def test_memory_beyond_the_page_cache_is_what_was_written_to_and_not_what_was_ma
         assert mapped.max() == 0
         after_mapping = memory.peak()
         held = np.ones(50_000_000, np.uint8)
-        del held
         assert after_mapping - before < 20_000_000
         assert 45_000_000 < memory.peak() - before < 70_000_000
+        del held
+        memory.peak()
+        assert memory.peak() - before < 20_000_000  # a new stretch
 
 
 def test_the_files_for_svd_are_those_that_its_export_takes(scripts: tuple[Any, Any], toy: Any, tmp_path: Path) -> None:
@@ -243,4 +246,4 @@ def test_an_fp16_bundle_runs_on_the_cpu_and_is_near_the_fp32_modules(
             error = float(np.linalg.norm(ours - theirs.numpy()) / np.linalg.norm(theirs))
             record_property(f"relative L2 of {name} in fp16", error)
             print(f"{name}: relative L2 {error:.2e}")
-            assert 0 < error < 1e-2, name
+            assert 0 < error < 2e-3, name  # the worst that was seen: 6e-4
