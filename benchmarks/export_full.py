@@ -153,11 +153,12 @@ def export(root: Path, request: Request, *, limit: float = LIMIT) -> dict[str, A
     if most * 1e6 > limit:
         raise MemoryError(f"the export took {most} MB beyond the page cache; allowed are {limit / 1e6:.0f}")
     files = [path for path in bundle.rglob("*") if path.is_file()]
+    read = [path for path in root.rglob("*.safetensors") if bundle not in path.parents and not path.is_symlink()]
     return {
         "model": request.model,
         "frames": request.frames,
         "dtype": request.dtype,
-        "weights_read_bytes": sum(f.stat().st_size for f in root.rglob("*.safetensors") if bundle not in f.parents),
+        "weights_read_bytes": sum(path.stat().st_size for path in read),
         "bundle_bytes": sum(f.stat().st_size for f in files),
         "bundle_bytes_on_disk": sum(f.stat().st_blocks * 512 for f in files),
         "seconds": round(seconds, 1),

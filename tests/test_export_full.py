@@ -25,6 +25,7 @@ from motionrt.runtime.demo import load_by_path  # noqa: E402
 from motionrt.runtime.memory_rows import Reference  # noqa: E402
 from motionrt.runtime.pipeline import MotionPipeline  # noqa: E402
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parent.parent
 models = load_by_path(ROOT / "tests" / "real_models.py")
 FRAMES, SIZE, LATENTS, MOTION = 5, (24, 32), (2, 4, 6, 8), (3, 64)
@@ -50,7 +51,7 @@ def toy(scripts: tuple[Any, Any]) -> Any:
         "up_block_types": ["CogVideoXUpBlock3D"] * 3,
     }  # fmt: skip
     t5 = {
-        "vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2,
+        "vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2,
         "feed_forward_proj": "gated-gelu",
     }  # fmt: skip
     temporal = {
@@ -69,7 +70,7 @@ def toy(scripts: tuple[Any, Any]) -> Any:
         "hidden_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 70, "patch_size": 14, "mlp_ratio": 2
     }  # fmt: skip
     return scripts[1].Sizes(
-        {**models.COGVIDEOX, "num_layers": 1}, vae, t5, models.UNET, temporal, clip, videomae, dinov2,
+        {**models.COGVIDEOX, "num_layers": 1}, vae, t5, {"out_channels": 4, **models.UNET}, temporal, clip, videomae, dinov2,
         ResamplerSize(64, 1, 1, 3, 24, 64, 2), ResamplerSize(64, 1, 1, 3, 40, 64, 2), CamaSize(3, 64, 1, 1, 96),
     )  # fmt: skip
 
@@ -102,8 +103,8 @@ def world(scripts: tuple[Any, Any], toy: Any, tmp_path_factory: pytest.TempPathF
 def test_the_row_tells_memory_stages_graphs_and_counts(scripts: tuple[Any, Any], world: tuple[Path, dict[str, Any]]) -> None:
     full, row = scripts[0], world[1]
     assert [stage["stage"] for stage in row["stages"]] == [
-        "open and check files", "unconditional tokens", "text", "text_query", "motion", "appearance", "cama", "encode",
-        "decode", "partition", "schedule", "request", "step", "inspect",
+        "open and check files", "unconditional tokens", "text", "motion", "appearance", "cama", "encode", "decode", "partition",
+        "schedule", "request", "step", "inspect",
     ]  # fmt: skip
     assert row["peak_anonymous_mb"] == max(stage["peak_mb"] for stage in row["stages"]) > 100
     assert row["ru_maxrss_mb"] >= row["peak_anonymous_mb"] * 0.99
@@ -117,7 +118,7 @@ def test_the_row_tells_memory_stages_graphs_and_counts(scripts: tuple[Any, Any],
             assert 0 < inferred < graph["inner_values"]
         else:
             assert 0 < inferred == graph["inner_values"]
-    assert row["bundle_bytes"] > sum(graph["weights_bytes"] for graph in graphs.values()) > 1e6
+    assert row["bundle_bytes"] > sum(graph["weights_bytes"] for graph in graphs.values()) > 5e5
     classes = row["classes"]
     counted = full.Expected(
         classes["schedule"]["parameters"] + classes["constant"]["parameters"], classes["model"]["parameters"], 1
@@ -149,9 +150,11 @@ def test_memory_beyond_the_page_cache_is_what_was_written_to_and_not_what_was_ma
         assert mapped.max() == 0
         after_mapping = memory.peak()
         held = np.ones(50_000_000, np.uint8)
-        del held
         assert after_mapping - before < 20_000_000
         assert 45_000_000 < memory.peak() - before < 70_000_000
+        del held
+        memory.peak()
+        assert memory.peak() - before < 20_000_000  # a new stretch
 
 
 def test_the_files_for_svd_are_those_that_its_export_takes(scripts: tuple[Any, Any], toy: Any, tmp_path: Path) -> None:
@@ -227,7 +230,8 @@ def test_an_fp16_bundle_runs_on_the_cpu_and_is_near_the_fp32_modules(
         state = dict(step)
         for name, feed in (("schedule", {"timesteps": step["timestep"]}), ("request", state), ("step", state)):
             wanted = [port.name for port in pipeline.bundle.graph(name).inputs]
-            state |= pipeline.graph(name)({port: feed[port] for port in wanted})
+            found = pipeline.graph(name)({port: feed[port] for port in wanted})
+            state |= {port: value[0] for port, value in found.items()} if name == "schedule" else found  # a row of each table
         results["step"] = [state["next_latents"], state["x0"]]
         still = draw.integers(0, 256, (*SIZE, 3), np.uint8)
         references = [Reference(0, 1.0, "", "", 0.0, 1.0, results["motion"][0][0], results["appearance"][0][0])]
@@ -236,10 +240,10 @@ def test_an_fp16_bundle_runs_on_the_cpu_and_is_near_the_fp32_modules(
     text = {key: stored.dtype for key, stored in read_header(root / "bundle" / "graphs" / "text.safetensors")[0].items()}
     assert {dtype for key, dtype in text.items() if ".wo." in key} == {torch.float32}
     assert {dtype for key, dtype in text.items() if ".wo." not in key} == {torch.float16}
-    assert video.shape == (FRAMES, *SIZE, 3) and video.std() > 0
+    assert video.shape[1:] == (*SIZE, 3) and video.std() > 0  # diffusers' VAE makes 8 pictures of 2 latent frames
     for name, want in reference(root, toy, feeds, unconditional).items():
         for ours, theirs in zip(results[name], want, strict=True):
             error = float(np.linalg.norm(ours - theirs.numpy()) / np.linalg.norm(theirs))
             record_property(f"relative L2 of {name} in fp16", error)
             print(f"{name}: relative L2 {error:.2e}")
-            assert 0 < error < 1e-2, name
+            assert 0 < error < 2e-3, name  # the worst that was seen: 6e-4
