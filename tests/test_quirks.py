@@ -56,18 +56,21 @@ def tokens(seed: int) -> Any:
     return torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(scope="module")
-def video(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+def released(folder: Path, layers: int) -> dict[Any, Any]:
     """A CogVideoX model's files, its modules, and a request."""
-    folder = tmp_path_factory.mktemp("cogvideox")
-    config = models.cogvideox_config(LAYERS)
+    config = models.cogvideox_config(layers)
     parts = models.write_cogvideox(folder, config)
     files = models.release.motionrag_states(
-        {f"transformer.transformer_blocks.{i}.attn1": 64 for i in range(LAYERS)}, overlay=True
+        {f"transformer.transformer_blocks.{i}.attn1": 64 for i in range(layers)}, overlay=True
     )
     image = torch.rand(1, 3, *SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
     ids = [torch.tensor([[5, 9, 30, 1, 0, 0]]), torch.tensor([[7, 1, 0, 0, 0, 0]])]
     return {"folder": folder, "config": config, "parts": parts, "files": files, "image": image, "ids": ids}
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    return released(tmp_path_factory.mktemp("cogvideox"), LAYERS)
 
 
 def theirs(video: dict[str, Any], frames: int = 17, **choices: Any) -> Any:
@@ -132,6 +135,12 @@ def test_denoiser_is_that_of_diffusers_pipeline(choices: dict[str, Any], video: 
     assert apart(ours(video, **choices), theirs(video, **choices)) < 1e-5
 
 
+def test_denoiser_of_all_42_blocks_is_that_of_diffusers_pipeline(tmp_path: Path) -> None:
+    whole = released(tmp_path, 42)
+    for frames in (17, 49):
+        assert apart(ours(whole, frames), theirs(whole, frames)) < 1e-5
+
+
 def without_earlier(rows: Any) -> Any:
     return np.where(np.arange(6) == 4, np.float32(0), rows)
 
@@ -168,9 +177,10 @@ def test_49_frames_with_recomputed_positions_show(video: dict[str, Any], monkeyp
 @pytest.fixture(scope="module")
 def film(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """An SVD model's modules and files, a still, and what diffusers' pipeline makes of it."""
-    config, frames = {**models.UNET, "layers_per_block": 1}, 5
+    config, frames = models.WHOLE_UNET, 5
     parts = models.write_svd(tmp_path_factory.mktemp("svd"), config)
     blocks = {f"unet.{path}": a.to_q.in_features for path, a in svd.spatial_attentions(parts["unet"])}
+    assert len(blocks) == len(list(svd.temporal_attentions(parts["unet"]))) == 16
     files = models.release.motionrag_states(blocks, overlay=False)
     still = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), np.uint8)
     want, _ = plainly.svd_video(
