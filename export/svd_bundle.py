@@ -25,6 +25,7 @@ from motionrt.export.released import plain, step_args, svd_step
 from motionrt.export.sentence import add_text_query, sentence_encoder
 from motionrt.export.structure import meta
 from motionrt.export.svd import INPUTS, euler_rows, spatial_attentions
+from motionrt.runtime.decode import tile_size
 
 GUIDANCE, FIRST_GUIDANCE, DEFAULT_STEPS, FPS = 3.0, 1.0, 25, 7
 MOTION_BUCKET, NOISE_LEVEL = 127.0, 0.02
@@ -204,7 +205,10 @@ def export_svd(
             "encode", encode_part(base, size, dtype), [Example({}, {"image": picture, "noise": picture})] * 2,
             ("image_context", "image_latents"),
         )  # fmt: skip
-        feed = {"latents": torch.empty(1, *latents, device="meta")}
+        # chunks of one size are one graph, run for each (`motionrt.runtime.decode`); a rest is a chunk inside the graph
+        tile = (tile_size(length, sources.tiles) for length in latents[2:])
+        shape = (1, frames if frames % DECODED else DECODED, latents[1], *tile)
+        feed = {"latents": torch.empty(shape, device="meta")}
         stage.add("decode", decode_part(base, dtype), [Example({}, feed)] * 2, ("video",))
 
         cut = stage.add_step(step, step_args(INPUTS, config, latents, motion), INPUTS, weights)

@@ -29,6 +29,7 @@ def export(
     sos_token: Annotated[str | None, typer.Option(help="seed:NUMBER or a file, where the checkpoint has none.")] = None,
     target_range: Annotated[str, typer.Option(help="What DINOv2 sees of the still: correct, or as released.")] = "correct",
     positions: Annotated[str, typer.Option(help="CogVideoX positions off 49 frames: released, or learned.")] = "released",
+    decode_tiles: Annotated[int, typer.Option(help="Tiles along either side in which latents are decoded.")] = 1,
 ) -> None:
     """Export a checkpoint as a bundle. Needs the build side: pip install motionrt[export].
 
@@ -65,6 +66,7 @@ def export(
             target_range=target_range,
             positions=positions,
             text_query=text_query,
+            tiles=decode_tiles,
         )
         frames = frames or _FRAMES[what]
         if what == "svd":

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from motionrt.runtime.backend import Array, Backend, Graph, call, fetch, open_backend
 from motionrt.runtime.bundle import Bundle, Solver
 from motionrt.runtime.choose import Choice, choose
+from motionrt.runtime.decode import decode_video
 from motionrt.runtime.errors import BackendError, Cancelled, InputError
 from motionrt.runtime.noise import check_seed, noise
 from motionrt.runtime.request import STAGES, Prepared, Request, Result
@@ -115,7 +116,7 @@ class MotionPipeline:
 
     def warm(self) -> None:
         """Load every graph that a request runs, so that the first request is as fast as the next."""
-        for name in ("text", "appearance", "cama", "encode", "request", "schedule", "step", "decode"):
+        for name in ("text", "appearance", "cama", "encode", "request", "schedule", "step", "decode", "decode_next"):
             if name in self.bundle.graphs:
                 self.graph(name)
         if self.memory is not None:
@@ -221,7 +222,7 @@ class MotionPipeline:
         )
         seconds["step"] += sum(step_seconds)
         start = time.perf_counter()
-        frames = to_frames(fetch(self._call("decode", {"latents": latents})["video"]))
+        frames = to_frames(decode_video(self._call, self.bundle, latents))
         seconds["decode"] += time.perf_counter() - start
         return Result(
             frames, prepared.references, seconds, step_seconds, seed, self.bundle.model.fps, prepared.fallback,
