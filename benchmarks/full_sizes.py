@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from motionrt.export.cogvideox_bundle import DecodeCausal, EncodeCausal
+from motionrt.export.cogvideox_bundle import DecodeCausal, EncodeCausal, _flat, chunks
 from motionrt.export.liveness import live_bytes
 from motionrt.export.onnx_functions import symbolic_forms
 from motionrt.export.partition import Partition, Program
@@ -58,8 +58,19 @@ def _cogvideox(frames: int) -> Iterator[GraphSize]:
         "encode", lambda: EncodeCausal(AutoencoderKLCogVideoX(**RELEASED.causal_vae), latents[0], BF16), BF16, still,
         ("image_latents",),
     )  # fmt: skip
-    feed = [torch.empty(1, *latents)]
-    yield _traced("decode", lambda: DecodeCausal(AutoencoderKLCogVideoX(**RELEASED.causal_vae), BF16), BF16, feed, ("video",))
+    first, after = chunks(latents[0])
+    with meta(BF16), torch.no_grad():
+        vae = AutoencoderKLCogVideoX(**RELEASED.causal_vae).eval()
+        kept = _flat(vae.decoder(torch.empty(1, 16, first, *latents[2:], dtype=BF16, device="meta"))[1])
+    names, given = ("video", *(f"next_{name}" for name in kept)), tuple(kept)
+
+    def decode(caches: tuple[str, ...]) -> nn.Module:
+        return DecodeCausal(AutoencoderKLCogVideoX(**RELEASED.causal_vae), BF16, caches)
+
+    feed = [torch.empty(1, first, *latents[1:])]
+    yield _traced("decode", lambda: decode(()), BF16, feed, names)
+    feed = [torch.empty(1, after, *latents[1:]), *kept.values()]
+    yield _traced("decode_next", lambda: decode(given), BF16, feed, names)
 
 
 def _svd(frames: int) -> Iterator[GraphSize]:

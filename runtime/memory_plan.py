@@ -31,7 +31,7 @@ DEVICES = (8, 16, 24, 80)  # GiB, as cards are sold
 RESERVE = GIB // 2
 WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}  # what may be converted into each other
 _STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-LOOP, AFTER = "step", "decode"
+LOOP, AFTER = "step", ("decode", "decode_next")
 BEFORE = ("text_query", "text", "appearance", "cama", "encode", "request", "schedule")
 # `motion` encodes reference clips when they are indexed, `step_plain` is there to compare: neither serves a request
 
@@ -120,7 +120,7 @@ def plan_memory(graphs: Sequence[GraphSize], *, steps: int, dtype: str | None = 
     request_state = _sum(sizes[LOOP].inputs, dtype, only=state)
     schedule_rows = steps * _sum(sizes[LOOP].inputs, dtype, only=rows)
     plans = []
-    for name in (*BEFORE, LOOP, AFTER):
+    for name in (*BEFORE, LOOP, *AFTER):
         if name not in sizes:
             continue
         graph = sizes[name]
@@ -128,7 +128,7 @@ def plan_memory(graphs: Sequence[GraphSize], *, steps: int, dtype: str | None = 
         ports = sum(
             _bytes(port, None) for port in (*graph.inputs, *graph.outputs) if port[0] not in inner
         )  # fmt: skip
-        when = "loop" if name == LOOP else "after" if name == AFTER else "before"
+        when = "loop" if name == LOOP else "after" if name in AFTER else "before"
         plans.append(GraphPlan(name, when, _converted(graph.weights, dtype), _activations(graph, dtype), ports))
     between = request_state + schedule_rows
     needs = {plan.name: plan.alone + (between if plan.name in ("request", "schedule", LOOP) else 0) for plan in plans}
@@ -150,7 +150,7 @@ def _fit(gib: int, resident: int, needs: Mapping[str, int]) -> Fit:
     largest = max(needs.values())
     if largest <= room:
         return Fit(gib, "fits with request modules dropped before the loop, one graph at a time", room - largest)
-    served = [name for name in needs if name in (LOOP, AFTER)]
+    served = [name for name in needs if name in (LOOP, *AFTER)]
     over = [name for name, need in needs.items() if need > room]
     if not set(over) & set(served):
         most = max(need for name, need in needs.items() if name not in over)
