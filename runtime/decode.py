@@ -31,7 +31,8 @@ def decode_video(call: Call, bundle: Bundle, latents: Any) -> Array:
     """
     frames, _, height, width = (dim.max for dim in _latents(bundle, "decode")[1:])
     if (frames, height, width) == (latents.shape[1], *latents.shape[3:]):
-        return fetch(call("decode", {"latents": latents})["video"])  # in one piece: nothing leaves the device before
+        whole: Array = fetch(call("decode", {"latents": latents})["video"])  # in one piece: nothing leaves the device before
+        return whole
     latents = fetch(latents)
     if frames > latents.shape[1] or height > latents.shape[3] or width > latents.shape[4]:
         raise _unfit(bundle, "decode", latents.shape)
