@@ -10,6 +10,7 @@ cross-attentions, adapters included, leave the loop, so the goal is to be cheape
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,7 +149,7 @@ def run(suite: gpu_step.Suite, size: Size) -> None:
     for mode in ("eager", "compiled", "tuned"):
         suite.stage(f"base_{mode}", flops[1], lambda mode=mode: (gpu_step.plain(base, values, mode), mode))  # type: ignore[misc]
     suite.free()
-    unet.set_attn_processor(adapted)
+    unet.set_attn_processor(dict(adapted))  # it empties what it is given
     if any(suite.due(stage) for stage in suite.options.stages if stage.startswith("ours")):
         start = perf_counter()
         step = SvdStep(unet, tokens, size.latents[0], TIME_IDS).to(device).eval()
@@ -159,7 +160,7 @@ def run(suite: gpu_step.Suite, size: Size) -> None:
             make = lambda mode=mode: gpu_step.ours(cut, inputs, mode, device)  # noqa: E731
             suite.stage(f"ours_{mode}", cut.classes["step"].flops, make)
             suite.free()
-        unet.set_attn_processor(adapted)
+        unet.set_attn_processor(dict(adapted))  # it empties what it is given
     for mode in ("compiled", "tuned"):  # last: their compilers take minutes and say the least
         make = lambda mode=mode: (gpu_step.plain(released, values, mode), mode)  # noqa: E731
         suite.stage(f"released_{mode}", flops[0], make)
@@ -167,19 +168,25 @@ def run(suite: gpu_step.Suite, size: Size) -> None:
 
 
 def _flops(unet: Any, values: Mapping[str, Tensor], tokens: Tensor, size: Size) -> tuple[int, int]:
-    """FLOPs of the step as released and of the base step, counted by torch as it runs them once."""
+    """FLOPs of the step as released and of the base step, counted by torch as it runs them once.
+
+    Its counter knows no fused attention of a CPU: there it is run as the products that it consists of.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
+    cpu = tokens.device.type == "cpu"
     found = []
     adapted = dict(unet.attn_processors)
     for adapter in (True, False):
         if not adapter:
             unet.set_attn_processor(AttnProcessor2_0())
         module = AsReleased(unet, tokens, size.latents[0], adapter=adapter).to(tokens.device).eval()
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        attention = sdpa_kernel(SDPBackend.MATH) if cpu else contextlib.nullcontext()
+        with torch.no_grad(), attention, FlopCounterMode(display=False) as counter:
             module(**values)
         found.append(int(counter.get_total_flops()))
-    unet.set_attn_processor(adapted)
+    unet.set_attn_processor(dict(adapted))  # it empties what it is given
     return found[0], found[1]
 
 
