@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import gpu_step
 import harness
+from counts import MOTION, UNET
 from motionrt.export.motionrag import MotionAdapterCrossAttention
 from motionrt.export.partition import partition
 from motionrt.export.released import OUTPUTS, SVD_UNET, plain, step_args
@@ -30,13 +31,6 @@ from motionrt.export.svd import INPUTS, SvdStep, install_svd_adapter
 from profile_step import step_inputs
 
 TIME_IDS = (6.0, 127.0, 0.02)  # frames per second - 1, motion bucket, noise level
-TOY_UNET: dict[str, Any] = {
-    "block_out_channels": (32, 64),
-    "down_block_types": ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
-    "up_block_types": ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
-    "layers_per_block": 1, "num_attention_heads": (2, 4), "cross_attention_dim": 24, "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 24,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,7 +45,7 @@ class Size:
 
 
 FULL = Size()
-TOY = Size("svd toy", (2, 4, 8, 16), (3, 20), TOY_UNET, 1)
+TOY = Size("svd toy", (2, 4, 8, 16), MOTION, UNET, 1)
 
 
 class Handed(MotionAdapterCrossAttention):
