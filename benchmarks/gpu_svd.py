@@ -10,6 +10,7 @@ cross-attentions, adapters included, leave the loop, so the goal is to be cheape
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 import gpu_step
 import harness
+from counts import MOTION, UNET
 from motionrt.export.motionrag import MotionAdapterCrossAttention
 from motionrt.export.partition import partition
 from motionrt.export.released import OUTPUTS, SVD_UNET, plain, step_args
@@ -29,13 +31,6 @@ from motionrt.export.svd import INPUTS, SvdStep, install_svd_adapter
 from profile_step import step_inputs
 
 TIME_IDS = (6.0, 127.0, 0.02)  # frames per second - 1, motion bucket, noise level
-TOY_UNET: dict[str, Any] = {
-    "block_out_channels": (32, 64),
-    "down_block_types": ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
-    "up_block_types": ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
-    "layers_per_block": 1, "num_attention_heads": (2, 4), "cross_attention_dim": 24, "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 24,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ class Size:
 
 
 FULL = Size()
-TOY = Size("svd toy", (2, 4, 8, 16), (3, 20), TOY_UNET, 1)
+TOY = Size("svd toy", (2, 4, 8, 16), MOTION, UNET, 1)
 
 
 class Handed(MotionAdapterCrossAttention):
@@ -148,7 +143,7 @@ def run(suite: gpu_step.Suite, size: Size) -> None:
     for mode in ("eager", "compiled", "tuned"):
         suite.stage(f"base_{mode}", flops[1], lambda mode=mode: (gpu_step.plain(base, values, mode), mode))  # type: ignore[misc]
     suite.free()
-    unet.set_attn_processor(adapted)
+    unet.set_attn_processor(dict(adapted))  # it empties what it is given
     if any(suite.due(stage) for stage in suite.options.stages if stage.startswith("ours")):
         start = perf_counter()
         step = SvdStep(unet, tokens, size.latents[0], TIME_IDS).to(device).eval()
@@ -159,7 +154,7 @@ def run(suite: gpu_step.Suite, size: Size) -> None:
             make = lambda mode=mode: gpu_step.ours(cut, inputs, mode, device)  # noqa: E731
             suite.stage(f"ours_{mode}", cut.classes["step"].flops, make)
             suite.free()
-        unet.set_attn_processor(adapted)
+        unet.set_attn_processor(dict(adapted))  # it empties what it is given
     for mode in ("compiled", "tuned"):  # last: their compilers take minutes and say the least
         make = lambda mode=mode: (gpu_step.plain(released, values, mode), mode)  # noqa: E731
         suite.stage(f"released_{mode}", flops[0], make)
@@ -167,19 +162,25 @@ def run(suite: gpu_step.Suite, size: Size) -> None:
 
 
 def _flops(unet: Any, values: Mapping[str, Tensor], tokens: Tensor, size: Size) -> tuple[int, int]:
-    """FLOPs of the step as released and of the base step, counted by torch as it runs them once."""
+    """FLOPs of the step as released and of the base step, counted by torch as it runs them once.
+
+    Its counter knows no fused attention of a CPU: there it is run as the products that it consists of.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
+    cpu = tokens.device.type == "cpu"
     found = []
     adapted = dict(unet.attn_processors)
     for adapter in (True, False):
         if not adapter:
             unet.set_attn_processor(AttnProcessor2_0())
         module = AsReleased(unet, tokens, size.latents[0], adapter=adapter).to(tokens.device).eval()
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        attention = sdpa_kernel(SDPBackend.MATH) if cpu else contextlib.nullcontext()
+        with torch.no_grad(), attention, FlopCounterMode(display=False) as counter:
             module(**values)
         found.append(int(counter.get_total_flops()))
-    unet.set_attn_processor(adapted)
+    unet.set_attn_processor(dict(adapted))  # it empties what it is given
     return found[0], found[1]
 
 

@@ -22,6 +22,10 @@ class Row:
     def get(self, key: str, default: Any = None) -> Any:
         return self.data.get(key, default)
 
+    def label(self, first: str = "backend") -> str:
+        """What a line or a bar is called."""
+        return " ".join(str(self.get(key)) for key in (first, "loading") if self.get(key))
+
     @property
     def on_gpu(self) -> bool:
         """Whether a GPU did the work; a row of the processor's work may name a GPU that was there too."""
@@ -57,7 +61,7 @@ def groups(rows: Iterable[Row], *keys: str) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(", ".join(str(row.get(key)) for key in keys if row.get(key) not in (None, "")), []).append(row)
-    kind = ("what", "model", "backend", "graph", "k", "axis", "value", "flavor", "frames", "reduced", "variant", "stage")
+    kind = ("what", "model", "backend", "graph", "k", "axis", "value", "flavor", "frames", "reduced", "loading")
     return {
         name: list({tuple(str(row.get(key)) for key in kind): row for row in every if _run(row) == _run(every[-1])}.values())
         for name, every in found.items()
@@ -83,7 +87,7 @@ def times(rows: Sequence[Row], *over: str, first: str = "backend") -> list[str]:
     head = [first, "p50 ms", "p95", "p99", "n", *(f"x {name}" for name in over), *(RATES[key] for key in rates), "difference"]
     body = [
         [
-            str(row.get(first, "?")), *(number(row.get(key)) for key in ("p50_ms", "p95_ms", "p99_ms", "n")),
+            row.label(first), *(number(row.get(key)) for key in ("p50_ms", "p95_ms", "p99_ms", "n")),
             *(ratio(row.get(f"over_{name}")) for name in over), *(number(row.get(key)) for key in rates),
             error(row.get("error")),
         ]

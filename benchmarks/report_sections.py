@@ -18,13 +18,16 @@ ADAPTER = ("base", "released", "folded", "fused", "scale_0", "base_ours")
 def adapter(report: Report) -> list[str]:
     """Per model the variants of a step, and how much each takes on top of the base step."""
     parts: list[str] = []
-    for name, rows in groups(report.rows("bench_adapter"), "model").items():
+    for name, rows in groups(report.rows("bench_adapter"), "model", "runtime").items():
         rows = ordered(rows, ADAPTER)
         parts += [f"### {name}", "", *times(rows, "base", "base_ours"), "", text.source(rows), ""]
         base = next((row for row in rows if row.get("backend") == "base" and row.get("flops")), None)
         if base is not None:
             counted = [f"{r.get('backend')} {r.get('flops') / base.get('flops') - 1:+.2%}" for r in rows if r.get("flops")]
             parts += [f"FLOPs on top of the base step's: {', '.join(counted)}.", ""]
+        counted_at = next((row.get("flops_over_base") for row in rows if row.get("flops_over_base")), None)
+        if counted_at is not None:
+            parts += [f"Counted, here and in the model that it stands for: {text.facts({'FLOPs over base': counted_at})}.", ""]
         shares = [bar for row in rows if (bar := _share(row)) is not None]
         if shares:
             title = f"{name}: time of a step on top of the base step"
@@ -90,9 +93,16 @@ def stages(question: str) -> Callable[[Report], list[str]]:
     def render(report: Report) -> list[str]:
         parts: list[str] = []
         for name, rows in groups(named(report.rows(question)), "model").items():
-            parts += [f"### {name}", "", *times(rows, "request", "total", "second_request"), "", text.source(rows), ""]
+            parts += [
+                f"### {name}",
+                "",
+                *times(rows, "request", "total", "second_request", "parallel"),
+                "",
+                text.source(rows),
+                "",
+            ]
             items = [
-                Bar(str(row.get("backend")), row.get("p50_ms"), note=f"{row.get('p50_ms'):,.2f} ms")
+                Bar(row.label(), row.get("p50_ms"), note=f"{row.get('p50_ms'):,.2f} ms")
                 for row in rows if row.get("p50_ms") is not None
             ]  # fmt: skip
             if items:
@@ -123,29 +133,30 @@ def scaling(report: Report) -> list[str]:
         parts += [text.source(rows), ""]
         series: dict[str, list[tuple[float, float]]] = {}
         for row in measured:
-            x = row.get("x", row.get("value"))
+            x = row.get("size", row.get("value"))
             if isinstance(x, (int, float)):
                 series.setdefault(str(row.get("backend")), []).append((float(x), float(row.get("p50_ms"))))
         curves = {f"fit of {row.get('backend')}": curve for row in fits if (curve := _curve(row, series))}
         if series:
             title = f"{name}: p50 ms of a step"
-            svg = lines(title, series | curves, across=name.split(", ")[-1], up="ms", dashed=list(curves))
+            across = next((str(row.get("over")) for row in fits if row.get("over")), name.split(", ")[-1])
+            svg = lines(title, series | curves, across=across, up="ms", dashed=list(curves))
             parts += [report.figure(f"scaling_{text.slug(name)}", svg, title), "", text.source(rows), ""]
     return parts
 
 
 def _curve(row: Row, series: Mapping[str, Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
-    """A fitted curve between the measured ends: `coefficients` of 1, x, x^2 ..., or `exponent` and `factor`."""
+    """A fitted curve between the measured ends, in ms: `polynomial` in c_0, c_1 ..., else `power`; none where neither is."""
     points = series.get(str(row.get("backend")))
     if not points or len(points) < 2:
         return []
     begin, end = min(x for x, _ in points), max(x for x, _ in points)
     places = [begin + (end - begin) * index / 24 for index in range(25)]
-    coefficients = row.get("coefficients")
-    if isinstance(coefficients, list) and coefficients and all(isinstance(c, (int, float)) for c in coefficients):
-        curve = [(x, sum(c * x**power for power, c in enumerate(coefficients))) for x in places]
-    elif isinstance(row.get("exponent"), (int, float)) and isinstance(row.get("factor"), (int, float)):
-        curve = [(x, row.get("factor") * x ** row.get("exponent")) for x in places]
+    polynomial, power = row.get("polynomial") or {}, row.get("power") or row.data
+    if polynomial.get("coefficients_ms"):
+        curve = [(x, sum(c * x**n for n, c in enumerate(polynomial["coefficients_ms"]))) for x in places]
+    elif power.get("exponent") is not None and power.get("coefficient_ms") is not None:
+        curve = [(x, power["coefficient_ms"] * x ** power["exponent"]) for x in places]
     else:
         return []
     return [(x, y) for x, y in curve if y >= 0]

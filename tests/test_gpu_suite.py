@@ -35,6 +35,7 @@ def printed_rows(suite: ModuleType, out: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # under a minute of work for one processor; CI machines are shared
 def test_every_stage_runs_on_the_cpu_or_says_why_not(
     suite: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,17 +98,20 @@ def test_every_question_of_the_contract_is_rendered(report: ModuleType, tmp_path
             timing("release", 60.0 * k, k=k, over_memory=[30 * k] * 3),
         )
     write(tmp_path, "bench_end_to_end", timing("step", 80.0), timing("decode", 20.0), timing("request", 100.0))
-    write(tmp_path, "bench_cold_start", timing("import", 300.0), timing("first_request", 500.0, over_second_request=[5, 4, 6]))
+    write(tmp_path, "bench_cold_start", timing("import", 300.0), timing("total", 400.0, loading="parallel"))
+    write(tmp_path, "bench_cold_start", timing("total", 500.0, loading="sequential", over_parallel=[5, 4, 6]))
     for value in (1, 2, 4):
         write(tmp_path, "bench_scaling", timing("ours", 3.0 * value**2, axis="frames", value=value))
-    fit = {"what": "fit", "axis": "frames", "exponent": 2.0, "factor": 3.0, "residual": 0.01}
+    fit = {"what": "fit", "axis": "frames", "over": "L", "power": {"exponent": 2.0, "coefficient_ms": 3.0}}
     write(tmp_path, "bench_scaling", {**MACHINE, "run": "1", "model": "demo", "backend": "ours", **fit})
     write(tmp_path, "export_full", {**MACHINE, "model": "cogvideox-5b-i2v", "frames": 17, "seconds": 1234.0})
     page, figures = report.page(tmp_path)
     assert "| 4 | release | 240 |" in section(page, "Conditioning") and "120" in section(page, "Conditioning")
     assert "20.00 ms" in figures["bench_end_to_end_demo.svg"]
-    assert "5.00 [4.00, 6.00]" in section(page, "Cold start")
-    assert "exponent 2, factor 3, residual 0.01" in section(page, "Scaling")
+    cold = section(page, "Cold start")
+    assert "5.00 [4.00, 6.00]" in cold and "| total parallel | 400 |" in cold and "| total sequential | 500 |" in cold
+    assert "power exponent 2, coefficient_ms 3" in section(page, "Scaling")
+    assert ">L; ms<" in figures["scaling_demo_frames.svg"]
     assert figures["scaling_demo_frames.svg"].count("<polyline") == 2, "the measured line and the fitted one"
     assert "| cogvideox-5b-i2v | 17 |" in section(page, "Export and build")
     for title in ("Conditioning", "End to end", "Cold start", "Scaling"):
