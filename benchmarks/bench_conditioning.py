@@ -199,6 +199,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("demo", "full-encoders"), default="demo")
     parser.add_argument("--folder", type=Path, help="full-encoders: where its bundle, videos and memory are made, and kept")
+    parser.add_argument(
+        "--videos", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="full-encoders: of the reference videos, else 480 720"
+    )
     parser.add_argument("--bundle", type=Path, default=DEMO / "bundle")
     parser.add_argument("--memory", type=Path, default=DEMO / "memory")
     parser.add_argument("--clips", type=Path, help="folder that the memory's relative sources are in (default: beside it)")
@@ -217,8 +220,8 @@ def main(arguments: list[str] | None = None) -> None:
     if full:
         from encoder_bundle import prepare
 
-        prepare(options.folder, 12, options.threads, lambda text: print(text, flush=True))
-        options.bundle, options.memory = options.folder / "bundle", options.folder / "memory"
+        place = prepare(options.folder, 12, options.threads, lambda text: print(text, flush=True), options.videos)
+        options.bundle, options.memory = options.folder / "bundle", place / "memory"
     with MotionPipeline.from_bundle(options.bundle, options.memory, threads=options.threads) as pipeline:
         model = pipeline.bundle.model
         size = model.height, model.width
@@ -237,7 +240,7 @@ def report(work: Conditioning, options: argparse.Namespace) -> None:
     name = options.model if options.model != "demo" else work.pipeline.bundle.name
     shared = {
         "model": name, "what": "conditioning", "shape": [model.frames, 3, model.height, model.width], "dtype": "float32",
-        "threads": options.threads, "clips": work.pipeline.memory.stats().clips, "note": options.note,
+        "videos": options.videos, "threads": options.threads, "clips": work.pipeline.memory.stats().clips, "note": options.note,
     }  # fmt: skip
     points: dict[str, dict[int, float]] = {}
     for k in options.k:

@@ -7,33 +7,59 @@ are drawn. Times do not depend on values; parity does not either, because both w
 
 from __future__ import annotations
 
+import json
+import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from export_full import write_encoders, write_motionrag
+import harness
 from motionrt.export.bundle import staged, write_manifest
 from motionrt.export.checkpoints import Lazy
-from motionrt.export.motionrag_files import SosToken, open_motionrag
+from motionrt.export.motionrag_files import CamaSize, ResamplerSize, SosToken, adapter_shapes, open_motionrag
 from motionrt.export.parts import Part
 from motionrt.export.real import Encoders, Sources, Stage, encoders
+from motionrt.export.safetensors_file import sparse_file
+from motionrt.export.structure import meta
 from motionrt.runtime.backend import OnnxRuntimeBackend
 from motionrt.runtime.bundle import Bundle
 from motionrt.runtime.indexing import ClipEncoders, index_clips
 from motionrt.runtime.memory import MotionMemory
 from motionrt.runtime.video import write_video
 
-FRAMES, SIZE, FPS, REFERENCES = 17, (480, 720), 8, 9  # CogVideoX; 9 references of 25 tokens fill CAMA's 256 positions
+FPS, REFERENCES = 8, 9  # 9 references of 25 tokens, and the still's, are what CAMA's 256 positions hold
 BLOCK = {"transformer.transformer_blocks.0.attn1": 64}  # an adapter must be there to be opened; nothing here uses it
 SUBJECTS = ("a red kite", "two white horses", "the old ferry", "a paper lantern", "thick smoke", "a small dog")
 MOTIONS = ("drifts slowly to the left", "turns around on the spot", "rises and falls again", "runs towards the camera")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Configs of the encoders, Resamplers and CAMA; frames and (height, width) of a clip."""
+
+    videomae: Mapping[str, Any]
+    dinov2: Mapping[str, Any]
+    motion: ResamplerSize
+    appearance: ResamplerSize
+    cama: CamaSize
+    frames: int
+    picture: tuple[int, int]
+
+
+RELEASED = Sizes(
+    {"use_mean_pooling": True},
+    {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 518, "patch_size": 14},
+    ResamplerSize(1024, 4, 12, 25, 768, 1024, 4), ResamplerSize(1024, 4, 12, 25, 1024, 1024, 4),
+    CamaSize(25, 1024, 4, 16, 4096), 17, (480, 720),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,29 +84,63 @@ def drawn(part: Part) -> Part:
     return replace(part, weights=weights)
 
 
-def released_encoders(folder: Path) -> tuple[Encoders, tuple[int, int]]:
-    """The exporter's parts of files of the released shapes (sparse, in `folder`), with drawn weights; (M, D)."""
-    write_encoders(folder)
-    write_motionrag(folder / "rag", BLOCK, False)
+def write_files(folder: Path, sizes: Sizes) -> None:
+    """Files of `sizes` as they are released, sparse, of zeros: the exporter reads names and shapes from them."""
+    from transformers import Dinov2Config, Dinov2Model, VideoMAEConfig, VideoMAEModel
+
+    def sparse(path: Path, module: Callable[[], nn.Module], prefix: str = "") -> dict[str, tuple[int, ...]]:
+        with meta():
+            state = module().state_dict()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return {f"{prefix}{key}": tuple(value.shape) for key, value in state.items() if key != "sos_token"}
+
+    models: tuple[tuple[str, Any, Any, Mapping[str, Any]], ...] = (
+        ("videomae", VideoMAEModel, VideoMAEConfig, sizes.videomae),
+        ("dinov2", Dinov2Model, Dinov2Config, sizes.dinov2),
+    )
+    for name, model, config, values in models:
+        path = folder / name / "model.safetensors"
+        shapes = sparse(path, lambda model=model, config=config, values=values: model(config(**values)))  # type: ignore[misc]
+        sparse_file(path, shapes, torch.float32)
+        named = {**values, "model_type": name, "architectures": [model.__name__]}
+        (path.parent / "config.json").write_text(json.dumps(named))
+    rag = folder / "rag" / "motion_proj.safetensors"
+    sparse_file(rag, sparse(rag, sizes.motion.build), torch.float32)
+    sparse_file(rag.with_stem("Motion-Adapter"), adapter_shapes(BLOCK, sizes.cama.dim), torch.float32)
+    transformer = sparse(rag, sizes.cama.build) | sparse(rag, sizes.appearance.build, "condition_proj.")
+    sparse_file(rag.with_stem("motion_transformer"), transformer, torch.float32)
+
+
+def drawn_encoders(folder: Path, sizes: Sizes) -> Encoders:
+    """The exporter's parts of files of `sizes` (written into `folder`), with drawn weights."""
+    write_files(folder, sizes)
     sos = SosToken(seed=42)
     files = open_motionrag(folder / "rag", BLOCK, overlay=False, sos=sos)
     sources = Sources(folder, folder / "rag", folder / "videomae", folder / "dinov2", folder, dtype="float32", sos=sos)
-    made = encoders(sources, files, FRAMES, SIZE)
-    parts = Encoders(lambda d: drawn(made.motion(d)), lambda d: drawn(made.appearance(d)), lambda: drawn(made.cama()))
-    return parts, (files.cama_size.num_queries, files.cama_size.dim)
+    made = encoders(sources, files, sizes.frames, sizes.picture)
+    return Encoders(lambda d: drawn(made.motion(d)), lambda d: drawn(made.appearance(d)), lambda: drawn(made.cama()))
 
 
-def write_bundle(
-    out: Path, parts: Encoders, tokens: tuple[int, int], frames: int, size: tuple[int, int], say: Callable[[str], None]
-) -> None:
+def copy_text_query(stage: Stage) -> tuple[str, str]:
+    """The demo's text_query, which is the encoder that every exporter packs: (its tokenizer's JSON, its digest)."""
+    demo = harness.ROOT / "demo" / "bundle"
+    manifest = json.loads((demo / "bundle.json").read_text(encoding="utf-8"))
+    shutil.copyfile(demo / "graphs" / "text_query.onnx", stage.path("text_query"))
+    stage.graphs["text_query"] = manifest["graphs"]["text_query"]
+    tokenizer = (demo / manifest["tokenizers"]["text_query"]["file"]).read_text(encoding="utf-8")
+    return tokenizer, manifest["digests"]["text_query"]
+
+
+def write_bundle(out: Path, parts: Encoders, sizes: Sizes, say: Callable[[str], None]) -> None:
     """Export text_query, motion, appearance and cama in float32 as the bundle `out`; it has no step, and cannot generate."""
     model = {
-        "frames": frames, "height": size[0], "width": size[1], "fps": FPS, "latents": [1, 1, 1, 1],
-        "motion_tokens": list(tokens), "max_references": REFERENCES, "default_references": REFERENCES,
+        "frames": sizes.frames, "height": sizes.picture[0], "width": sizes.picture[1], "fps": FPS, "latents": [1, 1, 1, 1],
+        "motion_tokens": [sizes.cama.num_queries, sizes.cama.dim], "max_references": REFERENCES,
+        "default_references": REFERENCES,
     }  # fmt: skip
     with staged(out) as folder:
         stage = Stage(folder, say)
-        tokenizer, digest = stage.add_text_query()
+        tokenizer, digest = copy_text_query(stage)
         digests = stage.add_encoders(parts, model, torch.float32)
         write_manifest(
             folder, name="full-encoders", model=model, graphs=stage.graphs,
@@ -101,7 +161,7 @@ def moving_picture(number: int, frames: int, size: tuple[int, int]) -> NDArray[n
 
 
 def write_clips(folder: Path, count: int, size: tuple[int, int], rate: int = 24, seconds: float = 3) -> list[tuple[Path, str]]:
-    """`count` H.264 files of `size`, which is the model's own: the cheapest that the release could be given. (file, caption)"""
+    """`count` H.264 files of `size`. At the model's own size they are the cheapest to decode. (file, caption)"""
     clips = []
     for number in range(count):
         path = folder / f"{number:03d}.mp4"
@@ -123,13 +183,20 @@ def write_memory(path: Path, bundle: Path, clips: Sequence[tuple[Path, str]], th
         raise RuntimeError(f"could not index: {report.failed}")
 
 
-def prepare(folder: Path, count: int, threads: int, say: Callable[[str], None]) -> None:
-    """Bundle, clips and memory in `folder`, made once: what is whole is kept."""
+def prepare(folder: Path, count: int, threads: int, say: Callable[[str], None], videos: tuple[int, int] | None = None) -> Path:
+    """Bundle, videos and memory in `folder`, made once: what is whole is kept. The folder of the videos' memory.
+
+    videos: their height and width, for each of which there is another folder; the model's own if not given.
+    """
+    sizes = RELEASED
     if not (folder / "bundle" / "bundle.json").exists():
         with tempfile.TemporaryDirectory(prefix="motionrt-encoders-") as work:
-            parts, tokens = released_encoders(Path(work))
-            write_bundle(folder / "bundle", parts, tokens, FRAMES, SIZE, say)
-    if not (folder / "done").exists():
-        clips = write_clips(folder / "clips", count, SIZE)
-        write_memory(folder / "memory", folder / "bundle", clips, threads, say)
-        (folder / "done").touch()
+            write_bundle(folder / "bundle", drawn_encoders(Path(work), sizes), sizes, say)
+    height, width = videos or sizes.picture
+    place = folder / f"{height}x{width}"
+    if not (place / "done").exists():
+        shutil.rmtree(place, ignore_errors=True)  # of a run that was stopped
+        clips = write_clips(place / "clips", count, (height, width))
+        write_memory(place / "memory", folder / "bundle", clips, threads, say)
+        (place / "done").touch()
+    return place
