@@ -206,8 +206,8 @@ def measure(options: argparse.Namespace, count: int, size: int) -> None:
         harness.append_row("bench_memory", row, folder=options.results)
 
         searches: dict[str, Search] = {"memory": lambda q: [r.id for r in memory.search(q, K)]}
-        if importlib.util.find_spec("lancedb") is None:
-            print("  LanceDB: not run: it is not installed")
+        if importlib.util.find_spec("lancedb") is None or options.rival_queries == 0:
+            print("  LanceDB: not run:", "--rival-queries 0" if options.rival_queries == 0 else "it is not installed")
         else:
             searches |= lance(options.folder / f"{name}.lance", memory, count, size)
             seconds, ids = timed(searches, queries[: options.rival_queries], warm[:RIVAL_WARMUPS])
@@ -255,7 +255,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, nargs=2, default=[8, 64], metavar=("M", "D"))
     parser.add_argument("--kind", choices=["float16", "int8"], default="float16")
     parser.add_argument("--queries", type=int, default=1000)
-    parser.add_argument("--rival-queries", type=int, default=200)
+    parser.add_argument("--rival-queries", type=int, default=200, help="0: without the rivals")
     parser.add_argument("--threads", type=int, default=1, help="for making the index; searches take one")
     parser.add_argument("--folder", type=Path, default=Path("out/bench_memory"), help="where the memories are kept")
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder for rows")
