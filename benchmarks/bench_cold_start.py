@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--born", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child is not None:
-        child(*json.loads(options.child), born=options.born)
+        child(*json.loads(options.child), options.born)
         return
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for index in range(-1, options.processes):  # the first pair brings the files into the page cache

@@ -65,7 +65,7 @@ def bench(
     notes += [counted] if counted else []
     console.print(f"{environment['bundle']}: {environment['backend']}, {environment['processor']}", markup=False)
     for item in report.bench_tables(rows, comparison, notes):
-        console.print(item, **({"markup": False} if isinstance(item, str) else {}))
+        console.print(item, markup=not isinstance(item, str))
     if json_path is not None:
         document = {
             **environment,
