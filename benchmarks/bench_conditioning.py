@@ -162,7 +162,8 @@ def kind(pipeline: MotionPipeline) -> str:
 def half_ulp(values: Floats, tokens: str) -> Floats:
     """What rounding to storage may change: half a unit in the last place of float16, or half an int8 step of the row."""
     if tokens == "int8":
-        return np.asarray(np.broadcast_to(np.abs(values).max(axis=-1, keepdims=True) / 254, values.shape), np.float32)
+        steps: Floats = np.abs(values).max(axis=-1, keepdims=True) * np.ones_like(values) / 254
+        return steps
     spacing: Floats = np.spacing(np.abs(values).astype(np.float16)).astype(np.float32)
     return spacing / 2
 
