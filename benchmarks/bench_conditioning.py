@@ -162,10 +162,10 @@ def kind(pipeline: MotionPipeline) -> str:
 def half_ulp(values: Floats, tokens: str) -> Floats:
     """What rounding to storage may change: half a unit in the last place of float16, or half an int8 step of the row."""
     if tokens == "int8":
-        steps: Floats = np.abs(values).max(axis=-1, keepdims=True) * np.ones_like(values) / 254
+        steps: Floats = np.abs(values).max(axis=-1, keepdims=True) / 254 * np.ones_like(values)
         return steps
     spacing: Floats = np.spacing(np.abs(values).astype(np.float16)).astype(np.float32)
-    return spacing / 2
+    return spacing * np.float32(0.5)
 
 
 def measure(work: Conditioning, ways: Sequence[str], k: int, warmups: int, rounds: int) -> harness.Comparison:
