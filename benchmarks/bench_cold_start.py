@@ -30,7 +30,7 @@ PHASES = ("interpreter", "import", "open", "load", "warm_up", "first_request", "
 WAYS = ("parallel", "sequential")
 
 
-def child(bundle: str, memory: str, threads: int, workers: int | None, image: str, prompt: str, born: float) -> None:
+def child(born: float, bundle: str, memory: str, threads: int, workers: int | None, image: str, prompt: str) -> None:
     """The measured process: prints seconds, CPU seconds and peak MiB after each phase, and the video's digest, as JSON."""
     seconds = {"interpreter": perf_counter() - born}  # one clock for all processes of a machine (Linux, macOS)
     cpu = {"interpreter": process_time()}
@@ -117,8 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--born", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child is not None:
-        bundle, memory, threads, workers, image, prompt = json.loads(options.child)
-        child(bundle, memory, threads, workers, image, prompt, options.born)
+        child(options.born, *json.loads(options.child))
         return
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for index in range(-1, options.processes):  # the first pair brings the files into the page cache

@@ -162,8 +162,8 @@ def kind(pipeline: MotionPipeline) -> str:
 def half_ulp(values: Floats, tokens: str) -> Floats:
     """What rounding to storage may change: half a unit in the last place of float16, or half an int8 step of the row."""
     if tokens == "int8":
-        step: Floats = (np.abs(values).max(axis=-1, keepdims=True) / 254).astype(np.float32)
-        return np.broadcast_to(step, values.shape)
+        steps: Floats = np.abs(values).max(axis=-1, keepdims=True) / 254 * np.ones_like(values)
+        return steps
     spacing: Floats = np.spacing(np.abs(values).astype(np.float16)).astype(np.float32)
     return spacing * np.float32(0.5)
 
@@ -237,7 +237,7 @@ def report(work: Conditioning, options: argparse.Namespace) -> None:
     """Measure every K that CAMA takes, print and append rows."""
     model = work.pipeline.bundle.model
     taken = next(p for p in work.pipeline.bundle.graph("cama").inputs if p.name == "reference_motion").dims[1]
-    assert work.pipeline.memory is not None
+    assert isinstance(work.pipeline.memory, MotionMemory)
     name = options.model if options.model != "demo" else work.pipeline.bundle.name
     shared = {
         "model": name, "what": "conditioning", "shape": [model.frames, 3, model.height, model.width], "dtype": "float32",

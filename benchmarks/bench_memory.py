@@ -82,9 +82,9 @@ def exact(queries: Floats, count: int, size: int) -> NDArray[np.int64]:
 
 
 def memory_of_process() -> dict[str, float]:
-    """MiB of this process: resident, and with shared pages divided among those who share them."""
+    """MiB of this process, pages that others share divided among them: all, its own, and those of mapped files."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
-    return {f"{name.lower()}_mib": int(lines[name].split()[0]) / 1024 for name in ("Rss", "Pss", "Private_Dirty")}
+    return {f"{name.lower()}_mib": int(lines[name].split()[0]) / 1024 for name in ("Pss", "Pss_Anon", "Pss_File")}
 
 
 def reader(path: Path, queries: Path) -> None:
@@ -104,7 +104,7 @@ def reader(path: Path, queries: Path) -> None:
     first = perf_counter()
     with memory:
         seconds, ids = timed({"memory": lambda q: [r.id for r in memory.search(q, K)]}, asked, warm)
-    used = memory_of_process()
+        used = memory_of_process()
     print(json.dumps({
         "open_ms": (opened - start) * 1e3, "open_and_first_search_ms": (first - start) * 1e3,
         **harness.summary(seconds["memory"]), "warmups": len(warm), "ids": ids["memory"],
@@ -201,12 +201,13 @@ def measure(options: argparse.Namespace, count: int, size: int) -> None:
         print("{clips} x {embedding}: recall@9 {recall:.4f}, p50 {p50_ms:.3f} ms, p99 {p99_ms:.3f} ms".format(**row))
         print("  open {open_ms:.1f} ms, with the first search {open_and_first_search_ms:.1f} ms".format(**row))
         row |= {"adding": adding(memory, path, queries, warm, tokens)}
-        print("  process +{pss_mib:.0f} MiB PSS;".format(**row["process_more"]), "adding 1,000:", row["adding"])
+        print("  process +{pss_anon_mib:.0f} MiB, +{pss_file_mib:.0f} mapped".format(**row["process_more"]))
+        print("  adding 1,000:", row["adding"])
         harness.append_row("bench_memory", row, folder=options.results)
 
         searches: dict[str, Search] = {"memory": lambda q: [r.id for r in memory.search(q, K)]}
-        if importlib.util.find_spec("lancedb") is None:
-            print("  LanceDB: not run: it is not installed")
+        if importlib.util.find_spec("lancedb") is None or options.rival_queries == 0:
+            print("  LanceDB: not run:", "--rival-queries 0" if options.rival_queries == 0 else "it is not installed")
         else:
             searches |= lance(options.folder / f"{name}.lance", memory, count, size)
             seconds, ids = timed(searches, queries[: options.rival_queries], warm[:RIVAL_WARMUPS])
@@ -254,7 +255,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, nargs=2, default=[8, 64], metavar=("M", "D"))
     parser.add_argument("--kind", choices=["float16", "int8"], default="float16")
     parser.add_argument("--queries", type=int, default=1000)
-    parser.add_argument("--rival-queries", type=int, default=200)
+    parser.add_argument("--rival-queries", type=int, default=200, help="0: without the rivals")
     parser.add_argument("--threads", type=int, default=1, help="for making the index; searches take one")
     parser.add_argument("--folder", type=Path, default=Path("out/bench_memory"), help="where the memories are kept")
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder for rows")

@@ -1,9 +1,11 @@
-"""How much faster is one denoising step after the compiler pass? The rewritten step against the plain one, one run.
+"""How much faster is one denoising step than in PyTorch, and what of that is the compiler pass? All in one run.
 
-    .venv-dev/bin/python benchmarks/bench_step.py --rounds 50
+    .venv-dev/bin/python benchmarks/bench_step.py                         # the demo, from its bundle
+    .venv-dev/bin/python benchmarks/bench_step.py --model cogvideox-mid   # or svd-mid: see mid_models.py
 
-Candidates: `rewritten` (graph `step`) and `plain` (graph `step_plain`: the same step as it was written), both in ONNX
-Runtime, and `eager`, the plain module in PyTorch, where that is installed. All must agree over a whole schedule first.
+Candidates: `rewritten` and `plain` (the same step as it was written), both in ONNX Runtime, and with PyTorch installed
+`eager` and `compiled`, the plain module there (step_rivals.py says how). All must agree first, on one step, and in the demo
+over a whole schedule too. All have the same threads.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from motionrt.runtime.backend import Graph, OnnxRuntimeBackend
 from motionrt.runtime.bundle import Bundle, Port, sha256_of
 from motionrt.runtime.noise import noise
 from motionrt.runtime.sampler import sample
+from onnx_graph import open_graph
+from step_rivals import compiled_step, torch_step
 
 DEMO = harness.ROOT / "demo"
 TOLERANCE = 1e-4  # of latents with unit variance, after all steps, in fp32
@@ -118,15 +122,27 @@ def check_checkpoint(bundle: Bundle, checkpoint: Path) -> None:
         )
 
 
-def eager_step(checkpoint: Path, threads: int) -> Graph | None:
-    """The plain module in PyTorch behind the same call; None where PyTorch is not installed."""
+def demo_rivals(bundle: Bundle, checkpoint: Path, request: Request, options: argparse.Namespace) -> dict[str, Graph]:
+    """`eager` and `compiled` of the demo; a word why where one is not there."""
     if importlib.util.find_spec("torch") is None:
-        return None
-    import torch
+        print("eager, compiled: not run: PyTorch is not installed")
+        return {}
+    check_checkpoint(bundle, checkpoint)
+    demo = demo_export()
+    module, example = demo.step_module(checkpoint), request.one_step(request.plain)
+    return rivals(module, tuple(demo.INPUTS), demo.STEP_OUTPUTS, example, options)
 
-    torch.set_num_threads(threads)
-    step: Graph = demo_export().eager_step(checkpoint)
-    return step
+
+def rivals(
+    module: Any, inputs: Sequence[str], outputs: Sequence[str], example: Arrays, options: argparse.Namespace
+) -> dict[str, Graph]:
+    """The plain module in PyTorch, eager and compiled."""
+    steps = {"eager": torch_step(module, inputs, outputs, threads=options.threads)}
+    if options.compile_mode != "none":
+        compiled = compiled_step(module, inputs, outputs, threads=options.threads, example=example, mode=options.compile_mode)
+        if compiled is not None:
+            steps["compiled"] = compiled
+    return steps
 
 
 def check_schedule(request: Request, steps: Mapping[str, tuple[Graph, tuple[Arrays, Arrays]]]) -> dict[str, float]:
@@ -139,46 +155,78 @@ def check_schedule(request: Request, steps: Mapping[str, tuple[Graph, tuple[Arra
     return errors
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Check, time, print the ratios and append one row for each candidate."""
-    parser = argparse.ArgumentParser(description="The rewritten step against the plain step and PyTorch eager.")
-    parser.add_argument("--bundle", type=Path, default=DEMO / "bundle")
-    parser.add_argument("--checkpoint", type=Path, default=DEMO / "checkpoint.safetensors")
-    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder for rows")
-    parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--warmups", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--note", default="")
-    options = parser.parse_args(arguments)
-
+def demo(options: argparse.Namespace) -> tuple[harness.Comparison, dict[str, Any], dict[str, dict[str, Any]]]:
+    """Check the demo's step over a whole schedule, then time one step: (times, what all rows say, what each one says)."""
     bundle = Bundle.open(options.bundle)
     backend = OnnxRuntimeBackend(threads=options.threads)
     request = make_request(bundle, lambda name: backend.load(bundle, name))
-    steps = {
-        "plain": (backend.load(bundle, "step_plain"), request.plain),
-        "rewritten": (backend.load(bundle, "step"), request.rewritten),
+    steps: dict[str, tuple[Graph, tuple[Arrays, Arrays]]] = {
+        "plain": (open_graph(bundle.graph_path("step_plain"), options.threads), request.plain),
+        "rewritten": (open_graph(bundle.graph_path("step"), options.threads), request.rewritten),
     }
-    eager = eager_step(options.checkpoint, options.threads)
-    if eager is None:
-        print("eager: not run: PyTorch is not installed")
-    else:
-        check_checkpoint(bundle, options.checkpoint)
-        steps["eager"] = (eager, request.plain)
+    for name, step in demo_rivals(bundle, options.checkpoint, request, options).items():
+        steps[name] = (step, request.plain)
     whole = check_schedule(request, steps)
-
-    def candidate(step: Graph, inputs: Arrays) -> harness.Candidate:
-        return lambda: step(inputs)
-
-    candidates = {name: candidate(step, request.one_step(inputs)) for name, (step, inputs) in steps.items()}
+    print(f"after all steps they differ by at most {max(whole.values()):.1e}")
+    candidates = {name: bind(step, request.one_step(inputs)) for name, (step, inputs) in steps.items()}
     result = harness.compare(candidates, reference="plain", tolerance=TOLERANCE, warmups=options.warmups, rounds=options.rounds)
-    for name in candidates:
+    same = {"model": "demo", "what": f"{bundle.name} step", "shape": list(request.latents.shape)}
+    return result, same, {name: {"max_abs_difference_after_all_steps": error} for name, error in whole.items()}
+
+
+def mid(options: argparse.Namespace) -> tuple[harness.Comparison, dict[str, Any], dict[str, dict[str, Any]]]:
+    """The same for a model of mid_models.py, where one step is checked."""
+    from mid_graphs import graphs_of
+    from mid_models import MODELS
+
+    model = MODELS[options.model]
+    saved = graphs_of(model, ("released", "folded"), options.work)
+    forms = {"plain": saved["released"], "rewritten": saved["folded"]}
+    candidates = {name: bind(graph.open(options.threads), graph.feed) for name, graph in forms.items()}
+    feed = {name: value.numpy() for name, value in model.feed().items()}
+    module = model.step(adapter=True)
+    for name, step in rivals(module, tuple(model.inputs), model.outputs, feed, options).items():
+        candidates[name] = bind(step, feed)
+    largest = max(float(np.abs(value).max()) for value in candidates["plain"]().values())
+    tolerance = TOLERANCE * max(1.0, largest)
+    result = harness.compare(candidates, reference="plain", tolerance=tolerance, warmups=options.warmups, rounds=options.rounds)
+    same = {"model": model.name, "what": f"{model.name} step", "shape": dict(model.shape)}
+    flops = {name: {"flops": forms.get(name, forms["plain"]).flops} for name in candidates}
+    return result, same, flops
+
+
+def bind(step: Graph, inputs: Arrays) -> harness.Candidate:
+    """A step and its inputs as a candidate."""
+    return lambda: step(inputs)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Check, time, print the ratios and append one row for each candidate."""
+    parser = argparse.ArgumentParser(description="The rewritten step against the plain step and PyTorch, eager and compiled.")
+    parser.add_argument("--model", default="demo", help="demo, or a name in mid_models.MODELS")
+    parser.add_argument("--bundle", type=Path, default=DEMO / "bundle")
+    parser.add_argument("--checkpoint", type=Path, default=DEMO / "checkpoint.safetensors")
+    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder for rows")
+    parser.add_argument("--work", type=Path, default=harness.ROOT / "out" / "mid", help="folder where exported graphs are kept")
+    parser.add_argument("--compile-mode", default="max-autotune", help="of torch.compile; none leaves it out")
+    parser.add_argument("--rounds", type=int, help="50 for the demo, 9 for the others")
+    parser.add_argument("--warmups", type=int, help="5 for the demo, 1 for the others")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--note", default="")
+    options = parser.parse_args(arguments)
+    rounds, warmups = (50, 5) if options.model == "demo" else (9, 1)
+    options.rounds = rounds if options.rounds is None else options.rounds
+    options.warmups = warmups if options.warmups is None else options.warmups
+
+    result, same, each = demo(options) if options.model == "demo" else mid(options)
+    for name in result.seconds:
         row = {
             **result.row(name),
-            "what": f"{bundle.name} step",
-            "shape": list(request.latents.shape),
+            **same,
             "dtype": "float32",
             "threads": options.threads,
-            "max_abs_difference_after_all_steps": whole[name],
+            **each[name],
+            **({"compile": f"mode {options.compile_mode}, freezing"} if name == "compiled" else {}),
             "note": options.note,
         }
         if name != "rewritten":
@@ -187,7 +235,11 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{name} / rewritten: {ratio} (95 % of {options.rounds} rounds resampled)")
         path = harness.append_row("bench_step", row, folder=options.results)
         print("{backend:>10}: p50 {p50_ms:.2f} ms, p95 {p95_ms:.2f} ms, p99 {p99_ms:.2f} ms, n {n}".format(**row))
-    print(f"rows appended: {path.name}; after all steps they differ by at most {max(whole.values()):.1e}")
+    print(f"rows appended: {path.name}")
+    others = [name for name in ("eager", "compiled") if name in result.seconds]
+    if others:
+        best = min(others, key=lambda name: float(np.median(result.seconds[name])))
+        print(f"the better rival is {best}: {result.ratio(best, 'rewritten')} of rewritten; the goal is 1.5x or more")
 
 
 if __name__ == "__main__":

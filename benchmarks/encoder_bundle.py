@@ -74,8 +74,8 @@ class Drawn:
         draw = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
         value = torch.randn(self.shape, generator=draw)
         if len(self.shape) > 1:
-            return value.mul_(max(1, value[0].numel()) ** -0.5)
-        return value.mul_(0.02).add_(0.0 if self.name.endswith("bias") else 1.0)
+            return value * float(max(1, value[0].numel()) ** -0.5)
+        return 0.02 * value + (0.0 if self.name.endswith("bias") else 1.0)
 
 
 def drawn(part: Part) -> Part:

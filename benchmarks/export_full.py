@@ -1,10 +1,11 @@
 """Exports a published model at its real size, from files of the real shapes that hold zeros: memory and time, no weights.
 
-    python benchmarks/export_full.py cogvideox-5b-i2v WORK_FOLDER --frames 17
-    python benchmarks/export_full.py svd WORK_FOLDER
+    .venv-dev/bin/python benchmarks/export_full.py cogvideox-5b-i2v FOLDER --frames 17
+    .venv-dev/bin/python benchmarks/export_full.py svd FOLDER
 
-The files are sparse: they take little room, and reading and writing them costs what real ones would. Every graph passes the
-ONNX checker and shape inference. Appends a row to results/export_full.jsonl with peak RSS (the page cache is not in it).
+FOLDER is made, and removed at the end unless `--keep`. The files are sparse: reading, hashing and moving their bytes costs what
+real ones would; the disk does not. The bundle is then opened as the runtime opens it, every graph passes the ONNX checker and
+strict shape inference, and the partition counts what it must (`EXPECTED`), or no row is appended to results/export_full.jsonl.
 """
 
 from __future__ import annotations
@@ -14,148 +15,202 @@ import json
 import resource
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
+import onnx
 import torch
 
-from harness import append_row
-from motionrt.export.motionrag_files import CamaSize, ResamplerSize, SosToken, adapter_shapes, overlay_shapes
+import harness
+from anonymous_memory import AnonymousMemory
+from motionrt.export.cogvideox_bundle import export_cogvideox
+from motionrt.export.motionrag_files import SosToken
 from motionrt.export.real import Sources
-from motionrt.export.released import COGVIDEOX_5B_I2V
-from motionrt.export.safetensors_file import sparse_file
-from motionrt.export.structure import meta
+from motionrt.export.svd_bundle import export_svd
+from motionrt.runtime.bundle import Bundle
+from sparse_models import RELEASED, write_cogvideox, write_svd
 
-BF16 = torch.bfloat16
-CAUSAL_VAE: dict[str, Any] = {
-    "down_block_types": ["CogVideoXDownBlock3D"] * 4, "up_block_types": ["CogVideoXUpBlock3D"] * 4,
-    "block_out_channels": [128, 256, 256, 512], "latent_channels": 16, "layers_per_block": 3, "norm_num_groups": 32,
-    "sample_height": 480, "sample_width": 720, "scaling_factor": 0.7, "temporal_compression_ratio": 4,
-}  # fmt: skip
-T5_XXL: dict[str, Any] = {
-    "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
-    "feed_forward_proj": "gated-gelu", "architectures": ["T5EncoderModel"], "model_type": "t5",
-}  # fmt: skip
-SCHEDULER: dict[str, Any] = {
-    "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "snr_shift_scale": 1.0,
-    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
-}  # fmt: skip
+QUESTION = "export_full"
+LIMIT = 6e9  # bytes beyond the page cache
+MEASURED = (
+    "RssAnon + RssShmem of the exporting process, sampled every 20 ms from outside; ru_maxrss counts mapped files too, and is "
+    "an upper bound"
+)
 
 
-def component(folder: Path, make: Any, config: Mapping[str, Any], name: str, file: str) -> None:
-    """A folder with a config and a sparse file of the shapes of `make()`."""
-    with meta():
-        module = make()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"_class_name": name, **config}))
-    sparse_file(folder / file, {key: tuple(value.shape) for key, value in module.state_dict().items()}, BF16)
+@dataclass(frozen=True)
+class Expected:
+    """What the partition must count: parameters that see only the timestep or the weights, and attentions in the step."""
+
+    out_of_the_loop: int
+    model: int
+    motion_attentions: int
 
 
-def write_encoders(root: Path) -> None:
-    """VideoMAE-base and DINOv2-large."""
-    from transformers import Dinov2Config, Dinov2Model, VideoMAEConfig, VideoMAEModel
-
-    video = VideoMAEConfig(use_mean_pooling=True)
-    config = {"model_type": "videomae", "use_mean_pooling": True}
-    component(root / "videomae", lambda: VideoMAEModel(video), config, "VideoMAEModel", "model.safetensors")
-    sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 518, "patch_size": 14}
-    image = Dinov2Config(**sizes)
-    config = {"model_type": "dinov2", "architectures": ["Dinov2Model"], **sizes}
-    component(root / "dinov2", lambda: Dinov2Model(image), config, "Dinov2Model", "model.safetensors")
+# CogVideoX: 84 AdaLN linears, time MLP, norm_out.linear; 5570.5 M of the model and 660.6 M of the adapters.
+# SVD: 56.32 M of time and id embeddings, 99.19 M of frame positions; all 32 attn2, adapters included, have left the step.
+EXPECTED = {
+    "cogvideox-5b-i2v": Expected(799_259_648, 6_231_082_560, 42),
+    "svd": Expected(155_510_118, 1_562_572_522, 0),
+}
 
 
-def write_motionrag(folder: Path, blocks: Mapping[str, int], overlay: bool) -> None:
-    """MotionRAG's files at the released size, as safetensors."""
-    parts: dict[str, tuple[str, ResamplerSize | CamaSize]] = {
-        "motion_proj": ("", ResamplerSize(1024, 4, 12, 25, 768, 1024, 4)),
-        "condition_proj": ("condition_proj.", ResamplerSize(1024, 4, 12, 25, 1024, 1024, 4)),
-        "cama": ("", CamaSize(25, 1024, 4, 16, 4096)),
-    }
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, (prefix, size) in parts.items():
-        with torch.device("meta"):
-            state = size.build().state_dict()
-        shapes[name] = {f"{prefix}{key}": tuple(value.shape) for key, value in state.items() if key != "sos_token"}
-    sparse_file(folder / "motion_proj.safetensors", shapes["motion_proj"], BF16)
-    sparse_file(folder / "motion_transformer.safetensors", shapes["cama"] | shapes["condition_proj"], BF16)
-    again = {f"action_proj_model.{key}": shape for key, shape in shapes["motion_proj"].items()}
-    sparse_file(folder / "Motion-Adapter.safetensors", adapter_shapes(blocks, 1024) | again, BF16)
-    if overlay:
-        sparse_file(folder / "17_frames.safetensors", overlay_shapes(blocks), BF16)
+@dataclass(frozen=True)
+class Request:
+    """What is exported. `size`: height, width of SVD's videos; CogVideoX has its own."""
+
+    model: str
+    frames: int
+    dtype: str = "bfloat16"
+    steps: tuple[int, ...] = (25, 50)
+    size: tuple[int, int] = (576, 1024)
 
 
-def write_cogvideox(root: Path, layers: int) -> None:
-    """The CogVideoX-5B-I2V folder, MotionRAG's files for it, and a word tokenizer in the place of T5's."""
-    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
-    from tokenizers import Tokenizer, models, processors
-    from transformers import T5Config, T5EncoderModel
+def inspect(bundle: Path) -> dict[str, dict[str, Any]]:
+    """Every graph of a bundle after the ONNX checker and strict shape inference, which raise what they find.
 
-    base, config = root / "base", {**COGVIDEOX_5B_I2V, "num_layers": layers}
-    weights = "diffusion_pytorch_model.safetensors"
-    component(
-        base / "transformer", lambda: CogVideoXTransformer3DModel(**config), config, "CogVideoXTransformer3DModel", weights
-    )
-    component(base / "vae", lambda: AutoencoderKLCogVideoX(**CAUSAL_VAE), CAUSAL_VAE, "AutoencoderKLCogVideoX", weights)
-    text = T5Config(**T5_XXL)
-    component(base / "text_encoder", lambda: T5EncoderModel(text), T5_XXL, "T5EncoderModel", "model.safetensors")
-    (base / "scheduler").mkdir()
-    (base / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
-    (base / "model_index.json").write_text(json.dumps({"_class_name": "CogVideoXImageToVideoPipeline"}))
-    tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    (base / "tokenizer").mkdir()
-    tokenizer.save(str(base / "tokenizer" / "tokenizer.json"))
-    write_motionrag(root / "rag", {f"transformer.transformer_blocks.{i}.attn1": 3072 for i in range(layers)}, True)
+    Of each: nodes by kind of op (ours by name), bytes of weights, and of how many inner values type and shape are known.
+    """
+    found = {}
+    opened = Bundle.open(bundle)
+    for name in opened.graphs:
+        path = opened.graph_path(name)
+        inferred = _inferred_without_weights(path) if opened.graph(name).weights is not None else _inferred(path)
+        graph = inferred.graph
+        outputs = {o for node in graph.node for o in node.output if o} - {value.name for value in graph.output}
+        typed = {value.name for value in graph.value_info if value.type.tensor_type.HasField("shape")}
+        data = path.with_suffix(".safetensors")
+        found[name] = {
+            "nodes": len(graph.node),
+            "motion_attentions": sum(node.op_type.startswith("motion_cross_attention") for node in graph.node),
+            "weights": len(graph.initializer),
+            "weights_bytes": data.stat().st_size if data.exists() else 0,
+            "inner_values": len(outputs),
+            "inner_values_inferred": len(outputs & typed),
+        }
+    return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=["cogvideox-5b-i2v"])
-    parser.add_argument("work", type=Path, help="folder for the files and the bundle; made anew")
-    parser.add_argument("--frames", type=int, default=17)
-    parser.add_argument("--layers", type=int, default=42, help="fewer: a quick look, no row")
-    arguments = parser.parse_args()
-    root: Path = arguments.work
-    shutil.rmtree(root, ignore_errors=True)
-    root.mkdir(parents=True)
-    from motionrt.export.cogvideox_bundle import export_cogvideox
+def _inferred(path: Path) -> onnx.ModelProto:
+    """The graph with the types of inner values, once checker and shape inference have passed; its weights stay on disk."""
+    onnx.checker.check_model(str(path), full_check=False)
+    inferred = path.with_suffix(".inferred")
+    try:
+        onnx.shape_inference.infer_shapes_path(str(path), str(inferred), check_type=True, strict_mode=True)
+        return onnx.load(inferred, load_external_data=False)
+    finally:
+        inferred.unlink(missing_ok=True)
 
-    write_encoders(root)
-    write_cogvideox(root, arguments.layers)
+
+def _inferred_without_weights(path: Path) -> onnx.ModelProto:
+    """As `_inferred`, for a graph whose weights stay in a package: the checker looks for files, so they become inputs."""
+    model = onnx.load(path, load_external_data=False)
+    outside = [tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    for tensor in outside:
+        model.graph.initializer.remove(tensor)
+        model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    onnx.checker.check_model(model, full_check=False)
+    return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+
+
+WRITERS = {"cogvideox-5b-i2v": write_cogvideox, "svd": write_svd}
+
+
+def export(root: Path, request: Request, *, limit: float = LIMIT) -> dict[str, Any]:
+    """Export what a writer left in `root` to `root/bundle` and look at it; the row. MemoryError if `limit` was not kept."""
     sources = Sources(
-        root / "base", root / "rag", root / "videomae", root / "dinov2", root / "converted", sos=SosToken(seed=42),
-        steps=(25, 50),
-    )
-    start, marks = perf_counter(), list[tuple[str, float, int]]()
+        root / "base", root / "rag", root / "videomae", root / "dinov2", root / "converted", request.dtype, SosToken(seed=42),
+        steps=request.steps,
+    )  # fmt: skip
+    bundle, stages = root / "bundle", list[dict[str, Any]]()
+    with AnonymousMemory() as memory:
+        start, used, begun = perf_counter(), process_time(), perf_counter()
 
-    def peak() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        def end(name: str | None) -> None:
+            nonlocal begun
+            now = perf_counter()
+            if stages:
+                stages[-1] |= {"seconds": round(now - begun, 1), "peak_mb": round(memory.peak() / 1e6)}
+                print("{stage:24} {seconds:8.1f} s {peak_mb:6} MB".format(**stages[-1]), flush=True)
+            begun = now
+            if name is not None:
+                stages.append({"stage": name})
 
-    def say(text: str) -> None:
-        marks.append((text, round(perf_counter() - start, 1), peak()))
-        print(*marks[-1], flush=True)
-
-    export_cogvideox(sources, root / "bundle", frames=arguments.frames, say=say)
-    seconds = perf_counter() - start
-    manifest = json.loads((root / "bundle" / "bundle.json").read_text())
-    files = list((root / "bundle").rglob("*.safetensors"))
-    row = {
-        "model": arguments.model,
-        "frames": arguments.frames,
-        "dtype": "bfloat16",
-        "weights_read_bytes": sum(f.stat().st_size for f in root.rglob("*.safetensors") if "bundle" not in f.parts),
+        end("open and check files")
+        if request.model == "svd":
+            height, width = request.size
+            export_svd(sources, bundle, frames=request.frames, height=height, width=width, say=end)
+        else:
+            export_cogvideox(sources, bundle, frames=request.frames, say=end)
+        seconds, cpu_seconds = perf_counter() - start, process_time() - used
+        end("inspect")
+        graphs = inspect(bundle)
+        end(None)
+    most = max(stage["peak_mb"] for stage in stages)
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    if most * 1e6 > limit:
+        raise MemoryError(f"the export took {most} MB beyond the page cache; allowed are {limit / 1e6:.0f}")
+    files = [path for path in bundle.rglob("*") if path.is_file()]
+    read = [path for path in root.rglob("*.safetensors") if bundle not in path.parents and not path.is_symlink()]
+    return {
+        "model": request.model,
+        "frames": request.frames,
+        "dtype": request.dtype,
+        "weights_read_bytes": sum(path.stat().st_size for path in read),
         "bundle_bytes": sum(f.stat().st_size for f in files),
+        "bundle_bytes_on_disk": sum(f.stat().st_blocks * 512 for f in files),
         "seconds": round(seconds, 1),
-        "peak_rss_mb": peak(),
-        "begun": [{"graph": name, "seconds": at, "peak_rss_mb": most} for name, at, most in marks],
+        "cpu_seconds": round(cpu_seconds, 1),
+        "peak_anonymous_mb": most,
+        "ru_maxrss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6),
+        "memory_is": MEASURED,
+        "threads": 1,
+        "stages": stages,
+        "graphs": graphs,
         "classes": manifest["partition"]["weights"],
         "memory": manifest["provenance"]["memory"],
         "checked": "ONNX checker and strict shape inference passed for every graph; weights were zeros",
     }
-    print(json.dumps({key: row[key] for key in ("weights_read_bytes", "bundle_bytes", "seconds", "peak_rss_mb")}))
-    if arguments.layers == 42:
-        print(append_row("export_full", row))
+
+
+def check_counts(row: Mapping[str, Any], expected: Expected) -> None:
+    """ValueError unless the manifest's classes and the step graph are what `expected` says."""
+    classes = row["classes"]
+    got = Expected(
+        classes["schedule"]["parameters"] + classes["constant"]["parameters"],
+        classes["model"]["parameters"],
+        row["graphs"]["step"]["motion_attentions"],
+    )
+    if got != expected:
+        raise ValueError(f"the partition counts {got}; {expected} is expected")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=list(EXPECTED))
+    parser.add_argument("work", type=Path, help="folder for the files and the bundle; must not be there yet")
+    parser.add_argument("--frames", type=int, help="17 or 49 for CogVideoX, 16 for SVD")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--keep", action="store_true", help="leave the files and the bundle there")
+    arguments = parser.parse_args()
+    root: Path = arguments.work
+    if root.exists():
+        parser.error(f"{root} is there already; give a folder that this may make, and remove")
+    torch.set_num_threads(1)
+    root.mkdir(parents=True)
+    frames = arguments.frames or {"cogvideox-5b-i2v": 17, "svd": 16}[arguments.model]
+    try:
+        WRITERS[arguments.model](root, RELEASED)
+        row = export(root, Request(arguments.model, frames, arguments.dtype))
+        check_counts(row, EXPECTED[arguments.model])
+    finally:
+        if not arguments.keep:
+            shutil.rmtree(root, ignore_errors=True)
+    took = f"{row['seconds']} s ({row['cpu_seconds']} of the processor), {row['peak_anonymous_mb']} MB"
+    print(f"{took}, a bundle of {row['bundle_bytes'] / 1e9:.1f} GB")
+    print(harness.append_row(QUESTION, row))
 
 
 if __name__ == "__main__":

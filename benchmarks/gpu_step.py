@@ -4,8 +4,9 @@
     .venv-dev/bin/python benchmarks/gpu_step.py --stages released_eager ours_graph --budget 500
 
 Stages: `released_eager` and `_compiled` (the step as it is written), `ours_eager`, `_compiled` and `_graph` (the rewritten
-step in the torch backend; `_graph` is what it runs on a GPU), `base_eager` and `_compiled` (no adapter). Each is checked
-before it is timed, a row is kept as soon as it is there, and none starts after `--budget` seconds: compiling takes minutes.
+step in the torch backend; `_graph` is what it runs on a GPU), `base_eager` and `_compiled` (no adapter); `_tuned` is compiled
+with max-autotune, the rival's best. Each is checked before it is timed (the base alone has nothing to be checked against but
+that it is finite), a row is kept as soon as it is there, and none starts after `--budget` seconds: compiling takes minutes.
 Stages run after one another, not in turns (two full models rarely fit), so small differences between them mean little.
 """
 
@@ -32,7 +33,10 @@ from motionrt.runtime.torch_backend import TorchGraph
 from profile_step import step_inputs
 from roofline import GPUS, Work, released_of
 
-STAGES = ("released_eager", "ours_eager", "ours_graph", "ours_compiled", "released_compiled", "base_eager", "base_compiled")
+STAGES = (
+    "released_eager", "ours_graph", "ours_eager", "ours_compiled", "released_compiled", "released_tuned", "base_eager",
+    "base_compiled", "base_tuned",
+)  # fmt: skip
 # Relative to the released step's values (L2): gates against mistakes, not figures of accuracy.
 ALLOWED = {torch.bfloat16: 5e-2, torch.float32: 1e-4}
 Step = Callable[[], Sequence[Tensor]]
@@ -48,8 +52,8 @@ def spec_of(inputs: Mapping[str, Tensor]) -> GraphSpec:
     return GraphSpec("step", "", "", tuple(port(*item) for item in inputs.items()), outputs)
 
 
-def ours(partition: Partition, inputs: Mapping[str, Tensor], mode: str, device: str) -> tuple[Step, str]:
-    """The rewritten step behind the seam with its values on the device; and the mode that it really runs in."""
+def graph_of(partition: Partition, inputs: Mapping[str, Tensor], mode: str, device: str) -> TorchGraph:
+    """The rewritten step behind the seam, prepared as `mode` says; what it fell back from is printed."""
     graph = TorchGraph(spec_of(inputs), partition.step.module, inputs, partition.step.outputs, torch.device(device))
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -57,12 +61,20 @@ def ours(partition: Partition, inputs: Mapping[str, Tensor], mode: str, device: 
     for warning in seen:
         if issubclass(warning.category, BackendWarning):
             print(f"  {warning.message}")
+    return graph
+
+
+def ours(partition: Partition, inputs: Mapping[str, Tensor], mode: str, device: str) -> tuple[Step, str]:
+    """One call of the rewritten step with its values on the device; and the mode that it really runs in."""
+    graph = graph_of(partition, inputs, mode, device)
     return lambda: list(graph.run(inputs).values()), graph.mode
 
 
 def plain(module: nn.Module, values: Mapping[str, Tensor], mode: str) -> Step:
-    """A step as it is written, eager or compiled."""
-    call: Callable[..., Any] = torch.compile(module, dynamic=False) if mode == "compiled" else module
+    """A step as it is written, eager, compiled, or tuned: compiled with max-autotune, which is a rival's best."""
+    call: Callable[..., Any] = module
+    if mode != "eager":
+        call = torch.compile(module, dynamic=False, mode="max-autotune" if mode == "tuned" else "default")
 
     def run() -> Sequence[Tensor]:
         with torch.no_grad():
@@ -126,6 +138,8 @@ class Suite:
             error = relative(got, self.wanted) if self.wanted and not stage.startswith("base") else None
             if error is not None and error > ALLOWED[self.dtype]:
                 raise harness.ParityError(f"it differs from released_eager by {error:.3g}, allowed {ALLOWED[self.dtype]:g}")
+            if not all(bool(torch.isfinite(value).all()) for value in got):
+                raise harness.ParityError("an output is not finite")
             if stage == "released_eager":
                 self.wanted = [value.cpu() for value in got]
             for _ in range(self.options.warmups):
@@ -180,10 +194,12 @@ def run(suite: Suite) -> None:
         inputs = dict(zip(partition.step.inputs, step_inputs(partition, values), strict=True))
         whole, flops = partition.original.flops, partition.classes["step"].flops
         suite.stage("released_eager", whole, lambda: (plain(module, values, "eager"), "eager"))
-        for mode in ("eager", "graph", "compiled"):
+        for mode in ("graph", "eager", "compiled"):
             suite.stage(f"ours_{mode}", flops, lambda mode=mode: ours(partition, inputs, mode, device))  # type: ignore[misc]
             suite.free()
-        suite.stage("released_compiled", whole, lambda: (plain(module, values, "compiled"), "compile"))
+        for mode in ("compiled", "tuned"):
+            suite.stage(f"released_{mode}", whole, lambda mode=mode: (plain(module, values, mode), mode))  # type: ignore[misc]
+            suite.free()
         del module, partition, inputs
         suite.free()
         base_flops = whole - released_of(size).flops
@@ -191,7 +207,7 @@ def run(suite: Suite) -> None:
         base_flops = 0
     if any(suite.due(stage) for stage in STAGES if stage.startswith("base")):
         base = build_step(size, dtype, device, adapter=False)
-        for mode in ("eager", "compiled"):
+        for mode in ("eager", "compiled", "tuned"):
             suite.stage(f"base_{mode}", base_flops, lambda mode=mode: (plain(base, values, mode), mode))  # type: ignore[misc]
 
 

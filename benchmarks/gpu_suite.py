@@ -1,26 +1,182 @@
-"""What a GPU does: the motion-cross-attention kernels, then the demo's plain step in PyTorch eager, host arrays in and out.
+"""Everything that needs a GPU, in one command of about ten minutes: the most valuable first, and nothing lost when time is up.
 
-    .venv-dev/bin/python benchmarks/gpu_suite.py
-    .venv-dev/bin/python benchmarks/gpu_suite.py --engines          # TensorRT engines instead (gpu_engines.py)
+    .venv-dev/bin/python benchmarks/gpu_suite.py                            # all stages, 600 s
+    .venv-dev/bin/python benchmarks/gpu_suite.py --stages ceilings kernels --seconds 200
+    .venv-dev/bin/python benchmarks/gpu_suite.py --optional                 # also train, onnxruntime and tensorrt
+    .venv-dev/bin/python benchmarks/gpu_suite.py --engines                  # TensorRT engines only (gpu_engines.py)
+    .venv-dev/bin/python benchmarks/gpu_suite.py --toy                      # every stage on the CPU at toy size, as CI does
 
-Of the step this is a first small version: the demo's is tiny, so it measures launches and copies rather than the device's
-peak. It exists so that every machine with a GPU writes rows in one form, for kernels and engines to be compared with later.
+Each stage is a process of its own with a budget of seconds: it is ended when they are spent, so neither a compiler that takes
+too long nor a crash keeps the next one from running. Every row is appended to --results as soon as it is measured; at the end
+all rows of the run are printed as JSON lines, between two marks, to be copied from a terminal if nothing else comes back.
+
+On a machine with Python 3.12, PyTorch 2.11, Triton 3.6 and transformers 5.17 that reaches no registry, bring three wheels
+(43 MB): `diffusers`, `usearch` and `av` in the versions of requirements/; docs/running-engines.md has the commands. What a
+stage needs and does not find is said ("not run: ...") and the suite goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
-from collections.abc import Mapping
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from time import perf_counter
 
-import bench_step
 import harness
-from motionrt.runtime.backend import Graph, OnnxRuntimeBackend
-from motionrt.runtime.bundle import Bundle
 
-TOLERANCE = 1e-3  # one step in fp32 on two devices, TF32 off
+BEGIN, END = "===== rows, one JSON object a line =====", "===== end of rows ====="
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One process: what it is called, the most seconds that it may take, what it does, what it cannot do without."""
+
+    name: str
+    seconds: float
+    run: Callable[[argparse.Namespace, bool], None]
+    needs: tuple[str, ...] = ("torch",)
+    optional: bool = False
+
+
+def _common(options: argparse.Namespace, rounds: int | None = None) -> list[str]:
+    return ["--results", str(options.results), "--rounds", str(rounds or options.rounds), "--warmups", str(options.warmups)]
+
+
+def ceilings(options: argparse.Namespace, toy: bool) -> None:
+    import gpu_ceilings
+
+    gpu_ceilings.main(_common(options), device="cpu" if toy else "cuda", toy=toy)
+
+
+def kernels(options: argparse.Namespace, toy: bool) -> None:
+    """Parity on the chip, then times: rows of gpu_kernel. On the CPU the torch forms against fp64."""
+    import gpu_kernel
+
+    gpu_kernel.main([*_common(options), *(["--cpu-check"] if toy else [])])
+
+
+def _cogvideox(name: str, stages: list[str], toy_stages: list[str]) -> Callable[[argparse.Namespace, bool], None]:
+    """The full-size step by gpu_step.py; rows of gpu_step. It is checked against the released form, which is always there.
+
+    Compiling on the CPU is for tests/test_gpu_step.py: it takes longer than everything else here.
+    """
+
+    def run(options: argparse.Namespace, toy: bool) -> None:
+        import torch
+
+        import gpu_step
+
+        arguments = [*_common(options), "--budget", str(_budget(name, options)), "--stages", *(toy_stages if toy else stages)]
+        if toy:
+            gpu_step.main([*arguments, "--size", "toy"], device="cpu", dtype=torch.float32)
+        else:
+            gpu_step.main(arguments)
+
+    return run
+
+
+def svd_step(options: argparse.Namespace, toy: bool) -> None:
+    """The same for SVD; rows of gpu_step."""
+    import torch
+
+    import gpu_svd
+
+    arguments = [*_common(options), "--budget", str(_budget("svd_step", options))]
+    if toy:
+        stages = ["--size", "toy", "--stages", "released_eager", "base_eager", "ours_eager"]
+        gpu_svd.main([*arguments, *stages], device="cpu", dtype=torch.float32)
+    else:
+        gpu_svd.main(arguments)
+
+
+def _request(part: str, rounds: int | None = None) -> Callable[[argparse.Namespace, bool], None]:
+    def run(options: argparse.Namespace, toy: bool) -> None:
+        import torch
+
+        import gpu_request
+
+        arguments = [*_common(options, None if toy else rounds), "--parts", part]
+        if toy:
+            gpu_request.main([*arguments, "--steps", "2"], device="cpu", dtype=torch.float32, toy=True)
+        else:
+            gpu_request.main(arguments)
+
+    return run
+
+
+def demo_step(options: argparse.Namespace, toy: bool) -> None:
+    """The demo's plain step in PyTorch on the device against ONNX Runtime on the CPU: real weights; rows of gpu_demo."""
+    import gpu_demo
+
+    gpu_demo.step(_common(options), device="cpu" if toy else "cuda")
+
+
+def train(options: argparse.Namespace, toy: bool) -> None:
+    import gpu_demo
+
+    gpu_demo.train(_common(options), device="cpu" if toy else "cuda")
+
+
+def onnxruntime(options: argparse.Namespace, toy: bool) -> None:
+    import gpu_demo
+
+    gpu_demo.onnxruntime_step(_common(options), device="cpu" if toy else "cuda")
+
+
+def profile(options: argparse.Namespace, toy: bool) -> None:
+    """What else in the step is worth a kernel; rows of profile_step."""
+    import profile_step
+
+    device = ["--device", "cpu", "--size", "toy", "--rounds", "1"] if toy else ["--device", "cuda", "--size", "full"]
+    profile_step.main(["--results", str(options.results), *device])
+
+
+def tensorrt(options: argparse.Namespace, toy: bool) -> None:
+    """Engines of the demo, by gpu_engines; without PyTorch. On a GPU that the library has no target for it says so."""
+    import gpu_engines
+
+    if gpu_engines.main([*_common(options), "--flavor", options.flavor, "--dtype", options.dtype]):
+        raise SystemExit(1)
+
+
+# First what the goals are about; what takes minutes to compile comes later.
+STEP, STEP_TOY = ["released_eager", "ours_graph", "base_eager", "base_compiled"], ["released_eager", "ours_eager"]
+MORE = ["released_eager", "ours_eager", "ours_compiled", "released_compiled", "released_tuned", "base_tuned"]
+MORE_TOY = ["base_eager"]
+STEP_NEEDS = ("torch", "diffusers", "networkx", "triton")
+
+STAGES = (
+    Stage("ceilings", 40, ceilings),
+    Stage("kernels", 120, kernels, ("torch", "triton")),
+    Stage("cogvideox_step", 240, _cogvideox("cogvideox_step", STEP, STEP_TOY), STEP_NEEDS),
+    Stage("svd_step", 180, svd_step, STEP_NEEDS),
+    Stage("conditioning", 60, _request("conditioning"), ("torch", "transformers", "diffusers")),
+    Stage("decode", 60, _request("decode", 5), ("torch", "transformers", "diffusers")),
+    Stage("request", 150, _request("request", 3), ("torch", "transformers", "diffusers", "networkx")),
+    Stage("demo_step", 60, demo_step, ("torch", "diffusers", "onnxruntime", "usearch")),
+    Stage(
+        "cogvideox_more", 400, _cogvideox("cogvideox_more", MORE, MORE_TOY), ("torch", "diffusers", "networkx"), optional=True
+    ),
+    Stage("profile", 120, profile, ("torch", "diffusers", "networkx"), optional=True),
+    Stage("train", 60, train, ("torch", "diffusers"), optional=True),
+    Stage("onnxruntime", 60, onnxruntime, ("onnxruntime", "usearch"), optional=True),
+    Stage("tensorrt", 300, tensorrt, ("onnxruntime", "usearch", "av"), optional=True),
+)
+
+
+def _budget(name: str, options: argparse.Namespace) -> float:
+    """Seconds after which a stage starts nothing more: what is running then may still end before the process is ended."""
+    if options.toy:
+        return 1e9  # a slow processor must not make a test pass by doing less
+    seconds = next(stage.seconds for stage in STAGES if stage.name == name)
+    return 0.75 * min(seconds, float(options.seconds))
 
 
 def missing_gpu() -> str | None:
@@ -32,100 +188,95 @@ def missing_gpu() -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device"
 
 
-def kernel_stages(options: argparse.Namespace) -> None:
-    """The motion-cross-attention kernels: parity on the chip, then times (gpu_kernel.py); rows of their own file."""
-    import gpu_kernel  # imports torch
-
-    gpu_kernel.main(["--results", str(options.results), "--rounds", str(options.rounds), "--warmups", str(options.warmups)])
+def sizes(folder: Path) -> dict[Path, int]:
+    """How long each file of rows is."""
+    return {path: path.stat().st_size for path in sorted(folder.glob("*.jsonl"))} if folder.exists() else {}
 
 
-def engine_stages(options: argparse.Namespace) -> int:
-    """TensorRT engines of the demo (gpu_engines.py), which needs no PyTorch to run; rows of their own file."""
-    import gpu_engines
+def appended(folder: Path, before: dict[Path, int]) -> list[str]:
+    """The lines that came to the files of `folder` since they were as long as `before` says."""
+    lines: list[str] = []
+    for path in sizes(folder):
+        with path.open("rb") as file:
+            file.seek(before.get(path, 0))
+            lines += file.read().decode().splitlines()
+    return lines
 
-    common = ["--bundle", str(options.bundle), "--results", str(options.results), "--rounds", str(options.rounds)]
-    common += ["--warmups", str(options.warmups)]
-    return gpu_engines.main([*common, "--flavor", options.flavor, "--dtype", options.dtype])
+
+def start(stage: Stage, options: argparse.Namespace, left: float) -> str:
+    """Run `stage`, here if --here or --toy says so, else in a process of its own for at most `left` seconds: how it ended."""
+    lacking = [package for package in stage.needs if importlib.util.find_spec(package) is None]
+    if lacking:
+        return f"not run: {', '.join(lacking)} not installed"
+    if options.toy or options.here:
+        try:
+            stage.run(options, options.toy)
+        except (Exception, SystemExit) as error:  # one stage's fault is not the next one's
+            return f"failed: {type(error).__name__}: {error}"
+        return "done"
+    passed = ["--results", str(options.results), "--rounds", str(options.rounds), "--warmups", str(options.warmups)]
+    passed += ["--flavor", options.flavor, "--dtype", options.dtype, "--seconds", str(left)]
+    process = subprocess.Popen([sys.executable, "-u", str(Path(__file__).resolve()), "--here", "--stages", stage.name, *passed])
+    try:
+        code = process.wait(timeout=left)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=5)
+        process.kill()
+        process.wait()
+        return f"ended after its {left:.0f} s; the rows that it had are kept"
+    return "done" if code == 0 else f"failed: exit status {code}"
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Check the GPU's step against the CPU's plain graph, time both, append rows."""
-    parser = argparse.ArgumentParser(description="The plain demo step in PyTorch on the GPU.")
-    parser.add_argument("--bundle", type=Path, default=bench_step.DEMO / "bundle")
-    parser.add_argument("--checkpoint", type=Path, default=bench_step.DEMO / "checkpoint.safetensors")
+def main(arguments: list[str] | None = None) -> int:
+    """Run the stages, say how each ended, print the rows; 1 where one failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [stage.name for stage in STAGES]
+    parser.add_argument("--stages", nargs="+", choices=names, help="these only, in the order of the suite")
+    parser.add_argument("--skip", nargs="+", choices=names, default=[])
+    parser.add_argument("--optional", action="store_true", help="also the optional stages")
+    parser.add_argument("--seconds", type=float, default=600.0, help="for everything")
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder for rows")
-    parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--warmups", type=int, default=10)
-    parser.add_argument("--step-budget", type=float, default=1500.0, help="seconds for the full-size step; 0 skips it")
-    parser.add_argument("--engines", action="store_true", help="build, load, check and time engines; nothing else")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--warmups", type=int, default=3)
+    parser.add_argument("--toy", action="store_true", help="every stage on the CPU at toy size, in this process")
+    parser.add_argument("--here", action="store_true", help="in this process: no stage is ended")
+    parser.add_argument("--engines", action="store_true", help="the stage tensorrt and nothing else")
     parser.add_argument("--flavor", default="rtx", help="of the engines: rtx or tensorrt")
     parser.add_argument("--dtype", default="float16", help="of the engines: float16, bfloat16 or float32")
-    parser.add_argument("--step-stages", nargs="+", default=[], help="of gpu_step.py; all if not given")
     options = parser.parse_args(arguments)
-
     if options.engines:
-        raise SystemExit(engine_stages(options))
-    reason = missing_gpu()
+        import gpu_engines
+
+        return gpu_engines.main([*_common(options), "--flavor", options.flavor, "--dtype", options.dtype])
+    reason = None if options.toy else missing_gpu()
     if reason is not None:
         print(f"not run: {reason}")
-        return
-    import torch
-
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    kernel_stages(options)
-    bundle = Bundle.open(options.bundle)
-    backend = OnnxRuntimeBackend(threads=1)
-    request = bench_step.make_request(bundle, lambda name: backend.load(bundle, name))
-    bench_step.check_checkpoint(bundle, options.checkpoint)
-    build = bench_step.demo_export()
-    module = build.step_module(options.checkpoint).to("cuda")
-
-    def eager(arrays: Mapping[str, Any]) -> dict[str, Any]:
-        """Host arrays to the device, one step, and back: `.cpu()` waits for the device."""
-        with torch.no_grad():
-            results = module(**{name: torch.as_tensor(arrays[name]).to("cuda") for name in build.INPUTS})
-        return {name: value.cpu().numpy() for name, value in zip(build.STEP_OUTPUTS, results, strict=True)}
-
-    inputs = request.one_step(request.plain)
-
-    def candidate(step: Graph) -> harness.Candidate:
-        return lambda: step(inputs)
-
-    candidates = {"cpu_plain": candidate(backend.load(bundle, "step_plain")), "cuda_eager": candidate(eager)}
-    result = harness.compare(
-        candidates, reference="cpu_plain", tolerance=TOLERANCE, warmups=options.warmups, rounds=options.rounds
-    )
-    for name in candidates:
-        row = {
-            **result.row(name),
-            "what": f"{bundle.name} step, host to host",
-            "shape": list(request.latents.shape),
-            "dtype": "float32",
-            "device": torch.cuda.get_device_name() if name == "cuda_eager" else "cpu",
-            "cuda": torch.version.cuda,
-            "peak_bytes": torch.cuda.max_memory_allocated() if name == "cuda_eager" else None,
-        }
-        path = harness.append_row("gpu_suite", row, folder=options.results)
-        print("{backend:>10}: p50 {p50_ms:.3f} ms, p95 {p95_ms:.3f} ms, p99 {p99_ms:.3f} ms, n {n}".format(**row))
-    print(f"rows appended: {path.name}; largest difference {max(result.errors.values()):.1e}")
-    step_stages(options)
-
-
-def step_stages(options: argparse.Namespace) -> None:
-    """The full-size CogVideoX step, stage by stage (gpu_step.py), then its profile; rows of their own files."""
-    if options.step_budget <= 0:
-        print("full-size step: not run: --step-budget is 0")
-        return
-    import gpu_step  # imports torch
-    import profile_step
-
-    common = ["--results", str(options.results)]
-    stages = ["--stages", *options.step_stages] if options.step_stages else []
-    gpu_step.main([*common, "--budget", str(options.step_budget), *stages])
-    if not options.step_stages:
-        profile_step.main([*common, "--device", "cuda", "--size", "full"])
+        return 0
+    if options.here and options.stages:  # a process of its own: the parent prints the summary and the rows
+        chosen = [stage for stage in STAGES if stage.name in options.stages]
+        ends = [start(stage, options, 0) for stage in chosen]
+        print("\n".join(end for end in ends if end != "done"), end="")
+        return int(any(end.startswith("failed") for end in ends))
+    print(json.dumps(harness.machine()), flush=True)
+    began, before, ended = perf_counter(), sizes(options.results), dict[str, str]()
+    for stage in STAGES:
+        chosen_here = stage.name in options.stages if options.stages else options.toy or options.optional or not stage.optional
+        if not chosen_here or stage.name in options.skip:
+            continue
+        left = min(stage.seconds, options.seconds - (perf_counter() - began))
+        print(f"\n== {stage.name}: {left:.0f} s at the most", flush=True)
+        then = perf_counter()
+        ended[stage.name] = start(stage, options, left) if left > 5 or options.toy else "not run: the time is up"
+        print(f"== {stage.name}: {ended[stage.name]} ({perf_counter() - then:.0f} s)", flush=True)
+    print()
+    for name, how in ended.items():
+        print(f"{name:>16}: {how}")
+    print("\n".join([BEGIN, *appended(options.results, before), END]), flush=True)
+    return int(any(how.startswith("failed") for how in ended.values()))
 
 
 if __name__ == "__main__":
-    main()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

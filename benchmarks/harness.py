@@ -34,6 +34,8 @@ PACKAGES = (
     "numpy", "usearch", "lancedb", "onnxruntime", "onnxruntime-gpu", "torch", "triton", "tensorrt", "tensorrt-rtx", "diffusers",
 )  # fmt: skip
 
+STARTED = datetime.now(UTC).isoformat(timespec="milliseconds")  # what the rows of one run have in common
+
 Candidate = Callable[[], Mapping[str, NDArray[Any]]]
 
 
@@ -217,10 +219,11 @@ def command(argv: Sequence[str] | None = None, *, root: Path = ROOT) -> str:
 def append_row(question: str, row: Mapping[str, Any], *, folder: Path = RESULTS) -> Path:
     """Append `row`, after the machine's facts and the command, as one line to `folder`/`question`.jsonl; return that path.
 
-    Rows are only ever appended. ValueError for a row that is not plain JSON (NaN and infinity are not).
+    `run`, the time when this process began, is the same in all rows of a run: what one table may hold together. Rows are only
+    ever appended. ValueError for a row that is not plain JSON (NaN and infinity are not).
     """
     try:
-        line = json.dumps({**machine(), "command": command(), "question": question, **row}, allow_nan=False)
+        line = json.dumps({**machine(), "run": STARTED, "command": command(), "question": question, **row}, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"a row of {question} is not plain JSON: {error}; give numbers, strings, lists") from None
     folder.mkdir(parents=True, exist_ok=True)

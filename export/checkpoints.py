@@ -135,9 +135,12 @@ def open_tensors(folder: Path) -> dict[str, Stored]:
         if single.is_file():
             return read_header(single)[0]
     others = sorted(path.name for pattern in ("*.bin", "*.ckpt", "*.safetensors") for path in folder.glob(pattern))
+    pickled = folder / "pytorch_model.bin"
+    made = f", or make one: `python -m motionrt.export.checkpoints {pickled} {folder / 'model.safetensors'}`"
     raise CheckpointError(
         f"{folder} has no {' or '.join(f'{stem}.safetensors' for stem in _STEMS)} (nor an index of shards)"
-        f"{'; it has ' + ', '.join(others) if others else ''}. Download the safetensors files of the model."
+        f"{'; it has ' + ', '.join(others) if others else ''}. Download the safetensors files of the model"
+        f"{made if pickled.is_file() else ''}."
     )
 
 
@@ -195,7 +198,7 @@ def open_any(path: Path) -> Mapping[str, Lazy]:
     return read_header(path)[0] if path.suffix == ".safetensors" else open_torch_file(path)
 
 
-def convert(path: Path, out: Path) -> dict[str, Stored]:
+def convert(path: Path, out: Path) -> Mapping[str, Stored]:
     """The `torch.save` file `path` as the safetensors file `out`, tensor by tensor; an `out` of the same bytes is kept."""
     digest = sha256_of(path)
     if out.is_file():
@@ -204,7 +207,7 @@ def convert(path: Path, out: Path) -> dict[str, Stored]:
             return tensors
     opened = open_torch_file(path)
     entries = [Entry(key, lazy.dtype, lazy.shape, lazy.read) for key, lazy in opened.items()]
-    return write_file(out, entries, {"format": "pt", "source": path.name, "sha256": digest})
+    return write_file(out, entries, {"format": "pt", "source": path.name, "sha256": digest}).tensors
 
 
 def match(
@@ -260,3 +263,20 @@ def _some(keys: Iterable[str]) -> str:
     names = ", ".join(f"`{key}`" for key in listed[:_SHOWN])
     more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
     return f"key{'s' * (len(listed) > 1)} {names}{more}"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """`python -m motionrt.export.checkpoints FROM TO`: a `torch.save` file as safetensors, where no other is published."""
+    if len(arguments) != 2:
+        raise SystemExit("usage: python -m motionrt.export.checkpoints pytorch_model.bin model.safetensors")
+    try:
+        made = convert(Path(arguments[0]), Path(arguments[1]))
+    except CheckpointError as error:
+        raise SystemExit(str(error)) from None
+    print(f"{arguments[1]}: {len(made)} tensors")
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(sys.argv[1:])

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from motionrt.export.onnx_from_torch import Example
 from motionrt.export.parts import Part, taken, text_part
 from motionrt.export.real import Sources, Stage, encoders, memory_plan, partition_entry, unconditional_tokens
 from motionrt.export.released import cogvideox_step, plain, step_args
+from motionrt.export.sentence import add_text_query, sentence_encoder
 from motionrt.export.structure import meta
 from motionrt.export.tokenizers_from import tokenizer_json
+from motionrt.runtime.decode import tile_size
 
 GUIDANCE, FPS, DEFAULT_STEPS = 3.0, 8, 25
 
@@ -46,17 +48,78 @@ class EncodeCausal(nn.Module):
 
 
 class DecodeCausal(nn.Module):
-    """Latents to pictures, two latent frames at a time with the convolutions' caches in between, as diffusers does it."""
+    """One chunk of latent frames to pictures, as diffusers decodes them: the decoder's causal convolutions read the last two
+    frames of the chunk before, which `caches` are. The first chunk has none; a later one is given what the last one left."""
 
-    def __init__(self, vae: Any, dtype: torch.dtype) -> None:
+    def __init__(self, vae: Any, dtype: torch.dtype, caches: Sequence[str] = (), keep: bool = True) -> None:
+        """`caches`: names of those that are given; `keep`: another chunk follows."""
         super().__init__()
-        self.vae, self.dtype = vae, dtype
+        self.vae, self.dtype, self.caches, self.keep = vae, dtype, tuple(caches), keep
 
-    def forward(self, latents: Tensor) -> Tensor:
-        """`latents [B, F, C, h, w]` -> `[B, T, 3, H, W]` float32, about [-1, 1]."""
-        latents = latents.permute(0, 2, 1, 3, 4) / self.vae.config.scaling_factor
-        video = self.vae._decode(latents.to(self.dtype), return_dict=False)[0]
-        return video.permute(0, 2, 1, 3, 4).float()
+    def forward(self, latents: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        """`latents [B, f, C, h, w]`, `caches` by `self.caches` -> video `[B, t, 3, H, W]` float32, about [-1, 1], and the
+        caches for the next chunk, in the order of their names."""
+        latents = (latents.permute(0, 2, 1, 3, 4) / self.vae.config.scaling_factor).to(self.dtype)
+        if self.vae.post_quant_conv is not None:
+            latents = self.vae.post_quant_conv(latents)
+        given = _nested(dict(zip(self.caches, caches, strict=True))) if caches else None
+        video, left = self.vae.decoder(latents, conv_cache=given)
+        return video.permute(0, 2, 1, 3, 4).float(), *(_flat(left).values() if self.keep else ())
+
+
+def _flat(caches: Mapping[str, Any], inside: str = "cache") -> dict[str, Tensor]:
+    """diffusers' nested caches by path. Its convolutions along time over one frame keep their input too, and never read it."""
+    found: dict[str, Tensor] = {}
+    for name, value in caches.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{inside}.{name}")
+        elif value is not None and name not in ("conv_y", "conv_b"):
+            found[f"{inside}.{name}"] = value
+    return found
+
+
+def _nested(caches: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What `_flat` made flat."""
+    tree: dict[str, Any] = {}
+    for path, value in caches.items():
+        *folders, name = path.split(".")[1:]
+        place = tree
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[name] = value
+    return tree
+
+
+def chunks(frames: int) -> tuple[int, int]:
+    """Latent frames that the VAE decodes first, and in each chunk after that (0: there is none); as diffusers has it."""
+    first = frames if frames < 4 else 2 + frames % 2
+    return first, 2 if frames > first else 0
+
+
+def add_decoder(stage: Stage, base: Path, latents: tuple[int, int, int, int], dtype: torch.dtype, tiles: int = 1) -> None:
+    """The graph `decode`, and `decode_next` where there is more than one chunk: see `motionrt.runtime.decode`.
+
+    `tiles` along the height and along the width; 1 is the whole picture.
+    """
+    first, after = chunks(latents[0])
+    size = tuple(tile_size(length, tiles) for length in latents[2:])
+
+    def part(caches: Sequence[str] = (), keep: bool = True) -> Part:
+        return vae_part(base, lambda vae: DecodeCausal(vae, dtype, caches, keep), "decoder", dtype)
+
+    def chunk(frames: int) -> Tensor:
+        return torch.empty(1, frames, latents[1], *size, device="meta")
+
+    with torch.no_grad():
+        module: Any = part().module
+        kept = _flat(module.vae.decoder(chunk(first).transpose(1, 2).to(dtype))[1])
+    outputs = ("video", *(f"next_{name}" for name in kept))
+    if not after:
+        stage.add("decode", part(keep=False), [Example({}, {"latents": chunk(first)})] * 2, outputs[:1])
+        return
+    stage.add("decode", part(), [Example({}, {"latents": chunk(first)})] * 2, outputs)
+    feed = {"latents": chunk(after), **kept}
+    stage.add("decode_next", part(tuple(kept)), [Example({}, feed)] * 2, outputs)
 
 
 def vae_part(base: Path, make: Callable[[Any], nn.Module], half: str, dtype: torch.dtype) -> Part:
@@ -146,6 +209,8 @@ def export_cogvideox(
     checked.append(vae_part(base, lambda vae: EncodeCausal(vae, latents[0], dtype), "encoder", dtype))
     reports += [report for part in checked for report in part.reports]
 
+    query = sentence_encoder(sources.text_query)
+    reports += query.part.reports if query is not None else ()
     convert_folder(sources.motionrag, sources.converted)  # nothing is written before this line
     files = open_motionrag(sources.converted, blocks, overlay=overlay, sos=sources.sos)
     made = encoders(sources, files, frames, size)
@@ -158,14 +223,12 @@ def export_cogvideox(
         stage = Stage(folder, say)
         ids = Example({}, {"input_ids": torch.empty(1, tokens, dtype=torch.int64, device="meta")})
         stage.add("text", text, [ids, ids], ("text",))
-        query_tokenizer, query_digest = stage.add_text_query()
+        query_tokenizer, query_digest = add_text_query(stage, query)
         digests = stage.add_encoders(made, model, dtype)
         still = {"image": torch.empty(1, 3, *size, device="meta"), "noise": torch.empty(1, *latents[1:], device="meta")}
         part = vae_part(base, lambda vae: EncodeCausal(vae, latents[0], dtype), "encoder", dtype)
         stage.add("encode", part, [Example({}, still)] * 2, ("image_latents",))
-        part = vae_part(base, lambda vae: DecodeCausal(vae, dtype), "decoder", dtype)
-        stage.add("decode", part, [Example({}, {"latents": torch.empty(1, *latents, device="meta")})] * 2, ("video",))
-
+        add_decoder(stage, base, latents, dtype, sources.tiles)
         cut = stage.add_step(step, step_args(INPUTS, config, latents, motion), INPUTS, weights)
         lines = stage.write_keys(reports)
         write_manifest(
@@ -175,7 +238,7 @@ def export_cogvideox(
             graphs=stage.graphs,
             solvers={name: {n: solver_rows(made, n) for n in sources.steps} for name, made in schedulers.items()},
             default_solver=("dpm", DEFAULT_STEPS if DEFAULT_STEPS in sources.steps else max(sources.steps)),
-            tokenizers={"text": (*tokenizer[:1], tokens, tokenizer[1]), "text_query": (query_tokenizer, 256, 0)},
+            tokenizers={"text": (*tokenizer[:1], tokens, tokenizer[1]), "text_query": query_tokenizer},
             guidance=GUIDANCE,
             defaults={"target_range": sources.target_range},
             digests={"text_query": query_digest, **digests},

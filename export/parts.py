@@ -105,12 +105,18 @@ class Text(nn.Module):
 
 
 def text_part(base: Path, dtype: torch.dtype) -> Part:
-    """`text_encoder` of a CogVideoX folder."""
+    """`text_encoder` of a CogVideoX folder. In float16 the second projection of every feed-forward stays float32, and with it
+    the residual stream: T5 v1.1 leaves the range of float16 there, and transformers loads it so too.
+    """
     from transformers import T5Config, T5EncoderModel
 
     component = open_component(base, "text_encoder", "T5EncoderModel")
     with meta(dtype):
         model = T5EncoderModel(T5Config(**component.config))
+    if dtype == torch.float16:
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] in T5EncoderModel._keep_in_fp32_modules:
+                module.to(torch.float32)
     tied = {"encoder.embed_tokens.weight": "shared.weight", "shared.weight": "encoder.embed_tokens.weight"}
     weights, report = taken("model.", model, component, "text_encoder", aliases=tied)
     return Part(Text(model.eval()), weights, (report,))

@@ -35,7 +35,9 @@ class Sources:
 
     `base`: diffusers folder; `motionrag`: folder with its files; `videomae`, `dinov2`: transformers folders; `converted`:
     where `.ckpt` files become safetensors, once. `target_range`: what DINOv2 sees of the still, "correct" [-1, 1] or as
-    CogVideoX was "released" [0, 1] (quirk A14.1). `positions`: see `cogvideox.fix_positions` (A7).
+    CogVideoX was "released" [0, 1] (quirk A14.1). `positions`: see `cogvideox.fix_positions` (A7). `text_query`: folder of a
+    sentence-transformers model to search with; None for the packaged one. `tiles` along either side of the picture in which
+    latents are decoded: an approximation, for small devices.
     """
 
     base: Path
@@ -47,7 +49,9 @@ class Sources:
     sos: SosToken | None = None
     target_range: str = "correct"
     positions: str = "released"
+    text_query: Path | None = None
     steps: tuple[int, ...] = tuple(range(2, 51))
+    tiles: int = 1
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -57,6 +61,8 @@ class Sources:
         ):
             if value not in allowed:
                 raise CheckpointError(f"{name} is {value!r}; allowed: {', '.join(allowed)}.")
+        if not 1 <= self.tiles <= 8:
+            raise CheckpointError(f"decode tiles is {self.tiles}; allowed: 1 (the whole picture) to 8 along either side.")
 
     @property
     def kind(self) -> torch.dtype:

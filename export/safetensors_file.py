@@ -8,6 +8,7 @@ Format: 8 bytes little-endian N, N bytes JSON {name: {dtype, shape, data_offsets
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,15 +49,19 @@ class Stored:
     size: int
 
     def read(self) -> Tensor:
-        """The tensor itself, in memory of its own."""
+        """The tensor itself, mapped from the file: its pages are page cache, and copied only where they are written to."""
         if not self.size:
             return torch.empty(self.shape, dtype=self.dtype)
-        buffer = bytearray(self.size)
-        with self.file.open("rb") as file:
-            file.seek(self.offset)
-            if file.readinto(buffer) != self.size:
-                raise CheckpointError(f"{self.file} ends inside the tensor `{self.key}`. Copy or download the file again.")
-        return torch.frombuffer(buffer, dtype=self.dtype).view(self.shape)
+        try:
+            mapped = np.memmap(self.file, np.uint8, "c", self.offset, self.size)
+        except ValueError:  # the file is shorter than it was when its header was read
+            raise CheckpointError(
+                f"{self.file} ends inside the tensor `{self.key}`. Copy or download the file again."
+            ) from None
+        flat = torch.from_numpy(mapped)
+        if self.offset % self.dtype.itemsize:  # other writers pad their headers as they like
+            flat = flat.clone()
+        return flat.view(self.dtype).view(self.shape)
 
 
 def _refuse(path: Path, why: str) -> CheckpointError:
@@ -112,8 +118,16 @@ class Entry:
     make: Callable[[], Tensor]
 
 
-def write_file(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> dict[str, Stored]:
-    """Write `entries` to `path`, whole or not at all, one tensor in memory at a time; where each one is.
+@dataclass(frozen=True)
+class Written:
+    """A file that was written: where each tensor is, and the SHA-256 of all its bytes."""
+
+    tensors: Mapping[str, Stored]
+    sha256: str
+
+
+def write_file(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> Written:
+    """Write `entries` to `path`, whole or not at all, one tensor in memory at a time, hashed on the way.
 
     Data begins at a multiple of 64 bytes, and so does every tensor whose size is a multiple of 64: the others come last,
     because the format allows no holes. ValueError if a tensor is not what its entry declares.
@@ -131,9 +145,11 @@ def write_file(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]
         end += size
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % _ALIGN)
+    head = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(head)
     with replacing(path, CheckpointError) as partial:
         with partial.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
+            file.write(head)
             for entry in entries:
                 value = entry.make().detach()
                 if tuple(value.shape) != entry.shape or value.dtype != entry.dtype:
@@ -143,12 +159,13 @@ def write_file(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]
                 if not value.numel():
                     continue
                 flat = value.contiguous().view(-1).view(torch.uint8)
+                digest.update(flat.numpy().data)
                 if flat.any():
                     file.write(flat.numpy().data)
                 else:  # a hole, where the disk has such
                     file.seek(flat.numel(), os.SEEK_CUR)
-            file.truncate(8 + len(text) + end)
-    return read_header(path)[0]
+            file.truncate(len(head) + end)
+    return Written(read_header(path)[0], digest.hexdigest())
 
 
 def sparse_file(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:

@@ -22,8 +22,10 @@ from motionrt.export.onnx_from_torch import Example
 from motionrt.export.parts import Part, taken
 from motionrt.export.real import Sources, Stage, encoders, memory_plan, partition_entry, unconditional_tokens
 from motionrt.export.released import plain, step_args, svd_step
+from motionrt.export.sentence import add_text_query, sentence_encoder
 from motionrt.export.structure import meta
 from motionrt.export.svd import INPUTS, euler_rows, spatial_attentions
+from motionrt.runtime.decode import tile_size
 
 GUIDANCE, FIRST_GUIDANCE, DEFAULT_STEPS, FPS = 3.0, 1.0, 25, 7
 MOTION_BUCKET, NOISE_LEVEL = 127.0, 0.02
@@ -66,7 +68,7 @@ class EncodeStill(nn.Module):
         """`image`, `noise` `[B, 3, H, W]` -> image_context `[B, 1, D]`, image_latents `[B, 4, H/8, W/8]`, float32."""
         seen = ((self.rows @ image @ self.columns + 1) / 2 - self.mean) / self.std
         context = self.clip(pixel_values=seen.to(self.dtype)).image_embeds[:, None]
-        noisy = (image + NOISE_LEVEL * noise).to(self.dtype)
+        noisy = (image + NOISE_LEVEL * noise).to(self.vae.dtype)
         moments = self.vae.quant_conv(self.vae.encoder(noisy))
         return context.float(), moments.chunk(2, dim=1)[0].float()
 
@@ -111,7 +113,8 @@ def encode_part(base: Path, size: tuple[int, int], dtype: torch.dtype) -> Part:
         "clip.", clip, component, "image_encoder",
         optional=lambda key: "a range, made anew" if key.endswith("position_ids") else None,
     )  # fmt: skip
-    vae, more, report = _vae(base, dtype)
+    upcast = open_component(base, "vae", "AutoencoderKLTemporalDecoder").config.get("force_upcast", True)
+    vae, more, report = _vae(base, torch.float32 if upcast and dtype == torch.float16 else dtype)  # as diffusers does
     module = EncodeStill(clip.eval(), vae, size, dtype).eval()
     del vae.decoder
     return Part(module, weights | more, (clip_report, report))
@@ -180,6 +183,8 @@ def export_svd(
     reports = [*files.reports, step_weights(base, files)[1], *(report for part in checked for report in part.reports)]
     scheduler = _scheduler(base)
 
+    query = sentence_encoder(sources.text_query)
+    reports += query.part.reports if query is not None else ()
     convert_folder(sources.motionrag, sources.converted)  # nothing is written before this line
     files = open_motionrag(sources.converted, blocks, overlay=False, sos=sources.sos)
     made = encoders(sources, files, frames, size)
@@ -194,14 +199,17 @@ def export_svd(
 
     with staged(out) as folder:
         stage = Stage(folder, say)
-        query_tokenizer, query_digest = stage.add_text_query()
+        query_tokenizer, query_digest = add_text_query(stage, query)
         digests = stage.add_encoders(made, model, dtype)
         picture = torch.empty(1, 3, *size, device="meta")
         stage.add(
             "encode", encode_part(base, size, dtype), [Example({}, {"image": picture, "noise": picture})] * 2,
             ("image_context", "image_latents"),
         )  # fmt: skip
-        feed = {"latents": torch.empty(1, *latents, device="meta")}
+        # chunks of one size are one graph, run for each (`motionrt.runtime.decode`); a rest is a chunk inside the graph
+        tile = (tile_size(length, sources.tiles) for length in latents[2:])
+        shape = (1, frames if frames % DECODED else DECODED, latents[1], *tile)
+        feed = {"latents": torch.empty(shape, device="meta")}
         stage.add("decode", decode_part(base, dtype), [Example({}, feed)] * 2, ("video",))
 
         cut = stage.add_step(step, step_args(INPUTS, config, latents, motion), INPUTS, weights)
@@ -213,7 +221,7 @@ def export_svd(
             graphs=stage.graphs,
             solvers={"euler": {n: euler_rows(scheduler, n) for n in sources.steps}},
             default_solver=("euler", DEFAULT_STEPS if DEFAULT_STEPS in sources.steps else max(sources.steps)),
-            tokenizers={"text_query": (query_tokenizer, 256, 0)},
+            tokenizers={"text_query": query_tokenizer},
             guidance=GUIDANCE,
             defaults={"target_range": sources.target_range},
             digests={"text_query": query_digest, **digests},

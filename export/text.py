@@ -1,4 +1,4 @@
-"""Sentence embedding models as one graph: tokens -> L2-normalised mean of the last hidden states."""
+"""Sentence embedding models as one graph: tokens -> L2-normalised embedding. The packaged one; sentence.py reads folders."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from motionrt.runtime.manifest import sha256_of
 
 
 class SentenceEmbedding(nn.Module):
-    """A BERT-like encoder with mean pooling over the attended tokens (the sentence-transformers recipe)."""
+    """A BERT-like encoder with cls or mean pooling over the attended tokens (the sentence-transformers recipe)."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, pooling: str = "mean") -> None:
         super().__init__()
-        self.model = model
+        self.model, self.pooling = model, pooling
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """`input_ids`, `attention_mask` int64 `[B, L]` -> embedding `[B, E]`, unit length."""
         # an explicit additive mask [B, 1, 1, L]: the library's own mask code does not export with dynamic sizes
         mask = (1.0 - attention_mask[:, None, None, :].to(torch.float32)) * torch.finfo(torch.float32).min
-        hidden = self.model.embeddings(input_ids=input_ids)
-        hidden = self.model.encoder(hidden, attention_mask=mask).last_hidden_state
+        hidden = self.model(input_ids=input_ids, attention_mask=mask).last_hidden_state
+        if self.pooling == "cls":
+            return nn.functional.normalize(hidden[:, 0], dim=-1)
         weights = attention_mask[:, :, None].to(hidden.dtype)
         mean = (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1e-9)
         return nn.functional.normalize(mean, dim=-1)

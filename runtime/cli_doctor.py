@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MIB = 2**20
+PLANNED = ("as stored", "float16")  # the plans that are printed; --json has those of all dtypes
 
 
 def doctor(
@@ -45,6 +46,30 @@ def doctor(
 
 def tables(found: Mapping[str, Any]) -> Iterator[Table]:
     """Machine, backends, and the bundle's graphs."""
+    from motionrt.runtime.report import table
+
+    yield from _found(found)
+    memory = {} if found["bundle"] is None else found["bundle"].get("memory", {})
+    for dtype in PLANNED:
+        if (plan := memory.get(dtype)) is None:
+            continue
+        rows = [
+            (g["name"], g["when"], f"{g['weights'] / MIB:,.1f}", _mib(g["activations"]), f"{g['ports'] / MIB:,.1f}")
+            for g in plan["graphs"]
+        ]
+        rows.append(("request state", "loop", f"{plan['request_state'] / MIB:,.1f}", "", ""))
+        rows.append((f"schedule, {plan['steps']} steps", "loop", f"{plan['schedule_rows'] / MIB:,.1f}", "", ""))
+        columns = ("graph", "when, of the loop", "weights, MiB", "activations", "ports")
+        yield table(f"memory plan of one request, {dtype}", columns, rows, left=2)
+        note = f"; activations of {', '.join(plan['unrecorded'])} are not recorded" if plan["unrecorded"] else ""
+        yield table(f"{dtype}: what devices take{note}", ("",), [(line,) for line in plan["lines"]], left=1)
+
+
+def _mib(count: int | None) -> str:
+    return "?" if count is None else f"{count / MIB:,.1f}"
+
+
+def _found(found: Mapping[str, Any]) -> Iterator[Table]:
     from motionrt.runtime.report import table
 
     rows: list[tuple[object, ...]] = [("motionrt", found["motionrt"]), ("python", f"{found['python']}, {found['system']}")]

@@ -22,12 +22,14 @@ def export(
     motionrag: Annotated[Path | None, typer.Option(help="Folder with MotionRAG's files for that model.")] = None,
     videomae: Annotated[Path | None, typer.Option(help="Folder of VideoMAE-base, finetuned on SSv2.")] = None,
     dinov2: Annotated[Path | None, typer.Option(help="Folder of DINOv2-large.")] = None,
+    text_query: Annotated[Path | None, typer.Option(help="Sentence-transformers folder to search with; else MiniLM.")] = None,
     converted: Annotated[Path | None, typer.Option(help="Where .ckpt files become safetensors, once.")] = None,
     frames: Annotated[int | None, typer.Option(help="17 or 49 for CogVideoX, 16 for SVD.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     sos_token: Annotated[str | None, typer.Option(help="seed:NUMBER or a file, where the checkpoint has none.")] = None,
     target_range: Annotated[str, typer.Option(help="What DINOv2 sees of the still: correct, or as released.")] = "correct",
     positions: Annotated[str, typer.Option(help="CogVideoX positions off 49 frames: released, or learned.")] = "released",
+    decode_tiles: Annotated[int, typer.Option(help="Tiles along either side in which latents are decoded.")] = 1,
 ) -> None:
     """Export a checkpoint as a bundle. Needs the build side: pip install motionrt[export].
 
@@ -63,6 +65,8 @@ def export(
             sos=SosToken.parse(sos_token) if sos_token else None,
             target_range=target_range,
             positions=positions,
+            text_query=text_query,
+            tiles=decode_tiles,
         )
         frames = frames or _FRAMES[what]
         if what == "svd":

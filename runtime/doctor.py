@@ -21,6 +21,7 @@ from motionrt.runtime.engine_estimate import available_memory, estimate_from_bun
 from motionrt.runtime.engine_file import FLAVORS, EngineFile, Machine
 from motionrt.runtime.errors import BundleError, EngineError
 from motionrt.runtime.machine import find_gpus
+from motionrt.runtime.memory_plan import WIDTH, graph_sizes, plan_memory
 
 MODULES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "torch", "cuda-bindings", "tensorrt", "tensorrt-rtx", "usearch", "av")
@@ -118,7 +119,21 @@ def _bundle(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
             if NEEDED in graphs:
                 why = graphs[NEEDED][kind] and f"{NEEDED}: {graphs[NEEDED][kind]}"
         backends[backend] = {"why": why, "graphs": [name for name in graphs if graphs[name][kind] is None] if not why else []}
-    return {"path": str(path), "name": bundle.name, "why": None, "graphs": graphs, "backends": backends}
+    return {
+        "path": str(path), "name": bundle.name, "why": None, "graphs": graphs, "backends": backends, "memory": _memory(bundle),
+    }  # fmt: skip
+
+
+def _memory(bundle: Bundle) -> dict[str, Any]:
+    """The memory plan of a request by dtype, "as stored" first; {} for a bundle without a loop, or `why` it cannot be told."""
+    if NEEDED not in bundle.graphs:
+        return {}
+    try:
+        sizes, steps = graph_sizes(bundle), bundle.solver().steps
+    except BundleError as error:
+        return {"why": str(error)}
+    plans = [plan_memory(sizes, steps=steps, dtype=dtype) for dtype in (None, *WIDTH)]
+    return {plan.dtype: asdict(plan) | {"lines": [str(fit) for fit in plan.fits]} for plan in plans}
 
 
 def _graph(bundle: Bundle, name: str, found: Mapping[str, Any]) -> dict[str, Any]:

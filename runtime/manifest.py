@@ -62,7 +62,7 @@ class Data:
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """The declared interface of one graph and the file that holds it."""
+    """The declared interface of one graph and the file that holds it; `activations`: bytes alive at once in a call."""
 
     name: str
     file: str
@@ -71,6 +71,7 @@ class GraphSpec:
     outputs: tuple[Port, ...]
     weights: Weights | None = None
     data: Data | None = None
+    activations: int | None = None
 
 
 @dataclass(frozen=True)
@@ -293,6 +294,7 @@ def _graph(name: str, value: Any) -> GraphSpec:
         tuple(_port(name, port) for port in fields.take("outputs", list)),
         weights,
         data,
+        fields.take("activations", int, None),
     )
     fields.close()
     return spec

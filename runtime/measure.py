@@ -85,7 +85,7 @@ class Comparison:
         return float(np.median(np.divide(self.seconds[name], self.seconds["step"])))
 
 
-def bench_request(pipeline: MotionPipeline, index: int, plan: Plan = DEFAULT) -> Request:
+def bench_request(pipeline: MotionPipeline, index: int, plan: Plan = Plan()) -> Request:
     """Request number `index`: another seed each time; random references where there is no memory."""
     model = pipeline.bundle.model
     rng = np.random.default_rng(index)

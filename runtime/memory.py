@@ -13,6 +13,7 @@ import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from motionrt.runtime.video import replacing
 
 __all__ = ["INDEX_THRESHOLD", "Clip", "MemoryStats", "MotionMemory", "Reference"]
 _log = logging.getLogger(__name__)
+_UNUSED = np.empty(0, np.float32)
 DELTA = 4096  # clips newer than the index that `refresh` leaves to exact search: about half a millisecond
 
 
@@ -115,8 +117,7 @@ class MotionMemory(MemoryFile):
     def found(self, part: str, query: NDArray[Any], k: int, choice: Choice) -> list[Found]:
         """Candidates for `k` references, best first, fewer if there are no more: what `search` chooses from."""
         what = "the query embedding" if part == "embedding" else f"the {part} tokens of the query"
-        flat = self._layout.array(part, query, what).reshape(1, -1)
-        vector = unit(flat)[0]
+        vector = unit(self._layout.array(part, query, what).reshape(-1))
         with self._view() as view:
             if part != "embedding":
                 return self._pick_by_tokens(view, part, vector, k, choice)
@@ -209,43 +210,45 @@ class MotionMemory(MemoryFile):
     def _pick(self, view: _View, query: NDArray[np.float32], k: int, choice: Choice) -> list[Found]:
         condition, parameters = choice.of_row()
 
-        def rows(ids: NDArray[np.int64]) -> tuple[list[int], NDArray[np.float32]]:
-            """Ids and unit vectors of those clips that are there and pass."""
-            if not len(ids):
-                return [], np.empty((0, len(query)), np.float32)
-            question = f"SELECT v.id, v.embedding FROM vectors v WHERE v.id IN ({store.marks(ids)}){condition}"
-            kept = view.db.execute(question, (*ids.tolist(), *parameters)).fetchall()
-            numbers = [number for number, _ in kept]
-            return numbers, self._layout.unpack("embedding", numbers, [blob for _, blob in kept])
+        def left(ids: NDArray[np.int64], vectors: NDArray[np.float32] | None) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+            """Those of the clips that are there and pass the filters, and their unit vectors."""
+            if len(ids) and (condition or gone):
+                question = f"SELECT v.id FROM vectors v WHERE v.id IN ({store.marks(ids)}){condition}"
+                there = {row[0] for row in view.db.execute(question, (*ids.tolist(), *parameters))}
+                keep = np.array([number in there for number in ids.tolist()])
+                ids, vectors = ids[keep], None if vectors is None else vectors[keep]
+            return ids, vectors_of(ids.tolist()) if vectors is None else vectors
+
+        def vectors_of(ids: list[int]) -> NDArray[np.float32]:
+            question = f"SELECT id, embedding FROM vectors WHERE id IN ({store.marks(ids)})"
+            found = dict(view.db.execute(question, ids).fetchall())
+            return self._layout.unpack("embedding", ids, [found[number] for number in ids])
 
         def ranked(want: int) -> Ranked:
             fetch = want + 8  # the index rounds vectors: its order is right to within a few places
             while not few and fetch <= choosing.FETCH and (base is None or fetch < base.count):
-                numbers, vectors = rows(self._recent.nearest(query, fetch))
+                ids, vectors = left(*self._recent.nearest(query, fetch))
                 complete = fetch >= len(self._recent.ids)
-                enough = complete or len(numbers) >= want
+                enough = complete or len(ids) >= want
                 if base is not None:
-                    more, others = rows(base.nearest(query, fetch))
-                    numbers, vectors = numbers + more, np.concatenate([vectors, others])
+                    more, others = left(*base.nearest(query, fetch))
                     enough, complete = enough and len(more) >= want, False
+                    ids, vectors = np.concatenate([ids, more]), np.concatenate([vectors, others])
                 if enough:
-                    scores = choosing.dots(unit(vectors), query)
-                    return *choosing.in_order(np.array(numbers, np.int64), scores), complete
+                    return *choosing.in_order(ids, choosing.dots(vectors, query)), complete
                 fetch *= 4
             return *choosing.rank_all(view.db, self._layout, "embedding", query, choice), True
 
         def fetch(ids: NDArray[np.int64], scores: NDArray[np.float32]) -> list[Found]:
             references = store.references(view.db, self.path, self._layout, ids.tolist(), scores.tolist())
-            vectors = np.empty((len(ids), 0), np.float32)
-            if choice.diversity:
-                numbers, found = rows(ids)
-                vectors = unit(found)[[numbers.index(number) for number in ids]]
-            return [Found(*pair) for pair in zip(references, vectors, strict=True)]
+            vectors = vectors_of(ids.tolist()) if choice.diversity else repeat(_UNUSED)
+            return list(map(Found, references, vectors))
 
         base, few = view.base, choice.leaves_few(view.db)
+        after = 0 if base is None else base.last
         if not few:
-            after = 0 if base is None else base.last
             self._recent.update(after, view.state, lambda above: choosing.scan(view.db, self._layout, "embedding", after=above))
+        gone = view.state.clips != len(self._recent.ids) + (0 if base is None else base.count)
         return choosing.pick(ranked, fetch, choice, choice.pool(k))
 
     def _pick_by_tokens(self, view: _View, part: str, query: NDArray[np.float32], k: int, choice: Choice) -> list[Found]:
@@ -285,6 +288,8 @@ class MotionMemory(MemoryFile):
             db.execute("BEGIN")
             store.look_like_new(db, self._old)
             state = store.read_state(db, self.path)
+            if base is not None and base.file is None:  # it could not be stored, so it cannot be read again
+                base = None
             chunks = choosing.scan(db, self._layout, "embedding", after=0 if base is None else base.last)
             made = derived.make_base(self.path, state, chunks, self.dims["embedding"][0], threads, base)
         with self._lock:

@@ -140,27 +140,34 @@ class Layout:
         return 2 * size if self.tokens == "float16" else size + 4 * self.dims[part][0]
 
     def unpack(self, part: str, ids: Sequence[int], blobs: Sequence[bytes]) -> NDArray[np.float32]:
-        """Blobs [N] of one part as float32 [N,...], writeable; DamagedRow names an impossible one."""
+        """Blobs [N] of one part as float32 [N,...], embeddings as unit vectors; DamagedRow names an impossible one."""
         size, shape = self.bytes_of(part), (len(blobs), *self.dims[part])
-        for number, blob in zip(ids, blobs, strict=True):
-            if not isinstance(blob, bytes) or len(blob) != size:
-                raise DamagedRow(f"clip {number} has {len(blob)} bytes of {part}")
-        data = b"".join(blobs)
-        if part == "embedding" or self.tokens == "float16":
-            values = np.frombuffer(data, "<f4" if part == "embedding" else "<f2").reshape(shape).astype(np.float32)
+        try:
+            data = b"".join(blobs)
+            fit = set(map(len, blobs)) <= {size}
+        except TypeError:  # a column may hold text, a number or nothing
+            fit = False
+        if not fit:
+            lengths = [len(blob) if isinstance(blob, bytes) else -1 for blob in blobs]
+            wrong = next(n for n, length in enumerate(lengths) if length != size)
+            raise DamagedRow(f"clip {ids[wrong]} has {max(lengths[wrong], 0)} bytes of {part}")
+        if part == "embedding":
+            values = np.frombuffer(data, "<f4").reshape(shape)
+        elif self.tokens == "float16":
+            values = np.frombuffer(data, "<f2").reshape(shape).astype(np.float32)
         else:
             raw = np.frombuffer(data, np.int8).reshape(len(blobs), size)
             scale = raw[:, : 4 * shape[1]].copy().view("<f4")[..., None]
             values = (raw[:, 4 * shape[1] :].reshape(shape) * scale).astype(np.float32, copy=False)
-        rows = values.reshape(len(blobs), math.prod(shape[1:]))
-        squares = np.einsum("ij,ij->i", rows, rows)  # one cheap pass; only what is suspicious is looked at closely
-        if not np.isfinite(squares).all() or part == "embedding" and not squares.all():
-            wrong = ~np.isfinite(rows).all(axis=1)
+        rows = values.reshape(len(blobs), -1) if len(blobs) else values
+        squares = np.vecdot(rows, rows)  # one cheap pass; only what is suspicious is looked at closely
+        if not math.isfinite(squares.sum(dtype=np.float64)) or part == "embedding" and not squares.all():
+            impossible = ~np.isfinite(rows).all(axis=1)
             if part == "embedding":
-                wrong |= ~rows.any(axis=1)
-            if wrong.any():
-                raise DamagedRow(f"clip {ids[int(np.argmax(wrong))]} has an impossible {part}")
-        return values
+                impossible |= ~rows.any(axis=1)
+            if impossible.any():
+                raise DamagedRow(f"clip {ids[int(np.argmax(impossible))]} has an impossible {part}")
+        return np.asarray(values / np.sqrt(squares)[:, None], np.float32) if part == "embedding" else values
 
     def _pack(self, tokens: NDArray[np.float32]) -> bytes:
         if self.tokens == "float16":
@@ -180,10 +187,10 @@ def checksum(*blobs: bytes) -> int:
 
 def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     """Divide [..., E] by its length; InputError for zero vectors, which have no direction."""
-    norm = np.sqrt(np.einsum("...i,...i->...", vectors, vectors))[..., None]
-    if not (norm > 0).all():
+    norm = np.sqrt(np.vecdot(vectors, vectors))
+    if not norm.all():
         raise InputError("an embedding is all zeros; it must point somewhere.")
-    return np.asarray(vectors / norm, np.float32)
+    return np.asarray(vectors / norm[..., None], np.float32)
 
 
 def _array(name: str, value: object, shape: tuple[int, ...]) -> NDArray[np.float32]:

@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motionrt.runtime.errors import InputError
-from motionrt.runtime.memory_rows import Layout, Reference, unit
+from motionrt.runtime.memory_rows import Layout, Reference
 from motionrt.runtime.memory_store import marks
 
 CHUNK = 4096  # rows read and scored at once by a scan
 FEW = 4096  # clips that a filter may leave for an exact scan of them to be the cheapest way
-FETCH = 16384  # clips that an index is asked for at most; beyond, an exact scan is
+FETCH = 16_000  # clips that an index is asked for at most; beyond, an exact scan is. Twice that are values of one statement
 LOOK = 4096  # best clips among which `distinct` looks for clips that are no copies
 
 Where = Mapping[str, str | Sequence[str]]
@@ -119,7 +119,7 @@ def scan(
     while chunk := rows.fetchmany(CHUNK):
         ids = [row[0] for row in chunk]
         vectors = layout.unpack(part, ids, [row[1] for row in chunk]).reshape(len(ids), -1)
-        yield np.array(ids, np.int64), unit(vectors) if part == "embedding" else directions(vectors)
+        yield np.array(ids, np.int64), vectors if part == "embedding" else directions(vectors)
 
 
 def rank_all(
@@ -223,8 +223,8 @@ def directions(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def dots(vectors: NDArray[np.float32], query: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Dot products [n], summed row by row, so that equal rows score equal whatever stands beside them."""
-    return np.asarray((vectors * query).sum(axis=1), np.float32)
+    """Dot products [n], row by row, so that equal rows score equal whatever stands beside them (a matrix product's may not)."""
+    return np.asarray(np.vecdot(vectors, query), np.float32)
 
 
 def _is_number(value: object) -> bool:

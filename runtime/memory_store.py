@@ -15,6 +15,7 @@ import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import closing, contextmanager
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,7 +162,7 @@ def read_meta(db: sqlite3.Connection, path: Path) -> tuple[Layout, dict[str, str
 def read_state(db: sqlite3.Connection, path: Path) -> State:
     """The state that this transaction sees, without counting rows."""
     row = db.execute("SELECT generation, content, last, clips FROM history ORDER BY generation DESC LIMIT 1").fetchone()
-    if row is None or not all(isinstance(value, kind) for value, kind in zip(row, (int, str, int, int), strict=True)):
+    if row is None or tuple(map(type, row)) != (int, str, int, int):
         raise damaged(path, f"its history ends in {row!r}")
     return State(*row)
 
@@ -203,22 +204,20 @@ def delete(db: sqlite3.Connection, path: Path, ids: Iterable[int]) -> int:
 
 def references(db: sqlite3.Connection, path: Path, layout: Layout, ids: list[int], scores: list[float]) -> list[Reference]:
     """The clips of these ids, in this order, with these scores; MemoryStoreError for an id that is not there."""
-    columns = "caption, source, start, duration, dataset, metadata, motion, appearance"
+    if not ids:
+        return []
+    columns = "id, caption, source, start, duration, motion, appearance, dataset, metadata"
     rows: dict[int, Any] = {}
     for start in range(0, len(ids), _AT_ONCE):
         some = ids[start : start + _AT_ONCE]
-        question = f"SELECT id, {columns} FROM clips JOIN tokens USING (id) WHERE id IN ({marks(some)})"
-        rows |= {row[0]: row[1:] for row in db.execute(question, some)}
+        question = f"SELECT {columns} FROM clips JOIN tokens USING (id) WHERE id IN ({marks(some)})"
+        rows |= {row[0]: row for row in db.execute(question, some)}
     if missing := [number for number in ids if number not in rows]:
         raise MemoryStoreError(f"the motion memory {path} has no clip {missing[0]}; use an id that search gave.")
-    motion, appearance = (layout.unpack(x, ids, [rows[n][c] for n in ids]) for x, c in (("motion", 6), ("appearance", 7)))
-    metadata = json.loads(f"[{','.join(rows[number][5] for number in ids)}]")  # at once: a call costs more than a row
-    found = []
-    for n, (number, score) in enumerate(zip(ids, scores, strict=True)):
-        caption, source, start, duration, dataset, *_ = rows[number]
-        told = (number, score, caption, source, start, duration)
-        found.append(Reference(*told, motion[n], appearance[n], dataset=dataset, metadata=metadata[n]))
-    return found
+    # By columns, and the metadata at once: a call costs more than a row.
+    _, *told, motion, appearance, dataset, metadata = zip(*[rows[number] for number in ids], strict=True)
+    tokens = (layout.unpack("motion", ids, motion), layout.unpack("appearance", ids, appearance))
+    return list(map(Reference, ids, scores, *told, *tokens, repeat(""), dataset, json.loads(f"[{','.join(metadata)}]")))
 
 
 def problems(db: sqlite3.Connection, path: Path, layout: Layout) -> list[str]:

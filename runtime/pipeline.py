@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from motionrt.runtime.backend import Array, Backend, Graph, call, fetch, open_backend
 from motionrt.runtime.bundle import Bundle, Solver
 from motionrt.runtime.choose import Choice, choose
+from motionrt.runtime.decode import decode_video
 from motionrt.runtime.errors import BackendError, Cancelled, InputError, MemoryStoreError
 from motionrt.runtime.noise import check_seed, noise
 from motionrt.runtime.request import STAGES, Prepared, Request, Result
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["STAGES", "MotionPipeline", "Prepared", "Request", "Result", "to_frames"]
 _CACHED_SCHEDULES, _CACHED_ON_DEVICE = 8, 2  # a large model's tables are hundreds of megabytes
 # Slowest first: text_query brings the largest weights where the rest is small, the step where it is not.
-_LOADED = ("text_query", "step", "text", "decode", "appearance", "cama", "encode", "schedule", "request")
+_LOADED = ("text_query", "step", "text", "decode", "decode_next", "appearance", "cama", "encode", "schedule", "request")
 _ENCODER_DRAW = 1 << 40  # the index of the encoder's noise: behind that of any step
 
 
@@ -245,7 +246,7 @@ class MotionPipeline:
         )
         seconds["step"] += sum(step_seconds)
         start = time.perf_counter()
-        frames = to_frames(fetch(self._call("decode", {"latents": latents})["video"]))
+        frames = to_frames(decode_video(self._call, self.bundle, latents))
         seconds["decode"] += time.perf_counter() - start
         return Result(
             frames, prepared.references, seconds, step_seconds, seed, self.bundle.model.fps, prepared.fallback,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +18,7 @@ import pytest
 from numpy.typing import NDArray
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 CAPTIONS = (
     "a red ball moves right",
     "a blue ball moves left",
@@ -111,3 +115,53 @@ def still(fake: ModuleType) -> NDArray[np.uint8]:
     """An input image, uint8 [h, w, 3], not of the bundle's size."""
     picture: NDArray[np.uint8] = np.random.default_rng(1).integers(0, 256, (20, 30, 3), np.uint8)
     return picture
+
+
+@pytest.fixture(scope="session")
+def counts() -> ModuleType:
+    """The module benchmarks/counts.py; it imports nothing heavy by itself."""
+    from motionrt.runtime.demo import load_by_path
+
+    return load_by_path(ROOT / "benchmarks" / "counts.py")
+
+
+@pytest.fixture(scope="session")
+def tiny_partitions(counts: ModuleType) -> Callable[[str], tuple[Any, Any]]:
+    """By name ("cogvideox tiny", "svd tiny"): the partition of a released structure at small widths, and its
+    unconditional tokens, torch [1, M, D]. Each is made once: tracing takes seconds."""
+    import torch
+
+    made: dict[str, tuple[Any, Any]] = {}
+
+    def get(model: str) -> tuple[Any, Any]:
+        if model not in made:
+            tokens = torch.randn(1, *counts.MOTION, generator=torch.Generator().manual_seed(0))
+            made[model] = counts.tiny_partition(model, tokens), tokens
+        return made[model]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def compiled_kernels(
+    counts: ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[list[dict[str, Any]], Path]]:
+    """{layout: (reports, folder of artefacts)} of kernels/aot.py, compiled once for all targets, the layouts side by side.
+
+    Processes of their own: Triton aborts where an option is wrong. Empty caches, or nothing would be compiled.
+    """
+    running, folders = {}, {}
+    for layout, targets in counts.KERNELS.items():
+        folder = folders[layout] = tmp_path_factory.mktemp(layout)
+        command = [sys.executable, str(ROOT / "kernels" / "aot.py"), "--json", "--shapes", counts.SHAPE]
+        running[layout] = subprocess.Popen(
+            [*command, "--layouts", layout, "--targets", ",".join(map(str, targets)), "--out", str(folder / "out")],
+            env={**os.environ, "TRITON_CACHE_DIR": str(folder / "cache")}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+    found = {}
+    for layout, process in running.items():
+        out, err = process.communicate(timeout=550)
+        assert process.returncode == 0, f"{layout}: {err[-2000:]}"
+        found[layout] = [json.loads(line) for line in out.splitlines()], folders[layout] / "out"
+    return found

@@ -5,9 +5,13 @@ Loaded by path: the tests are not a package.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -18,7 +22,7 @@ release = load_by_path(Path(__file__).parent / "release_files.py")
 TEXT_TOKENS = 6
 COGVIDEOX: dict[str, Any] = {
     "num_attention_heads": 1, "attention_head_dim": 64, "in_channels": 8, "out_channels": 4, "num_layers": 2,
-    "time_embed_dim": 16, "text_embed_dim": 16, "max_text_seq_length": TEXT_TOKENS, "sample_width": 8, "sample_height": 6,
+    "time_embed_dim": 16, "text_embed_dim": 16, "max_text_seq_length": TEXT_TOKENS, "sample_width": 8, "sample_height": 4,
     "sample_frames": 49, "patch_size": 2, "temporal_compression_ratio": 4, "use_rotary_positional_embeddings": True,
     "use_learned_positional_embeddings": True,
 }  # fmt: skip
@@ -50,12 +54,18 @@ def tokenizer_file(folder: Path, size: int = 40) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def write_cogvideox(folder: Path, layers: int = 2) -> dict[str, Any]:
+def cogvideox_config(layers: int, heads: int = 1, grid: tuple[int, int] = (4, 8)) -> dict[str, Any]:
+    """Heads of 64, and a grid of latents (height, width)."""
+    sizes = {"num_layers": layers, "num_attention_heads": heads, "sample_height": grid[0], "sample_width": grid[1]}
+    return {**COGVIDEOX, **sizes}
+
+
+def write_cogvideox(folder: Path, config: dict[str, Any] = COGVIDEOX) -> dict[str, Any]:
     """A CogVideoX image-to-video folder with random weights; its modules by folder name."""
     from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
     from transformers import T5Config, T5EncoderModel
 
-    transformer = randomise(CogVideoXTransformer3DModel(**{**COGVIDEOX, "num_layers": layers}), 1)
+    transformer = randomise(CogVideoXTransformer3DModel(**config), 1)
     transformer.patch_embed.pos_embedding = torch.randn(transformer.patch_embed.pos_embedding.shape) * 0.1
     vae = AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * 3, up_block_types=("CogVideoXUpBlock3D",) * 3,
@@ -108,6 +118,12 @@ UNET: dict[str, Any] = {
     "layers_per_block": 1, "num_attention_heads": (2, 4), "cross_attention_dim": 24, "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 24, "num_frames": 9,
 }  # fmt: skip
+# The released structure, 16 spatial and 16 temporal transformers: its export takes minutes, so bundles of tests have `UNET`.
+WHOLE_UNET: dict[str, Any] = {
+    **UNET, "block_out_channels": (32, 64, 64, 64), "layers_per_block": 2, "num_attention_heads": (1, 2, 2, 2),
+    "down_block_types": (*(("CrossAttnDownBlockSpatioTemporal",) * 3), "DownBlockSpatioTemporal"),
+    "up_block_types": ("UpBlockSpatioTemporal", *(("CrossAttnUpBlockSpatioTemporal",) * 3)),
+}  # fmt: skip
 EULER: dict[str, Any] = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction",
     "timestep_spacing": "leading", "timestep_type": "continuous", "use_karras_sigmas": True, "sigma_min": 0.002,
@@ -115,7 +131,13 @@ EULER: dict[str, Any] = {
 }  # fmt: skip
 
 
-def write_svd(folder: Path) -> dict[str, Any]:
+def unet_config(width: int) -> dict[str, Any]:
+    """Of `width` at the highest resolution; the other levels have twice and four times that, as released, and heads of 64."""
+    widths = (width, 2 * width, 4 * width, 4 * width)
+    return {**WHOLE_UNET, "block_out_channels": widths, "num_attention_heads": tuple(n // 64 for n in widths)}
+
+
+def write_svd(folder: Path, config: dict[str, Any] = UNET) -> dict[str, Any]:
     """A Stable Video Diffusion folder with random weights; its modules by folder name."""
     from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -129,7 +151,7 @@ def write_svd(folder: Path) -> dict[str, Any]:
             projection_dim=24,
         )
     )  # fmt: skip
-    unet = UNetSpatioTemporalConditionModel(**UNET)
+    unet = UNetSpatioTemporalConditionModel(**config)
     parts = {"unet": randomise(unet, 1), "vae": randomise(vae, 2), "image_encoder": randomise(clip, 3)}
     for name, module in parts.items():
         module.save_pretrained(folder / name, safe_serialization=True)
@@ -138,10 +160,39 @@ def write_svd(folder: Path) -> dict[str, Any]:
     return parts
 
 
+@contextlib.contextmanager
+def shared_graphs(store: Path) -> Iterator[None]:
+    """Exports in the block take the packaged text encoder, and put every graph but a step's into `store` or find it there: no
+    session needs the same weights, module and sizes exported twice."""
+    from motionrt.export.real import Stage, digest_of
+
+    plain = Stage.add
+
+    def add(self: Any, name: str, part: Any, examples: Any, outputs: Any, **sizes: Any) -> None:
+        settings = sorted(
+            (k, str(v)) for k, v in vars(part.module).items() if isinstance(v, int | str | list | tuple | torch.dtype)
+        )
+        shapes = [{port: tuple(value.shape) for port, value in example.feed.items()} for example in examples]
+        kept = store / f"{name}-{digest_of(part.weights, repr([settings, shapes, outputs, repr(part.module)]))[:16]}"
+        data = f"graphs/{name}.safetensors"
+        if kept.is_dir():
+            for file in (f"{name}.onnx", f"{name}.safetensors"):
+                shutil.copy(kept / file, self.folder / "graphs" / file)
+            self.graphs[name] = json.loads((kept / "entry.json").read_text())
+            return
+        plain(self, name, part, examples, outputs, **sizes)
+        assert self.graphs[name]["data"]["file"] == data
+        kept.mkdir(parents=True)
+        for file in (f"{name}.onnx", f"{name}.safetensors"):
+            shutil.copy(self.folder / "graphs" / file, kept / file)
+        (kept / "entry.json").write_text(json.dumps(self.graphs[name]))
+
+    with patch.object(Stage, "add", add), patch.object(Stage, "add_text_query", packaged_text_query):
+        yield
+
+
 def packaged_text_query(self: Any) -> tuple[str, str]:
     """`Stage.add_text_query` with the demo's graph of the same encoder, which need not be exported in every test."""
-    import shutil
-
     demo = Path(__file__).resolve().parent.parent / "demo" / "bundle"
     manifest = json.loads((demo / "bundle.json").read_text())
     entry = dict(manifest["graphs"]["text_query"])

@@ -51,11 +51,11 @@ def test_a_newer_row_replaces_an_older_one_and_rivals_that_were_not_run_are_call
     base = {
         "what": "search", "backend": "memory", "clips": 10, "embedding": 384, "tokens": [8, 64], "dtype": "float16",
         "recall": 1.0, "p50_ms": 1.0, "p99_ms": 2.0, "open_ms": 3.0, "adding": {"add_s": 0.1}, "index_s": 1.0,
-        "process_more": {"pss_mib": 4.0}, "db_bytes_per_clip": 5.0, "index_bytes_per_clip": 6.0,
+        "process_more": {"pss_anon_mib": 4.0, "pss_file_mib": 7.0}, "db_bytes_per_clip": 5.0, "index_bytes_per_clip": 6.0,
     }  # fmt: skip
     rows = [base, {**base, "p50_ms": 0.25}, {**base, "tokens": [25, 1024], "p50_ms": 9.0}, {**base, "what": "search in turns"}]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     lines = plot.table(file).splitlines()
     assert len(lines) == 3
-    assert "0.25 ms" in lines[2] and lines[2].count("not run") == 2
+    assert "0.25 ms" in lines[2] and "| 4 + 7 MiB |" in lines[2] and lines[2].count("not run") == 2

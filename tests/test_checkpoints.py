@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from motionrt.export import safetensors_file  # noqa: E402
+from motionrt.export import checkpoints, safetensors_file  # noqa: E402
 from motionrt.export.checkpoints import CheckpointError, check_pipeline, match, open_component, open_torch_file  # noqa: E402
 from motionrt.export.motionrag_files import (  # noqa: E402
     CamaSize,
@@ -32,6 +33,7 @@ from motionrt.export.motionrag_files import (  # noqa: E402
 )
 from motionrt.export.safetensors_file import Entry, read_header, sparse_file, write_file  # noqa: E402
 from motionrt.runtime.demo import load_by_path  # noqa: E402
+from motionrt.runtime.manifest import sha256_of  # noqa: E402
 
 release = load_by_path(Path(__file__).parent / "release_files.py")
 BLOCKS = {f"transformer.transformer_blocks.{i}.attn1": 64 for i in range(2)}
@@ -65,7 +67,7 @@ def test_header_reads_what_the_library_wrote_and_the_library_what_we_wrote(tmp_p
     header, metadata = read_header(tmp_path / "theirs.safetensors")
     assert metadata == {"format": "pt"}
     entries = [Entry(k, v.dtype, tuple(v.shape), lambda v=v: v) for k, v in tensors.items()]
-    ours = write_file(tmp_path / "ours.safetensors", entries, {"who": "us"})
+    ours = write_file(tmp_path / "ours.safetensors", entries, {"who": "us"}).tensors
     again = load_file(tmp_path / "ours.safetensors")
     for key, value in tensors.items():
         assert torch.equal(header[key].read(), value) and header[key].dtype == value.dtype
@@ -83,9 +85,23 @@ def test_written_tensors_are_aligned_and_made_one_at_a_time(tmp_path: Path) -> N
         return call
 
     entries = [Entry(n, torch.float32, (size,), make(n, size)) for n, size in (("odd", 3), ("x", 16), ("y", 32))]
-    where = write_file(tmp_path / "w.safetensors", entries)
-    assert alive == ["x", "y", "odd"]
+    written = write_file(tmp_path / "w.safetensors", entries)
+    where = written.tensors
+    assert alive == ["x", "y", "odd"] and written.sha256 == sha256_of(tmp_path / "w.safetensors")
     assert where["x"].offset % 64 == 0 and where["y"].offset % 64 == 0
+
+
+def test_a_file_that_shrank_since_its_header_was_read_is_an_error_and_not_a_crash(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    save_file({"weight": torch.ones(100, 100)}, path)
+    stored = read_header(path)[0]["weight"]
+    changed = stored.read()
+    changed.zero_()  # a copy of its own as soon as it is written to
+    assert stored.read().all()
+    with path.open("r+b") as file:
+        file.truncate(stored.offset + stored.size - 4)
+    with pytest.raises(CheckpointError, match="ends inside the tensor `weight`"):
+        stored.read()
 
 
 def test_write_refuses_a_tensor_that_is_not_as_declared_and_leaves_nothing(tmp_path: Path) -> None:
@@ -251,6 +267,25 @@ def test_a_cut_torch_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "f.ckpt").write_bytes(buffer.getvalue()[:2500])
     with pytest.raises(CheckpointError, match="f.ckpt"):
         open_torch_file(tmp_path / "f.ckpt")
+
+
+def test_a_model_published_as_a_pickle_is_converted_by_the_command_that_the_error_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    torch.save({"a": torch.arange(3.0), "b": torch.ones(2, 2)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError) as refused:
+        open_component(tmp_path, "", None)
+    named = re.search("`python -m motionrt.export.checkpoints (.*)`", str(refused.value))
+    assert named is not None
+    checkpoints.main(named[1].split())
+    assert "2 tensors" in capsys.readouterr().out
+    assert open_component(tmp_path, "", None).tensors["a"].read().tolist() == [0, 1, 2]
+    with pytest.raises(SystemExit, match="usage: "):
+        checkpoints.main([])
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Attack()))
+    with pytest.raises(SystemExit, match="was not opened|cannot be read"):
+        checkpoints.main(named[1].split())
 
 
 # --- MotionRAG's files ----------------------------------------------------------------------------------------------

@@ -121,6 +121,7 @@ def test_append_row_appends_lines_that_read_back(tmp_path: Path) -> None:
         path = harness.append_row("q", {**result.row("a"), "note": note}, folder=tmp_path / "results")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["note"] for row in rows] == ["first", "second"]
+    assert rows[0]["run"] == rows[1]["run"]
     wanted = set("command date commit processor cores versions question n p50_ms p95_ms p99_ms error".split())
     assert wanted <= rows[0].keys()
     assert rows[0]["versions"]["numpy"] == np.__version__

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,35 +12,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 pytest.importorskip("torch")
 from motionrt.kernels.tiles import SHARED_LIMIT  # it needs torch
 
-SCRIPT = Path(__file__).resolve().parent.parent / "kernels" / "aot.py"
 # All six for the released model's layout; one of each tensor-core generation for the other, to keep within a minute or so.
+# benchmarks/counts.py names them too, for the fixture and for the gate. DynamiCrafter's widths differ in the number of steps
+# over D, which is no constant of the kernel.
 SHIPPED = {"padded": tuple(SHARED_LIMIT), "packed": (80, 90, 100, 120)}
-RELEASED = "3072x48x25x64"  # DynamiCrafter's widths differ in the number of steps over D, which is no constant of the kernel
 PTX = {80: "8.0", 86: "8.0", 89: "8.0", 90: "8.0", 100: "8.6", 120: "8.7"}  # CUDA 12.0 drivers; the first to know 100, 120
-
-
-def start(cache: Path, *arguments: str) -> subprocess.Popen[str]:
-    """A process of its own: Triton aborts where an option is wrong. An empty cache, or nothing would be compiled."""
-    command = [sys.executable, str(SCRIPT), "--json", *arguments]
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[dict[str, Any]], Path]]:
-    """{layout: (reports, folder of artefacts)}; the two layouts side by side."""
-    folders = {layout: tmp_path_factory.mktemp(layout) for layout in SHIPPED}
-    running = {}
-    for layout, folder in folders.items():
-        targets = ",".join(map(str, SHIPPED[layout]))
-        what = ("--shapes", RELEASED, "--layouts", layout, "--targets", targets)
-        running[layout] = start(folder / "cache", *what, "--out", str(folder / "out"))
-    found = {}
-    for layout, process in running.items():
-        out, err = process.communicate(timeout=550)
-        assert process.returncode == 0, f"{layout}: {err[-2000:]}"
-        found[layout] = [json.loads(line) for line in out.splitlines()], folders[layout] / "out"
-    return found
 
 
 @pytest.mark.slow
@@ -54,8 +26,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[d
     [(layout, target) for layout, targets in SHIPPED.items() for target in targets],
     ids=lambda value: f"sm{value}" if isinstance(value, int) else value,
 )
-def test_shipped_kernel_spills_nothing_and_fits(compiled: Any, layout: str, target: int) -> None:
-    reports, folder = compiled[layout]
+def test_shipped_kernel_spills_nothing_and_fits(compiled_kernels: Any, layout: str, target: int) -> None:
+    reports, folder = compiled_kernels[layout]
     (report,) = [r for r in reports if r["target"] == target]
     assert report["spills"] == 0
     assert 0 < report["shared"] <= SHARED_LIMIT[target]

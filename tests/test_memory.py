@@ -87,7 +87,7 @@ def test_equal_captions_come_in_the_order_of_their_ids(tmp_path: Path) -> None:
 def test_an_index_that_finds_too_little_is_not_the_last_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with MotionMemory.open(filled(tmp_path / "m", 30), index_threshold=10) as memory:
         memory.refresh()
-        monkeypatch.setattr(memory_index.Base, "nearest", lambda self, query, count: np.array([4], np.int64))
+        monkeypatch.setattr(memory_index.Base, "nearest", lambda self, query, count: (np.array([4]), None))
         assert [r.id for r in memory.search(query(), 3)] == [n for n, _ in ranked(30, query())[:3]]
 
 

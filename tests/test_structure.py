@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,23 +18,12 @@ from torch import Tensor, nn  # noqa: E402
 from motionrt.export import cogvideox, svd  # noqa: E402
 from motionrt.export.motionrag import MotionAdapterCrossAttention, install_cogvideox_adapter  # noqa: E402
 from motionrt.export.partition import Partition  # noqa: E402
-from motionrt.export.released import OUTPUTS, cogvideox_step, step_args, structure, svd_step  # noqa: E402
+from motionrt.export.released import OUTPUTS, cogvideox_step, step_args, structure  # noqa: E402
 from motionrt.export.structure import fake_partition, leaves, materialise, weights_by_class  # noqa: E402
+from motionrt.runtime.demo import load_by_path  # noqa: E402
 
-COGVIDEOX: dict[str, Any] = {
-    "num_attention_heads": 1, "attention_head_dim": 64, "in_channels": 8, "out_channels": 4, "num_layers": 2,
-    "time_embed_dim": 16, "text_embed_dim": 24, "max_text_seq_length": 5, "sample_width": 8, "sample_height": 6,
-    "sample_frames": 9, "patch_size": 2, "temporal_compression_ratio": 4, "use_rotary_positional_embeddings": True,
-    "use_learned_positional_embeddings": True,
-}  # fmt: skip
-UNET: dict[str, Any] = {
-    "block_out_channels": (32, 64),
-    "down_block_types": ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
-    "up_block_types": ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
-    "layers_per_block": 1, "num_attention_heads": (2, 4), "cross_attention_dim": 24, "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 24,
-}  # fmt: skip
-MOTION = (3, 20)
+_counts = load_by_path(Path(__file__).resolve().parent.parent / "benchmarks" / "counts.py")
+COGVIDEOX, UNET, MOTION = _counts.COGVIDEOX, _counts.UNET, _counts.MOTION
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -69,14 +59,16 @@ def equal(got: list[Tensor], want: Any) -> None:
 
 
 @pytest.mark.parametrize("frames", [2, 3], ids=["another grid: sine-cosine table", "native grid: learned table"])
-def test_cogvideox_programs_without_weights_equal_the_step_once_they_are_read(frames: int) -> None:
+def test_cogvideox_programs_without_weights_equal_the_step_once_they_are_read(
+    frames: int, tiny_partitions: Callable[[str], tuple[Partition, Tensor]]
+) -> None:
     latents = (frames, 4, 6, 8)
     torch.manual_seed(0)
     transformer: Any = CogVideoXTransformer3DModel(**COGVIDEOX)
     install_cogvideox_adapter(transformer, MOTION[1])
     randomise(transformer)
     transformer.patch_embed.pos_embedding.copy_(torch.randn_like(transformer.patch_embed.pos_embedding))
-    tokens = torch.randn(1, *MOTION)
+    native, tokens = tiny_partitions("cogvideox tiny")
     args = step_args(cogvideox.INPUTS, COGVIDEOX, latents, MOTION)
     feed = filled(args)
     rope = cogvideox.rotary_tables(transformer.config, frames, 6, 8)
@@ -91,8 +83,10 @@ def test_cogvideox_programs_without_weights_equal_the_step_once_they_are_read(fr
         c = feed["coefficients"]
         x0 = c[0] * feed["latents"] + c[1] * guided
         want = [c[2] * feed["latents"] + c[3] * x0 + c[4] * feed["previous_x0"] + c[5] * feed["noise"], x0]
-    step = cogvideox_step(COGVIDEOX, latents=latents, motion=MOTION, unconditional=tokens)
-    cut = fake_partition(step, tuple(args.values()), cogvideox.INPUTS, outputs=OUTPUTS)
+    cut = native
+    if frames != 3:
+        step = cogvideox_step(COGVIDEOX, latents=latents, motion=MOTION, unconditional=tokens)
+        cut = fake_partition(step, tuple(args.values()), cogvideox.INPUTS, outputs=OUTPUTS)
     state = {f"transformer.{name}": value for name, value in transformer.state_dict().items()}
     equal(run(cut, feed, state), want)
     learned = {n for p in (cut.step, cut.request, cut.schedule) for node in p.weights.values() for n in leaves(node)}
@@ -106,17 +100,17 @@ def test_positions_can_be_the_beginning_of_the_learned_table() -> None:
         cogvideox_step(COGVIDEOX, latents=(2, 4, 6, 8), motion=MOTION, positions="other")
 
 
-def test_svd_programs_without_weights_equal_diffusers_unet_with_plain_adapters() -> None:
+def test_svd_programs_without_weights_equal_diffusers_unet_with_plain_adapters(
+    tiny_partitions: Callable[[str], tuple[Partition, Tensor]],
+) -> None:
     unet: Any = UNetSpatioTemporalConditionModel(**UNET)
     svd.install_svd_adapter(unet, MOTION[1])
     randomise(unet)
     frames, latents = 3, (3, 4, 8, 16)
-    tokens = torch.randn(1, *MOTION)
+    cut, tokens = tiny_partitions("svd tiny")
     args = step_args(svd.INPUTS, UNET, latents, MOTION)
     feed = filled(args)
     state = {f"unet.{name}": value.clone() for name, value in unet.state_dict().items()}
-    step = svd_step(UNET, latents=latents, motion=MOTION, unconditional=tokens)
-    cut = fake_partition(step, tuple(args.values()), svd.INPUTS, outputs=OUTPUTS)
 
     motion = torch.cat([tokens, feed["motion"]])
     for _, attention in svd.spatial_attentions(unet):  # the released processors, with the tokens handed to them here

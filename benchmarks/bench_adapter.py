@@ -1,0 +1,164 @@
+"""What does motion cost in a step? The step without adapters against the step with them, as released and as ours, one run.
+
+    .venv-dev/bin/python benchmarks/bench_adapter.py --model cogvideox-mid
+    .venv-dev/bin/python benchmarks/bench_adapter.py --model svd-mid
+    .venv-dev/bin/python benchmarks/bench_adapter.py --model cogvideox-layer   # one block at full width, L 6976, in PyTorch
+
+In ONNX Runtime on the CPU (or in PyTorch eager, `--runtime torch`), in turns: `base` (no adapter, as written), `base_ours`
+(no adapter, after the compiler pass), `released` (with adapters, as written), `folded` (with adapters, after the pass: what
+a bundle holds) and `scale_0` (folded at motion_scale 0). Before anything is timed: folded must equal released, base_ours
+and scale_0 must equal base, and released must differ from base, or these random adapters would prove nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import harness
+from mid_graphs import FORMS, WORK, flop_shares, graphs_of
+from mid_models import MODELS, Model, known_values
+from motionrt.export.partition import partition
+from onnx_graph import Arrays, Graph
+
+SAME_AS = {"base": "base", "base_ours": "base", "released": "released", "folded": "released", "scale_0": "base"}
+TOLERANCE = 1e-4  # of the largest value of an output
+NOT_RUN = "fused: not run: there is no CPU kernel of the op; what it stands for runs instead, and that is `folded`"
+GOAL = 2.5  # percent of the base step, folded over base_ours
+
+
+Calls = dict[str, harness.Candidate]
+
+
+def onnx_calls(model: Model, options: argparse.Namespace) -> tuple[Calls, dict[str, int]]:
+    """One call for each variant, each in a session of its own, and FLOPs; scale_0 is the folded graph with another input."""
+
+    def bind(graph: Graph, feed: Arrays) -> harness.Candidate:
+        return lambda: graph(feed)
+
+    saved = graphs_of(model, FORMS, options.work)
+    calls = {form: bind(graph.open(options.threads), graph.feed) for form, graph in saved.items()}
+    silent = saved["folded"].silent
+    assert silent is not None
+    calls["scale_0"] = bind(saved["folded"].open(options.threads), silent)
+    return calls, {form: graph.flops for form, graph in saved.items()}
+
+
+def torch_calls(model: Model, options: argparse.Namespace) -> tuple[Calls, dict[str, int]]:
+    """The same in PyTorch eager, without any export; the fused op runs as its reference in plain torch."""
+    import torch
+
+    torch.set_num_threads(options.threads)
+
+    def bind(module: Any, feed: Sequence[Any]) -> harness.Candidate:
+        def run() -> Arrays:
+            with torch.inference_mode():
+                results = module(*feed)
+            return {name: value.numpy() for name, value in zip(model.outputs, results, strict=True)}
+
+        return run
+
+    values = model.feed()
+    silent = {**values, "motion_scale": torch.tensor(0.0)}
+    calls: Calls = {}
+    flops: dict[str, int] = {}
+    for adapter, plain, ours in ((False, "base", "base_ours"), (True, "released", "folded")):
+        module = model.step(adapter=adapter)
+        cut = partition(module, tuple(values.values()), model.inputs, outputs=model.outputs)
+        calls[plain] = bind(module, list(values.values()))
+        for name, inputs in {ours: values, **({"scale_0": silent} if adapter else {})}.items():
+            known = known_values(cut, inputs)
+            calls[name] = bind(cut.step.module, [known[read] for read in cut.step.inputs])
+        flops |= {plain: cut.original.flops, ours: cut.classes["step"].flops}
+    return calls, flops
+
+
+def gate(calls: Mapping[str, harness.Candidate]) -> dict[str, dict[str, Any]]:
+    """The `error` of every variant's row; ParityError where one is not what it should equal, or motion changes nothing."""
+    outputs = {name: {key: np.array(x) for key, x in call().items()} for name, call in calls.items()}
+    allowed = {
+        name: TOLERANCE * max(1.0, *(float(np.abs(x).max()) for x in outputs[name].values())) for name in ("base", "released")
+    }
+    errors = {}
+    for name, output in outputs.items():
+        to = SAME_AS[name]
+        error = harness.difference(output, outputs[to])
+        if error > allowed[to]:
+            raise harness.ParityError(f"{name} differs from {to} by {error:.3g}; allowed is {allowed[to]:.3g}")
+        errors[name] = {"max_abs_difference": error, "to": to, "allowed": allowed[to]}
+    effect = harness.difference(outputs["released"], outputs["base"])
+    if effect < 10 * allowed["released"]:
+        raise harness.ParityError(f"motion changes the outputs by {effect:.3g} only: equality with it would prove nothing")
+    return errors
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Export what is missing, check, time in turns, append one row for each variant."""
+    parser = argparse.ArgumentParser(description="Overhead of the Motion-Adapter per step.")
+    parser.add_argument("--model", choices=list(MODELS), default="cogvideox-mid")
+    parser.add_argument("--runtime", choices=["onnxruntime", "torch"], help="default: the model's own")
+    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder for rows")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder where exported graphs are kept")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--warmups", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--note", default="")
+    options = parser.parse_args(arguments)
+
+    model = MODELS[options.model]
+    runtime = options.runtime or model.runtime
+    calls, flops = (torch_calls if runtime == "torch" else onnx_calls)(model, options)
+    errors = gate(calls)
+
+    def quiet(call: harness.Candidate) -> harness.Candidate:
+        def run() -> Arrays:
+            call()
+            return {}  # checked above: base and released are two references, `compare` knows one
+
+        return run
+
+    result = harness.compare(
+        {name: quiet(call) for name, call in calls.items()},
+        reference="base",
+        tolerance=0.0,
+        warmups=options.warmups,
+        rounds=options.rounds,
+    )
+    counted = flop_shares(model, flops, options.work)
+    for name in calls:
+        row: dict[str, Any] = {
+            **result.row(name),
+            "error": errors[name],
+            "model": model.name,
+            "what": f"{model.name} step",
+            "shape": dict(model.shape),
+            "dtype": "float32",
+            "threads": options.threads,
+            "runtime": runtime,
+            "flops": flops[name if name in flops else "folded"],
+            "flops_over_base": counted,
+            "note": options.note,
+        }
+        for reference in ("base", "base_ours"):
+            if name != reference:
+                ratio = result.ratio(name, reference)
+                row[f"over_{reference}"] = [ratio.value, ratio.low, ratio.high]
+        harness.append_row("bench_adapter", row, folder=options.results)
+        over = ", ".join(
+            "{:+.2f} % [{:+.2f}, {:+.2f}]".format(*(100 * (x - 1) for x in row[f"over_{r}"])) + f" of {r}"
+            for r in ("base", "base_ours")
+            if f"over_{r}" in row
+        )
+        print("{backend:>10}: p50 {p50_ms:.2f} ms, p95 {p95_ms:.2f} ms, p99 {p99_ms:.2f} ms, n {n}".format(**row), over)
+    print(NOT_RUN)
+    print(f"FLOPs over base: {counted}")
+    percent = 100 * (result.ratio("folded", "base_ours").value - 1)
+    print(f"motion costs {percent:+.2f} % of the base step, both after the pass; the goal is at most {GOAL} %")
+
+
+if __name__ == "__main__":
+    main()

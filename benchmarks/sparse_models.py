@@ -1,0 +1,172 @@
+"""Published models as files of the real names, keys and shapes that hold zeros: sparse, so they take next to no disk.
+
+    write_cogvideox(root, RELEASED)     # root/base, root/rag, root/videomae, root/dinov2
+    write_svd(root, RELEASED)
+
+For trials of an export at full size. Configs are those of the public `config.json` files; the text tokenizer is a stand-in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from motionrt.export.motionrag_files import CamaSize, ResamplerSize, adapter_shapes, overlay_shapes
+from motionrt.export.released import COGVIDEOX_5B_I2V, SVD_UNET
+from motionrt.export.safetensors_file import sparse_file
+from motionrt.export.structure import meta
+from motionrt.export.svd_bundle import adapter_blocks
+
+Config = Mapping[str, Any]
+_DIFFUSERS, _TRANSFORMERS = "diffusion_pytorch_model.safetensors", "model.safetensors"
+
+_T5_XXL: Config = {
+    "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
+_CAUSAL_VAE: Config = {
+    "down_block_types": ["CogVideoXDownBlock3D"] * 4, "up_block_types": ["CogVideoXUpBlock3D"] * 4,
+    "block_out_channels": [128, 256, 256, 512], "latent_channels": 16, "layers_per_block": 3, "norm_num_groups": 32,
+    "sample_height": 480, "sample_width": 720, "scaling_factor": 0.7, "temporal_compression_ratio": 4,
+}  # fmt: skip
+_TEMPORAL_VAE: Config = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "block_out_channels": [128, 256, 512, 512], "latent_channels": 4,
+    "layers_per_block": 2, "sample_size": 768, "scaling_factor": 0.18215, "force_upcast": True,
+}  # fmt: skip
+_CLIP_H: Config = {
+    "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16, "image_size": 224,
+    "patch_size": 14, "projection_dim": 1024, "hidden_act": "gelu",
+}  # fmt: skip
+_DINO_L: Config = {
+    "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 518, "patch_size": 14
+}  # fmt: skip
+DPM: Config = {
+    "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "snr_shift_scale": 1.0,
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
+}  # fmt: skip
+EULER: Config = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction",
+    "timestep_spacing": "leading", "timestep_type": "continuous", "use_karras_sigmas": True, "sigma_min": 0.002,
+    "sigma_max": 700.0, "steps_offset": 1, "interpolation_type": "linear",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Configs of every part; `motion`, `appearance`: Resamplers, `cama`: all of one token width."""
+
+    transformer: Config
+    causal_vae: Config
+    t5: Config
+    unet: Config
+    temporal_vae: Config
+    clip: Config
+    videomae: Config
+    dinov2: Config
+    motion: ResamplerSize
+    appearance: ResamplerSize
+    cama: CamaSize
+
+
+RELEASED = Sizes(
+    COGVIDEOX_5B_I2V, _CAUSAL_VAE, _T5_XXL, SVD_UNET, _TEMPORAL_VAE, _CLIP_H, {"use_mean_pooling": True}, _DINO_L,
+    ResamplerSize(1024, 4, 12, 25, 768, 1024, 4), ResamplerSize(1024, 4, 12, 25, 1024, 1024, 4),
+    CamaSize(25, 1024, 4, 16, 4096),
+)  # fmt: skip
+
+
+def write_cogvideox(root: Path, sizes: Sizes, dtype: torch.dtype = torch.bfloat16) -> None:
+    """A CogVideoX image-to-video folder, MotionRAG's files for it, VideoMAE and DINOv2, with weights of `dtype`."""
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+    from transformers import T5Config, T5EncoderModel
+
+    base = root / "base"
+    _component(base / "transformer", CogVideoXTransformer3DModel, sizes.transformer, _DIFFUSERS, dtype)
+    _component(base / "vae", AutoencoderKLCogVideoX, sizes.causal_vae, _DIFFUSERS, dtype)
+    text = T5Config(**sizes.t5)
+    _component(base / "text_encoder", T5EncoderModel, sizes.t5, _TRANSFORMERS, dtype, lambda: T5EncoderModel(text))
+    _pipeline(base, "CogVideoXImageToVideoPipeline", DPM)
+    _tokenizer(base / "tokenizer")
+    width = sizes.transformer["num_attention_heads"] * sizes.transformer["attention_head_dim"]
+    blocks = {f"transformer.transformer_blocks.{i}.attn1": width for i in range(sizes.transformer["num_layers"])}
+    _motionrag(root / "rag", blocks, sizes, True, dtype)
+    _encoders(root, sizes, dtype)
+
+
+def write_svd(root: Path, sizes: Sizes, dtype: torch.dtype = torch.bfloat16) -> None:
+    """A Stable Video Diffusion folder, MotionRAG's files for it, VideoMAE and DINOv2, with weights of `dtype`."""
+    from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    base = root / "base"
+    _component(base / "unet", UNetSpatioTemporalConditionModel, sizes.unet, _DIFFUSERS, dtype)
+    _component(base / "vae", AutoencoderKLTemporalDecoder, sizes.temporal_vae, _DIFFUSERS, dtype)
+    clip = CLIPVisionConfig(**sizes.clip)
+    _component(
+        base / "image_encoder", CLIPVisionModelWithProjection, sizes.clip, _TRANSFORMERS, dtype,
+        lambda: CLIPVisionModelWithProjection(clip),
+    )  # fmt: skip
+    _pipeline(base, "StableVideoDiffusionPipeline", EULER)
+    _motionrag(root / "rag", adapter_blocks(dict(sizes.unet)), sizes, False, dtype)
+    _encoders(root, sizes, dtype)
+
+
+def _component(
+    folder: Path, kind: type, config: Config, file: str, dtype: torch.dtype, make: Callable[[], nn.Module] | None = None
+) -> None:
+    """A folder with the config of a `kind` and zeros for all its weights."""
+    with meta():
+        module = make() if make is not None else kind(**config)
+    folder.mkdir(parents=True, exist_ok=True)
+    named: dict[str, Any] = {"_class_name": kind.__name__}
+    if file == _TRANSFORMERS:
+        named = {"architectures": [kind.__name__], "model_type": kind.config_class.model_type}  # type: ignore[attr-defined]
+    (folder / "config.json").write_text(json.dumps({**config, **named}))
+    sparse_file(folder / file, {key: tuple(value.shape) for key, value in module.state_dict().items()}, dtype)
+
+
+def _pipeline(base: Path, name: str, scheduler: Config) -> None:
+    (base / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    (base / "scheduler").mkdir()
+    (base / "scheduler" / "scheduler_config.json").write_text(json.dumps(dict(scheduler)))
+
+
+def _tokenizer(folder: Path) -> None:
+    """Words as tokens, and `</s>` behind every text as T5's does: the real one's model is not here."""
+    from tokenizers import Tokenizer, models, processors
+
+    tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def _encoders(root: Path, sizes: Sizes, dtype: torch.dtype) -> None:
+    from transformers import Dinov2Config, Dinov2Model, VideoMAEConfig, VideoMAEModel
+
+    video, image = VideoMAEConfig(**sizes.videomae), Dinov2Config(**sizes.dinov2)
+    _component(root / "videomae", VideoMAEModel, sizes.videomae, _TRANSFORMERS, dtype, lambda: VideoMAEModel(video))
+    _component(root / "dinov2", Dinov2Model, sizes.dinov2, _TRANSFORMERS, dtype, lambda: Dinov2Model(image))
+
+
+def _motionrag(folder: Path, blocks: Mapping[str, int], sizes: Sizes, overlay: bool, dtype: torch.dtype) -> None:
+    """MotionRAG's files with their released prefixes, and without `sos_token`, which the release does not save."""
+
+    def shapes(size: ResamplerSize | CamaSize, prefix: str) -> dict[str, tuple[int, ...]]:
+        with torch.device("meta"):
+            state = size.build().state_dict()
+        return {f"{prefix}{key}": tuple(value.shape) for key, value in state.items() if key != "sos_token"}
+
+    adapters = adapter_shapes(blocks, sizes.cama.dim) | shapes(sizes.motion, "action_proj_model.")
+    sparse_file(folder / "Motion-Adapter.safetensors", adapters, dtype)
+    sparse_file(folder / "motion_proj.safetensors", shapes(sizes.motion, ""), dtype)
+    transformer = shapes(sizes.cama, "") | shapes(sizes.appearance, "condition_proj.")
+    sparse_file(folder / "motion_transformer.safetensors", transformer, dtype)
+    if overlay:
+        sparse_file(folder / "17_frames.safetensors", overlay_shapes(blocks), dtype)

@@ -1,0 +1,71 @@
+"""How many bytes of values live at once inside one call of a traced graph: the activations of a memory plan.
+
+Values are counted in the order of the graph, nothing fused: a value lives from the operation that makes it to the last that
+reads it or a view of it. Weights, inputs and outputs' callers are not counted; a view takes nothing of its own. Symbolic
+sizes count as they were traced.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+
+def live_bytes(graph: Graph) -> int:
+    """The largest sum of bytes of values that live at once; needs `meta["val"]` on the nodes, as a trace leaves it."""
+    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr")]
+    owner: dict[Node, Node] = {}  # a value -> the one whose memory it looks into
+    last: dict[Node, int] = {}
+    for number, node in enumerate(nodes):
+        for source in node.all_input_nodes:
+            if source in owner:
+                last[owner[source]] = number
+        base = _looked_into(node)
+        if base is None:
+            owner[node], last[node] = node, number
+        elif base in owner:
+            owner[node] = owner[base]
+    ends: dict[int, list[Node]] = {}
+    for node, number in last.items():
+        ends.setdefault(number, []).append(node)
+    live = most = 0
+    for number, node in enumerate(nodes):
+        if owner.get(node) is node:
+            live += _size(node.meta.get("val"))
+        most = max(most, live)
+        live -= sum(_size(dead.meta.get("val")) for dead in ends.get(number, ()))
+    return most
+
+
+def _looked_into(node: Node) -> Node | None:
+    """The input whose memory the value of `node` shares, or None for a value of its own."""
+    if node.op == "output":
+        return None
+    if getattr(node.target, "__name__", "") == "getitem" and isinstance(node.args[0], Node):
+        return node.args[0]
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not any(result.alias_info is not None for result in schema.returns):
+        return None
+    for index, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and index < len(node.args) and isinstance(node.args[index], Node):
+            return node.args[index]  # type: ignore[return-value]
+    return None
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, (list, tuple)):
+        return sum(map(_size, value))
+    if not isinstance(value, Tensor):
+        return 0
+    return math.prod(_hint(size) for size in value.shape) * value.element_size()
+
+
+def _hint(size: Any) -> int:
+    if isinstance(size, int):
+        return size
+    assert isinstance(size, torch.SymInt)
+    return int(size.node.hint or 1)

@@ -1,0 +1,184 @@
+"""The benchmarks of the step on models made for them, at toy size: gates first, a row for each variant, honest words."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+BESIDE = (
+    "bench_adapter", "bench_scaling", "bench_step", "mid_graphs", "mid_models", "onnx_graph", "step_rivals", "full_step",
+    "harness",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[dict[str, ModuleType]]:
+    """The modules of the benchmarks by name: they import each other as scripts do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        import bench_adapter
+        import bench_scaling
+        import bench_step
+        import mid_models
+
+        yield {module.__name__: module for module in (bench_adapter, bench_scaling, bench_step, mid_models)}
+        for name in BESIDE:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the toy's graphs are kept from one test to the next."""
+    return tmp_path_factory.mktemp("work")
+
+
+def rows(folder: Path, question: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / f"{question}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_adapter_overhead_has_a_checked_row_for_each_variant(
+    bench: dict[str, ModuleType], work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["--model", "layer-toy", "--runtime", "onnxruntime"]
+    arguments = [*model, "--rounds", "2", "--work", str(work), "--results", str(tmp_path)]
+    bench["bench_adapter"].main(arguments)
+    out = capsys.readouterr().out
+    found = {row["backend"]: row for row in rows(tmp_path, "bench_adapter")}
+    assert set(found) == {"base", "base_ours", "released", "folded", "scale_0"} and "fused: not run" in out
+    for row in found.values():
+        assert row["n"] == 2 and row["model"] == "layer-toy"
+        assert row["error"]["max_abs_difference"] <= row["error"]["allowed"]
+    assert found["folded"]["error"]["to"] == "released" and found["scale_0"]["error"]["to"] == "base"
+    assert found["folded"]["error"]["max_abs_difference"] > 0  # two forms, not one graph twice
+    assert found["base_ours"]["flops"] <= found["base"]["flops"] < found["folded"]["flops"] < found["released"]["flops"]
+    low, high = found["folded"]["over_base_ours"][1:]
+    assert 0 < low <= high
+    capsys.readouterr()
+    bench["bench_adapter"].main(arguments)
+    assert "exporting" not in capsys.readouterr().out  # kept from the first run
+
+
+@pytest.mark.slow
+def test_step_is_timed_against_both_rivals(
+    bench: dict[str, ModuleType],
+    work: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Compiled without Inductor here: a C++ compiler would take a minute."""
+    import torch._inductor.config as inductor
+
+    monkeypatch.setattr(torch, "compile", lambda module, **options: functools.partial(_compiled, module, options))
+    monkeypatch.setattr(inductor, "freezing", False)
+    threads = torch.get_num_threads()
+    arguments = ["--model", "layer-toy", "--rounds", "2", "--warmups", "1", "--work", str(work), "--results", str(tmp_path)]
+    try:
+        bench["bench_step"].main(arguments)
+    finally:
+        torch.set_num_threads(threads)
+    found = {row["backend"]: row for row in rows(tmp_path, "bench_step")}
+    assert set(found) == {"plain", "rewritten", "eager", "compiled"}
+    assert "max-autotune" in found["compiled"]["compile"] and "the better rival is" in capsys.readouterr().out
+    assert found["rewritten"]["flops"] < found["plain"]["flops"] == found["eager"]["flops"]
+    for name, row in found.items():
+        assert row["error"]["max_abs_difference"] <= row["error"]["allowed"]
+        assert name == "rewritten" or row["over_rewritten"][0] > 0
+
+
+def _compiled(module: Any, options: dict[str, Any], **tensors: Any) -> Any:
+    assert options["mode"] == "max-autotune" and torch._inductor.config.freezing and not torch.is_grad_enabled()
+    return module(**tensors)
+
+
+def test_adapter_overhead_in_torch_exports_nothing(bench: dict[str, ModuleType], tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    arguments = ["--model", "layer-toy", "--rounds", "2", "--work", str(tmp_path / "work"), "--results", str(tmp_path)]
+    try:
+        bench["bench_adapter"].main(arguments)
+    finally:
+        torch.set_num_threads(threads)
+    found = {row["backend"]: row for row in rows(tmp_path, "bench_adapter")}
+    assert len(found) == 5 and {row["runtime"] for row in found.values()} == {"torch"}
+    assert found["folded"]["flops"] < found["released"]["flops"] and not (tmp_path / "work").exists()
+
+
+def test_gate_refuses_a_wrong_fold_and_motion_without_effect(bench: dict[str, ModuleType]) -> None:
+    gate = bench["bench_adapter"].gate
+    base, moved = np.zeros(4, np.float32), np.ones(4, np.float32)
+    right = {"base": base, "base_ours": base + 1e-6, "released": moved, "folded": moved - 1e-6, "scale_0": base}
+
+    def calls(**other: Any) -> dict[str, Any]:
+        return {name: lambda value=value: {"x": value} for name, value in {**right, **other}.items()}
+
+    assert gate(calls())["folded"]["to"] == "released"
+    parity = sys.modules["harness"].ParityError
+    for name in ("base_ours", "folded", "scale_0"):
+        with pytest.raises(parity, match=f"{name} differs from"):
+            gate(calls(**{name: right[name] + 0.01}))
+    with pytest.raises(parity, match="would prove nothing"):
+        gate(calls(released=base, folded=base))
+
+
+@pytest.mark.parametrize("name", ["cogvideox-toy", "layer-toy", "svd-toy"])
+def test_the_base_model_is_the_adapted_one_at_scale_0(bench: dict[str, ModuleType], name: str) -> None:
+    model = bench["mid_models"].MODELS[name]
+    values = model.feed()
+    adapted, base = model.step(adapter=True), model.step(adapter=False)
+    with torch.no_grad():
+        want = base(**values)
+        silent = adapted(**{**values, "motion_scale": torch.tensor(0.0)})
+        moved = adapted(**values)
+    for ours, theirs, other in zip(silent, want, moved, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+        assert float((other - theirs).abs().max()) > 1e-3
+
+
+def test_the_middle_models_have_the_published_depth(bench: dict[str, ModuleType]) -> None:
+    models = bench["mid_models"]
+    assert models.MID.layers == 42 and models.MID.head_width == 64 and models.MID.motion_tokens == 25
+    assert models.MODELS["cogvideox-layer"].shape["L"] == 6976
+    heads, widths = models.SVD_MID["num_attention_heads"], models.SVD_MID["block_out_channels"]
+    assert [width // count for width, count in zip(widths, heads, strict=True)] == [64] * 4
+
+
+def test_fits_find_the_law_they_are_given(bench: dict[str, ModuleType]) -> None:
+    scaling = bench["bench_scaling"]
+    sizes = [1.0, 2.0, 4.0, 7.0]
+    power = scaling.fit_power(sizes, [0.003 * size**1.5 for size in sizes])
+    assert power["exponent"] == pytest.approx(1.5) and power["coefficient_ms"] == pytest.approx(3.0)
+    line = scaling.fit_polynomial(sizes, [0.5 + 0.1 * size for size in sizes], 1)
+    assert line["coefficients_ms"] == pytest.approx([500, 100]) and line["worst_relative_residual"] < 1e-9
+    bent = scaling.fit_polynomial(sizes, [size**2 for size in sizes], 1)
+    assert bent["worst_relative_residual"] > 0.1
+
+
+def test_scaling_over_references_writes_points_and_a_fit(bench: dict[str, ModuleType], tmp_path: Path) -> None:
+    bench["bench_scaling"].main(["--toy", "--axes", "k", "--rounds", "2", "--warmups", "0", "--results", str(tmp_path)])
+    found = rows(tmp_path, "bench_scaling")
+    assert [row.get("value") for row in found] == [1, 2, 4, None]
+    assert found[-1]["what"] == "fit" and np.isfinite(found[-1]["power"]["exponent"])
+
+
+@pytest.mark.parametrize("axis", ["frames", "resolution", "m", "batch"])
+def test_every_axis_has_models_that_run(bench: dict[str, ModuleType], axis: str) -> None:
+    for point in bench["bench_scaling"].points(axis, toy=True):
+        step, values = point.model.step(adapter=True), point.model.feed()
+        with torch.no_grad():
+            results = step(**values)
+        assert results[0].shape == values["latents"].shape
+        if axis == "batch":
+            assert len(values["latents"]) == point.value

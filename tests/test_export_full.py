@@ -1,0 +1,249 @@
+"""The full-size export at toy size: its row, its memory, and what an fp16 bundle loses against the fp32 modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("onnxscript")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from motionrt.export import cogvideox_bundle as cogvideox  # noqa: E402
+from motionrt.export.motionrag_files import CamaSize, ResamplerSize, SosToken, open_motionrag  # noqa: E402
+from motionrt.export.parts import text_part  # noqa: E402
+from motionrt.export.real import Sources, Stage, encoders  # noqa: E402
+from motionrt.export.released import cogvideox_step, step_args  # noqa: E402
+from motionrt.export.safetensors_file import read_header  # noqa: E402
+from motionrt.export.svd_bundle import encode_part, export_svd  # noqa: E402
+from motionrt.runtime.demo import load_by_path  # noqa: E402
+from motionrt.runtime.memory_rows import Reference  # noqa: E402
+from motionrt.runtime.pipeline import MotionPipeline  # noqa: E402
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+ROOT = Path(__file__).resolve().parent.parent
+models = load_by_path(ROOT / "tests" / "real_models.py")
+FRAMES, SIZE, LATENTS, MOTION = 5, (24, 32), (2, 4, 6, 8), (3, 64)
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[tuple[Any, Any]]:
+    """benchmarks/export_full.py and benchmarks/sparse_models.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        import export_full
+        import sparse_models
+
+        yield export_full, sparse_models
+
+
+@pytest.fixture(scope="module")
+def toy(scripts: tuple[Any, Any]) -> Any:
+    """Every part at a toy size."""
+    vae = {
+        "block_out_channels": [4, 4, 8], "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 2, "sample_height": 24,
+        "sample_width": 32, "scaling_factor": 0.7, "down_block_types": ["CogVideoXDownBlock3D"] * 3,
+        "up_block_types": ["CogVideoXUpBlock3D"] * 3,
+    }  # fmt: skip
+    t5 = {
+        "vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2,
+        "feed_forward_proj": "gated-gelu",
+    }  # fmt: skip
+    temporal = {
+        "down_block_types": ["DownEncoderBlock2D"] * 2, "block_out_channels": [32, 32], "layers_per_block": 1,
+        "latent_channels": 4,
+    }  # fmt: skip
+    clip = {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 224,
+        "patch_size": 56, "projection_dim": 24,
+    }  # fmt: skip
+    videomae = {
+        "image_size": 32, "patch_size": 16, "num_frames": 16, "tubelet_size": 2, "hidden_size": 24, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "intermediate_size": 32, "use_mean_pooling": True,
+    }  # fmt: skip
+    dinov2 = {
+        "hidden_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 70, "patch_size": 14, "mlp_ratio": 2
+    }  # fmt: skip
+    return scripts[1].Sizes(
+        {**models.COGVIDEOX, "num_layers": 1}, vae, t5, {"out_channels": 4, **models.UNET}, temporal, clip, videomae, dinov2,
+        ResamplerSize(64, 1, 1, 3, 24, 64, 2), ResamplerSize(64, 1, 1, 3, 40, 64, 2), CamaSize(3, 64, 1, 1, 96),
+    )  # fmt: skip
+
+
+def fill(root: Path) -> None:
+    """Random weights in the place of zeros, in the dtype of each file; T5's are as large as makes float16 overflow."""
+    draw = torch.Generator().manual_seed(0)
+    for path in sorted(root.rglob("*.safetensors")):
+        filled = {}
+        for key, value in load_file(path).items():
+            spread, centre = (0.1, 0.5) if value.ndim == 1 else (value[0].numel() ** -0.5, 0.0)
+            spread *= 1e6 if key.endswith(".DenseReluDense.wo.weight") else 1.0
+            filled[key] = (torch.randn(value.shape, generator=draw) * spread + centre).to(value.dtype)
+        save_file(filled, path)
+
+
+@pytest.fixture(scope="module")
+def world(scripts: tuple[Any, Any], toy: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """An fp16 bundle of toy files that hold random bf16 weights, and its row."""
+    full, sparse = scripts
+    root = tmp_path_factory.mktemp("full") / "work"
+    sparse.write_cogvideox(root, toy)
+    fill(root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stage, "add_text_query", models.packaged_text_query)
+        row = full.export(root, full.Request("cogvideox-5b-i2v", FRAMES, "float16", steps=(2,)))
+    return root, row
+
+
+def test_the_row_tells_memory_stages_graphs_and_counts(scripts: tuple[Any, Any], world: tuple[Path, dict[str, Any]]) -> None:
+    full, row = scripts[0], world[1]
+    assert [stage["stage"] for stage in row["stages"]] == [
+        "open and check files", "unconditional tokens", "text", "motion", "appearance", "cama", "encode", "decode", "partition",
+        "schedule", "request", "step", "inspect",
+    ]  # fmt: skip
+    assert row["peak_anonymous_mb"] == max(stage["peak_mb"] for stage in row["stages"]) > 100
+    assert row["ru_maxrss_mb"] >= row["peak_anonymous_mb"] * 0.99
+    graphs = row["graphs"]
+    assert set(graphs) == {
+        "text", "text_query", "motion", "appearance", "cama", "encode", "decode", "schedule", "request", "step"
+    }  # fmt: skip
+    for name, graph in graphs.items():
+        inferred = graph["inner_values_inferred"]
+        if name in ("encode", "decode"):  # ONNX has no shape inference for GroupNormalization
+            assert 0 < inferred < graph["inner_values"]
+        else:
+            assert 0 < inferred == graph["inner_values"]
+    assert row["bundle_bytes"] > sum(graph["weights_bytes"] for graph in graphs.values()) > 5e5
+    classes = row["classes"]
+    counted = full.Expected(
+        classes["schedule"]["parameters"] + classes["constant"]["parameters"], classes["model"]["parameters"], 1
+    )
+    full.check_counts(row, counted)
+    with pytest.raises(ValueError, match="is expected"):
+        full.check_counts(row, full.EXPECTED["cogvideox-5b-i2v"])
+
+
+def test_more_memory_than_allowed_is_no_row(
+    scripts: tuple[Any, Any], world: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, (root, _) = scripts[0], world
+    monkeypatch.setattr(full, "export_cogvideox", lambda *arguments, **named: np.ones(30_000_000)[0])
+    monkeypatch.setattr(full, "inspect", lambda bundle: {})
+    with pytest.raises(MemoryError, match="beyond the page cache; allowed are 50"):
+        full.export(root, full.Request("cogvideox-5b-i2v", FRAMES, "float16", steps=(2,)), limit=5e7)
+
+
+def test_memory_beyond_the_page_cache_is_what_was_written_to_and_not_what_was_mapped(
+    scripts: tuple[Any, Any], tmp_path: Path
+) -> None:
+    from anonymous_memory import AnonymousMemory, anonymous
+
+    (tmp_path / "file").write_bytes(bytes(100_000_000))
+    with AnonymousMemory() as memory:
+        before = anonymous()
+        mapped = np.memmap(tmp_path / "file", np.uint8, "r")
+        assert mapped.max() == 0
+        after_mapping = memory.peak()
+        held = np.ones(50_000_000, np.uint8)
+        assert after_mapping - before < 20_000_000
+        assert 45_000_000 < memory.peak() - before < 70_000_000
+        del held
+        memory.peak()
+        assert memory.peak() - before < 20_000_000  # a new stretch
+
+
+def test_the_files_for_svd_are_those_that_its_export_takes(scripts: tuple[Any, Any], toy: Any, tmp_path: Path) -> None:
+    class Checked(Exception):
+        pass
+
+    def say(stage: str) -> None:
+        raise Checked(stage)
+
+    scripts[1].write_svd(tmp_path, toy)
+    sources = Sources(
+        tmp_path / "base", tmp_path / "rag", tmp_path / "videomae", tmp_path / "dinov2", tmp_path / "converted",
+        sos=SosToken(seed=42), steps=(2,),
+    )  # fmt: skip
+    with pytest.raises(Checked, match="unconditional tokens"):  # which is said when every file has been checked
+        export_svd(sources, tmp_path / "bundle", frames=3, height=16, width=32, say=say)
+    for dtype, kept in ((torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        still: Any = encode_part(sources.base, (16, 32), dtype).module
+        assert (still.vae.dtype, still.clip.dtype) == (kept, dtype)  # force_upcast: what diffusers does in float16
+
+
+def reference(root: Path, toy: Any, feeds: dict[str, dict[str, Any]], unconditional: Any) -> dict[str, list[Any]]:
+    """Outputs of the modules behind the graphs, in fp32 with the same stored weights."""
+    sources = Sources(root / "base", root / "rag", root / "videomae", root / "dinov2", root / "converted", "float32")
+    blocks = {"transformer.transformer_blocks.0.attn1": 64}
+    files = open_motionrag(root / "rag", blocks, overlay=True, sos=SosToken(seed=42))
+    made = encoders(sources, files, FRAMES, SIZE)
+    fp32 = torch.float32
+    step = cogvideox_step(toy.transformer, latents=LATENTS, motion=MOTION, unconditional=unconditional)
+    weights = cogvideox.step_weights(sources.base, files, step)[0]
+    step.load_state_dict({name: lazy.read().float() for name, lazy in weights.items()}, strict=False, assign=True)
+    modules = {
+        "text": text_part(sources.base, fp32).loaded(),
+        "motion": made.motion(fp32).loaded(),
+        "appearance": made.appearance(fp32).loaded(),
+        "encode": cogvideox.vae_part(
+            sources.base, lambda vae: cogvideox.EncodeCausal(vae, LATENTS[0], fp32), "encoder", fp32
+        ).loaded(),
+        "decode": cogvideox.vae_part(sources.base, lambda vae: cogvideox.DecodeCausal(vae, fp32), "decoder", fp32).loaded(),
+        "step": step,
+    }
+    results = {}
+    with torch.no_grad():
+        for name, module in modules.items():
+            found = module(*(torch.from_numpy(value) for value in feeds[name].values()))
+            results[name] = [found] if isinstance(found, torch.Tensor) else list(found)
+    return results
+
+
+def test_an_fp16_bundle_runs_on_the_cpu_and_is_near_the_fp32_modules(
+    world: tuple[Path, dict[str, Any]], toy: Any, record_property: Any
+) -> None:
+    root, _ = world
+    draw = np.random.default_rng(0)
+
+    def normal(*shape: int) -> Any:
+        return draw.standard_normal(shape).astype(np.float32)
+
+    args = step_args(cogvideox.INPUTS, toy.transformer, LATENTS, MOTION)
+    step = {name: normal(*value.shape) for name, value in args.items()} | {
+        "timestep": np.array([500]), "guidance": np.float32(2.0)[...], "motion_scale": np.float32(1.0)[...]
+    }  # fmt: skip
+    feeds = {
+        "text": {"input_ids": draw.integers(0, 40, (1, models.TEXT_TOKENS))},
+        "motion": {"video": np.tanh(normal(1, FRAMES, 3, *SIZE))},
+        "appearance": {"image": np.tanh(normal(1, 3, *SIZE))},
+        "encode": {"image": np.tanh(normal(1, 3, *SIZE)), "noise": normal(1, *LATENTS[1:])},
+        "decode": {"latents": normal(1, *LATENTS)},
+        "step": {name: step[name] for name in args},
+    }
+    with MotionPipeline.from_bundle(root / "bundle", threads=1) as pipeline:
+        results = {name: list(pipeline.graph(name)(feed).values()) for name, feed in feeds.items() if name != "step"}
+        state = dict(step)
+        for name, feed in (("schedule", {"timesteps": step["timestep"]}), ("request", state), ("step", state)):
+            wanted = [port.name for port in pipeline.bundle.graph(name).inputs]
+            found = pipeline.graph(name)({port: feed[port] for port in wanted})
+            state |= {port: value[0] for port, value in found.items()} if name == "schedule" else found  # a row of each table
+        results["step"] = [state["next_latents"], state["x0"]]
+        still = draw.integers(0, 256, (*SIZE, 3), np.uint8)
+        references = [Reference(0, 1.0, "", "", 0.0, 1.0, results["motion"][0][0], results["appearance"][0][0])]
+        video = pipeline(still, "w5 w9", seed=1, steps=2, references=references).frames
+        unconditional = torch.from_numpy(pipeline.graph("motion")({"video": np.zeros((1, FRAMES, 3, *SIZE), "f4")})["motion"])
+    text = {key: stored.dtype for key, stored in read_header(root / "bundle" / "graphs" / "text.safetensors")[0].items()}
+    assert {dtype for key, dtype in text.items() if ".wo." in key} == {torch.float32}
+    assert {dtype for key, dtype in text.items() if ".wo." not in key} == {torch.float16}
+    assert video.shape[1:] == (*SIZE, 3) and video.std() > 0  # diffusers' VAE makes 8 pictures of 2 latent frames
+    for name, want in reference(root, toy, feeds, unconditional).items():
+        for ours, theirs in zip(results[name], want, strict=True):
+            error = float(np.linalg.norm(ours - theirs.numpy()) / np.linalg.norm(theirs))
+            record_property(f"relative L2 of {name} in fp16", error)
+            print(f"{name}: relative L2 {error:.2e}")
+            assert 0 < error < 2e-3, name  # the worst that was seen: 6e-4
