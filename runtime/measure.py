@@ -66,9 +66,6 @@ class Plan:
     solver: str | None = None
 
 
-DEFAULT = Plan()
-
-
 @dataclass
 class Comparison:
     """Seconds of each way to compute a step (`step`, `step_plain`, `eager`), by round, and how far they differ."""
