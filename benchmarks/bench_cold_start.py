@@ -12,52 +12,21 @@ waits for others.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
-from time import perf_counter, process_time
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 import harness
 
+CHILD = Path(__file__).with_name("cold_start_child.py")
 DEMO = harness.ROOT / "demo"
 PHASES = ("interpreter", "import", "open", "load", "warm_up", "first_request", "second_request")
 WAYS = ("parallel", "sequential")
-
-
-def child(born: float, bundle: str, memory: str, threads: int, workers: int | None, image: str, prompt: str) -> None:
-    """The measured process: prints seconds, CPU seconds and peak MiB after each phase, and the video's digest, as JSON."""
-    seconds = {"interpreter": perf_counter() - born}  # one clock for all processes of a machine (Linux, macOS)
-    cpu = {"interpreter": process_time()}
-    peak: dict[str, float] = {}
-    clock = [perf_counter(), process_time()]
-
-    def mark(phase: str) -> None:
-        seconds[phase], cpu[phase] = perf_counter() - clock[0], process_time() - clock[1]
-        unit = 1024 if sys.platform != "darwin" else 1024**2  # kilobytes, but on macOS bytes
-        peak[phase] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-        clock[:] = perf_counter(), process_time()
-
-    from motionrt import MotionPipeline
-
-    mark("import")
-    pipeline = MotionPipeline.from_bundle(bundle, memory, threads=threads)
-    mark("open")
-    pipeline.load(workers)
-    mark("load")
-    pipeline.warm()
-    mark("warm_up")
-    first = pipeline(image, prompt)
-    mark("first_request")
-    second = pipeline(image, prompt)
-    mark("second_request")
-    digests = [hashlib.sha256(result.frames.tobytes()).hexdigest() for result in (first, second)]
-    print(json.dumps({"seconds": seconds, "cpu": cpu, "peak_mib": peak, "digests": digests}))
 
 
 def fresh(way: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -66,9 +35,7 @@ def fresh(way: str, options: argparse.Namespace) -> dict[str, Any]:
     values = [options.bundle, options.memory, options.threads, workers, options.image, options.prompt]
     text = json.dumps([str(value) if isinstance(value, Path) else value for value in values])
     born = perf_counter()
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", text, "--born", repr(born)], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, str(CHILD), text, repr(born)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"a process failed: {done.stderr.strip()[-2000:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -113,12 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder for rows")
     parser.add_argument("--note", default="")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--born", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.child is not None:
-        child(options.born, *json.loads(options.child))
-        return
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for index in range(-1, options.processes):  # the first pair brings the files into the page cache
         for way in WAYS if index % 2 else WAYS[::-1]:
