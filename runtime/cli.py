@@ -153,7 +153,8 @@ def generate(
             console.print(note, markup=False)
     console.print(report.stages_table([result], {"write": time.perf_counter() - start, "load": load}))
     frames, height, width, _ = result.frames.shape
-    console.print(f"{out}: {frames} frames of {width}x{height} at {result.fps:g} fps, seed {seed}", markup=False)
+    told = f"{out}: {frames} frames of {width}x{height} at {result.fps:g} fps, seed {seed}"
+    console.print(told, markup=False, soft_wrap=True)  # a path must not be broken
 
 
 @app.command()

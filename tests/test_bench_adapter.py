@@ -83,13 +83,13 @@ def test_step_is_timed_against_both_rivals(
     import torch._inductor.config as inductor
 
     monkeypatch.setattr(torch, "compile", lambda module, **options: functools.partial(_compiled, module, options))
-    monkeypatch.setattr(inductor, "freezing", False)
-    threads = torch.get_num_threads()
+    freezing, threads = inductor.freezing, torch.get_num_threads()  # monkeypatch would delete PyTorch's setting afterwards
     arguments = ["--model", "layer-toy", "--rounds", "2", "--warmups", "1", "--work", str(work), "--results", str(tmp_path)]
     try:
         bench["bench_step"].main(arguments)
     finally:
         torch.set_num_threads(threads)
+        inductor.freezing = freezing
     found = {row["backend"]: row for row in rows(tmp_path, "bench_step")}
     assert set(found) == {"plain", "rewritten", "eager", "compiled"}
     assert "max-autotune" in found["compiled"]["compile"] and "the better rival is" in capsys.readouterr().out

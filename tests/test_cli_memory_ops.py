@@ -231,8 +231,10 @@ def generate(fake_bundle: Path, tmp_path: Path) -> list[object]:
 
 
 def test_generate_with_several_memories(
-    run: Run, fake_bundle: Path, generate: list[object], memory: Path, folder: Path, tmp_path: Path
-) -> None:
+    run: Run, fake_bundle: Path, generate: list[object], memory: Path, folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("COLUMNS", "400")  # the table names the memories by their whole paths
     second = tmp_path / "second"
     run("memory", "create", second, "-b", fake_bundle)
     run("memory", "add", second, folder / "clip1.mp4", "-b", fake_bundle)

@@ -431,7 +431,7 @@ def test_command_line_runs_the_torch_backend(
     video = ["-o", str(tmp_path / "out.png")]
     for options, status, message in (
         (["--backend", "torch", "--allow-onnxruntime"], 0, "out.png: 3 frames"),
-        (["--backend", "torch"], 2, "has no torch program of graph 'text' (it has: step)"),
+        (["--backend", "torch"], 2, "has no torch program of graph 'text_query' (it has: step)"),
         (["--backend", "torch", "--device", "cuda:99"], 2, "device is 'cuda:99'; torch"),
         (["--device", "tpu"], 2, "the backend onnxruntime runs on cpu"),
         (["--backend", "jax"], 2, "backend is 'jax'; it must be one of onnxruntime, torch"),
