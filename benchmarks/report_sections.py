@@ -55,6 +55,7 @@ def step(report: Report) -> list[str]:
 def conditioning(report: Report) -> list[str]:
     parts: list[str] = []
     for name, rows in groups(report.rows("bench_conditioning"), "model").items():
+        rows = [row for row in rows if row.get("what") != "fit"]
         rows = sorted(rows, key=lambda row: (row.get("k", 0), str(row.get("backend"))))
         head = ["K", "backend", "p50 ms", "p95", "p99", "n", "x memory"]
         body = [
