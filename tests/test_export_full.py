@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -153,8 +154,12 @@ def test_memory_beyond_the_page_cache_is_what_was_written_to_and_not_what_was_ma
         assert after_mapping - before < 20_000_000
         assert 45_000_000 < memory.peak() - before < 70_000_000
         del held
-        memory.peak()
-        assert memory.peak() - before < 20_000_000  # a new stretch
+        for _ in range(100):  # the watcher is another process: on a busy machine its last look may be an old one
+            if memory.peak() - before < 20_000_000:  # each call begins a new stretch
+                break
+            time.sleep(0.02)
+        else:
+            pytest.fail("what was given back still counts")
 
 
 def test_the_files_for_svd_are_those_that_its_export_takes(scripts: tuple[Any, Any], toy: Any, tmp_path: Path) -> None:
