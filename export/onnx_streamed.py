@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import onnx
 import torch
@@ -23,7 +22,16 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from motionrt.export.liveness import live_bytes
-from motionrt.export.onnx_from_torch import OPSET, Example, Range, _name_outputs, dynamic_axes, dynamic_shapes, port
+from motionrt.export.onnx_from_torch import (
+    OPSET,
+    Example,
+    Range,
+    _name_outputs,
+    dynamic_axes,
+    dynamic_shapes,
+    port,
+    quick_rules,
+)
 from motionrt.export.onnx_functions import add_functions, symbolic_forms
 from motionrt.export.partition import Partition, Program
 from motionrt.export.safetensors_file import Entry, write_file
@@ -106,6 +114,7 @@ def _stream(
     value: Read,
 ) -> dict[str, Any]:
     import onnx_ir
+    import onnxscript.optimizer
 
     first, second = examples[0], examples[min(1, len(examples) - 1)]
     names = list(first.feed)
@@ -136,7 +145,8 @@ def _stream(
             kinds[name], real[name] = (raw.dtype, tuple(raw.shape)), raw
             initializer.const_value = None
     with _quiet(), torch._subclasses.fake_tensor.unset_fake_temporarily():
-        _optimize(model)
+        with quick_rules():
+            onnxscript.optimizer.optimize_ir(model)
         kinds = {name: kind for name, kind in kinds.items() if name in model.graph.initializers}
 
         def make(name: str) -> Tensor:
@@ -225,20 +235,6 @@ def _check(path: Path, model: onnx.ModelProto) -> None:
             onnx.shape_inference.infer_shapes_path(str(partial), str(inferred), check_type=True, strict_mode=True)
         finally:
             inferred.unlink(missing_ok=True)
-
-
-def _optimize(model: Any) -> None:
-    """onnxscript's optimiser, in place, without its one rule over pairs of nodes (two slices that are a split).
-
-    For every node that rule looks at all slices of the graph: 5 of 7 s at 6 blocks of CogVideoX, and it grows with their
-    square. Where a graph has such a pair, two nodes stay in the place of one.
-    """
-    import onnxscript.optimizer
-    from onnxscript import rewriter
-
-    rules = tuple(rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule.name != "SlicesSplit")
-    with mock.patch.object(rewriter, "_DEFAULT_REWRITE_RULES", rules):
-        onnxscript.optimizer.optimize_ir(model)
 
 
 @contextlib.contextmanager
