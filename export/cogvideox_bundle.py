@@ -147,9 +147,10 @@ def geometry(base: Path, frames: int) -> tuple[dict[str, Any], dict[str, Any], t
     if config.get("patch_size_t") is not None:
         raise CheckpointError(f"{base} is a CogVideoX 1.5 model (patches in time); MotionRAG was trained on 1.0 (5b-I2V).")
     ratio = config["temporal_compression_ratio"]
-    if frames < 1 or (frames - 1) % ratio or frames > config["sample_frames"]:
+    every = 2 * ratio  # of an even number of latent frames the VAE makes 4 pictures each, of the first one too
+    if frames < 1 or (frames - 1) % every or frames > config["sample_frames"]:
         raise CheckpointError(
-            f"frames is {frames}; allowed: 1 + a multiple of {ratio}, up to {config['sample_frames']}, such as 17 or 49."
+            f"frames is {frames}; allowed: 1 + a multiple of {every}, up to {config['sample_frames']}, such as 17 or 49."
         )
     latents = ((frames - 1) // ratio + 1, config["out_channels"], config["sample_height"], config["sample_width"])
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
