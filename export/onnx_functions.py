@@ -42,7 +42,7 @@ def function_name(residual: bool) -> str:
 
 
 def motion_cross_attention_function(residual: bool, opset: int) -> onnx.FunctionProto:
-    """out = residual * h + scale * concat_n softmax(h A_n) V_n; shapes as in kernels/motion_cross_attention.py."""
+    """out = residual * h + concat_n softmax(h A_n) (scale V_n); shapes as in kernels/motion_cross_attention.py."""
 
     def node(op: str, inputs: str, output: str, **attributes: Any) -> onnx.NodeProto:
         return helper.make_node(op, inputs.split(), [output], **attributes)
@@ -58,15 +58,15 @@ def motion_cross_attention_function(residual: bool, opset: int) -> onnx.Function
         node("Softmax", "scores", "weights32", axis=-1),
         node("CastLike", "weights32 hidden", "weights"),
         node("Transpose", "weights", "weights_by_head", perm=[0, 2, 1, 3]),
-        node("MatMul", "weights_by_head values", "attended"),  # [B, N, L, d]
+        node("CastLike", "scale hidden", "scale_like"),
+        node("Mul", "values scale_like", "scaled_values"),  # not the result: M rows are fewer than L
+        node("MatMul", "weights_by_head scaled_values", "attended"),  # [B, N, L, d]
         node("Transpose", "attended", "rows", perm=[0, 2, 1, 3]),
         node("Constant", "", "merged", value_ints=[0, 0, -1]),
-        node("Reshape", "rows merged", "joined"),  # [B, L, N*d]
-        node("CastLike", "scale hidden", "scale_like"),
-        node("Mul", "joined scale_like", "scaled" if residual else "out"),
+        node("Reshape", "rows merged", "joined" if residual else "out"),  # [B, L, N*d]
     ]
     if residual:
-        body.append(node("Add", "hidden scaled", "out"))
+        body.append(node("Add", "hidden joined", "out"))
     return helper.make_function(
         DOMAIN,
         function_name(residual),
