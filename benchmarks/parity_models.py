@@ -25,7 +25,7 @@ from motionrt.export.cogvideox_bundle import export_cogvideox
 from motionrt.export.motionrag_files import SosToken
 from motionrt.export.real import Sources
 from motionrt.export.svd_bundle import export_svd
-from motionrt.runtime.demo import load_by_path
+from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.memory_rows import Reference
 from motionrt.runtime.pipeline import MotionPipeline
 

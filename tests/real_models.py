@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from motionrt.runtime.demo import load_by_path
+from motionrt.runtime.by_path import load_by_path
 
 release = load_by_path(Path(__file__).parent / "release_files.py")
 TEXT_TOKENS = 6

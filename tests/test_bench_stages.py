@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from motionrt.runtime.bundle import Bundle
-from motionrt.runtime.demo import load_by_path
+from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.pipeline import STAGES, MotionPipeline
 
 ROOT = Path(__file__).resolve().parent.parent

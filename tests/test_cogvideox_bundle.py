@@ -24,7 +24,7 @@ from motionrt.export.checkpoints import CheckpointError  # noqa: E402
 from motionrt.export.cogvideox_bundle import export_cogvideox  # noqa: E402
 from motionrt.export.motionrag_files import SosToken  # noqa: E402
 from motionrt.export.real import Sources  # noqa: E402
-from motionrt.runtime.demo import load_by_path  # noqa: E402
+from motionrt.runtime.by_path import load_by_path  # noqa: E402
 from motionrt.runtime.memory_rows import Reference  # noqa: E402
 from motionrt.runtime.pipeline import MotionPipeline  # noqa: E402
 from motionrt.runtime.sampler import dynamic_guidance  # noqa: E402

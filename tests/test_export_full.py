@@ -23,7 +23,7 @@ from motionrt.export.real import Sources, Stage, encoders  # noqa: E402
 from motionrt.export.released import cogvideox_step, step_args  # noqa: E402
 from motionrt.export.safetensors_file import read_header  # noqa: E402
 from motionrt.export.svd_bundle import encode_part, export_svd  # noqa: E402
-from motionrt.runtime.demo import load_by_path  # noqa: E402
+from motionrt.runtime.by_path import load_by_path  # noqa: E402
 from motionrt.runtime.memory_rows import Reference  # noqa: E402
 from motionrt.runtime.pipeline import MotionPipeline  # noqa: E402
 
