@@ -160,6 +160,18 @@ def write_svd(folder: Path, config: dict[str, Any] = UNET) -> dict[str, Any]:
     return parts
 
 
+def sources(folder: Path, seed: int, steps: tuple[int, ...], encoders: Path | None = None) -> Any:
+    """What a float32 export of the files in `folder` is told, `encoders` being elsewhere if given; `seed`: of the sos token."""
+    from motionrt.export.motionrag_files import SosToken
+    from motionrt.export.real import Sources
+
+    where = encoders or folder
+    return Sources(
+        folder / "base", folder / "rag", where / "videomae", where / "dinov2", folder / "converted", dtype="float32",
+        sos=SosToken(seed=seed), steps=steps,
+    )  # fmt: skip
+
+
 @contextlib.contextmanager
 def shared_graphs(store: Path) -> Iterator[None]:
     """Exports in the block take the packaged text encoder, and put every graph but a step's into `store` or find it there: no
