@@ -101,12 +101,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Overhead of the Motion-Adapter per step.")
     parser.add_argument("--model", choices=list(MODELS), default="cogvideox-mid")
     parser.add_argument("--runtime", choices=["onnxruntime", "torch"], help="default: the model's own")
-    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder for rows")
     parser.add_argument("--work", type=Path, default=WORK, help="folder where exported graphs are kept")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--warmups", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--note", default="")
+    harness.add_options(parser, rounds=15, warmups=1, threads=1)
     options = parser.parse_args(arguments)
 
     model = MODELS[options.model]

@@ -209,11 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=Path, default=DEMO / "prompts.json")
     parser.add_argument("--k", type=int, nargs="+", default=list(K))
     parser.add_argument("--chunk", type=int, default=1, help="clips through an encoder at once, in the release's way")
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--warmups", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder for rows")
-    parser.add_argument("--note", default="")
+    harness.add_options(parser, rounds=30, warmups=2, threads=1)
     options = parser.parse_args(arguments)
     full = options.model == "full-encoders"
     if full and options.folder is None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -117,11 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Released against folded adapter, one layer, plain torch on the CPU.")
     parser.add_argument("--length", type=int, default=6976, help="rows of h: 480x720x17 in CogVideoX, text included")
     parser.add_argument("--heads", type=int, default=48, help="D is 64 times this")
-    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder for rows")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--warmups", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--note", default="")
+    harness.add_options(parser, rounds=10, warmups=1, threads=1)
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(options.threads)

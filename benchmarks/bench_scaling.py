@@ -180,12 +180,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
     parser.add_argument("--toy", action="store_true", help="tiny sizes, for the test of this file")
     parser.add_argument("--bundle", type=Path, default=DEMO, help="for k")
-    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder for rows")
     parser.add_argument("--work", type=Path, default=WORK, help="folder where exported graphs are kept")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--warmups", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--note", default="")
+    harness.add_options(parser, rounds=15, warmups=2, threads=1)
     options = parser.parse_args(arguments)
     for axis in options.axes:
         measure(axis, options)

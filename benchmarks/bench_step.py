@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 import harness
 from motionrt.runtime.backend import Graph, OnnxRuntimeBackend
 from motionrt.runtime.bundle import Bundle, Port, sha256_of
+from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.noise import noise
 from motionrt.runtime.sampler import sample
 from onnx_graph import open_graph
@@ -102,16 +102,6 @@ def make_request(bundle: Bundle, load: Callable[[str], Graph]) -> Request:
     )
 
 
-def demo_export() -> Any:
-    """The module demo/export.py, by path: the build side of the demo. It imports PyTorch."""
-    spec = importlib.util.spec_from_file_location("motionrt_demo_export", DEMO / "export.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def check_checkpoint(bundle: Bundle, checkpoint: Path) -> None:
     """Raise ParityError where the bundle was exported from another checkpoint: parity could only fail, and obscurely."""
     exported = bundle.manifest.get("provenance", {}).get("checkpoint")
@@ -128,7 +118,7 @@ def demo_rivals(bundle: Bundle, checkpoint: Path, request: Request, options: arg
         print("eager, compiled: not run: PyTorch is not installed")
         return {}
     check_checkpoint(bundle, checkpoint)
-    demo = demo_export()
+    demo = load_by_path(DEMO / "export.py")
     module, example = demo.step_module(checkpoint), request.one_step(request.plain)
     return rivals(module, tuple(demo.INPUTS), demo.STEP_OUTPUTS, example, options)
 

@@ -98,7 +98,7 @@ def _tensor_bytes(tensor: Any) -> int:
 
 def demo_counts() -> Counts:
     """The compiler pass over the step of the demo's checkpoint: what an export of it would give now."""
-    from motionrt.runtime.demo import load_by_path
+    from motionrt.runtime.by_path import load_by_path
 
     build = load_by_path(ROOT / "demo" / "export.py")
     return partition_counts(build.partition_step(build.step_module(ROOT / "demo" / "checkpoint.safetensors")))

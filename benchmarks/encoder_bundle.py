@@ -11,29 +11,27 @@ import json
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 import harness
 from motionrt.export.bundle import staged, write_manifest
 from motionrt.export.checkpoints import Lazy
-from motionrt.export.motionrag_files import CamaSize, ResamplerSize, SosToken, adapter_shapes, open_motionrag
+from motionrt.export.motionrag_files import SosToken, open_motionrag
 from motionrt.export.parts import Part
 from motionrt.export.real import Encoders, Sources, Stage, encoders
-from motionrt.export.safetensors_file import sparse_file
-from motionrt.export.structure import meta
 from motionrt.runtime.backend import OnnxRuntimeBackend
 from motionrt.runtime.bundle import Bundle
 from motionrt.runtime.indexing import ClipEncoders, index_clips
 from motionrt.runtime.memory import MotionMemory
 from motionrt.runtime.video import write_video
+from sparse_models import MOTIONRAG, MotionSizes, write_encoders, write_motionrag
 
 FPS, REFERENCES = 8, 9  # 9 references of 25 tokens, and the still's, are what CAMA's 256 positions hold
 BLOCK = {"transformer.transformer_blocks.0.attn1": 64}  # an adapter must be there to be opened; nothing here uses it
@@ -42,24 +40,14 @@ MOTIONS = ("drifts slowly to the left", "turns around on the spot", "rises and f
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Configs of the encoders, Resamplers and CAMA; frames and (height, width) of a clip."""
+class Sizes(MotionSizes):
+    """And frames and (height, width) of a clip."""
 
-    videomae: Mapping[str, Any]
-    dinov2: Mapping[str, Any]
-    motion: ResamplerSize
-    appearance: ResamplerSize
-    cama: CamaSize
     frames: int
     picture: tuple[int, int]
 
 
-RELEASED = Sizes(
-    {"use_mean_pooling": True},
-    {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 518, "patch_size": 14},
-    ResamplerSize(1024, 4, 12, 25, 768, 1024, 4), ResamplerSize(1024, 4, 12, 25, 1024, 1024, 4),
-    CamaSize(25, 1024, 4, 16, 4096), 17, (480, 720),
-)  # fmt: skip
+RELEASED = Sizes(**vars(MOTIONRAG), frames=17, picture=(480, 720))
 
 
 @dataclass(frozen=True)
@@ -84,36 +72,10 @@ def drawn(part: Part) -> Part:
     return replace(part, weights=weights)
 
 
-def write_files(folder: Path, sizes: Sizes) -> None:
-    """Files of `sizes` as they are released, sparse, of zeros: the exporter reads names and shapes from them."""
-    from transformers import Dinov2Config, Dinov2Model, VideoMAEConfig, VideoMAEModel
-
-    def sparse(path: Path, module: Callable[[], nn.Module], prefix: str = "") -> dict[str, tuple[int, ...]]:
-        with meta():
-            state = module().state_dict()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return {f"{prefix}{key}": tuple(value.shape) for key, value in state.items() if key != "sos_token"}
-
-    models: tuple[tuple[str, Any, Any, Mapping[str, Any]], ...] = (
-        ("videomae", VideoMAEModel, VideoMAEConfig, sizes.videomae),
-        ("dinov2", Dinov2Model, Dinov2Config, sizes.dinov2),
-    )
-    for name, model, config, values in models:
-        path = folder / name / "model.safetensors"
-        shapes = sparse(path, lambda model=model, config=config, values=values: model(config(**values)))  # type: ignore[misc]
-        sparse_file(path, shapes, torch.float32)
-        named = {**values, "model_type": name, "architectures": [model.__name__]}
-        (path.parent / "config.json").write_text(json.dumps(named))
-    rag = folder / "rag" / "motion_proj.safetensors"
-    sparse_file(rag, sparse(rag, sizes.motion.build), torch.float32)
-    sparse_file(rag.with_stem("Motion-Adapter"), adapter_shapes(BLOCK, sizes.cama.dim), torch.float32)
-    transformer = sparse(rag, sizes.cama.build) | sparse(rag, sizes.appearance.build, "condition_proj.")
-    sparse_file(rag.with_stem("motion_transformer"), transformer, torch.float32)
-
-
 def drawn_encoders(folder: Path, sizes: Sizes) -> Encoders:
-    """The exporter's parts of files of `sizes` (written into `folder`), with drawn weights."""
-    write_files(folder, sizes)
+    """The exporter's parts of files of `sizes` (sparse, of zeros, written into `folder`), with drawn weights."""
+    write_encoders(folder, sizes, torch.float32)
+    write_motionrag(folder / "rag", BLOCK, sizes, torch.float32)
     sos = SosToken(seed=42)
     files = open_motionrag(folder / "rag", BLOCK, overlay=False, sos=sos)
     sources = Sources(folder, folder / "rag", folder / "videomae", folder / "dinov2", folder, dtype="float32", sos=sos)

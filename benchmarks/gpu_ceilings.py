@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -50,9 +49,7 @@ def facts(device: str) -> dict[str, Any]:
 def main(arguments: list[str] | None = None, *, device: str = "cuda", toy: bool = False) -> None:
     """Copy and multiply, print, append a row for each; `device` and `toy` are for the test of this file."""
     parser = argparse.ArgumentParser(description="Copy bandwidth and bf16 matrix product of this machine's GPU.")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--warmups", type=int, default=5)
-    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder for rows")
+    harness.add_options(parser, rounds=20, warmups=5)
     options = parser.parse_args(arguments)
     if device == "cuda" and not torch.cuda.is_available():
         print("ceilings: not run: no CUDA device")

@@ -15,6 +15,7 @@ import bench_step
 import harness
 from motionrt.runtime.backend import Graph, OnnxRuntimeBackend
 from motionrt.runtime.bundle import Bundle
+from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.errors import MotionRTError
 
 TOLERANCE = 1e-3  # one step in fp32 on two devices, TF32 off
@@ -38,7 +39,7 @@ def step(arguments: list[str], *, device: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     options = options_of(arguments)
-    build = bench_step.demo_export()
+    build = load_by_path(bench_step.DEMO / "export.py")
     module = build.step_module(options.checkpoint).to(device)
 
     def eager(arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def train(arguments: list[str], *, device: str) -> None:
     from gpu_ceilings import clock, facts
 
     options = options_of(arguments)
-    build = bench_step.demo_export()
+    build = load_by_path(bench_step.DEMO / "export.py")
     module = build.step_module(options.checkpoint).to(device).train()
     feed = {name: value.to(device) for name, value in build.step_feed(BATCH).items()}
     goal = torch.randn_like(feed["latents"])

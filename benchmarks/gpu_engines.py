@@ -198,10 +198,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--flavor", choices=list(FLAVORS), default="rtx")
     parser.add_argument("--dtype", choices=list(ALLOWED), default="float16")
     parser.add_argument("--graphs", nargs="+", default=[], help="all if not given")
-    parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--warmups", type=int, default=10)
     parser.add_argument("--keep", type=Path, help="build in this copy of the bundle and keep it")
-    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder for rows")
+    harness.add_options(parser, rounds=50, warmups=10)
     options = parser.parse_args(arguments)
     reason, target = missing(options.flavor)
     if reason is not None:

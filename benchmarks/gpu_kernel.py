@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -201,9 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Motion-cross-attention on a GPU: parity, then times.")
     parser.add_argument("--shapes", default=",".join(SHAPES), help="names, comma-separated")
     parser.add_argument("--dtype", default="bfloat16", choices=("float16", "bfloat16", "float32"))
-    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder for rows")
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--warmups", type=int, default=10)
+    harness.add_options(parser, rounds=30, warmups=10)
     parser.add_argument("--calls", type=int, default=10, help="calls between two events")
     parser.add_argument("--cpu-check", action="store_true")
     parser.add_argument("--note", default="")

@@ -16,7 +16,6 @@ import functools
 import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -268,9 +267,7 @@ def main(
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--steps", type=int, default=8, help="of a whole request")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--warmups", type=int, default=2)
-    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder for rows")
+    harness.add_options(parser, rounds=20, warmups=2)
     options = parser.parse_args(arguments)
     if device == "cuda" and not torch.cuda.is_available():
         print("request: not run: no CUDA device")

@@ -15,8 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -211,16 +210,19 @@ def run(suite: Suite) -> None:
             suite.stage(f"base_{mode}", base_flops, lambda mode=mode: (plain(base, values, mode), mode))  # type: ignore[misc]
 
 
-def main(arguments: list[str] | None = None, *, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> None:
-    """Run the stages on the GPU; `device` and `dtype` are for the test of this file at toy size."""
-    parser = argparse.ArgumentParser(description="The full-size CogVideoX step: base, released and ours.")
-    parser.add_argument("--size", choices=list(SIZES), default="full")
+def read_options(arguments: list[str] | None, what: str, sizes: Iterable[str]) -> argparse.Namespace:
+    """The options of a suite that measures `what` at one of `sizes`, the first of which is "full"."""
+    parser = argparse.ArgumentParser(description=f"The {what}: base, released and ours.")
+    parser.add_argument("--size", choices=list(sizes), default="full")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--budget", type=float, default=1500.0, help="seconds after which no stage starts")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--warmups", type=int, default=3)
-    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder for rows")
-    options = parser.parse_args(arguments)
+    harness.add_options(parser, rounds=20, warmups=3)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None, *, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> None:
+    """Run the stages on the GPU; `device` and `dtype` are for the test of this file at toy size."""
+    options = read_options(arguments, "full-size CogVideoX step", SIZES)
     if device == "cuda" and not torch.cuda.is_available():
         print("not run: no CUDA device")
         return

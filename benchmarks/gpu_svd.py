@@ -9,11 +9,9 @@ cross-attentions, adapters included, leave the loop, so the goal is to be cheape
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -22,7 +20,6 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
 import gpu_step
-import harness
 from counts import MOTION, UNET
 from motionrt.export.motionrag import MotionAdapterCrossAttention
 from motionrt.export.partition import partition
@@ -186,14 +183,7 @@ def _flops(unet: Any, values: Mapping[str, Tensor], tokens: Tensor, size: Size) 
 
 def main(arguments: list[str] | None = None, *, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> None:
     """Run the stages on the GPU; `device` and `dtype` are for the test of this file at toy size."""
-    parser = argparse.ArgumentParser(description="The SVD step: base, released and ours.")
-    parser.add_argument("--size", choices=("full", "toy"), default="full")
-    parser.add_argument("--stages", nargs="+", choices=gpu_step.STAGES, default=list(gpu_step.STAGES))
-    parser.add_argument("--budget", type=float, default=1500.0, help="seconds after which no stage starts")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--warmups", type=int, default=3)
-    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder for rows")
-    options = parser.parse_args(arguments)
+    options = gpu_step.read_options(arguments, "SVD step", ("full", "toy"))
     if device == "cuda" and not torch.cuda.is_available():
         print("SVD step: not run: no CUDA device")
         return

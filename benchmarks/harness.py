@@ -10,6 +10,7 @@ synchronises inside its callable. Seconds throughout, by `time.perf_counter`.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -142,6 +143,17 @@ def compare(
             call()
             seconds[names[position]][index] = perf_counter() - start
     return Comparison(reference, tolerance, warmups, errors, seconds)
+
+
+def add_options(parser: argparse.ArgumentParser, *, rounds: int, warmups: int, threads: int | None = None) -> None:
+    """The options that measurements share, with these defaults: --results, --rounds and --warmups, and, of those that are
+    made with a number of `threads`, --threads and --note."""
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for rows")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--warmups", type=int, default=warmups)
+    if threads is not None:
+        parser.add_argument("--threads", type=int, default=threads)
+        parser.add_argument("--note", default="")
 
 
 def _output(*command: str) -> str | None:

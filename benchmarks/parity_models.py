@@ -22,10 +22,8 @@ import torch
 import harness
 from motionrt.export import svd
 from motionrt.export.cogvideox_bundle import export_cogvideox
-from motionrt.export.motionrag_files import SosToken
-from motionrt.export.real import Sources
 from motionrt.export.svd_bundle import export_svd
-from motionrt.runtime.demo import load_by_path
+from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.memory_rows import Reference
 from motionrt.runtime.pipeline import MotionPipeline
 
@@ -69,10 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary, models.shared_graphs(Path(temporary) / "graphs"):
         folder = Path(temporary)
         config, parts, files = written(options, models, folder)
-        sources = Sources(
-            folder / "base", folder / "rag", folder / "videomae", folder / "dinov2", folder / "converted", dtype="float32",
-            sos=SosToken(seed=plainly.SOS_SEED), steps=(options.steps,),
-        )  # fmt: skip
+        sources = models.sources(folder, plainly.SOS_SEED, (options.steps,))
         begin = time.perf_counter()
         scale = 4 if options.model == "cogvideox" else 2  # pixels of a latent: of the small VAEs
         size = (options.grid[0] * scale, options.grid[1] * scale)

@@ -52,20 +52,25 @@ def step(report: Report) -> list[str]:
     return parts
 
 
+def against(rows: Sequence[Row], by: str, heading: str, over: str) -> list[str]:
+    """A table of times by the column `by`, with how many times those of `over` they are."""
+    head = [heading, "backend", "p50 ms", "p95", "p99", "n", f"x {over}"]
+    body = [
+        [
+            str(row.get(by)), str(row.get("backend")), *(text.number(row.get(key)) for key in PERCENTILES),
+            text.ratio(row.get(f"over_{over}")),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return text.table(head, body)
+
+
 def conditioning(report: Report) -> list[str]:
     parts: list[str] = []
     for name, rows in groups(report.rows("bench_conditioning"), "model").items():
         rows = [row for row in rows if row.get("what") != "fit"]
         rows = sorted(rows, key=lambda row: (row.get("k", 0), str(row.get("backend"))))
-        head = ["K", "backend", "p50 ms", "p95", "p99", "n", "x memory"]
-        body = [
-            [
-                str(row.get("k")), str(row.get("backend")), *(text.number(row.get(key)) for key in PERCENTILES),
-                text.ratio(row.get("over_memory")),
-            ]
-            for row in rows
-        ]  # fmt: skip
-        parts += [f"### {name}", "", *text.table(head, body), "", text.source(rows), ""]
+        parts += [f"### {name}", "", *against(rows, "k", "K", "memory"), "", text.source(rows), ""]
         series: dict[str, list[tuple[float, float]]] = {}
         for row in rows:
             if row.get("k") and row.get("p50_ms"):
@@ -119,15 +124,7 @@ def scaling(report: Report) -> list[str]:
     for name, rows in groups(report.rows("bench_scaling"), "model", "axis").items():
         fits = [row for row in rows if row.get("what") == "fit"]
         measured = [row for row in rows if row.get("what") != "fit" and row.get("p50_ms") and row.get("value") is not None]
-        head = ["value", "backend", "p50 ms", "p95", "p99", "n", "x base_ours"]
-        body = [
-            [
-                str(row.get("value")), str(row.get("backend")), *(text.number(row.get(key)) for key in PERCENTILES),
-                text.ratio(row.get("over_base_ours")),
-            ]
-            for row in measured
-        ]  # fmt: skip
-        parts += [f"### {name}", "", *(text.table(head, body) if body else []), ""]
+        parts += [f"### {name}", "", *(against(measured, "value", "value", "base_ours") if measured else []), ""]
         for row in fits:
             whose = f" of {row.get('backend')}" if row.get("backend") else ""
             parts += [f"Fit{whose}: {text.facts(row.data, skip=text.COMMON)}.", ""]

@@ -58,15 +58,9 @@ EULER: Config = {
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Configs of every part; `motion`, `appearance`: Resamplers, `cama`: all of one token width."""
+class MotionSizes:
+    """Configs of MotionRAG's own parts; `motion`, `appearance`: Resamplers, `cama`: all of one token width."""
 
-    transformer: Config
-    causal_vae: Config
-    t5: Config
-    unet: Config
-    temporal_vae: Config
-    clip: Config
     videomae: Config
     dinov2: Config
     motion: ResamplerSize
@@ -74,10 +68,25 @@ class Sizes:
     cama: CamaSize
 
 
+@dataclass(frozen=True)
+class Sizes(MotionSizes):
+    """Configs of every part."""
+
+    transformer: Config
+    causal_vae: Config
+    t5: Config
+    unet: Config
+    temporal_vae: Config
+    clip: Config
+
+
+MOTIONRAG = MotionSizes(
+    {"use_mean_pooling": True}, _DINO_L, ResamplerSize(1024, 4, 12, 25, 768, 1024, 4),
+    ResamplerSize(1024, 4, 12, 25, 1024, 1024, 4), CamaSize(25, 1024, 4, 16, 4096),
+)  # fmt: skip
 RELEASED = Sizes(
-    COGVIDEOX_5B_I2V, _CAUSAL_VAE, _T5_XXL, SVD_UNET, _TEMPORAL_VAE, _CLIP_H, {"use_mean_pooling": True}, _DINO_L,
-    ResamplerSize(1024, 4, 12, 25, 768, 1024, 4), ResamplerSize(1024, 4, 12, 25, 1024, 1024, 4),
-    CamaSize(25, 1024, 4, 16, 4096),
+    **vars(MOTIONRAG), transformer=COGVIDEOX_5B_I2V, causal_vae=_CAUSAL_VAE, t5=_T5_XXL, unet=SVD_UNET,
+    temporal_vae=_TEMPORAL_VAE, clip=_CLIP_H,
 )  # fmt: skip
 
 
@@ -95,8 +104,8 @@ def write_cogvideox(root: Path, sizes: Sizes, dtype: torch.dtype = torch.bfloat1
     _tokenizer(base / "tokenizer")
     width = sizes.transformer["num_attention_heads"] * sizes.transformer["attention_head_dim"]
     blocks = {f"transformer.transformer_blocks.{i}.attn1": width for i in range(sizes.transformer["num_layers"])}
-    _motionrag(root / "rag", blocks, sizes, True, dtype)
-    _encoders(root, sizes, dtype)
+    write_motionrag(root / "rag", blocks, sizes, dtype, overlay=True)
+    write_encoders(root, sizes, dtype)
 
 
 def write_svd(root: Path, sizes: Sizes, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -113,8 +122,8 @@ def write_svd(root: Path, sizes: Sizes, dtype: torch.dtype = torch.bfloat16) -> 
         lambda: CLIPVisionModelWithProjection(clip),
     )  # fmt: skip
     _pipeline(base, "StableVideoDiffusionPipeline", EULER)
-    _motionrag(root / "rag", adapter_blocks(dict(sizes.unet)), sizes, False, dtype)
-    _encoders(root, sizes, dtype)
+    write_motionrag(root / "rag", adapter_blocks(dict(sizes.unet)), sizes, dtype)
+    write_encoders(root, sizes, dtype)
 
 
 def _component(
@@ -147,7 +156,8 @@ def _tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def _encoders(root: Path, sizes: Sizes, dtype: torch.dtype) -> None:
+def write_encoders(root: Path, sizes: MotionSizes, dtype: torch.dtype) -> None:
+    """The folders `videomae` and `dinov2` in `root`, with weights of `dtype`."""
     from transformers import Dinov2Config, Dinov2Model, VideoMAEConfig, VideoMAEModel
 
     video, image = VideoMAEConfig(**sizes.videomae), Dinov2Config(**sizes.dinov2)
@@ -155,8 +165,13 @@ def _encoders(root: Path, sizes: Sizes, dtype: torch.dtype) -> None:
     _component(root / "dinov2", Dinov2Model, sizes.dinov2, _TRANSFORMERS, dtype, lambda: Dinov2Model(image))
 
 
-def _motionrag(folder: Path, blocks: Mapping[str, int], sizes: Sizes, overlay: bool, dtype: torch.dtype) -> None:
-    """MotionRAG's files with their released prefixes, and without `sos_token`, which the release does not save."""
+def write_motionrag(
+    folder: Path, blocks: Mapping[str, int], sizes: MotionSizes, dtype: torch.dtype, overlay: bool = False
+) -> None:
+    """MotionRAG's files with their released prefixes, and without `sos_token`, which the release does not save.
+
+    `blocks`: widths of the attentions that have an adapter, by path; `overlay`: `17_frames` too.
+    """
 
     def shapes(size: ResamplerSize | CamaSize, prefix: str) -> dict[str, tuple[int, ...]]:
         with torch.device("meta"):

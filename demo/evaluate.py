@@ -32,7 +32,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motionrt.runtime import report
-from motionrt.runtime.demo import load_by_path, write_sheet
+from motionrt.runtime.by_path import load_by_path
+from motionrt.runtime.demo import write_sheet
 from motionrt.runtime.memory import MotionMemory, Reference
 from motionrt.runtime.pipeline import MotionPipeline, Prepared, Request
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +18,7 @@ from motionrt.export.cogvideox import INPUTS, CogVideoXStep, solver_rows
 from motionrt.export.onnx_from_torch import Example, Range, onnx_from_torch
 from motionrt.export.partition import Batched, Partition, partition
 from motionrt.export.text import packaged_encoder
+from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.manifest import sha256_of
 
 HERE = Path(__file__).resolve().parent
@@ -33,16 +33,10 @@ STEP_OUTPUTS = ("next_latents", "x0")
 GUIDANCE = 2.0
 
 
+@functools.cache
 def sibling(name: str) -> ModuleType:
-    """A module beside this file, by path: the repository's folders are never on `sys.path`."""
-    key = f"motionrt_demo_{name}"
-    if key not in sys.modules:
-        spec = importlib.util.spec_from_file_location(key, HERE / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[key] = module
-        spec.loader.exec_module(module)
-    return sys.modules[key]
+    """A module beside this file, loaded once."""
+    return load_by_path(HERE / f"{name}.py")
 
 
 class Method(nn.Module):

@@ -19,6 +19,9 @@ from torch import nn
 import motionrt
 from motionrt.runtime.manifest import FORMAT, sha256_of
 
+Solvers = Mapping[str, Mapping[int, tuple[NDArray[Any], NDArray[np.float32]]]]
+Tokenizers = Mapping[str, tuple[str, int, int]]
+
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
@@ -55,9 +58,9 @@ def write_manifest(
     name: str,
     model: Mapping[str, Any],
     graphs: Mapping[str, Mapping[str, Any]],
-    solvers: Mapping[str, Mapping[int, tuple[NDArray[Any], NDArray[np.float32]]]],
+    solvers: Solvers,
     default_solver: tuple[str, int],
-    tokenizers: Mapping[str, tuple[str, int, int]],
+    tokenizers: Tokenizers,
     guidance: float,
     digests: Mapping[str, str],
     partition: Mapping[str, Any],

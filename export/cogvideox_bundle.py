@@ -15,20 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from motionrt.export.bundle import staged, write_manifest
+from motionrt.export.bundle import staged
 from motionrt.export.checkpoints import CheckpointError, Lazy, check_pipeline, open_component, read_json
 from motionrt.export.cogvideox import INPUTS, CogVideoXStep, solver_rows
 from motionrt.export.motionrag_files import convert_folder, open_motionrag
 from motionrt.export.onnx_from_torch import Example
 from motionrt.export.parts import Part, taken, text_part
-from motionrt.export.real import Sources, Stage, encoders, memory_plan, partition_entry, unconditional_tokens
+from motionrt.export.real import Sources, Stage, encoders, unconditional_tokens
 from motionrt.export.released import cogvideox_step, plain, step_args
 from motionrt.export.sentence import add_text_query, sentence_encoder
 from motionrt.export.structure import meta
 from motionrt.export.tokenizers_from import tokenizer_json
 from motionrt.runtime.decode import tile_size
 
-GUIDANCE, FPS, DEFAULT_STEPS = 3.0, 8, 25
+FPS = 8
 
 
 class EncodeCausal(nn.Module):
@@ -231,34 +231,19 @@ def export_cogvideox(
         stage.add("encode", part, [Example({}, still)] * 2, ("image_latents",))
         add_decoder(stage, base, latents, dtype, sources.tiles)
         cut = stage.add_step(step, step_args(INPUTS, config, latents, motion), INPUTS, weights)
-        lines = stage.write_keys(reports)
-        write_manifest(
-            folder,
-            name="cogvideox-5b-i2v",
-            model=model,
-            graphs=stage.graphs,
+        return stage.finish(
+            "cogvideox-5b-i2v", sources, model, cut, reports,
             solvers={name: {n: solver_rows(made, n) for n in sources.steps} for name, made in schedulers.items()},
-            default_solver=("dpm", DEFAULT_STEPS if DEFAULT_STEPS in sources.steps else max(sources.steps)),
             tokenizers={"text": (*tokenizer[:1], tokens, tokenizer[1]), "text_query": query_tokenizer},
-            guidance=GUIDANCE,
-            defaults={"target_range": sources.target_range},
             digests={"text_query": query_digest, **digests},
-            partition=partition_entry(cut),
-            provenance={
-                "dtype": sources.dtype,
-                "positions": sources.positions,
-                "sos_token": dict(files.sos),
-                "overlay": "17_frames" if overlay else None,
-                "keys": lines,
-                "memory": memory_plan(folder, stage.graphs, cut),
-                "torch": torch.__version__,
+            chosen={
+                "positions": sources.positions, "sos_token": dict(files.sos), "overlay": "17_frames" if overlay else None,
             },
-        )
-    return lines
+        )  # fmt: skip
 
 
 def _schedulers(base: Path) -> Mapping[str, Any]:
-    """DPM (what MotionRAG uses) and DDIM with the folder's settings."""
+    """DPM (what MotionRAG uses, and so the default) and DDIM with the folder's settings."""
     from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
     config = plain(read_json(base / "scheduler" / "scheduler_config.json"))

@@ -99,7 +99,7 @@ def progress_monitor(trt: Any) -> Any:
     return Monitor()
 
 
-def ports(trt: Any, count: int, get: Any) -> list[dict[str, Any]]:
+def ports(count: int, get: Any) -> list[dict[str, Any]]:
     """Names, dtypes and sizes of a network's inputs or outputs."""
     found = (get(index) for index in range(count))
     return [{"name": t.name, "dtype": DTYPES.get(t.dtype.name, t.dtype.name), "dims": list(t.shape)} for t in found]
@@ -187,8 +187,8 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     config = configure(trt, builder, network, job)
     result: dict[str, Any] = {
         "library": str(trt.__version__),
-        "inputs": ports(trt, network.num_inputs, network.get_input),
-        "outputs": ports(trt, network.num_outputs, network.get_output),
+        "inputs": ports(network.num_inputs, network.get_input),
+        "outputs": ports(network.num_outputs, network.get_output),
         "network_layers": network.num_layers,
         "attentions": attentions,
         "decomposed": apart,

@@ -168,7 +168,7 @@ def _stream(
                 )  # fmt: skip
         proto = _bare(onnx_ir.serde.serialize_model(model))
         _check(path, proto)
-        wanted = _shapes(examples, module, results)
+        wanted = _shapes(examples, results)
     ports = {
         "inputs": [port(n, first.feed[n], axes[n], ranges) for n in names],
         "outputs": [
@@ -188,7 +188,7 @@ _ONNX = {
 }  # fmt: skip
 
 
-def _shapes(examples: Sequence[Example], module: nn.Module, results: Sequence[Tensor]) -> list[list[Tensor]]:
+def _shapes(examples: Sequence[Example], results: Sequence[Tensor]) -> list[list[Tensor]]:
     """Outputs at the sizes of the first two examples, as meta tensors: shapes and dtypes are all that is asked of them."""
     first, second = examples[0], examples[min(1, len(examples) - 1)]
     symbols = {str(s): (first.sizes, second.sizes) for r in results for d in r.shape for s in _free(d)}

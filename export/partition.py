@@ -82,7 +82,6 @@ class Partition:
     fired: tuple[Fired, ...]
     classes: Mapping[str, Counts]
     original: Counts
-    example_inputs: Mapping[str, Tensor] = field(repr=False)
 
     def report(self) -> dict[str, Any]:
         """The manifest's `partition` entry."""
@@ -128,8 +127,7 @@ def partition(
 
     depends = depends_on(whole, inputs)
     cut = frontier(whole, depends, known)
-    example = dict(zip(inputs, args, strict=True))
-    return _split(whole, original, depends, cut, inputs, outputs, tuple(fired), original_counts, known, example)
+    return _split(whole, original, depends, cut, inputs, outputs, tuple(fired), original_counts, known)
 
 
 def _tidy(module: GraphModule, exported: Any) -> None:
@@ -176,7 +174,6 @@ def _split(
     fired: tuple[Fired, ...],
     original_counts: Counts,
     known: dict[str, int],
-    example: dict[str, Tensor],
 ) -> Partition:
     placeholders = dict(zip(_placeholders(whole), inputs, strict=True))
     final = next(n for n in whole.graph.nodes if n.op == "output")
@@ -213,7 +210,7 @@ def _split(
         Hoisted(names[n], kinds[n], sizes(value(n).shape, known), bytes_of(n, known)) for n in kinds
     )
     return Partition(
-        invariant["schedule"], invariant["request"], step, original, whole, hoisted, fired, classes, original_counts, example
+        invariant["schedule"], invariant["request"], step, original, whole, hoisted, fired, classes, original_counts
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from motionrt.export.bundle import Solvers, Tokenizers, write_manifest
 from motionrt.export.checkpoints import CheckpointError, KeyReport, Lazy
 from motionrt.export.motionrag_files import MotionRAG, SosToken
 from motionrt.export.onnx_from_torch import Example, Range
@@ -26,6 +27,7 @@ from motionrt.export.structure import fake_partition, meta, weights_by_class
 from motionrt.export.text import packaged_encoder
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+GUIDANCE, DEFAULT_STEPS = 3.0, 25  # a request's where it names none; the most steps there are if 25 are not among them
 RANGES = {"clips": Range(1, 4, 32), "references": Range(1, 9, 9), "steps": Range(1, 25, 1000), "tokens": Range(1, 16, 256)}
 
 
@@ -202,16 +204,27 @@ class Stage:
         self.graphs["step"] = stream_program(self.path("step"), cut, cut.step, read)
         return cut
 
-    def write_keys(self, reports: Sequence[KeyReport]) -> list[str]:
-        """`keys.json`: every key of every file, by what became of it; the lines for people."""
+    def finish(
+        self, name: str, sources: Sources, model: Mapping[str, Any], cut: Partition, reports: Sequence[KeyReport], *,
+        solvers: Solvers, tokenizers: Tokenizers, digests: Mapping[str, str], chosen: Mapping[str, Any],
+    ) -> list[str]:  # fmt: skip
+        """Write the manifest, and `keys.json`: every key of every file, by what became of it; its lines for people.
+
+        The first of `solvers` is the default; `chosen`: what the provenance says of this kind of model alone.
+        """
         text = json.dumps([asdict(report) for report in reports], indent=1) + "\n"
         (self.folder / "keys.json").write_text(text, encoding="utf-8")
-        return [report.summary() for report in reports]
-
-
-def partition_entry(cut: Partition) -> dict[str, Any]:
-    """The manifest's `partition`: the report, and the model's weights class by class."""
-    return {**cut.report(), "weights": {kind: asdict(size) for kind, size in weights_by_class(cut).items()}}
+        lines = [report.summary() for report in reports]
+        memory = memory_plan(self.folder, self.graphs, cut)
+        weights = {kind: asdict(size) for kind, size in weights_by_class(cut).items()}
+        write_manifest(
+            self.folder, name=name, model=model, graphs=self.graphs, solvers=solvers,
+            default_solver=(next(iter(solvers)), DEFAULT_STEPS if DEFAULT_STEPS in sources.steps else max(sources.steps)),
+            tokenizers=tokenizers, guidance=GUIDANCE, defaults={"target_range": sources.target_range}, digests=digests,
+            partition={**cut.report(), "weights": weights},
+            provenance={"dtype": sources.dtype, **chosen, "keys": lines, "memory": memory, "torch": torch.__version__},
+        )  # fmt: skip
+        return lines
 
 
 def memory_plan(stage: Path, graphs: Mapping[str, Any], cut: Partition) -> dict[str, Any]:

@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from motionrt.export.bundle import staged, write_manifest
+from motionrt.export.bundle import staged
 from motionrt.export.checkpoints import CheckpointError, Lazy, check_pipeline, open_component, read_json
 from motionrt.export.motionrag_files import MotionRAG, convert_folder, open_motionrag
 from motionrt.export.onnx_from_torch import Example
 from motionrt.export.parts import Part, taken
-from motionrt.export.real import Sources, Stage, encoders, memory_plan, partition_entry, unconditional_tokens
+from motionrt.export.real import Sources, Stage, encoders, unconditional_tokens
 from motionrt.export.released import plain, step_args, svd_step
 from motionrt.export.sentence import add_text_query, sentence_encoder
 from motionrt.export.structure import meta
 from motionrt.export.svd import INPUTS, euler_rows, spatial_attentions
 from motionrt.runtime.decode import tile_size
 
-GUIDANCE, FIRST_GUIDANCE, DEFAULT_STEPS, FPS = 3.0, 1.0, 25, 7
+FIRST_GUIDANCE, FPS = 1.0, 7
 MOTION_BUCKET, NOISE_LEVEL = 127.0, 0.02
 DECODED = 8  # frames that the decoder sees at once
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -213,30 +213,13 @@ def export_svd(
         stage.add("decode", decode_part(base, dtype), [Example({}, feed)] * 2, ("video",))
 
         cut = stage.add_step(step, step_args(INPUTS, config, latents, motion), INPUTS, weights)
-        lines = stage.write_keys(reports)
-        write_manifest(
-            folder,
-            name="svd",
-            model=model,
-            graphs=stage.graphs,
+        return stage.finish(
+            "svd", sources, model, cut, reports,
             solvers={"euler": {n: euler_rows(scheduler, n) for n in sources.steps}},
-            default_solver=("euler", DEFAULT_STEPS if DEFAULT_STEPS in sources.steps else max(sources.steps)),
             tokenizers={"text_query": query_tokenizer},
-            guidance=GUIDANCE,
-            defaults={"target_range": sources.target_range},
             digests={"text_query": query_digest, **digests},
-            partition=partition_entry(cut),
-            provenance={
-                "dtype": sources.dtype,
-                "sos_token": dict(files.sos),
-                "first_guidance": FIRST_GUIDANCE,
-                "time_ids": list(ids),
-                "keys": lines,
-                "memory": memory_plan(folder, stage.graphs, cut),
-                "torch": torch.__version__,
-            },
-        )
-    return lines
+            chosen={"sos_token": dict(files.sos), "first_guidance": FIRST_GUIDANCE, "time_ids": list(ids)},
+        )  # fmt: skip
 
 
 def _scheduler(base: Path) -> Any:

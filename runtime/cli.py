@@ -15,6 +15,7 @@ from motionrt.runtime.cli_common import (
     AllowCpu,
     AllowOnnxRuntime,
     BackendName,
+    BundleArgument,
     BundlePath,
     Conditions,
     Device,
@@ -22,6 +23,8 @@ from motionrt.runtime.cli_common import (
     Diversity,
     Engines,
     MinimumScore,
+    Solver,
+    Steps,
     Threads,
     open_pipeline,
     parse_where,
@@ -93,7 +96,7 @@ def generate(
     ] = None,
     negative_prompt: Annotated[str, typer.Option(help="What to keep away from.")] = "",
     seed: Annotated[int, typer.Option(help="Same seed, bundle and memory: same video.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    steps: Steps = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     motion_scale: Annotated[float, typer.Option(help="Strength of the retrieved motion; 0 is the base model.")] = 1.0,
     references: Annotated[int | None, typer.Option("--references", "-k", help="How many clips to retrieve.")] = None,
@@ -101,7 +104,7 @@ def generate(
     minimum_score: MinimumScore = None,
     distinct: Distinct = None,
     diversity: Diversity = None,
-    solver: Annotated[str | None, typer.Option(help="Solver, such as ddim or dpm.")] = None,
+    solver: Solver = None,
     threads: Threads = None,
     backend: BackendName = "onnxruntime",
     device: Device = None,
@@ -158,7 +161,7 @@ def generate(
 
 
 @app.command()
-def inspect(bundle: Annotated[Path, typer.Argument(help="Bundle directory.")]) -> None:
+def inspect(bundle: BundleArgument) -> None:
     """Show what a bundle holds: where the FLOPs and bytes of a step went, what was hoisted, and every graph's ports.
 
     \b

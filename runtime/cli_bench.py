@@ -12,8 +12,11 @@ from motionrt.runtime.cli_common import (
     AllowCpu,
     AllowOnnxRuntime,
     BackendName,
+    BundleArgument,
     Device,
     Engines,
+    Solver,
+    Steps,
     Threads,
     open_pipeline,
 )  # fmt: skip
@@ -21,7 +24,7 @@ from motionrt.runtime.errors import MotionRTError
 
 
 def bench(
-    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    bundle: BundleArgument,
     memory: Annotated[
         list[str] | None,
         typer.Option("--memory", "-m", help="Memory to search in; again: searched together, `directory=0.5` for a weight."),
@@ -30,8 +33,8 @@ def bench(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write every measured second here.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What is searched for, and read by the model.")] = None,
     image: Annotated[Path | None, typer.Option("--image", "-i", help="A still to read; else one is made.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    solver: Annotated[str | None, typer.Option(help="Solver, such as ddim or dpm.")] = None,
+    steps: Steps = None,
+    solver: Solver = None,
     threads: Threads = None,
     backend: BackendName = "onnxruntime",
     device: Device = None,

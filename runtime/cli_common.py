@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from motionrt.runtime.pipeline import MotionPipeline
 
 BundlePath = Annotated[Path, typer.Option("--bundle", "-b", help="Bundle directory, as written by `motionrt export`.")]
+BundleArgument = Annotated[Path, typer.Argument(help="Bundle directory.")]
 MemoryPath = Annotated[Path, typer.Argument(help="Motion memory directory.")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
+Solver = Annotated[str | None, typer.Option(help="Solver, such as ddim or dpm.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the backend; all cores if not given.")]
 BackendName = Annotated[
     str,

@@ -89,7 +89,8 @@ def export(
                 f"there is no checkpoint {checkpoint}. Give the .safetensors file that demo/train.py wrote, or one of "
                 f"{', '.join(MODELS)}."
             )
-        from motionrt.runtime.demo import find_demo, load_by_path
+        from motionrt.runtime.by_path import load_by_path
+        from motionrt.runtime.demo import find_demo
 
         load_by_path(find_demo() / "export.py").export_demo(checkpoint, target)
     typer.echo(f"{target}: exported. Look at it with: motionrt inspect {target}")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from motionrt.runtime import report
+from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.errors import InputError, MediaError
 from motionrt.runtime.memory import Reference
 from motionrt.runtime.pipeline import MotionPipeline, Result
@@ -35,18 +33,6 @@ def find_demo() -> Path:
         f"there is no demo in {' or '.join(map(str, places))}; it is part of the repository, not of the package. "
         "Run this from a clone of it."
     )
-
-
-def load_by_path(path: Path) -> ModuleType:
-    """Import one file of the demo: the repository is never on sys.path."""
-    name = f"motionrt_demo_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise InputError(f"{path} is missing. Check out the repository again.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def run_demo(out: Path, threads: int | None = None) -> None:

@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from motionrt.runtime.errors import BackendError
 from motionrt.runtime.machine import driver_version, find_gpus
 
-ALIGNMENT = 256  # bytes: what TensorRT asks of its own memory, and what cuMemAlloc gives
 PACKAGE = "`pip install motionrt[rtx]` (or motionrt[tensorrt])"
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -224,15 +224,6 @@ def sorted_targets(targets: Sequence[str]) -> tuple[str, ...]:
         if not re.fullmatch(r"sm_\d{2,3}", target):
             raise InputError(f"target is {target!r}; allowed is sm_ and a compute capability, such as sm_89 or sm_120.")
     return tuple(sorted(set(targets), key=lambda target: int(target[3:])))
-
-
-def find_engines(bundle: Path, graph: str) -> Iterator[EngineFile]:
-    """The readable sidecars of `graph` in a bundle, in a fixed order; what cannot be read is left out."""
-    for path in sorted((bundle / "engines").glob(f"*/{graph}.json")):
-        try:
-            yield EngineFile.read(path)
-        except EngineError:
-            continue
 
 
 def _checked(path: Path, raw: Any) -> dict[str, Any]:

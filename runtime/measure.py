@@ -26,7 +26,8 @@ import numpy as np
 import motionrt
 from motionrt.runtime.backend import Array, Graph, place
 from motionrt.runtime.bundle import Bundle, sha256_of
-from motionrt.runtime.demo import find_demo, load_by_path
+from motionrt.runtime.by_path import load_by_path
+from motionrt.runtime.demo import find_demo
 from motionrt.runtime.errors import BackendError, BundleError, InputError
 from motionrt.runtime.machine import find_gpus, processor
 from motionrt.runtime.memory import Reference

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -16,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
+from motionrt.runtime.by_path import load_by_path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -31,11 +32,7 @@ CAPTIONS = (
 def fake() -> ModuleType:
     """The module tests/fake_bundle.py."""
     pytest.importorskip("onnx")  # a run-time environment has no onnx to write graphs with
-    spec = importlib.util.spec_from_file_location("motionrt_fake_bundle", HERE / "fake_bundle.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_by_path(HERE / "fake_bundle.py")
 
 
 @pytest.fixture(scope="session")
@@ -120,8 +117,6 @@ def still(fake: ModuleType) -> NDArray[np.uint8]:
 @pytest.fixture(scope="session")
 def counts() -> ModuleType:
     """The module benchmarks/counts.py; it imports nothing heavy by itself."""
-    from motionrt.runtime.demo import load_by_path
-
     return load_by_path(ROOT / "benchmarks" / "counts.py")
 
 

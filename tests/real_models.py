@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from motionrt.runtime.demo import load_by_path
+from motionrt.runtime.by_path import load_by_path
 
 release = load_by_path(Path(__file__).parent / "release_files.py")
 TEXT_TOKENS = 6
@@ -158,6 +158,18 @@ def write_svd(folder: Path, config: dict[str, Any] = UNET) -> dict[str, Any]:
     EulerDiscreteScheduler(**EULER).save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableVideoDiffusionPipeline"}))
     return parts
+
+
+def sources(folder: Path, seed: int, steps: tuple[int, ...], encoders: Path | None = None) -> Any:
+    """What a float32 export of the files in `folder` is told, `encoders` being elsewhere if given; `seed`: of the sos token."""
+    from motionrt.export.motionrag_files import SosToken
+    from motionrt.export.real import Sources
+
+    where = encoders or folder
+    return Sources(
+        folder / "base", folder / "rag", where / "videomae", where / "dinov2", folder / "converted", dtype="float32",
+        sos=SosToken(seed=seed), steps=steps,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from motionrt.export import svd
 from motionrt.export.motionrag import Cama, MotionAdapterCrossAttention, Resampler, install_cogvideox_adapter
-from motionrt.runtime.demo import load_by_path
+from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.noise import noise
 from motionrt.runtime.pipeline import _ENCODER_DRAW
 

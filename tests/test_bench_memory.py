@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from motionrt.runtime.demo import load_by_path
+from motionrt.runtime.by_path import load_by_path
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "benchmarks" / "results" / "bench_memory.jsonl"

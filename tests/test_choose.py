@@ -18,8 +18,8 @@ from motionrt.runtime import choose as choosing
 from motionrt.runtime import tensorrt
 from motionrt.runtime.backend import OnnxRuntimeBackend
 from motionrt.runtime.bundle import Bundle
+from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.choose import choose
-from motionrt.runtime.demo import load_by_path
 from motionrt.runtime.device_memory import Cuda
 from motionrt.runtime.errors import BackendError, InputError
 from motionrt.runtime.machine import Gpu

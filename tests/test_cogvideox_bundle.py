@@ -22,9 +22,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from motionrt.export.checkpoints import CheckpointError  # noqa: E402
 from motionrt.export.cogvideox_bundle import export_cogvideox  # noqa: E402
-from motionrt.export.motionrag_files import SosToken  # noqa: E402
-from motionrt.export.real import Sources  # noqa: E402
-from motionrt.runtime.demo import load_by_path  # noqa: E402
+from motionrt.runtime.by_path import load_by_path  # noqa: E402
 from motionrt.runtime.memory_rows import Reference  # noqa: E402
 from motionrt.runtime.pipeline import MotionPipeline  # noqa: E402
 from motionrt.runtime.sampler import dynamic_guidance  # noqa: E402
@@ -42,10 +40,7 @@ def prepared(folder: Path, layers: int, encoders: Path) -> dict[str, Any]:
     blocks = {f"transformer.transformer_blocks.{i}.attn1": 64 for i in range(layers)}
     files = models.release.motionrag_states(blocks, overlay=True)
     models.release.save(folder / "rag", files)
-    sources = Sources(
-        folder / "base", folder / "rag", encoders / "videomae", encoders / "dinov2", folder / "converted", dtype="float32",
-        sos=SosToken(seed=plainly.SOS_SEED), steps=(2, STEPS),
-    )  # fmt: skip
+    sources = models.sources(folder, plainly.SOS_SEED, (2, STEPS), encoders)
     return {"folder": folder, "parts": parts, "files": files, "sources": sources, "config": config}
 
 

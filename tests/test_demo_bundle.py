@@ -13,7 +13,7 @@ from motionrt.export.cogvideox import INPUTS
 from motionrt.export.onnx_from_torch import Example, Range, onnx_from_torch
 from motionrt.runtime.backend import OnnxRuntimeBackend
 from motionrt.runtime.bundle import Bundle, sha256_of
-from motionrt.runtime.demo import load_by_path
+from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.noise import noise
 from motionrt.runtime.pipeline import MotionPipeline
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from motionrt.runtime.demo import load_by_path
+from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.manifest import sha256_of
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from motionrt.runtime.demo import load_by_path
+from motionrt.runtime.by_path import load_by_path
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 

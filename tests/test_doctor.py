@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from motionrt.runtime import doctor
-from motionrt.runtime.demo import load_by_path
+from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.machine import Gpu, find_gpus
 
 Run = Callable[..., tuple[int, str, str]]

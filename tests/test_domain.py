@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from motionrt.runtime.demo import load_by_path
+from motionrt.runtime.by_path import load_by_path
 
 domain = load_by_path(Path(__file__).resolve().parents[1] / "demo" / "domain.py")
 

@@ -23,7 +23,7 @@ from motionrt.export.real import Sources, Stage, encoders  # noqa: E402
 from motionrt.export.released import cogvideox_step, step_args  # noqa: E402
 from motionrt.export.safetensors_file import read_header  # noqa: E402
 from motionrt.export.svd_bundle import encode_part, export_svd  # noqa: E402
-from motionrt.runtime.demo import load_by_path  # noqa: E402
+from motionrt.runtime.by_path import load_by_path  # noqa: E402
 from motionrt.runtime.memory_rows import Reference  # noqa: E402
 from motionrt.runtime.pipeline import MotionPipeline  # noqa: E402
 
@@ -72,8 +72,9 @@ def toy(scripts: tuple[Any, Any]) -> Any:
         "hidden_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 70, "patch_size": 14, "mlp_ratio": 2
     }  # fmt: skip
     return scripts[1].Sizes(
-        {**models.COGVIDEOX, "num_layers": 1}, vae, t5, {"out_channels": 4, **models.UNET}, temporal, clip, videomae, dinov2,
-        ResamplerSize(64, 1, 1, 3, 24, 64, 2), ResamplerSize(64, 1, 1, 3, 40, 64, 2), CamaSize(3, 64, 1, 1, 96),
+        videomae, dinov2, ResamplerSize(64, 1, 1, 3, 24, 64, 2), ResamplerSize(64, 1, 1, 3, 40, 64, 2),
+        CamaSize(3, 64, 1, 1, 96), {**models.COGVIDEOX, "num_layers": 1}, vae, t5, {"out_channels": 4, **models.UNET}, temporal,
+        clip,
     )  # fmt: skip
 
 

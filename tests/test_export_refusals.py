@@ -18,7 +18,7 @@ pytest.importorskip("onnxscript")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from motionrt.export.svd_bundle import adapter_blocks  # noqa: E402
-from motionrt.runtime.demo import load_by_path  # noqa: E402
+from motionrt.runtime.by_path import load_by_path  # noqa: E402
 
 Run = Callable[..., tuple[int, str, str]]
 HERE = Path(__file__).parent

@@ -14,7 +14,7 @@ pytest.importorskip("diffusers")
 from motionrt.export import cogvideox  # noqa: E402
 from motionrt.export.released import COGVIDEOX_5B_I2V, OUTPUTS, cogvideox_step, step_args  # noqa: E402
 from motionrt.export.structure import fake_partition, weights_by_class  # noqa: E402
-from motionrt.runtime.demo import load_by_path  # noqa: E402
+from motionrt.runtime.by_path import load_by_path  # noqa: E402
 from motionrt.runtime.memory_plan import plan_memory  # noqa: E402
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"

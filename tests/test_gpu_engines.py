@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from motionrt.runtime.demo import load_by_path
+from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.device_memory import Cuda
 from motionrt.runtime.machine import find_gpus
 from motionrt.runtime.tensorrt import TensorRTBackend

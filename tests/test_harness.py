@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -13,20 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from motionrt.runtime.by_path import load_by_path
+
 PATH = Path(__file__).resolve().parent.parent / "benchmarks" / "harness.py"
 
 
-def load() -> Any:
-    """Load by path: the benchmarks are scripts, not a package."""
-    spec = importlib.util.spec_from_file_location("motionrt_bench_harness", PATH)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-harness = load()
+harness: Any = load_by_path(PATH)
 
 
 def constant(value: float, calls: list[str] | None = None, name: str = "") -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 
 from motionrt.kernels.motion_cross_attention import motion_cross_attention, motion_cross_attention_, reference
 from motionrt.kernels.plain_cross_attention import plain_cross_attention
+from motionrt.runtime.by_path import load_by_path
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,12 +25,7 @@ SCRIPT = Path(__file__).with_name("kernel_cases.py")
 def load() -> Any:
     """The cases, by path: the tests are not a package."""
     pytest.importorskip("triton")
-    spec = importlib.util.spec_from_file_location("motionrt_kernel_cases_gpu", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_by_path(SCRIPT)
 
 
 def all_cases() -> list[Any]:

@@ -5,7 +5,6 @@ The cases are in kernel_cases.py, which runs once, in a process of its own, and 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -16,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from motionrt.runtime.by_path import load_by_path
+
 pytest.importorskip("triton", reason="Triton is not installed")
 pytest.importorskip("torch")
 SCRIPT = Path(__file__).with_name("kernel_cases.py")
@@ -23,12 +24,7 @@ SCRIPT = Path(__file__).with_name("kernel_cases.py")
 
 def names() -> list[str]:
     """Case names, read without decorating a kernel: the interpreter is not chosen in this process."""
-    spec = importlib.util.spec_from_file_location("motionrt_kernel_cases", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return [case.name for case in module.cases()]
+    return [case.name for case in load_by_path(SCRIPT).cases()]
 
 
 @pytest.fixture(scope="module")

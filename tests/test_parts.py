@@ -19,8 +19,8 @@ from motionrt.export import cogvideox_bundle, svd_bundle  # noqa: E402
 from motionrt.export.checkpoints import CheckpointError  # noqa: E402
 from motionrt.export.parts import picked  # noqa: E402
 from motionrt.runtime.bundle import Dim  # noqa: E402
+from motionrt.runtime.by_path import load_by_path  # noqa: E402
 from motionrt.runtime.decode import decode_video  # noqa: E402
-from motionrt.runtime.demo import load_by_path  # noqa: E402
 
 models = load_by_path(Path(__file__).parent / "real_models.py")
 HEIGHT, WIDTH = 16, 32

@@ -23,7 +23,7 @@ from motionrt.export.engine_profiles import profiles_of
 from motionrt.export.precision import FULL_OPS, HEAVY_OPS, to_precision
 from motionrt.runtime.backend import OnnxRuntimeBackend
 from motionrt.runtime.bundle import Bundle
-from motionrt.runtime.demo import load_by_path
+from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.engine_file import Span
 from motionrt.runtime.onnx_weights import package_weights
 

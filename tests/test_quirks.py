@@ -21,7 +21,7 @@ from motionrt.export import cogvideox, svd  # noqa: E402
 from motionrt.export.cogvideox_bundle import EncodeCausal  # noqa: E402
 from motionrt.export.released import cogvideox_step, svd_step  # noqa: E402
 from motionrt.export.svd_bundle import EncodeStill  # noqa: E402
-from motionrt.runtime.demo import load_by_path  # noqa: E402
+from motionrt.runtime.by_path import load_by_path  # noqa: E402
 from motionrt.runtime.noise import noise  # noqa: E402
 from motionrt.runtime.pipeline import _ENCODER_DRAW  # noqa: E402
 from motionrt.runtime.sampler import dynamic_guidance, sample  # noqa: E402

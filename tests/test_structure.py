@@ -20,7 +20,7 @@ from motionrt.export.motionrag import MotionAdapterCrossAttention, install_cogvi
 from motionrt.export.partition import Partition  # noqa: E402
 from motionrt.export.released import OUTPUTS, cogvideox_step, step_args, structure  # noqa: E402
 from motionrt.export.structure import fake_partition, leaves, materialise, weights_by_class  # noqa: E402
-from motionrt.runtime.demo import load_by_path  # noqa: E402
+from motionrt.runtime.by_path import load_by_path  # noqa: E402
 
 _counts = load_by_path(Path(__file__).resolve().parent.parent / "benchmarks" / "counts.py")
 COGVIDEOX, UNET, MOTION = _counts.COGVIDEOX, _counts.UNET, _counts.MOTION

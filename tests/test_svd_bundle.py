@@ -16,10 +16,8 @@ from safetensors import safe_open  # noqa: E402
 
 from motionrt.export import svd  # noqa: E402
 from motionrt.export.checkpoints import CheckpointError  # noqa: E402
-from motionrt.export.motionrag_files import SosToken  # noqa: E402
-from motionrt.export.real import Sources  # noqa: E402
 from motionrt.export.svd_bundle import export_svd  # noqa: E402
-from motionrt.runtime.demo import load_by_path  # noqa: E402
+from motionrt.runtime.by_path import load_by_path  # noqa: E402
 from motionrt.runtime.memory_rows import Reference  # noqa: E402
 from motionrt.runtime.pipeline import MotionPipeline  # noqa: E402
 
@@ -37,10 +35,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     blocks = {f"unet.{path}": a.to_q.in_features for path, a in svd.spatial_attentions(parts["unet"])}
     files = models.release.motionrag_states(blocks, overlay=False)
     models.release.save(folder / "rag", files)
-    sources = Sources(
-        folder / "base", folder / "rag", folder / "videomae", folder / "dinov2", folder / "converted", dtype="float32",
-        sos=SosToken(seed=plainly.SOS_SEED), steps=(2, STEPS),
-    )  # fmt: skip
+    sources = models.sources(folder, plainly.SOS_SEED, (2, STEPS))
     with models.shared_graphs(tmp_path_factory.getbasetemp() / "graphs"):
         export_svd(sources, folder / "bundle", frames=FRAMES, height=HEIGHT, width=WIDTH)
     pipeline = MotionPipeline.from_bundle(folder / "bundle", threads=1)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from motionrt.runtime.backend import DeviceGraph, OnnxRuntimeBackend, fetch, open_backend, place
 from motionrt.runtime.bundle import Bundle
-from motionrt.runtime.demo import load_by_path
+from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.device_memory import Cuda, DeviceArray, Pool, load_driver
 from motionrt.runtime.errors import BackendError, BackendWarning, EngineError, InputError
 from motionrt.runtime.machine import find_gpus

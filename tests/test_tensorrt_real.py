@@ -15,7 +15,7 @@ pytest.importorskip("onnx_ir")
 
 from motionrt.export.engine_build import Options, build_engines  # noqa: E402
 from motionrt.runtime.bundle import Bundle  # noqa: E402
-from motionrt.runtime.demo import load_by_path  # noqa: E402
+from motionrt.runtime.by_path import load_by_path  # noqa: E402
 from motionrt.runtime.device_memory import Cuda  # noqa: E402
 from motionrt.runtime.errors import EngineError  # noqa: E402
 from motionrt.runtime.machine import find_gpus  # noqa: E402
