@@ -22,6 +22,7 @@ from motionrt.runtime.cli_common import (
     Distinct,
     Diversity,
     Engines,
+    LowMemory,
     MinimumScore,
     Solver,
     Steps,
@@ -111,6 +112,7 @@ def generate(
     allow_onnxruntime: AllowOnnxRuntime = False,
     allow_cpu: AllowCpu = False,
     engines: Engines = None,
+    low_memory: LowMemory = False,
 ) -> None:
     """Make a video from a still image and a prompt.
 
@@ -127,7 +129,9 @@ def generate(
     if out.suffix.lower() not in WRITABLE:  # said before the work, not after it
         raise MediaError(f"cannot write {out}: extension {out.suffix!r} is not one of {', '.join(WRITABLE)}.")
     console = report.console()
-    opened = open_pipeline(bundle, memory or [], threads, backend, device, allow_onnxruntime, allow_cpu, engines)
+    opened = open_pipeline(
+        bundle, memory or [], threads, backend, device, allow_onnxruntime, allow_cpu, engines, low_memory
+    )
     with opened as pipeline, report.progress() as bars:
         load = _warm(pipeline)
         task = bars.add_task("denoising", total=pipeline.bundle.solver(solver, steps).steps)

@@ -37,6 +37,9 @@ AllowCpu = Annotated[
     bool, typer.Option("--allow-cpu", help="ONNX Runtime on a GPU: run on the CPU what the GPU has no kernel for.")
 ]
 Engines = Annotated[str | None, typer.Option(help="Which engines, such as rtx-sm_89-float16; else the first that fits.")]
+LowMemory = Annotated[
+    bool, typer.Option("--low-memory", help="Hold one graph at a time: for models larger than the device; loads them anew.")
+]
 Conditions = Annotated[
     list[str] | None,
     typer.Option(
@@ -75,6 +78,7 @@ def open_pipeline(
     allow_onnxruntime: bool = False,
     allow_cpu: bool = False,
     engines: str | None = None,
+    low_memory: bool = False,
 ) -> Iterator[MotionPipeline]:
     """A pipeline with no memory, with one, or with several that are searched together: `directory` or `directory=weight`."""
     from motionrt.runtime.backend import Backend, open_backend
@@ -100,7 +104,7 @@ def open_pipeline(
             from motionrt.runtime.memory_set import MemorySet
 
             memory = MemorySet(opened, weights=weights)
-        yield stack.enter_context(MotionPipeline.from_bundle(bundle, memory, **choice))
+        yield stack.enter_context(MotionPipeline.from_bundle(bundle, memory, low_memory=low_memory, **choice))
 
 
 def _weighted(text: str) -> tuple[str, float]:

@@ -42,8 +42,16 @@ class MotionPipeline:
     Not safe to call from several threads at once; open one pipeline for each.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, memory: MotionMemory | MemorySet | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        memory: MotionMemory | MemorySet | None = None,
+        *,
+        low_memory: bool = False,
+    ) -> None:
         self.bundle = bundle
+        self.low_memory = low_memory
         self.memory = memory
         self.backend = backend
         self._graphs: dict[str, Graph] = {}
@@ -62,13 +70,15 @@ class MotionPipeline:
         backend: Backend | str | None = None,
         threads: int | None = None,
         device: str | None = None,
+        low_memory: bool = False,
     ) -> MotionPipeline:
         """Open the bundle directory `path` and the motion memory (a directory, opened read-only, or an open memory or set).
 
         `backend`: an open one, or a name: "onnxruntime" (the default), "tensorrt", "torch" (with `threads` and `device` as
         in `open_backend`), or "auto": the fastest that runs here, and `Result.choice` says why. Raises `BundleError`,
         `MemoryStoreError` (missing, damaged, made for another bundle), `BackendError`, `InputError`. Graphs are loaded when
-        they are first needed.
+        they are first needed, and kept; with `low_memory` each makes room for the next: a request takes no more than its
+        largest graph and the loop take, and longer by the time that loading takes.
         """
         for given, value in (("threads", threads), ("device", device)):
             if value is not None and backend is not None and not isinstance(backend, str):
@@ -83,12 +93,12 @@ class MotionPipeline:
         else:
             runs = backend
         if not isinstance(memory, str | Path):
-            return cls(bundle, runs, memory)._chosen(choice)
+            return cls(bundle, runs, memory, low_memory=low_memory)._chosen(choice)
         from motionrt.runtime.memory import MotionMemory
 
         opened = MotionMemory.open(Path(memory), readonly=True)
         try:
-            pipeline = cls(bundle, runs, opened)
+            pipeline = cls(bundle, runs, opened, low_memory=low_memory)
         except BaseException:
             opened.close()
             raise
@@ -97,7 +107,7 @@ class MotionPipeline:
 
     def _chosen(self, choice: Choice | None) -> MotionPipeline:
         if choice is not None:
-            self.choice, self._graphs = choice.why, dict(choice.graphs)
+            self.choice, self._graphs = choice.why, {} if self.low_memory else dict(choice.graphs)
         return self
 
     def close(self) -> None:
@@ -112,18 +122,22 @@ class MotionPipeline:
         self.close()
 
     def graph(self, name: str) -> Graph:
-        """Graph `name` of the bundle, loaded once."""
+        """Graph `name` of the bundle, loaded once; with `low_memory` in the place of the one before it."""
         if name not in self._graphs:
+            if self.low_memory:
+                self._graphs.clear()
             self._graphs[name] = self.backend.load(self.bundle, name)
         return self._graphs[name]
 
     def load(self, workers: int | None = None) -> None:
-        """Load every graph that a request runs.
+        """Load every graph that a request runs; with `low_memory` none, because they would not stay.
 
         workers: graphs that are loaded at once; as many as there are cores if not given. Only a backend that says so
         (`parallel_load`) loads more than one, and only graphs that hold their own weights: what it takes for a moment to
         load those beside a graph, gigabytes each, must not add up.
         """
+        if self.low_memory:
+            return
         names = [name for name in _LOADED if name in self.bundle.graphs and (name != "text_query" or self.memory is not None)]
         small = [name for name in names if name not in self._graphs and self.bundle.graph(name).data is None]
         workers = workers or os.cpu_count() or 1
@@ -244,6 +258,7 @@ class MotionPipeline:
             on_step=on_step,
             fetch=not getattr(step, "resident", False),
         )
+        del step  # with `low_memory` the decoder takes its place
         seconds["step"] += sum(step_seconds)
         start = time.perf_counter()
         frames = to_frames(decode_video(self._call, self.bundle, latents))

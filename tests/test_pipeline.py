@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -314,6 +315,41 @@ def test_from_bundle_runs_on_any_backend(fake_bundle: Path, still: Still) -> Non
         "schedule": 1,
         "step": 12,
     }
+
+
+def test_low_memory_holds_one_graph_at_a_time_and_gives_the_same(
+    pipeline: MotionPipeline, fake_bundle: Path, fake_memory: Path, still: Still
+) -> None:
+    class Graph:
+        """What the backend gives, alive as long as somebody holds it."""
+
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+        def __call__(self, inputs: Any) -> Any:
+            return self.inner(inputs)
+
+    alive: weakref.WeakSet[Graph] = weakref.WeakSet()
+    loaded: list[str] = []
+
+    class Watching:
+        inner = OnnxRuntimeBackend(1)
+
+        def load(self, bundle: Bundle, name: str) -> Any:
+            assert not alive, f"{name} is loaded beside another graph"
+            loaded.append(name)
+            graph = Graph(self.inner.load(bundle, name))
+            alive.add(graph)
+            return graph
+
+    want = pipeline(still, "a", seed=1)
+    with MotionPipeline.from_bundle(fake_bundle, fake_memory, backend=Watching(), low_memory=True) as frugal:
+        frugal.warm()
+        for _ in range(2):
+            loaded.clear()
+            got = frugal(still, "a", seed=1)
+            assert loaded.index("step") == len(loaded) - 2 and loaded[-1] == "decode"
+    assert np.array_equal(got.frames, want.frames)
 
 
 def test_schedule_keeps_few_tables(pipeline: MotionPipeline) -> None:
