@@ -13,6 +13,7 @@ and scale_0 must equal base, and released must differ from base, or these random
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ from typing import Any
 import numpy as np
 
 import harness
-from mid_graphs import FORMS, WORK, flop_shares, graphs_of
+from mid_graphs import FORMS, WORK, Saved, flop_shares, graphs_of
 from mid_models import MODELS, Model, known_values
 from motionrt.export.partition import partition
-from onnx_graph import Arrays, Graph
+from onnx_graph import Arrays
 
 SAME_AS = {"base": "base", "base_ours": "base", "released": "released", "folded": "released", "scale_0": "base"}
 TOLERANCE = 1e-4  # of the largest value of an output
@@ -35,16 +36,21 @@ Calls = dict[str, harness.Candidate]
 
 
 def onnx_calls(model: Model, options: argparse.Namespace) -> tuple[Calls, dict[str, int]]:
-    """One call for each variant, each in a session of its own, and FLOPs; scale_0 is the folded graph with another input."""
+    """One call for each variant and FLOPs; scale_0 is the folded graph with another input.
 
-    def bind(graph: Graph, feed: Arrays) -> harness.Candidate:
-        return lambda: graph(feed)
+    Each has `options.sessions` sessions that take turns: where a session's weights come to lie in memory moves its time by a
+    few percent, which rounds of one session do not show.
+    """
+
+    def bind(saved: Saved, feed: Arrays) -> harness.Candidate:
+        turns = itertools.cycle([saved.open(options.threads) for _ in range(options.sessions)])
+        return lambda: next(turns)(feed)
 
     saved = graphs_of(model, FORMS, options.work)
-    calls = {form: bind(graph.open(options.threads), graph.feed) for form, graph in saved.items()}
+    calls = {form: bind(graph, graph.feed) for form, graph in saved.items()}
     silent = saved["folded"].silent
     assert silent is not None
-    calls["scale_0"] = bind(saved["folded"].open(options.threads), silent)
+    calls["scale_0"] = bind(saved["folded"], silent)
     return calls, {form: graph.flops for form, graph in saved.items()}
 
 
@@ -103,6 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--runtime", choices=["onnxruntime", "torch"], help="default: the model's own")
     parser.add_argument("--work", type=Path, default=WORK, help="folder where exported graphs are kept")
     harness.add_options(parser, rounds=15, warmups=1, threads=1)
+    parser.add_argument("--sessions", type=int, default=1, help="sessions of each graph that take turns (ONNX Runtime)")
     options = parser.parse_args(arguments)
 
     model = MODELS[options.model]
@@ -121,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
         {name: quiet(call) for name, call in calls.items()},
         reference="base",
         tolerance=0.0,
-        warmups=options.warmups,
+        warmups=max(options.warmups, options.sessions),
         rounds=options.rounds,
     )
     counted = flop_shares(model, flops, options.work)
@@ -134,6 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
             "shape": dict(model.shape),
             "dtype": "float32",
             "threads": options.threads,
+            "sessions": options.sessions,
             "runtime": runtime,
             "flops": flops[name if name in flops else "folded"],
             "flops_over_base": counted,
