@@ -183,7 +183,8 @@ def machine() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     commit = _output("git", "rev-parse", "--short=12", "HEAD")
-    changed = _output("git", "status", "--porcelain", "--untracked-files=no")
+    # rows that the last benchmark appended change nothing that the next one runs
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results")
     query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem"
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
