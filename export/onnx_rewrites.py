@@ -3,6 +3,7 @@
 - Rotation of pairs, x * cos + [-x1, x0, -x3, x2, ..] * sin, is one standard `RotaryEmbedding` (opset 23) with fp32 tables;
   casts around it stay. Where only the rows after the first t are rotated and joined to those again, all are rotated, with
   cos 1 and sin 0 in the first t: x * 1 - y * 0 is x for every finite y.
+- A norm that is multiplied by one row, and has one added, is a norm with other weights (onnx_norms.py).
 - `Expand` before an Add, Mul, Sub or Div whose other operand already has the size: the op repeats the value itself.
 
 The shapes that PyTorch's exporter left on the values are the proof that two sizes are one; where there is none, nothing is
@@ -20,6 +21,8 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from numpy.typing import NDArray
 
+from motionrt.export.onnx_norms import fold_modulation
+
 OPSET_OF_ROTATION = 23
 REPEATING = frozenset({"Add", "Mul", "Sub", "Div"})
 Table = NDArray[Any]
@@ -30,6 +33,7 @@ def rewrite(model: ir.Model, outside: Callable[[str], Table | None] = lambda nam
     if model.graph.opset_imports.get("", 0) >= OPSET_OF_ROTATION:
         _Rotations(model.graph, outside).rewrite()
     _drop_expands(model.graph)
+    fold_modulation(model.graph)
     common.RemoveUnusedNodesPass()(model)
 
 
