@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from motionrt.export.onnx_functions import add_functions, symbolic_forms
+from motionrt.export.onnx_rewrites import rewrite
 
 Feed = Mapping[str, Tensor]
 OPSET = 23
@@ -123,14 +124,13 @@ def onnx_from_torch(
         assert exported is not None
         with quick_rules():
             exported.optimize()
+        rewrite(exported.model)
     model = _compact(exported.model_proto, external or {})
     _name_outputs(model)
     add_functions(model)
     wanted = [_run(module, example.feed) for example in examples]
     _publish(path, model, names, outputs, examples, wanted, atol, external or {})
-    results = {
-        n: dynamic_axes(x, y, first.sizes, second.sizes) for n, x, y in zip(outputs, wanted[0], wanted[1], strict=True)
-    }
+    results = {n: dynamic_axes(x, y, first.sizes, second.sizes) for n, x, y in zip(outputs, wanted[0], wanted[1], strict=True)}
     return {
         "inputs": [port(n, first.feed[n], axes[n], ranges) for n in names],
         "outputs": [port(n, x, results[n], ranges) for n, x in zip(outputs, wanted[0], strict=True)],
@@ -199,9 +199,7 @@ def _compact(model: onnx.ModelProto, external: Mapping[str, NDArray[Any]]) -> on
             with np.errstate(over="ignore"):
                 half = value.astype(np.float16)
             if np.array_equal(half.astype(np.float32), value):
-                casts.append(
-                    onnx.helper.make_node("Cast", [f"{tensor.name}.half"], [tensor.name], to=onnx.TensorProto.FLOAT)
-                )
+                casts.append(onnx.helper.make_node("Cast", [f"{tensor.name}.half"], [tensor.name], to=onnx.TensorProto.FLOAT))
                 tensor.CopyFrom(onnx.numpy_helper.from_array(half, f"{tensor.name}.half"))
     graph.initializer.extend(shells.values())
     for node in graph.node:

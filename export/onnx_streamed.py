@@ -33,6 +33,7 @@ from motionrt.export.onnx_from_torch import (
     quick_rules,
 )
 from motionrt.export.onnx_functions import add_functions, symbolic_forms
+from motionrt.export.onnx_rewrites import rewrite
 from motionrt.export.partition import Partition, Program
 from motionrt.export.safetensors_file import Entry, write_file
 from motionrt.export.structure import faked, materialise
@@ -147,13 +148,20 @@ def _stream(
     with _quiet(), torch._subclasses.fake_tensor.unset_fake_temporarily():
         with quick_rules():
             onnxscript.optimizer.optimize_ir(model)
-        kinds = {name: kind for name, kind in kinds.items() if name in model.graph.initializers}
 
         def make(name: str) -> Tensor:
             found = real[name] if name in real else value(name)
             if found is None:
                 raise ValueError(f"graph {path.stem}: weight `{name}` is in no checkpoint and no table of the module")
             return found.to(kinds[name][0])
+
+        rewrite(model, lambda name: make(name).numpy())
+        for name, initializer in model.graph.initializers.items():
+            held = initializer.const_value
+            if held is not None and held.nbytes >= _INLINE:  # tables that the rewrites made
+                real[name] = torch.from_numpy(held.numpy())
+                kinds[name], initializer.const_value = (real[name].dtype, tuple(real[name].shape)), None
+        kinds = {name: kind for name, kind in kinds.items() if name in model.graph.initializers}
 
         entries = [Entry(name, *kinds[name], lambda name=name: make(name)) for name in kinds]  # type: ignore[misc]
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,8 @@ Every floating-point value gets one of two precisions, and a Cast stands whereve
 
 - the heavy ops (matrix products, convolutions, attention) read and write the low precision; tensor cores and ONNX Runtime
   alike accumulate them in fp32, and a fused attention keeps its softmax in fp32 (TensorRT refuses to be told so);
-- norms, softmax, reductions, sines and exponentials, sampling by coordinates and comparisons are fp32 (`FULL_OPS`);
+- norms, softmax, reductions, sines and exponentials, rotations, sampling by coordinates and comparisons are fp32
+  (`FULL_OPS`);
 - what only feeds the graph's outputs after the last heavy op is fp32: guidance, the solver's update, an energy;
 - a pointwise or moving op whose operands are all fp32 stays there (modulation right after a norm, masks, positions);
 - everything else is low, the residual stream among it.
@@ -27,7 +28,8 @@ FULL_OPS = frozenset({
     "LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization", "BatchNormalization",
     "LpNormalization", "Softmax", "LogSoftmax", "Softplus", "Sin", "Cos", "Exp", "Log", "Pow", "Sqrt", "Reciprocal",
     "CumSum", "ReduceSum", "ReduceMean", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSumExp", "ReduceProd",
-    "GridSample", "Range", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "IsNaN", "IsInf", "ArgMax", "ArgMin",
+    "GridSample", "RotaryEmbedding", "Range", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "IsNaN", "IsInf",
+    "ArgMax", "ArgMin",
 })  # fmt: skip
 KEEPS = {"Resize": (1, 2), "Upsample": (1,)}  # operands that an op reads as fp32 whatever its data is: scales
 MINUS_INFINITY = 1e30  # constants beyond it stand for infinity in masks; they become what both low precisions hold
