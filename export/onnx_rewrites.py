@@ -22,6 +22,7 @@ import onnx_ir.passes.common as common
 from numpy.typing import NDArray
 
 from motionrt.export.onnx_norms import fold_modulation
+from motionrt.export.onnx_walk import by, constant, is_last, named, only_reader
 
 OPSET_OF_ROTATION = 23
 REPEATING = frozenset({"Add", "Mul", "Sub", "Div"})
@@ -57,7 +58,7 @@ class _Rotations:
     def _replace(self, add: ir.Node, value: ir.Value, tables: list[Table]) -> None:
         """Put one node in the place of `add`, which rotates `value [B, N, S, d]` by tables [S, d/2]."""
         result, before = add.outputs[0], add
-        casts = [node for node in (_by(value, "Cast"), _only_reader(result, "Cast")) if node is not None]
+        casts = [node for node in (by(value, "Cast"), only_reader(result, "Cast")) if node is not None]
         raw = casts[0].inputs[0] if len(casts) == 2 else value
         end = casts[1].outputs[0] if len(casts) == 2 else result
         if raw is not None and (joint := _joint(raw, end)) is not None:
@@ -91,28 +92,22 @@ class _Rotations:
         key = (batch if isinstance(batch, int) or batch.value is not None else value, *(t.tobytes() for t in tables))
         if key not in self._made:
             name = f"rotary_{len(self._made)}"
-            rows = self._constant(f"{name}_rows", np.array(tables[0].shape, np.int64))
+            rows = constant(self._graph, f"{name}_rows", np.array(tables[0].shape, np.int64))
             first = ir.node("Shape", [value], {"start": 0, "end": 1}, name=f"{name}_batch")
-            sizes = ir.node("Concat", [_named(first), rows], {"axis": 0}, name=f"{name}_sizes")
+            sizes = ir.node("Concat", [named(first), rows], {"axis": 0}, name=f"{name}_sizes")
             nodes = [first, sizes]
             for kind, table in zip(("cos", "sin"), tables, strict=True):
-                held = self._constant(f"{name}_{kind}", table[None])
-                nodes.append(ir.node("Expand", [held, _named(sizes)], name=f"{name}_{kind}_repeated"))
+                held = constant(self._graph, f"{name}_{kind}", table[None])
+                nodes.append(ir.node("Expand", [held, named(sizes)], name=f"{name}_{kind}_repeated"))
                 _typed(nodes[-1], ir.DataType.FLOAT, ir.Shape([batch, *table.shape]))
             self._graph.insert_before(before, nodes)
             self._made[key] = [node.outputs[0] for node in nodes[2:]]
         return self._made[key]
 
-    def _constant(self, name: str, array: Table) -> ir.Value:
-        tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
-        self._graph.register_initializer(value)
-        return value
-
     def _table(self, value: ir.Value) -> Table | None:
         """The initializer behind `value` as [S, d], if it is one up to leading axes of size 1."""
         rows = tuple(value.shape or ())[-2:]
-        while (node := _by(value, "Unsqueeze", "Identity")) is not None and node.inputs[0] is not None:
+        while (node := by(value, "Unsqueeze", "Identity")) is not None and node.inputs[0] is not None:
             value = node.inputs[0]
         if not value.is_initializer() or value.is_graph_input() or value.dtype != ir.DataType.FLOAT:
             return None
@@ -126,7 +121,7 @@ class _Rotations:
 
 def _rotation(add: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None:
     """The value and both tables, as the graph has them, if `add` makes x * cos + rotated(x) * sin."""
-    muls = [_by(value, "Mul") for value in add.inputs]
+    muls = [by(value, "Mul") for value in add.inputs]
     if muls[0] is None or muls[1] is None:
         return None
     for straight, turned in (muls, muls[::-1]):
@@ -146,14 +141,14 @@ def _orders(node: ir.Node) -> Iterator[tuple[ir.Value, ir.Value]]:
 
 def _turned(value: ir.Value | None) -> ir.Value | None:
     """x `[B, N, S, d]` where `value` is [-x1, x0, -x3, x2, ..] of its last axis; casts to fp32 aside."""
-    if (whole := _by(_unwidened(value), "Reshape")) is None or (stack := _by(whole.inputs[0], "Concat")) is None:
+    if (whole := by(_unwidened(value), "Reshape")) is None or (stack := by(whole.inputs[0], "Concat")) is None:
         return None
     columns = [_column(side) for side in stack.inputs]
-    minus = _by(columns[0], "Neg")
-    if len(columns) != 2 or minus is None or not _last(stack.attributes["axis"].as_int(), stack.outputs[0]):
+    minus = by(columns[0], "Neg")
+    if len(columns) != 2 or minus is None or not is_last(stack.attributes["axis"].as_int(), stack.outputs[0]):
         return None
     pairs = _half(columns[1], 0)
-    split = _by(pairs, "Reshape")
+    split = by(pairs, "Reshape")
     if pairs is None or split is None or _half(minus.inputs[0], 1) is not pairs or split.inputs[0] is None:
         return None
     source = split.inputs[0]
@@ -165,28 +160,28 @@ def _turned(value: ir.Value | None) -> ir.Value | None:
 
 def _column(value: ir.Value | None) -> ir.Value | None:
     """x where `value` is x with a last axis of size 1 added."""
-    node = _by(value, "Unsqueeze")
-    return node.inputs[0] if node is not None and _last(_int(node.inputs[1]), node.outputs[0]) else None
+    node = by(value, "Unsqueeze")
+    return node.inputs[0] if node is not None and is_last(_int(node.inputs[1]), node.outputs[0]) else None
 
 
 def _half(value: ir.Value | None, index: int) -> ir.Value | None:
     """`pairs` where `value` is `pairs[..., index]`."""
-    squeeze = _by(value, "Squeeze")
-    piece = _by(squeeze.inputs[0], "Slice") if squeeze is not None else None
+    squeeze = by(value, "Squeeze")
+    piece = by(squeeze.inputs[0], "Slice") if squeeze is not None else None
     if squeeze is None or piece is None or piece.inputs[0] is None:
         return None
-    if len(squeeze.inputs) != 2 or not _last(_int(squeeze.inputs[1]), piece.outputs[0]):
+    if len(squeeze.inputs) != 2 or not is_last(_int(squeeze.inputs[1]), piece.outputs[0]):
         return None
     start, end, axis, step = _slice(piece)
-    return piece.inputs[0] if (start, end, step) == (index, index + 1, 1) and _last(axis, piece.inputs[0]) else None
+    return piece.inputs[0] if (start, end, step) == (index, index + 1, 1) and is_last(axis, piece.inputs[0]) else None
 
 
 def _joint(part: ir.Value, rotated: ir.Value) -> tuple[ir.Value, int, ir.Node] | None:
     """(x, t, the Concat) where `rotated`, made of `part` = x[:, :, t:], is read only to be joined to x[:, :, :t] again."""
-    join, tail = _only_reader(rotated, "Concat"), _by(part, "Slice")
+    join, tail = only_reader(rotated, "Concat"), by(part, "Slice")
     if join is None or tail is None or len(join.inputs) != 2 or join.inputs[1] is not rotated:
         return None
-    head, whole = _by(join.inputs[0], "Slice"), tail.inputs[0]
+    head, whole = by(join.inputs[0], "Slice"), tail.inputs[0]
     if head is None or whole is None or head.inputs[0] is not whole or join.attributes["axis"].as_int() not in (2, -2):
         return None
     length = whole.shape[2] if whole.shape is not None and len(whole.shape) == 4 else None
@@ -234,21 +229,9 @@ def _one(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> bool:
     return a == b and (isinstance(a, int) or a.value is not None)
 
 
-def _by(value: ir.Value | None, *ops: str) -> ir.Node | None:
-    """The node that makes `value`, if it is one of `ops`."""
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type in ops and node.domain == "" else None
-
-
-def _only_reader(value: ir.Value, op: str) -> ir.Node | None:
-    """The node that alone reads `value`, if it is an `op`."""
-    uses = list(value.uses())
-    return uses[0].node if len(uses) == 1 and not value.is_graph_output() and uses[0].node.op_type == op else None
-
-
 def _unwidened(value: ir.Value | None) -> ir.Value | None:
     """What `value` is cast from, if it is a cast to fp32."""
-    node = _by(value, "Cast")
+    node = by(value, "Cast")
     return node.inputs[0] if node is not None and node.attributes["to"].as_int() == ir.DataType.FLOAT else value
 
 
@@ -258,17 +241,7 @@ def _int(value: ir.Value | None) -> int | None:
     return int(held.numpy().reshape(())) if held is not None and held.size == 1 else None
 
 
-def _last(axis: int | None, value: ir.Value) -> bool:
-    return axis == -1 or (axis is not None and value.shape is not None and axis == len(value.shape) - 1)
-
-
-def _named(node: ir.Node) -> ir.Value:
-    """A node's result, named as the node."""
-    node.outputs[0].name = node.name
-    return node.outputs[0]
-
-
 def _typed(node: ir.Node, kind: ir.DataType, shape: ir.Shape | None) -> ir.Value:
-    value = _named(node)
+    value = named(node)
     value.type, value.shape = ir.TensorType(kind), shape
     return value
