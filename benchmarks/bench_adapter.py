@@ -114,6 +114,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     model = MODELS[options.model]
     runtime = options.runtime or model.runtime
+    if options.sessions < 1 or (options.sessions > 1 and runtime == "torch"):
+        parser.error(f"--sessions is {options.sessions}; allowed: 1 or more in ONNX Runtime, 1 in PyTorch")
     calls, flops = (torch_calls if runtime == "torch" else onnx_calls)(model, options)
     errors = gate(calls)
 

@@ -178,12 +178,12 @@ def build(report: Report) -> list[str]:
         parts += ["### Engines", "", *text.table(head, body), "", text.source(list(newest.values())), ""]
     exported = [rows[-1] for rows in groups(report.rows("export_full"), "model", "frames").values()]
     if exported:
-        head = ["model", "frames", "dtype", "weights read GB", "bundle GB", "seconds", "peak MB beyond the page cache"]
+        head = ["model", "frames", "dtype", "weights read GB", "bundle GB", "processor s", "wall s", "peak MB, no page cache"]
         body = [
             [
                 str(row.get("model")), str(row.get("frames")), str(row.get("dtype")),
                 *(text.number(row.get(key) / 1e9 if row.get(key) else None) for key in ("weights_read_bytes", "bundle_bytes")),
-                text.number(row.get("seconds")), text.number(row.get("peak_anonymous_mb")),
+                *(text.number(row.get(key)) for key in ("cpu_seconds", "seconds", "peak_anonymous_mb")),
             ]
             for row in exported
         ]  # fmt: skip

@@ -77,8 +77,8 @@ class MotionPipeline:
         `backend`: an open one, or a name: "onnxruntime" (the default), "tensorrt", "torch" (with `threads` and `device` as
         in `open_backend`), or "auto": the fastest that runs here, and `Result.choice` says why. Raises `BundleError`,
         `MemoryStoreError` (missing, damaged, made for another bundle), `BackendError`, `InputError`. Graphs are loaded when
-        they are first needed, and kept; with `low_memory` each makes room for the next: a request takes no more than its
-        largest graph and the loop take, and longer by the time that loading takes.
+        they are first needed, and kept; with `low_memory` each makes room for the next: a request takes no more than the
+        largest graph needs, and longer by the time that loading takes.
         """
         for given, value in (("threads", threads), ("device", device)):
             if value is not None and backend is not None and not isinstance(backend, str):
@@ -151,7 +151,12 @@ class MotionPipeline:
             self.graph(name)
 
     def warm(self) -> None:
-        """Load what a request needs, so that the first is as fast as the next: graphs, tokenizers, the memory's index."""
+        """Load what a request needs, so that the first is as fast as the next: graphs, tokenizers, the memory's index.
+
+        With `low_memory` nothing, because it would not stay.
+        """
+        if self.low_memory:
+            return
         self.load()
         for name in ("text", "text_query"):
             if name in self._graphs:

@@ -182,3 +182,12 @@ def test_every_axis_has_models_that_run(bench: dict[str, ModuleType], axis: str)
         assert results[0].shape == values["latents"].shape
         if axis == "batch":
             assert len(values["latents"]) == point.value
+
+
+@pytest.mark.parametrize(("runtime", "sessions"), [("onnxruntime", "0"), ("torch", "2")])
+def test_sessions_that_cannot_be_are_refused_before_any_work(
+    bench: dict[str, ModuleType], capsys: pytest.CaptureFixture[str], runtime: str, sessions: str
+) -> None:
+    with pytest.raises(SystemExit):
+        bench["bench_adapter"].main(["--model", "layer-toy", "--runtime", runtime, "--sessions", sessions])
+    assert f"--sessions is {sessions}; allowed" in capsys.readouterr().err

@@ -345,6 +345,7 @@ def test_low_memory_holds_one_graph_at_a_time_and_gives_the_same(
     want = pipeline(still, "a", seed=1)
     with MotionPipeline.from_bundle(fake_bundle, fake_memory, backend=Watching(), low_memory=True) as frugal:
         frugal.warm()
+        assert not loaded, "nothing of it would stay"
         for _ in range(2):
             loaded.clear()
             got = frugal(still, "a", seed=1)
