@@ -130,7 +130,15 @@ def generate(
         raise MediaError(f"cannot write {out}: extension {out.suffix!r} is not one of {', '.join(WRITABLE)}.")
     console = report.console()
     opened = open_pipeline(
-        bundle, memory or [], threads, backend, device, allow_onnxruntime, allow_cpu, engines, low_memory
+        bundle,
+        memory or [],
+        threads=threads,
+        backend=backend,
+        device=device,
+        allow_onnxruntime=allow_onnxruntime,
+        allow_cpu=allow_cpu,
+        engines=engines,
+        low_memory=low_memory,
     )
     with opened as pipeline, report.progress() as bars:
         load = _warm(pipeline)

@@ -55,7 +55,16 @@ def bench(
     from motionrt.runtime.video import replacing
 
     plan = measure.Plan(prompt or measure.PROMPT, image, steps, solver)
-    opened = open_pipeline(bundle, memory or [], threads, backend, device, allow_onnxruntime, allow_cpu, engines)
+    opened = open_pipeline(
+        bundle,
+        memory or [],
+        threads=threads,
+        backend=backend,
+        device=device,
+        allow_onnxruntime=allow_onnxruntime,
+        allow_cpu=allow_cpu,
+        engines=engines,
+    )
     with opened as pipeline, report.progress() as bars:
         task = bars.add_task("requests", total=repeat + measure.WARMUPS)
         rows = measure.bench_stages(pipeline, repeat, plan, lambda: bars.advance(task))

@@ -72,6 +72,7 @@ def open_memory(memory: Path, readonly: bool = False) -> MotionMemory:
 def open_pipeline(
     bundle: Path,
     memories: Sequence[str],
+    *,
     threads: int | None,
     backend: str = "onnxruntime",
     device: str | None = None,

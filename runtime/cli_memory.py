@@ -95,7 +95,7 @@ def memory_add(
         if failed.resolve() in [path.resolve() for path in clips]:
             raise InputError(f"{failed} is read from; write what failed to another file.")
         write_failed(failed, [])  # what cannot be written is said before the work
-    with open_pipeline(bundle, [], threads) as pipeline, open_memory(memory) as opened, report.progress() as bars:
+    with open_pipeline(bundle, [], threads=threads) as pipeline, open_memory(memory) as opened, report.progress() as bars:
         opened.check(pipeline.bundle.digests)
         task = bars.add_task("indexing", total=source.count)
         encoders = ClipEncoders.from_bundle(pipeline.bundle, pipeline.backend)
@@ -148,7 +148,7 @@ def memory_search(
         "where": parse_where(where), "exclude_source": exclude, "minimum_score": minimum_score,
         "distinct": distinct, "diversity": diversity,
     }  # fmt: skip
-    with open_pipeline(bundle, [str(memory)], threads) as pipeline:
+    with open_pipeline(bundle, [str(memory)], threads=threads) as pipeline:
         assert pipeline.memory is not None
         model = pipeline.bundle.model
         if image is not None:
