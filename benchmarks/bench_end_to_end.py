@@ -23,8 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import harness
+from motionrt.runtime.decode import to_frames
 from motionrt.runtime.noise import noise
-from motionrt.runtime.pipeline import STAGES, MotionPipeline, Request, Result, to_frames
+from motionrt.runtime.pipeline import STAGES, MotionPipeline, Request, Result
 from motionrt.runtime.sampler import sample
 from motionrt.runtime.video import write_video
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from motionrt.runtime.backend import Array, fetch
 from motionrt.runtime.bundle import Bundle
-from motionrt.runtime.errors import BundleError
+from motionrt.runtime.errors import BackendError, BundleError
 
 Call = Callable[[str, Mapping[str, Any]], dict[str, Any]]
 OVERLAP = 1 / 6  # of a tile, at least
@@ -47,6 +47,14 @@ def decode_video(call: Call, bundle: Bundle, latents: Any) -> Array:
             total[..., top * scale : (top + height) * scale, left * scale : (left + width) * scale] += video * weight
     assert total is not None
     return total
+
+
+def to_frames(video: Array) -> NDArray[np.uint8]:
+    """Float [1, F, 3, H, W] in [-1, 1] to uint8 [F, H, W, 3]; `BackendError` if a value is not finite."""
+    if not np.isfinite(video).all():
+        raise BackendError("the decoder gave NaN or infinite values; export the bundle again, or lower the guidance.")
+    pixels = np.clip(np.rint((video[0] + 1) * 127.5), 0, 255).astype(np.uint8)
+    return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
 
 
 def tiles(length: int, size: int) -> list[tuple[int, tuple[int, int, int]]]:

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from motionrt.runtime.backend import Array, Backend, Graph, call, fetch, open_backend
 from motionrt.runtime.bundle import Bundle, Solver
 from motionrt.runtime.choose import Choice, choose
-from motionrt.runtime.decode import decode_video
-from motionrt.runtime.errors import BackendError, Cancelled, InputError, MemoryStoreError
+from motionrt.runtime.decode import decode_video, to_frames
+from motionrt.runtime.errors import Cancelled, InputError, MemoryStoreError
 from motionrt.runtime.noise import check_seed, noise
-from motionrt.runtime.request import STAGES, Prepared, Request, Result
+from motionrt.runtime.references import choose_references
+from motionrt.runtime.request import STAGES, Prepared, Request, Result, check_guidance, check_number
 from motionrt.runtime.sampler import sample
 from motionrt.runtime.video import read_image
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from motionrt.runtime.memory_search import Where
     from motionrt.runtime.memory_set import MemorySet
 
-__all__ = ["STAGES", "MotionPipeline", "Prepared", "Request", "Result", "to_frames"]
+__all__ = ["STAGES", "MotionPipeline", "Prepared", "Request", "Result"]
 _CACHED_SCHEDULES, _CACHED_ON_DEVICE = 8, 2  # a large model's tables are hundreds of megabytes
 # Slowest first: text_query brings the largest weights where the rest is small, the step where it is not.
 _LOADED = ("text_query", "step", "text", "decode", "decode_next", "appearance", "cama", "encode", "schedule", "request")
@@ -208,7 +209,7 @@ class MotionPipeline:
         check_seed(request.seed)  # bad input before any work
         self.bundle.solver(request.solver, request.steps)
         if request.guidance is not None:
-            _check_guidance(request.guidance)
+            check_guidance(request.guidance)
         return self.generate(
             self.prepare(request),
             seed=request.seed,
@@ -235,7 +236,7 @@ class MotionPipeline:
         seed = check_seed(seed)
         rows = self.bundle.solver(solver, steps)
         guidance = self.bundle.guidance if guidance is None else guidance
-        _check_guidance(guidance)
+        check_guidance(guidance)
         seconds = dict(prepared.seconds)
         start = time.perf_counter()
         tables = self.schedule(rows)
@@ -275,7 +276,7 @@ class MotionPipeline:
 
     def prepare(self, request: Request) -> Prepared:
         """Everything of a request that the loop does not change: text, retrieval, CAMA, image, request graph."""
-        _check_number("motion_scale", request.motion_scale)
+        check_number("motion_scale", request.motion_scale)
         height, width = self.bundle.model.height, self.bundle.model.width
         prepared = Prepared({}, {}, [])
         with prepared.stage("encode"):
@@ -286,7 +287,7 @@ class MotionPipeline:
                 text = {"text": self._text(request.prompt), "negative_text": self._text(request.negative_prompt)}
         motion: Any = np.zeros((1, *self.bundle.model.motion_tokens), np.float32)
         if request.motion_scale != 0:
-            prepared.references = self._references(request, prepared)
+            prepared.references = choose_references(request, prepared, self.bundle.model, self.memory, self.embed)
             if not prepared.references:
                 prepared.fallback = "no motion: no clip of the motion memory passes" + "".join(
                     f", {name} {value}" for name in ("minimum_score", "where") if (value := getattr(request, name)) is not None
@@ -362,77 +363,3 @@ class MotionPipeline:
     def select(self, graph: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """Those of `arrays` that `graph` declares as inputs."""
         return {port.name: arrays[port.name] for port in self.bundle.graph(graph).inputs if port.name in arrays}
-
-    def _references(self, request: Request, prepared: Prepared) -> list[Reference]:
-        model, given = self.bundle.model, request.references
-        if given is not None and not isinstance(given, int | Sequence) or isinstance(given, str | bool):
-            raise InputError(f"references is {given!r}; give a number of clips or a list of references.")
-        count = given if isinstance(given, int) else model.default_references if given is None else len(given)
-        if not 1 <= count <= model.max_references:
-            raise InputError(
-                f"references is {count}; this bundle takes 1 to {model.max_references}. "
-                "For no motion at all use motion_scale=0."
-            )
-        by_hand = [] if given is None or isinstance(given, int) else list(given)
-        for item in by_hand:
-            if isinstance(item, int | np.integer):
-                continue
-            for name in ("motion", "appearance"):
-                shape = getattr(getattr(item, name, None), "shape", None)
-                if shape != model.motion_tokens:
-                    raise InputError(
-                        f"references holds {item!r:.60} whose {name} tokens are {shape}; this bundle takes references "
-                        f"(or ids of clips in the memory) with tokens {model.motion_tokens}."
-                    )
-        if self.memory is None and (not by_hand or any(isinstance(item, int | np.integer) for item in by_hand)):
-            raise InputError(
-                "this pipeline has no motion memory to find motion in; open it with one "
-                "(MotionPipeline.from_bundle(bundle, memory=...)), pass references=[...], or use motion_scale=0."
-            )
-        if by_hand:
-            with prepared.stage("search"):
-                return [self._by_id(item) if isinstance(item, int | np.integer) else item for item in by_hand]
-        assert self.memory is not None
-        with prepared.stage("text"):
-            embedding = self.embed(request.prompt)
-        with prepared.stage("search"):
-            # The default bends to what there is (any cosine will do, but fewer clips as well); a number that was asked for
-            # does not (search says so).
-            minimum = -1.0 if given is None and request.minimum_score is None else request.minimum_score
-            return self.memory.search(
-                embedding,
-                count,
-                where=request.where,
-                minimum_score=minimum,
-                diversity=request.diversity,
-                distinct=request.distinct,
-            )
-
-    def _by_id(self, number: int) -> Reference:
-        from motionrt.runtime.memory_set import MemorySet
-
-        assert self.memory is not None
-        if isinstance(self.memory, MemorySet):
-            raise InputError(f"references holds the id {number}, and the memory is a set; pass memory.get([(name, id)]).")
-        return self.memory.get([int(number)])[0]
-
-
-def to_frames(video: Array) -> NDArray[np.uint8]:
-    """Float [1, F, 3, H, W] in [-1, 1] to uint8 [F, H, W, 3]; `BackendError` if a value is not finite."""
-    if not np.isfinite(video).all():
-        raise BackendError("the decoder gave NaN or infinite values; export the bundle again, or lower the guidance.")
-    pixels = np.clip(np.rint((video[0] + 1) * 127.5), 0, 255).astype(np.uint8)
-    return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
-
-
-def _check_guidance(value: Any) -> None:
-    if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str):
-        for item in value:
-            _check_number("guidance", item)
-    else:
-        _check_number("guidance", value)
-
-
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not np.isfinite(value):
-        raise InputError(f"{name} is {value!r}; it must be a finite number.")

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from motionrt.runtime.errors import InputError
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -82,3 +84,18 @@ class Prepared:
             yield
         finally:
             self.seconds[name] += time.perf_counter() - start
+
+
+def check_guidance(value: Any) -> None:
+    """Raise `InputError` unless `value` is a finite number or a sequence of such."""
+    if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str):
+        for item in value:
+            check_number("guidance", item)
+    else:
+        check_number("guidance", value)
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise `InputError` unless `value` is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not np.isfinite(value):
+        raise InputError(f"{name} is {value!r}; it must be a finite number.")

@@ -17,12 +17,13 @@ from PIL import Image
 
 from motionrt.runtime.backend import Graph, OnnxRuntimeBackend
 from motionrt.runtime.bundle import Bundle
+from motionrt.runtime.decode import to_frames
 from motionrt.runtime.errors import BackendError, Cancelled, InputError, MediaError, MemoryStoreError
 from motionrt.runtime.manifest import Data
 from motionrt.runtime.memory import Clip, MotionMemory, Reference
 from motionrt.runtime.memory_set import MemorySet
 from motionrt.runtime.noise import noise
-from motionrt.runtime.pipeline import STAGES, MotionPipeline, Request, to_frames
+from motionrt.runtime.pipeline import STAGES, MotionPipeline, Request
 from motionrt.runtime.sampler import sample
 
 GRAPHS = ("text", "appearance", "cama", "encode", "request", "schedule", "step", "decode")
