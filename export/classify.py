@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from motionrt.export.rewrites import FUSED, sizes, value
+from motionrt.export.graph_edit import sizes, value
+from motionrt.export.rewrites import FUSED
 
 aten = torch.ops.aten
 

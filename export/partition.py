@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from motionrt.export.broadcasts import sink_broadcasts
 from motionrt.export.classify import bytes_of, depends_on, floating, flops, frontier
-from motionrt.export.rewrites import Fired, prune, reassociate, sink_broadcasts, sizes, softmax_of_one, value
+from motionrt.export.graph_edit import Fired, prune, sizes, value
+from motionrt.export.rewrites import reassociate, softmax_of_one
 
 aten = torch.ops.aten
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from motionrt.export.broadcasts import _kept_axes
 from motionrt.export.motionrag import MotionAdapterCrossAttention, split_heads
 from motionrt.export.partition import Batched, Partition, partition
-from motionrt.export.rewrites import _kept_axes
 from motionrt.kernels.motion_cross_attention import motion_cross_attention, reference
 
 INPUTS = {"x": "step", "timestep": "schedule", "context": "request"}

@@ -1,0 +1,90 @@
+"""Reading and changing a traced graph: what the rewrites and the partition share.
+
+Graphs are aten level (`torch.export`, `run_decompositions({})`), with parameters as `get_attr` and `meta["val"]` set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Fired:
+    """One application of a rule: where (node name) and FLOPs per step before and after."""
+
+    rule: str
+    where: str
+    flops_before: int
+    flops_after: int
+
+
+def value(node: Any) -> Any:
+    """The fake tensor that a node yields."""
+    return node.meta["val"]
+
+
+def sizes(shape: Iterable[Any], known: dict[str, int]) -> tuple[int, ...]:
+    """Concrete sizes: every symbol takes the value it had in the example inputs."""
+    out = []
+    for size in shape:
+        if isinstance(size, int):
+            out.append(size)
+        else:
+            expression = size.node.expr
+            out.append(int(expression.subs({s: known[str(s)] for s in expression.free_symbols})))
+    return tuple(out)
+
+
+def emit(graph: torch.fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Node:
+    """A new call with its `meta["val"]`, at the graph's insertion point."""
+    node = graph.call_function(target, args, kwargs or {})
+    fake = torch.fx.node.map_arg((args, kwargs or {}), value)
+    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(fake) if isinstance(leaf, torch.Tensor)]
+    mode = next((t.fake_mode for t in tensors if hasattr(t, "fake_mode")), None)
+    if mode is None:
+        node.meta["val"] = target(*fake[0], **fake[1])
+    else:
+        with mode:
+            node.meta["val"] = target(*fake[0], **fake[1])
+    return node
+
+
+def prune(graph: torch.fx.Graph) -> None:
+    """Erase every call that nothing reads (torch keeps attention, which may draw dropout masks; ours never does)."""
+    for node in reversed(list(graph.nodes)):
+        if node.op in ("call_function", "get_attr") and not node.users:
+            graph.erase_node(node)
+
+
+def size_arg(graph: torch.fx.Graph, size: Any) -> Any:
+    """A size as a graph argument: an int, or a node that reads an equal symbolic size from an input."""
+    if isinstance(size, int):
+        return size
+    for node in graph.nodes:
+        if node.op != "placeholder":
+            break
+        for dim, other in enumerate(getattr(value(node), "shape", ())):
+            if not isinstance(other, int) and other.node.expr == size.node.expr:
+                return emit(graph, aten.sym_size.int, (node, dim))
+    for node in graph.nodes:  # composite sizes, such as 2 * batch, are computed somewhere already
+        seen = node.meta.get("val")
+        if isinstance(seen, torch.SymInt) and seen.node.expr == size.node.expr:
+            return node
+    raise ValueError(f"size {size} cannot be read from any input of the graph")
+
+
+def is_one(size: Any) -> bool:
+    """Whether a size is the number 1, not a symbol."""
+    return isinstance(size, int) and size == 1
+
+
+def is_tensor(node: Node) -> bool:
+    """Whether a node yields a tensor."""
+    return isinstance(value(node), torch.Tensor)
