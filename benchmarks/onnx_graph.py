@@ -12,8 +12,11 @@ Arrays = dict[str, NDArray[Any]]
 Graph = Callable[[Mapping[str, NDArray[Any]]], Arrays]
 
 
-def open_graph(path: Path, threads: int) -> Graph:
-    """An ONNX graph on the CPU. Its threads do not spin between calls: several sessions take turns on the same cores."""
+def open_session(path: Path, threads: int, profile: Path | None = None) -> Any:
+    """An ONNX Runtime session on the CPU. Its threads do not spin between calls: several sessions take turns on the same cores.
+
+    profile: how the name of the profiler's file begins, where there is to be one.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -21,7 +24,14 @@ def open_graph(path: Path, threads: int) -> Graph:
     options.inter_op_num_threads = 1
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def open_graph(path: Path, threads: int) -> Graph:
+    """The graph in a session of its own, as a function."""
+    session = open_session(path, threads)
     names = [output.name for output in session.get_outputs()]
 
     def run(inputs: Mapping[str, NDArray[Any]]) -> Arrays:

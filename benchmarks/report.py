@@ -51,6 +51,11 @@ SECTIONS = (
         render.step, "benchmarks/bench_step.py",
     ),
     Section(
+        "Where a step's time goes",
+        "Our step by kind of work, from ONNX Runtime's own profiler; `motion` is what the folded adapters take in it.",
+        render.kinds, "benchmarks/profile_graph.py",
+    ),
+    Section(
         "Conditioning",
         "Motion tokens of K references: encoded when they are asked for, as the release does, or read from the memory.",
         render.conditioning, "benchmarks/bench_conditioning.py",

@@ -52,6 +52,22 @@ def step(report: Report) -> list[str]:
     return parts
 
 
+def kinds(report: Report) -> list[str]:
+    """Per model the kinds of work in a step, and the part of it that each takes."""
+    parts: list[str] = []
+    head = ["kind of work", "p50 ms", "p95", "p99", "n", "of the step", "on top of all other"]
+    for name, rows in groups(report.rows("profile_graph"), "model").items():
+        body = [
+            [
+                str(row.get("what")), *(text.number(row.get(key)) for key in PERCENTILES),
+                text.ratio(row.get("of_the_step")), text.ratio(row.get("over_the_rest")),
+            ]
+            for row in rows
+        ]  # fmt: skip
+        parts += [f"### {name}", "", *text.table(head, body), "", text.source(rows), ""]
+    return parts
+
+
 def against(rows: Sequence[Row], by: str, heading: str, over: str) -> list[str]:
     """A table of times by the column `by`, with how many times those of `over` they are."""
     head = [heading, "backend", "p50 ms", "p95", "p99", "n", f"x {over}"]

@@ -18,8 +18,8 @@ pytest.importorskip("diffusers")
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 BESIDE = (
-    "bench_adapter", "bench_scaling", "bench_step", "mid_graphs", "mid_models", "onnx_graph", "step_rivals", "full_step",
-    "harness",
+    "bench_adapter", "bench_scaling", "bench_step", "mid_graphs", "mid_models", "onnx_graph", "profile_graph", "step_rivals",
+    "full_step", "harness",
 )  # fmt: skip
 
 
@@ -32,8 +32,9 @@ def bench() -> Iterator[dict[str, ModuleType]]:
         import bench_scaling
         import bench_step
         import mid_models
+        import profile_graph
 
-        yield {module.__name__: module for module in (bench_adapter, bench_scaling, bench_step, mid_models)}
+        yield {module.__name__: module for module in (bench_adapter, bench_scaling, bench_step, mid_models, profile_graph)}
         for name in BESIDE:
             sys.modules.pop(name, None)
 
@@ -69,6 +70,35 @@ def test_adapter_overhead_has_a_checked_row_for_each_variant(
     capsys.readouterr()
     bench["bench_adapter"].main(arguments)
     assert "exporting" not in capsys.readouterr().out  # kept from the first run
+
+
+@pytest.mark.slow
+def test_a_profile_tells_the_adapters_from_the_base_step(bench: dict[str, ModuleType], work: Path, tmp_path: Path) -> None:
+    profiler = bench["profile_graph"]
+    profiler.main(["--model", "layer-toy", "--rounds", "3", "--work", str(work), "--results", str(tmp_path)])
+    found = {row["what"]: row for row in rows(tmp_path, "profile_graph")}
+    assert {"motion", "attention", "matrix products, convolutions", "norms"} < set(found)
+    parts = [row for what, row in found.items() if what != "all nodes"]
+    assert sum(row["of_the_step"][0] for row in parts) == pytest.approx(1, abs=0.2)  # medians need not add up
+    motion = found["motion"]
+    assert motion["n"] == 3 and motion["of_the_step"][0] < motion["over_the_rest"][0] < 0.5
+    base = profiler.graphs_of(bench["mid_models"].MODELS["layer-toy"], ("base_ours",), work)["base_ours"]
+    assert "motion" not in profiler.profile(base, 1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "op", "kind"),
+    [
+        ("MatMul_316", "MatMul", "motion"),
+        ("node_MatMul_87/MatMulAddFusion", "Gemm", "matrix products, convolutions"),
+        ("node_transpose_1", "Transpose", "layout"),
+        ("MatMul_316_token_1", "MatMul", "matrix products, convolutions"),
+        ("cat_4.rotary", "RotaryEmbedding", "rotations"),
+        ("Loop", "Loop", "the rest"),
+    ],
+)
+def test_nodes_of_a_profile_by_name(bench: dict[str, ModuleType], name: str, op: str, kind: str) -> None:
+    assert bench["profile_graph"].kind_of(name, op) == kind
 
 
 @pytest.mark.slow
