@@ -221,3 +221,22 @@ def test_sessions_that_cannot_be_are_refused_before_any_work(
     with pytest.raises(SystemExit):
         bench["bench_adapter"].main(["--model", "layer-toy", "--runtime", runtime, "--sessions", sessions])
     assert f"--sessions is {sessions}; allowed" in capsys.readouterr().err
+
+
+def test_a_node_without_a_name_would_be_booked_as_motion(bench: dict[str, ModuleType], tmp_path: Path) -> None:
+    import onnx
+    from onnx import TensorProto, helper
+
+    vector = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
+    weight = helper.make_tensor("w", TensorProto.FLOAT16, [1], [1.0])
+    cast = helper.make_node("Cast", ["w"], ["wide"], to=TensorProto.FLOAT)
+    for name in ("scaled", ""):
+        nodes = [cast, helper.make_node("Mul", ["x", "wide"], ["y"], name=name)]
+        graph = helper.make_graph(nodes, "g", [vector], [result], [weight])
+        onnx.save(helper.make_model(graph), tmp_path / "g.onnx")
+        if name:
+            bench["profile_graph"].check_names(tmp_path / "g.onnx")
+        else:
+            with pytest.raises(ValueError, match="nodes without a name .Mul."):
+                bench["profile_graph"].check_names(tmp_path / "g.onnx")
