@@ -71,8 +71,8 @@ SECTIONS = (
     ),
     Section(
         "Scaling",
-        "How a step's cost grows, and what was fitted to it: four blocks at the width of cogvideox-mid, with adapters (`ours`) and "
-        "without. K does not reach the step: it is the demo's CAMA.",
+        "How a step's cost grows, and what was fitted to it: four blocks at the width of cogvideox-mid, with adapters (`ours`) "
+        "and without. K does not reach the step: it is the demo's CAMA.",
         render.scaling, "benchmarks/bench_scaling.py",
     ),
     Section("Export and build", "Time, memory, sizes; nothing of it needs a GPU.", render.build, "benchmarks/bench_build.py"),
