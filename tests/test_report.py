@@ -49,12 +49,15 @@ def test_the_page_and_its_figures_are_made_of_the_committed_rows(report: ModuleT
 
 
 def test_the_readme_says_of_the_step_what_the_newest_rows_say(report: ModuleType) -> None:
-    rows = report.Report(report.RESULTS).rows("bench_step")
-    newest = {(row.get("model"), row.get("backend")): row.get("over_rewritten") for row in rows}
+    rows = report.Report(report.RESULTS).rows
+    newest = {(row.get("model"), row.get("backend")): row.get("over_rewritten") for row in rows("bench_step")}
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     for model, words in {"demo": "as long for a step", "cogvideox-mid": "for CogVideoX", "svd-mid": "for SVD"}.items():
         value = newest[model, "compiled"][0]
         assert f"{value:.2f} times {words}" in text, f"{model}: the newest row says {value:.2f}"
+    profile = {row.get("what"): row for row in rows("profile_graph") if row.get("model") == "cogvideox-mid"}
+    share = sum(profile[kind].get("of_the_step")[0] for kind in ("matrix products, convolutions", "attention"))
+    assert f"{share:.0%}".replace("%", " %") + " of a CogVideoX step" in text, f"the newest rows say {share:.0%}"
 
 
 def test_without_any_row_every_part_says_not_run_and_how(report: ModuleType, tmp_path: Path) -> None:
