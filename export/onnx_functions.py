@@ -1,12 +1,14 @@
-"""Our fused op in ONNX: a node of domain `motionrt`, and its meaning as a model-local function of standard ops.
+"""What torch.onnx sees in the place of ops: our fused op, and assignments to a slice.
 
-A runtime that knows the node may take a kernel for it; every other one (ONNX Runtime, TensorRT) expands the function when it
-loads the graph, so no plugin is needed. Scores and softmax are fp32 in it, as in the op. Sizes are read from the inputs, so
-that one body serves every layer of a graph.
+The fused op is a node of domain `motionrt`, and its meaning is a model-local function of standard ops. A runtime that knows the
+node may take a kernel for it; every other one (ONNX Runtime, TensorRT) expands the function when it loads the graph, so no
+plugin is needed. Scores and softmax are fp32 in it, as in the op. Sizes are read from the inputs, so that one body serves every
+layer of a graph.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,6 +16,8 @@ import onnx
 import torch
 from onnx import helper
 from torch import Tensor
+
+import motionrt.kernels.motion_cross_attention  # noqa: F401  (defines the op)
 
 DOMAIN = "motionrt"
 VERSION = 1
@@ -31,9 +35,22 @@ def _symbolic(hidden: Tensor, folded: Tensor, values: Tensor, scale: Tensor, res
     )
 
 
+def _joined(x: Tensor, part: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Any:
+    """`x` with `part` in the place of x[start:end] along `dim`, joined from pieces; torch.onnx would scatter row by row."""
+    start, end = start or 0, sys.maxsize if end is None else end
+    if step != 1 or not 0 <= start <= end or not (end == sys.maxsize or isinstance(x.shape[dim], int)):
+        return NotImplemented
+    head = [torch.ops.aten.slice.Tensor(x, dim, 0, start)] if start > 0 else []
+    tail = [torch.ops.aten.slice.Tensor(x, dim, end, sys.maxsize)] if end < sys.maxsize and end < x.shape[dim] else []
+    return torch.cat([*head, part, *tail], dim)
+
+
 def symbolic_forms() -> dict[Any, Callable[..., Any]]:
     """Decompositions to run before `torch.onnx.export`."""
-    return {torch.ops.motionrt.motion_cross_attention.default: _symbolic}
+    return {
+        torch.ops.motionrt.motion_cross_attention.default: _symbolic,
+        torch.ops.aten.slice_scatter.default: _joined,
+    }
 
 
 def function_name(residual: bool) -> str:

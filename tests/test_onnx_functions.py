@@ -46,6 +46,36 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+class Assigned(nn.Module):
+    """Columns start to end of x, doubled in place."""
+
+    def __init__(self, start: int, end: int | None, step: int) -> None:
+        super().__init__()
+        self.columns = slice(start, end, step)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 1
+        x[:, self.columns] = 2 * x[:, self.columns]
+        return x
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "step", "joined"),
+    [
+        (2, None, 1, True), (0, 3, 1, True), (1, 4, 1, True), (2, 100, 1, True), (0, None, 1, True),
+        (4, 2, 1, False), (-2, None, 1, False), (1, -1, 1, False), (0, None, 2, False),
+    ],
+)  # fmt: skip
+def test_an_assignment_to_a_slice_is_a_join_where_it_can_be(
+    start: int, end: int | None, step: int, joined: bool, tmp_path: Path
+) -> None:
+    examples = [Example({"batch": n}, {"x": torch.arange(6.0 * n).reshape(n, 6)}) for n in (2, 3)]
+    module = Assigned(start, end, step)
+    onnx_from_torch(tmp_path / "graph.onnx", module, examples, ("y",), {"batch": Range(1, 2, 4)})  # raises where numbers differ
+    kinds = {node.op_type for node in onnx.load(tmp_path / "graph.onnx").graph.node}
+    assert not joined or "ScatterND" not in kinds
+
+
 def test_onnx_from_torch_keeps_the_op_as_one_node_with_a_function(exported: Path) -> None:
     model = onnx.load(exported)
     onnx.checker.check_model(model, full_check=True)

@@ -31,7 +31,7 @@ TEXT, VIDEO, WIDTH = 3, 40, 16  # so that the tables are large enough to be held
 
 
 class Rotated(nn.Module):
-    """Rotations of fp32 and of fp16 rows after the text, and of all rows."""
+    """Rotations of fp32 and of fp16 rows after the text, one assigned, one joined, and of all rows."""
 
     cos: Tensor
     sin: Tensor
@@ -43,8 +43,9 @@ class Rotated(nn.Module):
         self.register_buffer("sin", angle.sin())
 
     def forward(self, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        after_text = (torch.cat([v[:, :, :TEXT], self.rotate(v[:, :, TEXT:])], dim=2) for v in (x, y))
-        return *after_text, self.rotate(z)
+        assigned = x.clone()
+        assigned[:, :, TEXT:] = self.rotate(assigned[:, :, TEXT:])
+        return assigned, torch.cat([y[:, :, :TEXT], self.rotate(y[:, :, TEXT:])], dim=2), self.rotate(z)
 
     def rotate(self, v: Tensor) -> Tensor:
         return apply_rotary_emb(v, (self.cos, self.sin))
