@@ -55,9 +55,13 @@ def test_the_readme_says_of_the_step_what_the_newest_rows_say(report: ModuleType
     for model, words in {"demo": "as long for a step", "cogvideox-mid": "for CogVideoX", "svd-mid": "for SVD"}.items():
         value = newest[model, "compiled"][0]
         assert f"{value:.2f} times {words}" in text, f"{model}: the newest row says {value:.2f}"
-    profile = {row.get("what"): row for row in rows("profile_graph") if row.get("model") == "cogvideox-mid"}
-    share = sum(profile[kind].get("of_the_step")[0] for kind in ("matrix products, convolutions", "attention"))
-    assert f"{share:.0%}".replace("%", " %") + " of a CogVideoX step" in text, f"the newest rows say {share:.0%}"
+    profile = {(row.get("model"), row.get("what")): row for row in rows("profile_graph")}
+    products = ("matrix products, convolutions", "attention")
+    share = sum(profile["cogvideox-mid", kind].get("of_the_step")[0] for kind in products)
+    assert f"{100 * share:.0f} % of a CogVideoX step" in text, f"the newest rows say {share:.0%}"
+    for model, words in {"cogvideox-layer": "on top of all else in a layer", "cogvideox-mid": "in a step at reduced"}.items():
+        value = profile[model, "motion"].get("over_the_rest")[0]
+        assert f"{100 * value:.1f} % {words}" in text, f"{model}: the newest row says {value:.2%}"
 
 
 def test_without_any_row_every_part_says_not_run_and_how(report: ModuleType, tmp_path: Path) -> None:
