@@ -127,7 +127,8 @@ def pick(
 
 def upright(frame: VideoFrame, aspect: float) -> tuple[Pixels, float]:
     """RGB [h,w,3] as it is to be seen (the display matrix undone), and the width of a pixel over its height."""
-    pixels = np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
+    # Otherwise each frame would start threads of its own, a hundred of them by the time that anything collects them.
+    pixels = np.asarray(frame.to_ndarray(format="rgb24", threads=1), np.uint8)
     extras: Any = frame.side_data
     if "DISPLAYMATRIX" in extras:
         # x' = a x + c y, y' = b x + d y: turns by right angles, mirrored or not

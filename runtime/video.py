@@ -231,7 +231,7 @@ def _write_mp4(path: Path, frames: Pixels, rate: Fraction) -> None:
         stream.codec_context.color_primaries = stream.codec_context.color_trc = 1
         for pixels in frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG", threads=1)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 

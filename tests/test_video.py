@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import resource
 import struct
 import zlib
@@ -194,6 +196,22 @@ def test_write_video_mp4_says_how_its_colours_are_coded(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "a.mp4")) as container:
         frame = next(container.decode(video=0))
         assert (frame.colorspace, frame.color_range, frame.format.name) == (1, 1, "yuv420p")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_reading_leaves_no_threads_behind(tmp_path: Path) -> None:
+    path = encode(tmp_path / "clip.mp4", [np.full((64, 64, 3), 9 * i, np.uint8) for i in range(16)])
+    gc.collect()
+    before = len(os.listdir("/proc/self/task"))
+    gc.disable()  # what is only collected later counts
+    try:
+        for _ in range(4):
+            decode_clip(path, 16, 64, 64, 8)
+        grown = len(os.listdir("/proc/self/task")) - before
+    finally:
+        gc.enable()
+    decoders = 4 * (1 + (os.cpu_count() or 1))  # may have threads until they are collected
+    assert grown <= decoders, "a conversion starts threads for every frame"
 
 
 def test_write_video_png_is_a_sheet_in_reading_order(tmp_path: Path) -> None:
