@@ -86,9 +86,7 @@ def torch_calls(model: Model, options: argparse.Namespace) -> tuple[Calls, dict[
 def gate(calls: Mapping[str, harness.Candidate]) -> dict[str, dict[str, Any]]:
     """The `error` of every variant's row; ParityError where one is not what it should equal, or motion changes nothing."""
     outputs = {name: {key: np.array(x) for key, x in call().items()} for name, call in calls.items()}
-    allowed = {
-        name: TOLERANCE * max(1.0, *(float(np.abs(x).max()) for x in outputs[name].values())) for name in ("base", "released")
-    }
+    allowed = {name: harness.allowance(TOLERANCE, outputs[name]) for name in ("base", "released")}
     errors = {}
     for name, output in outputs.items():
         to = SAME_AS[name]

@@ -177,8 +177,7 @@ def mid(options: argparse.Namespace) -> tuple[harness.Comparison, dict[str, Any]
     module = model.step(adapter=True)
     for name, step in rivals(module, tuple(model.inputs), model.outputs, feed, options).items():
         candidates[name] = bind(step, feed)
-    largest = max(float(np.abs(value).max()) for value in candidates["plain"]().values())
-    tolerance = TOLERANCE * max(1.0, largest)
+    tolerance = harness.allowance(TOLERANCE, candidates["plain"]())
     result = harness.compare(candidates, reference="plain", tolerance=tolerance, warmups=options.warmups, rounds=options.rounds)
     same = {"model": model.name, "what": f"{model.name} step", "shape": dict(model.shape)}
     flops = {name: {"flops": forms.get(name, forms["plain"]).flops} for name in candidates}

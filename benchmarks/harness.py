@@ -108,6 +108,11 @@ def difference(got: Mapping[str, NDArray[Any]], want: Mapping[str, NDArray[Any]]
     return worst
 
 
+def allowance(part: float, outputs: Mapping[str, NDArray[Any]]) -> float:
+    """`part` of the largest magnitude in `outputs`, or of 1 where they are all smaller: an absolute tolerance for them."""
+    return part * max([1.0, *(float(np.abs(value).max()) for value in outputs.values())])
+
+
 def compare(
     candidates: Mapping[str, Candidate], *, reference: str, tolerance: float, warmups: int = 3, rounds: int = 30
 ) -> Comparison:

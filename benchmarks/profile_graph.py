@@ -22,7 +22,7 @@ import onnx
 from numpy.typing import NDArray
 
 import harness
-from bench_adapter import GOAL
+from bench_adapter import GOAL, TOLERANCE
 from mid_graphs import WORK, Saved, graphs_of
 from mid_models import MODELS
 from onnx_graph import open_session
@@ -41,7 +41,6 @@ KINDS: Mapping[str, str] = {
     **dict.fromkeys(("Add", "Mul", "Sub", "Div"), "additions, scales"),
 }
 Seconds = NDArray[np.float64]  # [rounds]
-TOLERANCE = 1e-4  # of the largest value of an output
 INLINED = re.compile(r"_\d+$")
 
 
@@ -95,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     saved = graphs_of(model, ("released", "folded"), options.work)
     want, got = (saved[form].open(options.threads)(saved[form].feed) for form in ("released", "folded"))
     error = harness.difference(got, want)
-    allowed = TOLERANCE * max(1.0, *(float(np.abs(value).max()) for value in want.values()))
+    allowed = harness.allowance(TOLERANCE, want)
     if error > allowed:
         raise harness.ParityError(f"folded differs from released by {error:.3g}; allowed is {allowed:.3g}")
     del want, got
