@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from motionrt.export.bundle import digest_of, staged, write_manifest
 from motionrt.export.cogvideox import INPUTS, CogVideoXStep, solver_rows
 from motionrt.export.onnx_from_torch import Example, Range, onnx_from_torch
+from motionrt.export.onnx_streamed import stream_real
 from motionrt.export.partition import Batched, Partition, partition
+from motionrt.export.programs import FOLDER as PROGRAMS
 from motionrt.export.text import packaged_encoder
 from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.manifest import sha256_of
@@ -153,14 +155,20 @@ def export_demo(checkpoint: Path, out: Path) -> None:
 
     with staged(out) as stage:
         graphs: dict[str, Any] = {}
+        programs: dict[str, Any] = {}
 
-        def add(name: str, module: nn.Module, examples: list[Example], outputs: tuple[str, ...], **options: Any) -> None:
-            path = stage / "graphs" / f"{name}.onnx"
-            graphs[name] = onnx_from_torch(path, module, examples, outputs, RANGES, **options)
+        def add(name: str, module: nn.Module, examples: list[Example], outputs: tuple[str, ...], loop: bool = False) -> None:
+            """`loop`: of what every step needs, and so a torch program too."""
+            path, program = stage / "graphs" / f"{name}.onnx", stage / PROGRAMS / f"{name}.pt2" if loop else None
+            entry = stream_real(path, module, examples, outputs, RANGES, torch_program=program)
+            if program is not None:
+                programs[name] = entry.pop("program")
+            graphs[name] = entry
 
         queries = [Example({"batch": b, "tokens": n}, tokens(b, n)) for b, n in ((2, 12), (3, 7), (1, 40), (1, 1))]
-        add("text_query", encoder.module, queries, ("embedding",), external=encoder.tensors)
-        graphs["text_query"]["weights"] = encoder.weights
+        path = stage / "graphs" / "text_query.onnx"
+        entry = onnx_from_torch(path, encoder.module, queries, ("embedding",), RANGES, external=encoder.tensors)
+        graphs["text_query"] = {**entry, "weights": encoder.weights}
         words = [
             Example({"batch": b}, {"input_ids": torch.randint(0, demo.VOCABULARY, (b, demo.TEXT_TOKENS))})
             for b in (2, 3, 1)
@@ -191,9 +199,9 @@ def export_demo(checkpoint: Path, out: Path) -> None:
         decode = Method({"autoencoder": model.autoencoder}, lambda self, latents: self.autoencoder.decode(latents))
         add("decode", decode, sized("batch", 2, 3, 1, latents=("batch", *demo.LATENTS)), ("video",))
         timesteps = [Example({"steps": n}, {"timesteps": torch.arange(n) * 13}) for n in (5, 8, 1)]
-        add("schedule", schedule, timesteps, cut.schedule.outputs)
-        add("request", cut.request.module, program_examples(cut.request.inputs), cut.request.outputs)
-        add("step", cut.step.module, program_examples(cut.step.inputs), STEP_OUTPUTS)
+        add("schedule", schedule, timesteps, cut.schedule.outputs, loop=True)
+        add("request", cut.request.module, program_examples(cut.request.inputs), cut.request.outputs, loop=True)
+        add("step", cut.step.module, program_examples(cut.step.inputs), STEP_OUTPUTS, loop=True)
         add("step_plain", step, program_examples(tuple(INPUTS)), STEP_OUTPUTS)
 
         ddim = demo.scheduler()
@@ -206,6 +214,7 @@ def export_demo(checkpoint: Path, out: Path) -> None:
                 "latents": list(demo.LATENTS), "motion_tokens": list(pair), "max_references": 8, "default_references": 4,
             },
             graphs=graphs,
+            programs=programs,
             solvers={
                 "ddim": {n: solver_rows(ddim, n) for n in range(1, 51)},
                 "dpm": {n: solver_rows(dpm, n) for n in range(2, 51)},

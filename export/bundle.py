@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from torch import nn
 
 import motionrt
-from motionrt.runtime.manifest import FORMAT, sha256_of
+from motionrt.runtime.manifest import FORMAT, read_manifest, sha256_of
 
 Solvers = Mapping[str, Mapping[int, tuple[NDArray[Any], NDArray[np.float32]]]]
 Tokenizers = Mapping[str, tuple[str, int, int]]
@@ -70,8 +70,8 @@ def write_manifest(
 ) -> None:
     """Write solver tables, tokenizers and `bundle.json` beside the graphs already in `stage/graphs`.
 
-    `graphs`: what `onnx_from_torch` returned (and `weights` where they stay in a package); `solvers`: name -> step count ->
-    `solver_rows`; `tokenizers`: name -> (tokenizer JSON, max length, padding id); `programs`: what `program_from_torch`
+    `graphs`: what the exporters returned (and `weights` where they stay in a package); `solvers`: name -> step count ->
+    `solver_rows`; `tokenizers`: name -> (tokenizer JSON, max length, padding id); `programs`: what `write_program`
     returned, for those that there are.
     """
     tables: dict[str, NDArray[Any]] = {}
@@ -105,6 +105,7 @@ def write_manifest(
         **({"programs": {key: dict(entry) for key, entry in programs.items()}} if programs else {}),
     }
     (stage / "bundle.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    read_manifest(stage / "bundle.json")  # what the run side would not take is not published
 
 
 def _file(stage: Path, relative: str) -> dict[str, str]:

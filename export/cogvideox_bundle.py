@@ -34,15 +34,15 @@ FPS = 8
 class EncodeCausal(nn.Module):
     """The still's latent, drawn from the VAE's posterior, and zeros for the other latent frames: as diffusers has it."""
 
-    def __init__(self, vae: Any, frames: int, dtype: torch.dtype) -> None:
+    def __init__(self, vae: Any, frames: int) -> None:
         super().__init__()
-        self.vae, self.frames, self.dtype = vae, frames, dtype
+        self.vae, self.frames = vae, frames
         scaling = float(vae.config.scaling_factor)
         self.scale = 1 / scaling if vae.config.invert_scale_latents else scaling
 
     def forward(self, image: Tensor, noise: Tensor) -> Tensor:
         """`image [B, 3, H, W]` in [-1, 1], `noise [B, C, h, w]` -> `[B, F, C, h, w]` float32."""
-        mean, logvar = self.vae._encode(image.to(self.dtype).unsqueeze(2)).float().squeeze(2).chunk(2, dim=1)
+        mean, logvar = self.vae._encode(image.unsqueeze(2)).squeeze(2).chunk(2, dim=1)
         latent = self.scale * (mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise)
         return F.pad(latent[:, None], (0, 0, 0, 0, 0, 0, 0, self.frames - 1))
 
@@ -51,20 +51,20 @@ class DecodeCausal(nn.Module):
     """One chunk of latent frames to pictures, as diffusers decodes them: the decoder's causal convolutions read the last two
     frames of the chunk before, which `caches` are. The first chunk has none; a later one is given what the last one left."""
 
-    def __init__(self, vae: Any, dtype: torch.dtype, caches: Sequence[str] = (), keep: bool = True) -> None:
+    def __init__(self, vae: Any, caches: Sequence[str] = (), keep: bool = True) -> None:
         """`caches`: names of those that are given; `keep`: another chunk follows."""
         super().__init__()
-        self.vae, self.dtype, self.caches, self.keep = vae, dtype, tuple(caches), keep
+        self.vae, self.caches, self.keep = vae, tuple(caches), keep
 
     def forward(self, latents: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         """`latents [B, f, C, h, w]`, `caches` by `self.caches` -> video `[B, t, 3, H, W]` float32, about [-1, 1], and the
         caches for the next chunk, in the order of their names."""
-        latents = (latents.permute(0, 2, 1, 3, 4) / self.vae.config.scaling_factor).to(self.dtype)
+        latents = latents.permute(0, 2, 1, 3, 4) / self.vae.config.scaling_factor
         if self.vae.post_quant_conv is not None:
             latents = self.vae.post_quant_conv(latents)
         given = _nested(dict(zip(self.caches, caches, strict=True))) if caches else None
         video, left = self.vae.decoder(latents, conv_cache=given)
-        return video.permute(0, 2, 1, 3, 4).float(), *(_flat(left).values() if self.keep else ())
+        return video.permute(0, 2, 1, 3, 4), *(_flat(left).values() if self.keep else ())
 
 
 def _flat(caches: Mapping[str, Any], inside: str = "cache") -> dict[str, Tensor]:
@@ -96,7 +96,7 @@ def chunks(frames: int) -> tuple[int, int]:
     return first, 2 if frames > first else 0
 
 
-def add_decoder(stage: Stage, base: Path, latents: tuple[int, int, int, int], dtype: torch.dtype, tiles: int = 1) -> None:
+def add_decoder(stage: Stage, base: Path, latents: tuple[int, int, int, int], tiles: int = 1) -> None:
     """The graph `decode`, and `decode_next` where there is more than one chunk: see `motionrt.runtime.decode`.
 
     `tiles` along the height and along the width; 1 is the whole picture.
@@ -105,14 +105,14 @@ def add_decoder(stage: Stage, base: Path, latents: tuple[int, int, int, int], dt
     size = tuple(tile_size(length, tiles) for length in latents[2:])
 
     def part(caches: Sequence[str] = (), keep: bool = True) -> Part:
-        return vae_part(base, lambda vae: DecodeCausal(vae, dtype, caches, keep), "decoder", dtype)
+        return vae_part(base, lambda vae: DecodeCausal(vae, caches, keep), "decoder")
 
     def chunk(frames: int) -> Tensor:
         return torch.empty(1, frames, latents[1], *size, device="meta")
 
     with torch.no_grad():
         module: Any = part().module
-        kept = _flat(module.vae.decoder(chunk(first).transpose(1, 2).to(dtype))[1])
+        kept = _flat(module.vae.decoder(chunk(first).transpose(1, 2))[1])
     outputs = ("video", *(f"next_{name}" for name in kept))
     if not after:
         stage.add("decode", part(keep=False), [Example({}, {"latents": chunk(first)})] * 2, outputs[:1])
@@ -122,12 +122,12 @@ def add_decoder(stage: Stage, base: Path, latents: tuple[int, int, int, int], dt
     stage.add("decode_next", part(tuple(kept)), [Example({}, feed)] * 2, outputs)
 
 
-def vae_part(base: Path, make: Callable[[Any], nn.Module], half: str, dtype: torch.dtype) -> Part:
+def vae_part(base: Path, make: Callable[[Any], nn.Module], half: str) -> Part:
     """One `half` ("encoder" or "decoder") of the VAE: its weights, all keys of the file being checked."""
     from diffusers import AutoencoderKLCogVideoX
 
     component = open_component(base, "vae", "AutoencoderKLCogVideoX")
-    with meta(dtype):
+    with meta():
         vae = AutoencoderKLCogVideoX(**plain(component.config))
     weights, report = taken("vae.", vae, component, "vae")
     module = make(vae.eval()).eval()
@@ -198,16 +198,16 @@ def export_cogvideox(
     files = open_motionrag(sources.motionrag, blocks, overlay=overlay, sos=sources.sos)
     motion = (files.cama_size.num_queries, files.cama_size.dim)
     model |= {"motion_tokens": list(motion), "max_references": 9, "default_references": 9}
-    size, dtype = (model["height"], model["width"]), sources.kind
+    size = (model["height"], model["width"])
     made = encoders(sources, files, frames, size)
-    step = cogvideox_step(config, latents=latents, motion=motion, dtype=dtype, positions=sources.positions)
+    step = cogvideox_step(config, latents=latents, motion=motion, positions=sources.positions)
     reports = [*files.reports, step_weights(base, files, step)[1]]
     schedulers = _schedulers(base)
-    text = text_part(base, dtype)
+    text = text_part(base)
     tokens = config["max_text_seq_length"]
     tokenizer = tokenizer_json(base / "tokenizer")
-    checked = [text, made.motion(dtype), made.appearance(dtype)]
-    checked.append(vae_part(base, lambda vae: EncodeCausal(vae, latents[0], dtype), "encoder", dtype))
+    checked = [text, made.motion(), made.appearance()]
+    checked.append(vae_part(base, lambda vae: EncodeCausal(vae, latents[0]), "encoder"))
     reports += [report for part in checked for report in part.reports]
 
     query = sentence_encoder(sources.text_query)
@@ -217,22 +217,21 @@ def export_cogvideox(
     made = encoders(sources, files, frames, size)
     weights, _ = step_weights(base, files, step)
     say("unconditional tokens")
-    unconditional = unconditional_tokens(made.motion(torch.float32), frames, size)
-    step.unconditional_motion = unconditional.to(dtype)
+    step.unconditional_motion = unconditional_tokens(made.motion(), frames, size)
 
     with staged(out) as folder:
-        stage = Stage(folder, say)
+        stage = Stage(folder, say, sources)
         ids = Example({}, {"input_ids": torch.empty(1, tokens, dtype=torch.int64, device="meta")})
         stage.add("text", text, [ids, ids], ("text",))
         query_tokenizer, query_digest = add_text_query(stage, query)
-        digests = stage.add_encoders(made, model, dtype)
+        digests = stage.add_encoders(made, model)
         still = {"image": torch.empty(1, 3, *size, device="meta"), "noise": torch.empty(1, *latents[1:], device="meta")}
-        part = vae_part(base, lambda vae: EncodeCausal(vae, latents[0], dtype), "encoder", dtype)
+        part = vae_part(base, lambda vae: EncodeCausal(vae, latents[0]), "encoder")
         stage.add("encode", part, [Example({}, still)] * 2, ("image_latents",))
-        add_decoder(stage, base, latents, dtype, sources.tiles)
+        add_decoder(stage, base, latents, sources.tiles)
         cut = stage.add_step(step, step_args(INPUTS, config, latents, motion), INPUTS, weights)
         return stage.finish(
-            "cogvideox-5b-i2v", sources, model, cut, reports,
+            "cogvideox-5b-i2v", model, cut, reports,
             solvers={name: {n: solver_rows(made, n) for n in sources.steps} for name, made in schedulers.items()},
             tokenizers={"text": (*tokenizer[:1], tokens, tokenizer[1]), "text_query": query_tokenizer},
             digests={"text_query": query_digest, **digests},

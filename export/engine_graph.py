@@ -5,7 +5,7 @@ A builder's parser must never meet a domain that it does not know: TensorRT-RTX 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,24 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from numpy.typing import NDArray
 
-from motionrt.export.precision import to_precision
+from motionrt.export.precision import FOLDED, lazily, to_precision
 from motionrt.kernels.tensorrt_plugin import use_plugin
 from motionrt.runtime.engine_file import Profile
 
 OURS = "motionrt"  # the domain of export/onnx_functions.py, which imports PyTorch; building an engine does not
 OPSET_OF_ATTENTION = 23
-FOLDED = ("Cast", "Transpose", "Reshape")
+FORMS = ("Cast", "Transpose", "Reshape")  # of weights
 PROTOBUF_LIMIT = 2**31 - 2**26
 
 
 def engine_graph(
     model: ir.Model, profiles: tuple[Profile, ...], dtype: str, external: Mapping[str, NDArray[Any]] | None = None,
-    keep_ops: bool = False,
+    keep_ops: bool = False, wide: Sequence[str] = (),
 ) -> ir.Model:  # fmt: skip
     """Make `model` what the builder sees, in place. `external`: values of initializers that live outside of the graph.
 
-    A size that is the same in every profile is written into the graph; `dtype` "float32", "float16" or "bfloat16".
+    A size that is the same in every profile is written into the graph; `dtype` "float32", "float16" or "bfloat16"; `wide`:
+    the graph's own islands (`GraphSpec.wide`).
     `keep_ops` leaves the nodes of our own domain, as TensorRT's plugin for them takes them (kernels/tensorrt_plugin.py).
     """
     for name, value in (external or {}).items():
@@ -62,7 +63,7 @@ def engine_graph(
     fuse_attention(model)
     common.ShapeInferencePass()(model)
     if dtype != "float32":
-        to_precision(model, dtype)
+        to_precision(model, dtype, wide)
     if keep_ops:
         use_plugin(model)
     common.RemoveUnusedNodesPass()(model)
@@ -74,22 +75,34 @@ def engine_graph(
 def _fold_weights(graph: ir.Graph) -> None:
     """Casts and changes of form of weights become the weights that are meant, so that each is stored once, in one precision."""
     for node in list(graph):
-        if node.op_type not in FOLDED or any(v is None or v.const_value is None or v.is_graph_input() for v in node.inputs):
+        if node.op_type not in FORMS or any(v is None or v.const_value is None or v.is_graph_input() for v in node.inputs):
             continue
-        array, *others = (value.const_value.numpy() for value in node.inputs)
-        if node.op_type == "Transpose":
-            array = np.ascontiguousarray(array.transpose(node.attributes["perm"].as_ints()))
-        elif node.op_type == "Reshape":
-            if (others[0] == 0).any():  # means "as before" or "empty", by an attribute
-                continue
-            array = array.reshape(others[0])
-        else:
-            array = array.astype(ir.DataType(node.attributes["to"].as_int()).numpy())
-        (result,) = node.outputs
+        (result,), source = node.outputs, node.inputs[0].const_value
         if result.is_graph_output():
             continue
-        made = ir.Value(name=f"{result.name}.folded", const_value=ir.tensor(array, name=f"{result.name}.folded"))
-        made.type, made.shape = ir.TensorType(made.const_value.dtype), ir.Shape(array.shape)
+        shape, dtype = tuple(source.shape.numpy()), source.dtype
+        if node.op_type == "Transpose":
+            axes = node.attributes["perm"].as_ints()
+            change, shape = (lambda array, axes=axes: array.transpose(axes)), tuple(shape[axis] for axis in axes)
+        elif node.op_type == "Reshape":
+            sizes = node.inputs[1].const_value.numpy()
+            if (sizes == 0).any():  # means "as before" or "empty", by an attribute
+                continue
+            known = int(np.prod([size for size in sizes if size > 0], dtype=np.int64))
+            shape = tuple(int(np.prod(shape, dtype=np.int64)) // known if size < 0 else int(size) for size in sizes)
+            change = lambda array, shape=shape: array.reshape(shape)  # noqa: E731
+        else:
+            dtype = ir.DataType(node.attributes["to"].as_int())
+            change = lambda array, dtype=dtype: array.astype(dtype.numpy())  # noqa: E731
+        name = f"{node.inputs[0].name}{FOLDED}"
+        while name in graph.initializers:
+            name += "_"
+
+        def make(source: Any = source, change: Any = change, name: str = name, dtype: ir.DataType = dtype) -> ir.Tensor:
+            return ir.tensor(np.asarray(change(source.numpy()), order="C"), dtype=dtype, name=name)
+
+        made = ir.Value(name=name, const_value=lazily(make, dtype, ir.Shape(shape), name))
+        made.type, made.shape = ir.TensorType(dtype), ir.Shape(shape)
         graph.register_initializer(made)
         result.replace_all_uses_with(made)
         graph.remove(node, safe=True)
@@ -206,6 +219,8 @@ def save(model: ir.Model, path: Path) -> None:
                 value.shape = value.type = None
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     beside = f"{path.stem}.weights" if size > PROTOBUF_LIMIT else None
+    if beside is None:  # values that lie beside the bundle's graph come into this one
+        ir.external_data.load_to_model(model)
     ir.save(model, path, external_data=beside)
 
 

@@ -23,17 +23,11 @@ from torch import Tensor, nn
 
 from motionrt.export.onnx_functions import add_functions, symbolic_forms
 from motionrt.export.onnx_rewrites import rewrite
+from motionrt.export.programs import ParityError
 
 Feed = Mapping[str, Tensor]
 OPSET = 23
 _RESULT = "result of "  # the exporter does not keep output names apart from those of inner values: no inner one starts so
-_DTYPES = {
-    torch.float32: "float32", torch.int64: "int64", torch.uint8: "uint8", torch.float16: "float16", torch.bfloat16: "bfloat16"
-}  # fmt: skip
-
-
-class ParityError(RuntimeError):
-    """An exported graph does not give what its module gives; nothing is published."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +77,7 @@ def port(name: str, value: Tensor, axes: Mapping[int, tuple[str, int]], ranges: 
             "opt": factor * span.opt,
             "max": factor * span.max,
         }
-    return {"name": name, "dtype": _DTYPES[value.dtype], "dims": dims}
+    return {"name": name, "dtype": str(value.dtype).removeprefix("torch."), "dims": dims}
 
 
 def onnx_from_torch(
@@ -125,11 +119,9 @@ def onnx_from_torch(
         with quick_rules():
             exported.optimize()
         rewrite(exported.model)
-    model = _compact(exported.model_proto, external or {})
-    _name_outputs(model)
-    add_functions(model)
-    wanted = [_run(module, example.feed) for example in examples]
-    _publish(path, model, names, outputs, examples, wanted, atol, external or {})
+    model = bare(_compact(exported.model_proto, external or {}))
+    wanted = [outputs_of(module, example.feed) for example in examples]
+    _publish(path, model, outputs, examples, wanted, atol, external or {})
     results = {n: dynamic_axes(x, y, first.sizes, second.sizes) for n, x, y in zip(outputs, wanted[0], wanted[1], strict=True)}
     return {
         "inputs": [port(n, first.feed[n], axes[n], ranges) for n in names],
@@ -163,7 +155,7 @@ def quick_rules() -> Iterator[None]:
         yield
 
 
-def _run(module: nn.Module, feed: Feed) -> list[Tensor]:
+def outputs_of(module: nn.Module, feed: Feed) -> list[Tensor]:
     """The outputs of `module` on a feed, as a list."""
     with torch.no_grad():
         result = module(*feed.values())
@@ -208,15 +200,21 @@ def _compact(model: onnx.ModelProto, external: Mapping[str, NDArray[Any]]) -> on
     body = list(graph.node)
     del graph.node[:]
     graph.node.extend(casts + body)
-    del graph.value_info[:]
-    for node in graph.node:  # source lines and trace-time notes: paths of the build machine do not travel
+    return model
+
+
+def bare(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its names and functions, and without what only its making needed: paths of the build machine among it."""
+    _name_outputs(model)
+    add_functions(model)
+    graph = model.graph
+    del graph.value_info[:], graph.metadata_props[:], model.metadata_props[:]
+    for node in graph.node:
         node.doc_string = ""
         del node.metadata_props[:]
     for entry in (*graph.input, *graph.output, *graph.initializer):
         entry.doc_string = ""
         del entry.metadata_props[:]
-    del graph.metadata_props[:]
-    del model.metadata_props[:]
     return model
 
 
@@ -238,40 +236,46 @@ def _name_outputs(model: onnx.ModelProto) -> None:
 def _publish(
     path: Path,
     model: onnx.ModelProto,
-    names: Sequence[str],
     outputs: Sequence[str],
     examples: Sequence[Example],
     wanted: Sequence[Sequence[Tensor]],
     atol: float,
     external: Mapping[str, NDArray[Any]],
 ) -> None:
-    import onnxruntime
-
     partial = path.with_name(path.name + ".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         partial.write_bytes(model.SerializeToString(deterministic=True))
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
         keep = {n: np.ascontiguousarray(external[n]) for n in external_names(model)}
-        if keep:
-            options.add_external_initializers(
-                list(keep), [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in keep.values()]
-            )
-        session = onnxruntime.InferenceSession(str(partial), options, providers=["CPUExecutionProvider"])
-        for example, reference_values in zip(examples, wanted, strict=True):
-            got = session.run(list(outputs), {n: example.feed[n].numpy() for n in names})
-            for name, ours, theirs in zip(outputs, got, reference_values, strict=True):
-                error = float(np.abs(ours - theirs.numpy()).max(initial=0.0))
-                limit = atol * max(1.0, float(theirs.abs().max()))
-                if tuple(ours.shape) != tuple(theirs.shape) or not error <= limit:
-                    raise ParityError(
-                        f"graph {path.stem}, output `{name}` at {dict(example.sizes)}: ONNX Runtime differs from torch by "
-                        f"{error:.2e}, allowed {limit:.2e} (shapes {ours.shape}, {tuple(theirs.shape)})"
-                    )
+        check_parity(partial, path.stem, outputs, examples, wanted, atol, keep)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_parity(
+    path: Path, graph: str, outputs: Sequence[str], examples: Sequence[Example], wanted: Sequence[Sequence[Tensor]],
+    atol: float, external: Mapping[str, NDArray[Any]] | None = None,
+) -> None:  # fmt: skip
+    """`ParityError` unless ONNX Runtime gives `wanted` for the examples with the file `path`, within atol * max(1, max)."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if external:
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in external.values()]
+        options.add_external_initializers(list(external), values)
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    for example, reference_values in zip(examples, wanted, strict=True):
+        got = session.run(list(outputs), {name: value.numpy() for name, value in example.feed.items()})
+        for name, ours, theirs in zip(outputs, got, reference_values, strict=True):
+            error = float(np.abs(ours - theirs.numpy()).max(initial=0.0))
+            limit = atol * max(1.0, float(theirs.abs().max()))
+            if tuple(ours.shape) != tuple(theirs.shape) or not error <= limit:
+                raise ParityError(
+                    f"graph {graph}, output `{name}` at {dict(example.sizes)}: ONNX Runtime differs from torch by "
+                    f"{error:.2e}, allowed {limit:.2e} (shapes {ours.shape}, {tuple(theirs.shape)})"
+                )
 
 
 def external_names(model: onnx.ModelProto) -> list[str]:

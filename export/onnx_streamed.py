@@ -1,16 +1,17 @@
 """ONNX graphs of models that do not fit in memory: traced with fake tensors, weights streamed into a file beside the graph.
 
-    entry = stream_program(stage / "graphs" / "step.onnx", cut, cut.step, source.get, ranges={})
-    entry = stream_module(stage / "graphs" / "text.onnx", module, examples, ("text",), source.get, ranges)
+    entry = stream_program(stage / "graphs" / "step.onnx", cut, cut.step, weights.get)
+    entry = stream_module(stage / "graphs" / "text.onnx", module, examples, ("text",), weights.get, ranges)
 
-`graph.onnx` holds nodes and sizes, `graph.safetensors` the weights: ONNX external data that any safetensors reader opens
-too. One tensor at a time is in memory. What comes out passes the ONNX checker and shape inference, or is not published.
+One tensor at a time is in memory; `onnx_stored` says how weights are kept. What comes out passes the ONNX checker and shape
+inference, or is not published.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,33 +22,39 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
+from motionrt.export.checkpoints import InMemory, Lazy
 from motionrt.export.liveness import live_bytes
 from motionrt.export.onnx_from_torch import (
     OPSET,
     Example,
     Range,
-    _name_outputs,
+    bare,
+    check_parity,
     dynamic_axes,
     dynamic_shapes,
+    outputs_of,
     port,
     quick_rules,
 )
-from motionrt.export.onnx_functions import add_functions, symbolic_forms
+from motionrt.export.onnx_functions import symbolic_forms
 from motionrt.export.onnx_rewrites import rewrite
+from motionrt.export.onnx_stored import INLINE, Computed, narrowest, store
 from motionrt.export.partition import Partition, Program
-from motionrt.export.safetensors_file import Entry, write_file
+from motionrt.export.programs import check_program, weight_names, write_program
 from motionrt.export.structure import faked, materialise
 
-Read = Callable[[str], Tensor | None]
+Find = Callable[[str], Lazy | None]
 _RESULT = "result of "
-_INLINE = 1024  # bytes: smaller constants stay in the graph
 
 
-def stream_program(path: Path, cut: Partition, program: Program, read: Read) -> dict[str, Any]:
+def stream_program(
+    path: Path, cut: Partition, program: Program, find: Find, torch_program: Path | None = None
+) -> dict[str, Any]:
     """Write one program of a partition that was traced with fake weights; its manifest entry.
 
-    `read(name)` gives the weights of the module that was cut, by its own names; None for tables that it holds itself.
-    Sizes are the traced ones.
+    `find(name)` gives the weights of the module that was cut, by its own names; None for tables that it holds itself.
+    Sizes are the traced ones. `torch_program`: where the same program goes in its torch form, without its weights; the entry
+    then has the key `program`.
     """
     nodes = [node for node in program.module.graph.nodes if node.op == "placeholder"]
     mode = nodes[0].meta["val"].fake_mode if nodes else next(program.module.buffers()).fake_mode
@@ -58,16 +65,14 @@ def stream_program(path: Path, cut: Partition, program: Program, read: Read) -> 
         }
         example = Example({}, feed)
         return _stream(
-            path,
-            program.module,
-            [example, example],
-            program.outputs,
-            {},
-            lambda name: materialise(cut, program, name, read) if name in program.weights else None,
-        )
+            path, program.module, [example, example], program.outputs, {}, lambda name: _of(cut, program, name, find),
+            torch_program,
+        )  # fmt: skip
 
 
-def stream_tables(path: Path, cut: Partition, module: nn.Module, read: Read, ranges: Mapping[str, Range]) -> dict[str, Any]:
+def stream_tables(
+    path: Path, cut: Partition, module: nn.Module, find: Find, ranges: Mapping[str, Range], torch_program: Path | None = None
+) -> dict[str, Any]:
     """Write the schedule program over all timesteps at once: `module` is `Batched(cut.schedule)`."""
     program = cut.schedule
     mode = next(module.buffers()).fake_mode
@@ -76,8 +81,24 @@ def stream_tables(path: Path, cut: Partition, module: nn.Module, read: Read, ran
         examples = [Example({"steps": n}, {"timesteps": torch.empty(n, dtype=kind)}) for n in (5, 8)]
         return _stream(
             path, module, examples, program.outputs, ranges,
-            lambda name: materialise(cut, program, name.removeprefix("inner."), read),
+            lambda name: _of(cut, program, name.removeprefix("inner."), find), torch_program,
         )  # fmt: skip
+
+
+def _of(cut: Partition, program: Program, name: str, find: Find) -> Lazy | None:
+    """A weight of a program as it is stored: as in its checkpoint, or, for what was computed from such, as computed."""
+    if name not in program.weights:
+        return None
+    root = program.weights[name]
+    if root.op == "get_attr" and (found := find(str(root.target))) is not None:
+        return found
+
+    def read(weight: str) -> Tensor | None:
+        lazy = find(weight)
+        return None if lazy is None else lazy.read()
+
+    value = root.meta["val"]
+    return Computed(value.dtype, tuple(value.shape), lambda: materialise(cut, program, name, read))
 
 
 def stream_module(
@@ -85,25 +106,53 @@ def stream_module(
     module: nn.Module,
     examples: Sequence[Example],
     outputs: Sequence[str],
-    read: Read,
+    find: Find,
     ranges: Mapping[str, Range] | None = None,
 ) -> dict[str, Any]:
-    """Write a module that was built with `meta`; `read` knows its parameters, and buffers that it does not are its own.
+    """Write a module that was built with `meta`; `find` knows its parameters, and buffers that it does not are its own.
 
     Feeds of the examples give dtypes and shapes; the axes in which the first two differ are dynamic.
     """
     module = module.eval()
     own = dict(module.named_buffers())
 
-    def value(name: str) -> Tensor | None:
-        found = read(name)
+    def value(name: str) -> Lazy | None:
+        found = find(name)
         if found is None and name in own and not isinstance(own[name], FakeTensor) and own[name].device.type != "meta":
-            return own[name]
+            return InMemory(own[name])
         return found
 
     with faked(module):
         fakes = [Example(e.sizes, {n: torch.empty(v.shape, dtype=v.dtype) for n, v in e.feed.items()}) for e in examples]
         return _stream(path, module, fakes, outputs, ranges or {}, value)
+
+
+def stream_real(
+    path: Path,
+    module: nn.Module,
+    examples: Sequence[Example],
+    outputs: Sequence[str],
+    ranges: Mapping[str, Range],
+    *,
+    atol: float = 2e-5,
+    torch_program: Path | None = None,
+) -> dict[str, Any]:
+    """Write a module that is in memory; weights are stored as float16 where that loses nothing.
+
+    Graph and program are run on all examples: |ours - module| <= atol * max(1, max |module|), or `ParityError`.
+    """
+    module = module.eval()
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    wanted = [outputs_of(module, example.feed) for example in examples]
+
+    def find(name: str) -> Lazy | None:
+        return InMemory(narrowest(state[name].detach())) if name in state else None
+
+    entry = _stream(path, module, examples, outputs, ranges, find, torch_program, wanted)
+    check_parity(path, path.stem, outputs, examples, wanted, atol)
+    if torch_program is not None:
+        check_program(torch_program, entry["program"], path.with_suffix(".safetensors"), examples, wanted, atol)
+    return entry
 
 
 def _stream(
@@ -112,8 +161,11 @@ def _stream(
     examples: Sequence[Example],
     outputs: Sequence[str],
     ranges: Mapping[str, Range],
-    value: Read,
+    value: Find,
+    torch_program: Path | None = None,
+    wanted: Sequence[Sequence[Tensor]] | None = None,
 ) -> dict[str, Any]:
+    """`value`: weights by the module's names. `wanted`: outputs at the first two examples, where a trace cannot tell."""
     import onnx_ir
     import onnxscript.optimizer
 
@@ -133,67 +185,52 @@ def _stream(
         )  # fmt: skip
     assert exported is not None
     model = exported.model
-    kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    real: dict[str, Tensor] = {}
+    weights: dict[str, Lazy] = {}
+
+    def known(name: str) -> Lazy:
+        found = value(name)
+        if found is None:
+            raise ValueError(f"graph {path.stem}: weight `{name}` is in no checkpoint and no table of the module")
+        return found
+
     for name, initializer in model.graph.initializers.items():
         raw = getattr(initializer.const_value, "raw", None)
-        if not isinstance(raw, Tensor):
-            continue
         if isinstance(raw, FakeTensor):
-            kinds[name] = (raw.dtype, tuple(raw.shape))
-            initializer.const_value = None  # so that nothing tries to fold it
-        elif raw.numel() * raw.element_size() >= _INLINE:
-            kinds[name], real[name] = (raw.dtype, tuple(raw.shape)), raw
-            initializer.const_value = None
+            weights[name], initializer.const_value = known(name), None  # so that nothing tries to fold it
+        elif isinstance(raw, Tensor) and raw.numel() * raw.element_size() >= INLINE:
+            weights[name], initializer.const_value = value(name) or InMemory(raw), None
     with _quiet(), torch._subclasses.fake_tensor.unset_fake_temporarily():
         with quick_rules():
             onnxscript.optimizer.optimize_ir(model)
-
-        def make(name: str) -> Tensor:
-            found = real[name] if name in real else value(name)
-            if found is None:
-                raise ValueError(f"graph {path.stem}: weight `{name}` is in no checkpoint and no table of the module")
-            return found.to(kinds[name][0])
-
-        rewrite(model, lambda name: make(name).numpy())
+        rewrite(model, lambda name: weights[name].read().float().numpy())
         for name, initializer in model.graph.initializers.items():
             held = initializer.const_value
-            if held is not None and held.nbytes >= _INLINE:  # tables that the rewrites made
-                real[name] = torch.from_numpy(held.numpy())
-                kinds[name], initializer.const_value = (real[name].dtype, tuple(real[name].shape)), None
-        kinds = {name: kind for name, kind in kinds.items() if name in model.graph.initializers}
-
-        entries = [Entry(name, *kinds[name], lambda name=name: make(name)) for name in kinds]  # type: ignore[misc]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data = path.with_suffix(".safetensors")
-        if entries:
-            written = write_file(data, entries)
-            for name, stored in written.tensors.items():
-                initializer = model.graph.initializers[name]
-                initializer.const_value = onnx_ir.ExternalTensor(
-                    data.name, stored.offset, stored.size, onnx_ir.DataType(_ONNX[stored.dtype]),
-                    shape=onnx_ir.Shape(stored.shape), name=name, base_dir=path.parent,
-                )  # fmt: skip
-        proto = _bare(onnx_ir.serde.serialize_model(model))
+            if held is not None and held.nbytes >= INLINE:  # tables that the rewrites made
+                weights[name], initializer.const_value = InMemory(torch.from_numpy(held.numpy())), None
+        weights = {name: lazy for name, lazy in weights.items() if name in model.graph.initializers}
+    entry: dict[str, Any] = {}
+    extra: dict[str, Lazy] = {}
+    if torch_program is not None:
+        entry["program"] = write_program(torch_program, module, first.feed, outputs, shapes)
+        for name in weight_names(module):
+            own = operator.attrgetter(name)(module)
+            if name not in weights:
+                extra[name] = value(name) or InMemory(own.detach())
+    with _quiet(), torch._subclasses.fake_tensor.unset_fake_temporarily():
+        written = store(model, path, weights, extra)
+        proto = bare(onnx_ir.serde.serialize_model(model))
         _check(path, proto)
-        wanted = _shapes(examples, results)
-    ports = {
+        at = wanted[:2] if wanted is not None else _shapes(examples, results)
+    entry |= {
         "inputs": [port(n, first.feed[n], axes[n], ranges) for n in names],
         "outputs": [
-            port(n, a, dynamic_axes(a, b, first.sizes, second.sizes), ranges) for n, a, b in zip(outputs, *wanted, strict=True)
+            port(n, a, dynamic_axes(a, b, first.sizes, second.sizes), ranges) for n, a, b in zip(outputs, *at, strict=True)
         ],
         "activations": activations,
     }
-    if not entries:
-        return ports
-    return {**ports, "data": {"file": f"{path.parent.name}/{data.name}", "sha256": written.sha256}}
-
-
-_ONNX = {
-    torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto.FLOAT16, torch.bfloat16: onnx.TensorProto.BFLOAT16,
-    torch.float64: onnx.TensorProto.DOUBLE, torch.int64: onnx.TensorProto.INT64, torch.int32: onnx.TensorProto.INT32,
-    torch.bool: onnx.TensorProto.BOOL, torch.uint8: onnx.TensorProto.UINT8,
-}  # fmt: skip
+    if written is not None:
+        entry["data"] = {"file": f"{path.parent.name}/{path.with_suffix('.safetensors').name}", "sha256": written.sha256}
+    return entry
 
 
 def _shapes(examples: Sequence[Example], results: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -213,21 +250,6 @@ def _shapes(examples: Sequence[Example], results: Sequence[Tensor]) -> list[list
 
 def _free(dim: Any) -> list[Any]:
     return [] if isinstance(dim, int) else list(dim.node.expr.free_symbols)
-
-
-def _bare(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with its names and functions, and without what only its making needed."""
-    _name_outputs(model)
-    add_functions(model)
-    graph = model.graph
-    del graph.value_info[:], graph.metadata_props[:], model.metadata_props[:]
-    for node in graph.node:
-        node.doc_string = ""
-        del node.metadata_props[:]
-    for entry in (*graph.input, *graph.output, *graph.initializer):
-        entry.doc_string = ""
-        del entry.metadata_props[:]
-    return model
 
 
 def _check(path: Path, model: onnx.ModelProto) -> None:

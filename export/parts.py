@@ -1,13 +1,13 @@
 """The parts of a base model around its denoiser, each as one graph's module with its preprocessing inside, weightless.
 
-A part is built with `meta`, so it costs no memory; `Part.read` gives its weights by the module's own names, from the folder
-that it was opened in. Pictures come in as the runtime reads them: RGB in [-1, 1], at the size of the bundle.
+A part is built with `meta`, so it costs no memory; `Part.weights` are its weights by the module's own names, in the folder
+that it was opened in. Modules are typed in float32, whatever their weights are stored in. Pictures come in as the runtime reads them: RGB in [-1, 1], at the size of the bundle.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from motionrt.export.checkpoints import CheckpointError, Component, InMemory, KeyReport, Lazy, match, open_component
 from motionrt.export.motionrag import Cama, Resampler
+from motionrt.export.onnx_stored import stored_as
 from motionrt.export.structure import meta
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -35,20 +36,21 @@ _RENAMED = (
 
 @dataclass(frozen=True)
 class Part:
-    """A module without weights, where its weights are, and what became of the keys."""
+    """A module without weights, where its weights are, and what became of the keys. `wide`: patterns of the names of weights
+    whose results leave the range of float16, see `GraphSpec.wide`."""
 
     module: nn.Module
     weights: Mapping[str, Lazy]
     reports: tuple[KeyReport, ...]
+    wide: tuple[str, ...] = ()
 
-    def read(self, name: str) -> Tensor | None:
-        """The weight `name` of the module; None for what is no weight of a checkpoint."""
-        found = self.weights.get(name)
-        return None if found is None else found.read()
+    def stored_as(self, dtype: torch.dtype | None) -> Part:
+        """The same part with its weights kept in `dtype`; None for each as its checkpoint has it."""
+        return replace(self, weights=stored_as(self.weights, dtype))
 
-    def loaded(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The module with its weights in memory: for parts that are small, or run once at export."""
-        state = {name: lazy.read().to(dtype) for name, lazy in self.weights.items()}
+    def loaded(self) -> nn.Module:
+        """The module with its weights in memory, float32: for parts that are small, or run once at export."""
+        state = {name: lazy.read().float() for name, lazy in self.weights.items()}
         self.module.load_state_dict(state, strict=False, assign=True)
         left = [name for name, value in self.module.named_parameters() if value.device.type == "meta"]
         if left:
@@ -101,25 +103,23 @@ class Text(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids).last_hidden_state.float()
+        return self.model(input_ids=input_ids).last_hidden_state
 
 
-def text_part(base: Path, dtype: torch.dtype) -> Part:
-    """`text_encoder` of a CogVideoX folder. In float16 the second projection of every feed-forward stays float32, and with it
-    the residual stream: T5 v1.1 leaves the range of float16 there, and transformers loads it so too.
+def text_part(base: Path) -> Part:
+    """`text_encoder` of a CogVideoX folder.
+
+    T5 v1.1 leaves the range of float16 in the second projection of every feed-forward, and in the residual stream from there
+    on: `wide` names those weights, and whoever computes in float16 keeps both in float32, as transformers does.
     """
     from transformers import T5Config, T5EncoderModel
 
     component = open_component(base, "text_encoder", "T5EncoderModel")
-    with meta(dtype):
+    with meta():
         model = T5EncoderModel(T5Config(**component.config))
-    if dtype == torch.float16:
-        for name, module in model.named_modules():
-            if name.rpartition(".")[2] in T5EncoderModel._keep_in_fp32_modules:
-                module.to(torch.float32)
     tied = {"encoder.embed_tokens.weight": "shared.weight", "shared.weight": "encoder.embed_tokens.weight"}
     weights, report = taken("model.", model, component, "text_encoder", aliases=tied)
-    return Part(Text(model.eval()), weights, (report,))
+    return Part(Text(model.eval()), weights, (report,), ("*.wo.weight",))
 
 
 # --- preprocessing --------------------------------------------------------------------------------------------------
@@ -166,13 +166,14 @@ class Preprocess(nn.Module):
 class MotionTokens(nn.Module):
     """VideoMAE and the motion Resampler: clips `[n, F, 3, H, W]` in [-1, 1] -> motion tokens `[n, M, D]` float32."""
 
-    def __init__(self, encoder: Any, proj: Resampler, picks: list[int], preprocess: Preprocess, dtype: torch.dtype) -> None:
+    def __init__(self, encoder: Any, proj: Resampler, picks: list[int], preprocess: Preprocess) -> None:
         super().__init__()
-        self.encoder, self.proj, self.picks, self.preprocess, self.dtype = encoder, proj, picks, preprocess, dtype
+        self.encoder, self.proj, self.picks, self.preprocess = encoder, proj, picks, preprocess
 
     def forward(self, video: Tensor) -> Tensor:
         pixels = self.preprocess(torch.stack([video[:, i] for i in self.picks], dim=1))
-        return self.proj(self.encoder(pixel_values=pixels.to(self.dtype)).last_hidden_state).float()
+        tokens: Tensor = self.proj(self.encoder(pixel_values=pixels).last_hidden_state)
+        return tokens
 
 
 def picked(frames: int, wanted: int) -> list[int]:
@@ -181,7 +182,7 @@ def picked(frames: int, wanted: int) -> list[int]:
 
 
 def motion_part(
-    folder: Path, proj: Resampler, weights: Mapping[str, Lazy], frames: int, size: tuple[int, int], dtype: torch.dtype
+    folder: Path, proj: Resampler, weights: Mapping[str, Lazy], frames: int, size: tuple[int, int]
 ) -> Part:
     """VideoMAE from its folder (pretrained or finetuned), and the Resampler that MotionRAG trained on it.
 
@@ -193,7 +194,7 @@ def motion_part(
     if component.config.get("model_type") != "videomae":
         raise CheckpointError(f"{folder} holds a {component.config.get('model_type')} model; a videomae model is expected.")
     config = VideoMAEConfig(**component.config)
-    with meta(dtype):
+    with meta():
         encoder = VideoMAEModel(config)
     table = encoder.embeddings.__dict__.pop("position_embeddings")  # a plain attribute: a trace would lose its values
     encoder.embeddings.register_buffer("position_embeddings", table.float(), persistent=False)
@@ -204,7 +205,7 @@ def motion_part(
 
     found, report = taken("encoder.", encoder, component, "VideoMAE", inside=inside, optional=optional)
     preprocess = Preprocess(*size, config.image_size, "bilinear", config.image_size)
-    module = MotionTokens(encoder.eval(), proj, picked(frames, config.num_frames), preprocess, dtype)
+    module = MotionTokens(encoder.eval(), proj, picked(frames, config.num_frames), preprocess)
     return Part(module.eval(), found | {f"proj.{name}": lazy for name, lazy in weights.items()}, (report,))
 
 
@@ -214,13 +215,13 @@ def motion_part(
 class AppearanceTokens(nn.Module):
     """DINOv2 and the appearance Resampler: stills `[n, 3, H, W]` in [-1, 1] -> appearance tokens `[n, M, D]` float32."""
 
-    def __init__(self, encoder: Any, proj: Resampler, preprocess: Preprocess, dtype: torch.dtype) -> None:
+    def __init__(self, encoder: Any, proj: Resampler, preprocess: Preprocess) -> None:
         super().__init__()
-        self.encoder, self.proj, self.preprocess, self.dtype = encoder, proj, preprocess, dtype
+        self.encoder, self.proj, self.preprocess = encoder, proj, preprocess
 
     def forward(self, image: Tensor) -> Tensor:
-        pixels = self.preprocess(image).to(self.dtype)
-        return self.proj(self.encoder(pixel_values=pixels).last_hidden_state).float()
+        tokens: Tensor = self.proj(self.encoder(pixel_values=self.preprocess(image)).last_hidden_state)
+        return tokens
 
 
 @dataclass(frozen=True)
@@ -249,27 +250,27 @@ class Interpolated:
 
 
 def appearance_part(
-    folder: Path, proj: Resampler, weights: Mapping[str, Lazy], size: tuple[int, int], dtype: torch.dtype, short: int, crop: int
+    folder: Path, proj: Resampler, weights: Mapping[str, Lazy], size: tuple[int, int], short: int, crop: int
 ) -> Part:
     """DINOv2 from its folder and MotionRAG's Resampler; `short` side and `crop` of its pictures (256 and 224 as released)."""
     from transformers import Dinov2Config, Dinov2Model
 
     component = open_component(folder, "", "Dinov2Model")
     config = Dinov2Config(**component.config)
-    with meta(dtype):
+    with meta():
         stored = Dinov2Model(config)
     found, report = taken("encoder.", stored, component, "DINOv2")
     config.image_size = crop
-    with meta(dtype):
+    with meta():
         encoder = Dinov2Model(config)
     name = "encoder.embeddings.position_embeddings"
     found[name] = Interpolated(found[name], crop // config.patch_size)
-    module = AppearanceTokens(encoder.eval(), proj, Preprocess(*size, short, "bicubic", crop), dtype)
+    module = AppearanceTokens(encoder.eval(), proj, Preprocess(*size, short, "bicubic", crop))
     return Part(module.eval(), found | {f"proj.{key}": lazy for key, lazy in weights.items()}, (report,))
 
 
 def cama_part(cama: Cama, weights: Mapping[str, Lazy]) -> Part:
-    """CAMA as it is, float32: it is small, and runs once."""
+    """CAMA as it is: it is small, and runs once."""
     return Part(cama.eval(), dict(weights), ())
 
 

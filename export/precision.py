@@ -1,46 +1,32 @@
-"""An fp32 ONNX graph as an fp16 or bf16 one with explicit fp32 islands, for builders that take precision from the ONNX.
+"""A float32 ONNX graph as a float16 or bfloat16 one with explicit casts, for whoever takes precision from the ONNX.
 
-Every floating-point value gets one of two precisions, and a Cast stands wherever they meet:
-
-- the heavy ops (matrix products, convolutions, attention) read and write the low precision; tensor cores and ONNX Runtime
-  alike accumulate them in fp32, and a fused attention keeps its softmax in fp32 (TensorRT refuses to be told so);
-- norms, softmax, reductions, sines and exponentials, rotations, sampling by coordinates and comparisons are fp32
-  (`FULL_OPS`);
-- what only feeds the graph's outputs after the last heavy op is fp32: guidance, the solver's update, an energy;
-- a pointwise or moving op whose operands are all fp32 stays there (modulation right after a norm, masks, positions);
-- everything else is low, the residual stream among it.
-
-Graph inputs and outputs keep their dtypes, so that whoever calls the graph cannot tell. Same graph, same result, byte for byte.
+The rules are those of runtime/precision.py. Graph inputs and outputs keep their dtypes, so that whoever calls the graph cannot
+tell. Same graph, same result, byte for byte.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
+from motionrt.runtime.precision import Op, choose
+
 LOW = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 FULL = ir.DataType.FLOAT
-OURS = ("motion_cross_attention", "motion_cross_attention_residual")  # where a plugin computes it, fp32 inside as in the op
-HEAVY_OPS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Attention", "Einsum", *OURS})
-FULL_OPS = frozenset({
-    "LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization", "BatchNormalization",
-    "LpNormalization", "Softmax", "LogSoftmax", "Softplus", "Sin", "Cos", "Exp", "Log", "Pow", "Sqrt", "Reciprocal",
-    "CumSum", "ReduceSum", "ReduceMean", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSumExp", "ReduceProd",
-    "GridSample", "RotaryEmbedding", "Range", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "IsNaN", "IsInf",
-    "ArgMax", "ArgMin",
-})  # fmt: skip
 KEEPS = {"Resize": (1, 2), "Upsample": (1,)}  # operands that an op reads as fp32 whatever its data is: scales
 MINUS_INFINITY = 1e30  # constants beyond it stand for infinity in masks; they become what both low precisions hold
 FLOAT16_MAX = 6.5e4
+LAZY_FROM = 1 << 16  # elements
+FOLDED = ".folded"  # in the name of a weight whose form was changed: what stands before it is the name it is stored under
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
-def to_precision(model: ir.Model, dtype: str) -> ir.Model:
+def to_precision(model: ir.Model, dtype: str, wide: Sequence[str] = ()) -> ir.Model:
     """Convert `model`, in place: fp32, inlined, with types inferred for every value. `dtype`: "float16" or "bfloat16".
 
-    Raises ValueError for graphs with branches or loops, and for values of unknown type.
+    `wide`: patterns of weights whose results overflow float16 (`GraphSpec.wide`); bfloat16 has the range of float32. Raises ValueError for graphs with branches or loops, and for values of unknown type.
     """
     graph = model.graph
     nodes = list(graph)
@@ -53,25 +39,14 @@ def to_precision(model: ir.Model, dtype: str) -> ir.Model:
     low, ports = LOW[dtype], list(graph.outputs)
     _drop_casts_between_floats(graph, nodes)
     nodes = list(graph)
-    late = _only_for_outputs(nodes)
+    ops = [_op(node) for node in nodes]
+    lows = choose(ops, ports, wide if dtype == "float16" else ())
     precision: dict[ir.Value, ir.DataType] = {value: FULL for value in graph.inputs if _is_float(value)}
     caster = _Caster(graph)
-    for node in nodes:
+    for node, here in zip(nodes, lows, strict=True):
         operands = [(index, value) for index, value in enumerate(node.inputs) if value is not None and _is_float(value)]
         kept = KEEPS.get(node.op_type, ())
-        flowing = [value for index, value in operands if value.const_value is None and index not in kept]
-        if node.op_type == "Cast":
-            chosen = FULL  # from an integer: the operand itself is no float
-        elif node.op_type in HEAVY_OPS:
-            chosen = low
-        elif node.op_type in FULL_OPS or node in late:
-            chosen = FULL
-        elif not flowing and node.op_type == "Gather":  # an embedding table: half the bytes
-            chosen = low
-        elif all(precision[value] == FULL for value in flowing):
-            chosen = FULL
-        else:
-            chosen = low
+        chosen = low if here else FULL
         for index, value in operands:
             wanted = FULL if index in kept else chosen
             if value.const_value is not None:
@@ -112,17 +87,16 @@ def _drop_casts_between_floats(graph: ir.Graph, nodes: Iterable[ir.Node]) -> Non
             graph.remove(node, safe=True)
 
 
-def _only_for_outputs(nodes: list[ir.Node]) -> set[ir.Node]:
-    """Ops after the last heavy one on every way to the outputs: all that reads them is such an op, or the caller."""
-    late: set[ir.Node] = set()
-    for node in reversed(nodes):
-        if node.op_type in HEAVY_OPS or node.op_type in FULL_OPS - {"GridSample"}:
-            continue
-        readers = [use.node for value in node.outputs for use in value.uses()]
-        ends = any(value.is_graph_output() for value in node.outputs)
-        if (readers or ends) and all(reader in late or reader.op_type == "GridSample" for reader in readers):
-            late.add(node)
-    return late
+def _op(node: ir.Node) -> Op:
+    kept = KEEPS.get(node.op_type, ())
+    floats = [(i, value) for i, value in enumerate(node.inputs) if value is not None and i not in kept and _is_float(value)]
+    return Op(
+        node.op_type,
+        tuple(value for _, value in floats if value.const_value is None),
+        tuple(value for value in node.outputs if _is_float(value)),
+        tuple(str(value.name).partition(FOLDED)[0] for _, value in floats if value.const_value is not None),
+        widens=node.op_type == "Cast",  # from an integer: those between floats are gone
+    )
 
 
 class _Caster:
@@ -150,16 +124,28 @@ class _Caster:
 
     def constant(self, value: ir.Value, wanted: ir.DataType) -> ir.Value:
         def make(name: str) -> ir.Value:
-            assert value.const_value is not None
-            array = value.const_value.numpy().astype(np.float32)
-            # Also where it is used in fp32: masks are built there, and narrowed at the attention.
-            array = np.where(np.abs(array) >= MINUS_INFINITY, np.sign(array) * np.float32(FLOAT16_MAX), array)
-            tensor = ir.tensor(np.asarray(array.astype(wanted.numpy()), order="C"), dtype=wanted, name=name)
+            source = value.const_value
+            assert source is not None
+
+            def narrowed() -> ir.Tensor:
+                array = source.numpy().astype(np.float32)
+                # Also where it is used in fp32: masks are built there, and narrowed at the attention.
+                array = np.where(np.abs(array) >= MINUS_INFINITY, np.sign(array) * np.float32(FLOAT16_MAX), array)
+                return ir.tensor(np.asarray(array.astype(wanted.numpy()), order="C"), dtype=wanted, name=name)
+
+            tensor = lazily(narrowed, wanted, source.shape, name)
             made = ir.Value(name=name, type=ir.TensorType(wanted), shape=value.shape, const_value=tensor)
             self._graph.register_initializer(made)
             return made
 
         return self._once(value, wanted, make)
+
+
+def lazily(make: Callable[[], ir.Tensor], dtype: ir.DataType, shape: ir.Shape, name: str) -> ir.TensorProtocol:
+    """What `make` gives: at once where it is small, else when it is written, one at a time: models are larger than memory."""
+    if int(np.prod(shape.numpy(), dtype=np.int64)) < LAZY_FROM:
+        return make()
+    return ir.LazyTensor(make, dtype=dtype, shape=shape, name=name, cache=False)
 
 
 def _drop_unused_initializers(graph: ir.Graph) -> None:

@@ -1,65 +1,73 @@
 """Torch programs of a bundle: what the torch backend runs. An optional part, saved by `torch.export.save`.
 
-    entry = program_from_torch(stage / "programs" / "step.pt2", module, examples, outputs, ranges)   # while exporting
-    add_programs(bundle, {"step": (module, examples, outputs)}, ranges)                              # to a finished bundle
+    entry = write_program(stage / "programs" / "step.pt2", module, feed, outputs, dynamic_shapes)
 
-Takes what `onnx_from_torch` takes, so an exporter writes both forms of a graph from the same line.
+A program is the graph alone, typed in float32: its weights are inputs, which the backend takes from the file beside the ONNX
+graph of the same name, so a bundle holds them once.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from motionrt.export.onnx_from_torch import Example, ParityError, Range, dynamic_shapes
-from motionrt.runtime.bundle import Bundle
-from motionrt.runtime.manifest import read_manifest, sha256_of
-from motionrt.runtime.torch_program import load_program
+from motionrt.runtime.manifest import sha256_of
+from motionrt.runtime.torch_program import WEIGHTS, load_program
 
 FOLDER = "programs"
 
 
-def program_from_torch(
-    path: Path,
-    module: nn.Module,
-    examples: Sequence[Example],
-    outputs: Sequence[str],
-    ranges: Mapping[str, Range],
-    *,
-    atol: float = 2e-5,
-) -> dict[str, Any]:
-    """Write `module` to `path` (whole or not at all) and return its entry in the manifest's `programs`.
+class ParityError(RuntimeError):
+    """An exported graph or program does not give what its module gives; nothing is published."""
 
-    The first example is traced; the saved file is loaded again and checked on all: |program - module| <= atol * max(1,
-    max |module|), or `ParityError`. The program keeps the module's dtypes; the backend casts at its edges.
+
+class _Lifted(nn.Module):
+    """A module whose weights are arguments: `forward([weights in order], *inputs)`."""
+
+    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.__dict__["inner"], self.names = module, tuple(names)  # not a part of this one: it would keep its weights
+
+    def forward(self, weights: list[Tensor], *inputs: Tensor) -> Any:
+        return torch.func.functional_call(self.inner, dict(zip(self.names, weights, strict=True)), inputs)
+
+
+def weight_names(module: nn.Module) -> list[str]:
+    """The names of all that a program of `module` takes as weights: parameters and tables."""
+    return [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+
+
+def write_program(
+    path: Path, module: nn.Module, feed: Mapping[str, Tensor], outputs: Sequence[str], dynamic_shapes: Any = None
+) -> dict[str, Any]:
+    """Write the program of `module` to `path`, whole or not at all; its entry in the manifest's `programs`.
+
+    `feed`: inputs by name, real or fake like the module's weights; `dynamic_shapes` as `torch.export.export` takes them for
+    these inputs alone.
     """
-    module = module.eval()
+    names = weight_names(module)
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    weights = [state[name].detach() for name in names]
+    shapes = dynamic_shapes
+    if shapes is not None:
+        inner = shapes[0] if len(shapes) == 1 and isinstance(shapes[0], tuple) else shapes  # of *inputs: one tuple of them
+        shapes = ([None] * len(names), tuple(inner))
     partial = path.with_name(f"{path.stem}.partial.pt2")
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            shapes = dynamic_shapes(module, examples, ranges)
-            program = torch.export.export(module, tuple(examples[0].feed.values()), dynamic_shapes=shapes, strict=False)
-            torch.export.save(_bare(program), partial)
-            again = load_program(partial, path.stem, torch.device("cpu")).module(check_guards=False)
-        for example in examples:
-            for name, want, got in zip(outputs, _results(module, example), _results(again, example), strict=True):
-                error = float((want.double() - got.double()).abs().max()) if want.numel() else 0.0
-                limit = atol * max(1.0, float(want.abs().max())) if want.numel() else 0.0
-                if want.shape != got.shape or want.dtype != got.dtype or not error <= limit:
-                    raise ParityError(
-                        f"program {path.stem}, output `{name}` at {dict(example.sizes)}: it differs from its module by "
-                        f"{error:.2e}, allowed {limit:.2e} (shapes {tuple(got.shape)}, {tuple(want.shape)})"
-                    )
+            lifted = _Lifted(module, names).eval()
+            program = torch.export.export(lifted, (weights, *feed.values()), dynamic_shapes=shapes, strict=False)
+            program = program.run_decompositions({})  # assignments to slices as values, and nothing taken apart
+            torch.export.save(_bare(program), partial, extra_files={WEIGHTS: json.dumps(names)})
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -67,14 +75,28 @@ def program_from_torch(
         "file": f"{FOLDER}/{path.name}",
         "sha256": sha256_of(path),
         "torch": torch.__version__,
-        "inputs": list(examples[0].feed),
+        "inputs": list(feed),
         "outputs": list(outputs),
     }
 
 
-def _results(module: nn.Module, example: Example) -> list[torch.Tensor]:
-    with torch.no_grad():
-        return torch.utils._pytree.tree_leaves(module(*example.feed.values()))
+def check_program(
+    path: Path, entry: Mapping[str, Any], data: Path, examples: Sequence[Any], wanted: Sequence[Sequence[Tensor]], atol: float
+) -> None:
+    """`ParityError` unless the program in `path`, with weights from the file `data`, gives the outputs `wanted` for the
+    examples: |program - wanted| <= atol * max(1, max |wanted|)."""
+    run = load_program(path, path.stem, data, torch.device("cpu"))
+    for example, outputs in zip(examples, wanted, strict=True):
+        with torch.no_grad():
+            got = run.module(*example.feed.values())
+        for name, ours, theirs in zip(entry["outputs"], got, outputs, strict=True):
+            error = float((ours.double() - theirs.double()).abs().max()) if theirs.numel() else 0.0
+            limit = atol * max(1.0, float(theirs.abs().max())) if theirs.numel() else 0.0
+            if ours.shape != theirs.shape or ours.dtype != theirs.dtype or not error <= limit:
+                raise ParityError(
+                    f"program {path.stem}, output `{name}` at {dict(example.sizes)}: it differs from its module by "
+                    f"{error:.2e}, allowed {limit:.2e} (shapes {tuple(ours.shape)}, {tuple(theirs.shape)})"
+                )
 
 
 def _bare(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -85,40 +107,10 @@ def _bare(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram
         for note in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node"):
             node.meta.pop(note, None)  # paths of the build machine do not travel
         for leaf in torch.utils._pytree.tree_leaves(node.meta.get("val")):
-            for size in leaf.shape if isinstance(leaf, torch.Tensor) else [leaf]:
+            for size in leaf.shape if isinstance(leaf, Tensor) else [leaf]:
                 if isinstance(size, torch.SymInt):
                     symbols |= {str(symbol) for symbol in size.node.expr.free_symbols}
     unused = [symbol for symbol in program._range_constraints if str(symbol) not in symbols]
     for symbol in unused:  # the loader warns of each
         del program._range_constraints[symbol]
     return program
-
-
-def add_programs(
-    bundle: Path,
-    modules: Mapping[str, tuple[nn.Module, Sequence[Example], Sequence[str]]],
-    ranges: Mapping[str, Range],
-) -> Bundle:
-    """Write a program for each of `modules` (name -> module, examples, outputs) into the bundle directory, all or none.
-
-    Programs that it had before are replaced; if writing or checking one fails, the bundle is what it was. Returns the
-    bundle, opened anew; raises `BundleError` for names or ports that it does not declare, `ParityError`.
-    """
-    opened = Bundle.open(bundle)
-    partial, final = bundle / f"{FOLDER}.partial", bundle / FOLDER
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        entries = {}
-        for name, (module, examples, outputs) in modules.items():
-            opened.graph(name)
-            entries[name] = program_from_torch(partial / f"{name}.pt2", module, examples, outputs, ranges)
-        text = json.dumps({**opened.manifest, "programs": entries}, indent=1) + "\n"
-        manifest = partial / "bundle.json"
-        manifest.write_text(text, encoding="utf-8")
-        read_manifest(manifest)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        os.replace(final / "bundle.json", bundle / "bundle.json")
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return Bundle.open(bundle)

@@ -20,13 +20,16 @@ from motionrt.export.bundle import Solvers, Tokenizers, write_manifest
 from motionrt.export.checkpoints import CheckpointError, KeyReport, Lazy
 from motionrt.export.motionrag_files import MotionRAG, SosToken
 from motionrt.export.onnx_from_torch import Example, Range
+from motionrt.export.onnx_stored import stored_as
 from motionrt.export.onnx_streamed import stream_module, stream_program, stream_tables
 from motionrt.export.partition import Batched, Partition
 from motionrt.export.parts import Part, appearance_part, cama_part, motion_part
+from motionrt.export.programs import FOLDER as PROGRAMS
 from motionrt.export.structure import fake_partition, meta, weights_by_class
 from motionrt.export.text import packaged_encoder
+from motionrt.runtime.dtypes import WEIGHTS
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+AS_STORED = "checkpoint"  # weights are kept in the dtype of their file
 GUIDANCE, DEFAULT_STEPS = 3.0, 25  # a request's where it names none; the most steps there are if 25 are not among them
 RANGES = {"clips": Range(1, 4, 32), "references": Range(1, 9, 9), "steps": Range(1, 25, 1000), "tokens": Range(1, 16, 256)}
 
@@ -39,7 +42,9 @@ class Sources:
     where `.ckpt` files become safetensors, once. `target_range`: what DINOv2 sees of the still, "correct" [-1, 1] or as
     CogVideoX was "released" [0, 1] (quirk A14.1). `positions`: see `cogvideox.fix_positions` (A7). `text_query`: folder of a
     sentence-transformers model to search with; None for the packaged one. `tiles` along either side of the picture in which
-    latents are decoded: an approximation, for small devices.
+    latents are decoded: an approximation, for small devices. `dtype`: what weights are kept in, "checkpoint" (as they are)
+    or one of `WEIGHTS`, which may lose digits; graphs compute in what a backend is asked for. `programs`: with the torch
+    programs of the loop.
     """
 
     base: Path
@@ -47,17 +52,18 @@ class Sources:
     videomae: Path
     dinov2: Path
     converted: Path
-    dtype: str = "bfloat16"
+    dtype: str = AS_STORED
     sos: SosToken | None = None
     target_range: str = "correct"
     positions: str = "released"
     text_query: Path | None = None
     steps: tuple[int, ...] = tuple(range(2, 51))
     tiles: int = 1
+    programs: bool = True
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
-            ("dtype", self.dtype, tuple(DTYPES)),
+            ("dtype", self.dtype, (AS_STORED, *WEIGHTS)),
             ("target_range", self.target_range, ("correct", "released")),
             ("positions", self.positions, ("released", "learned")),
         ):
@@ -67,36 +73,39 @@ class Sources:
             raise CheckpointError(f"decode tiles is {self.tiles}; allowed: 1 (the whole picture) to 8 along either side.")
 
     @property
-    def kind(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+    def kind(self) -> torch.dtype | None:
+        """What weights are kept in; None for as they are."""
+        kind: torch.dtype | None = None if self.dtype == AS_STORED else getattr(torch, self.dtype)
+        return kind
 
 
 @dataclass(frozen=True)
 class Encoders:
     """Makers of MotionRAG's own graphs: each call builds the part anew, because streaming one uses it up."""
 
-    motion: Callable[[torch.dtype], Part]
-    appearance: Callable[[torch.dtype], Part]
+    motion: Callable[[], Part]
+    appearance: Callable[[], Part]
     cama: Callable[[], Part]
 
 
 def encoders(sources: Sources, files: MotionRAG, frames: int, size: tuple[int, int]) -> Encoders:
     """MotionRAG's graphs for clips of `frames` pictures of `size` (H, W)."""
 
-    def motion(dtype: torch.dtype) -> Part:
-        with meta(dtype):
+    def motion() -> Part:
+        with meta():
             proj = files.motion_size.build()
-        return motion_part(sources.videomae, proj, files.motion_proj, frames, size, dtype)
+        return motion_part(sources.videomae, proj, files.motion_proj, frames, size).stored_as(sources.kind)
 
-    def appearance(dtype: torch.dtype) -> Part:
-        with meta(dtype):
+    def appearance() -> Part:
+        with meta():
             proj = files.appearance_size.build()
-        return appearance_part(sources.dinov2, proj, files.appearance_proj, size, dtype, short=256, crop=224)
+        part = appearance_part(sources.dinov2, proj, files.appearance_proj, size, short=256, crop=224)
+        return part.stored_as(sources.kind)
 
     def cama() -> Part:
         with meta():
             module = files.cama_size.build()
-        return cama_part(module, files.cama)
+        return cama_part(module, files.cama).stored_as(sources.kind)
 
     return Encoders(motion, appearance, cama)
 
@@ -121,11 +130,12 @@ def digest_of(weights: Mapping[str, Lazy], choices: str) -> str:
 
 
 class Stage:
-    """Graphs of one bundle, added one after the other."""
+    """Graphs of one bundle, added one after the other, with their weights kept in the dtype that `sources` says."""
 
-    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
-        self.folder, self.say = folder, say
+    def __init__(self, folder: Path, say: Callable[[str], None], sources: Sources) -> None:
+        self.folder, self.say, self.sources = folder, say, sources
         self.graphs: dict[str, Any] = {}
+        self.programs: dict[str, Any] = {}
         self.reports: list[KeyReport] = []
 
     def path(self, name: str) -> Path:
@@ -134,20 +144,22 @@ class Stage:
 
     def add(self, name: str, part: Part, examples: Sequence[Example], outputs: Sequence[str], **sizes: Range) -> None:
         """Stream a part; sizes in which the examples differ are dynamic, with the ranges given."""
-        self.graphs[name] = stream_module(self.path(name), part.module, examples, outputs, part.read, sizes)
+        part = part.stored_as(self.sources.kind)
+        entry = stream_module(self.path(name), part.module, examples, outputs, part.weights.get, sizes)
+        self.graphs[name] = {**entry, **({"wide": list(part.wide)} if part.wide else {})}
         self.reports += part.reports
         gc.collect()
 
-    def add_encoders(self, made: Encoders, model: Mapping[str, Any], dtype: torch.dtype) -> dict[str, str]:
+    def add_encoders(self, made: Encoders, model: Mapping[str, Any]) -> dict[str, str]:
         """The graphs motion, appearance and cama; digests of the first two."""
         frames, size = model["frames"], (model["height"], model["width"])
         pair = tuple(model["motion_tokens"])
         digests = {}
         for name, part, shape in (
-            ("motion", made.motion(dtype), (frames, 3, *size)),
-            ("appearance", made.appearance(dtype), (3, *size)),
+            ("motion", made.motion(), (frames, 3, *size)),
+            ("appearance", made.appearance(), (3, *size)),
         ):
-            digests[name] = digest_of(part.weights, f"{name} {shape} {dtype}")
+            digests[name] = digest_of(part.weights, f"{name} {shape}")
             port = "video" if name == "motion" else "image"
             examples = [Example({"clips": n}, {port: torch.empty(n, *shape, device="meta")}) for n in (2, 3)]
             self.add(name, part, examples, (name,), clips=RANGES["clips"])
@@ -191,21 +203,28 @@ class Stage:
         inputs: Mapping[str, str],
         weights: Mapping[str, Lazy],
     ) -> Partition:
-        """The graphs schedule, request and step of a step module that lies on meta; `weights` by the module's names."""
-
-        def read(name: str) -> Tensor | None:
-            return weights[name].read() if name in weights else None
-
+        """The graphs schedule, request and step of a step module that lies on meta, and their torch programs; `weights` by
+        the module's names."""
+        find = stored_as(weights, self.sources.kind).get
         self.say("partition")
         cut = fake_partition(step, tuple(args.values()), inputs, outputs=("next_latents", "x0"))
+
+        def program(name: str) -> Path | None:
+            return self.folder / PROGRAMS / f"{name}.pt2" if self.sources.programs else None
+
         tables = Batched(cut.schedule)
-        self.graphs["schedule"] = stream_tables(self.path("schedule"), cut, tables, read, {"steps": RANGES["steps"]})
-        self.graphs["request"] = stream_program(self.path("request"), cut, cut.request, read)
-        self.graphs["step"] = stream_program(self.path("step"), cut, cut.step, read)
+        path = self.path("schedule")
+        made = {"schedule": stream_tables(path, cut, tables, find, {"steps": RANGES["steps"]}, program("schedule"))}
+        made["request"] = stream_program(self.path("request"), cut, cut.request, find, program("request"))
+        made["step"] = stream_program(self.path("step"), cut, cut.step, find, program("step"))
+        for name, entry in made.items():
+            if "program" in entry:
+                self.programs[name] = entry.pop("program")
+            self.graphs[name] = entry
         return cut
 
     def finish(
-        self, name: str, sources: Sources, model: Mapping[str, Any], cut: Partition, reports: Sequence[KeyReport], *,
+        self, name: str, model: Mapping[str, Any], cut: Partition, reports: Sequence[KeyReport], *,
         solvers: Solvers, tokenizers: Tokenizers, digests: Mapping[str, str], chosen: Mapping[str, Any],
     ) -> list[str]:  # fmt: skip
         """Write the manifest, and `keys.json`: every key of every file, by what became of it; its lines for people.
@@ -214,14 +233,14 @@ class Stage:
         """
         text = json.dumps([asdict(report) for report in reports], indent=1) + "\n"
         (self.folder / "keys.json").write_text(text, encoding="utf-8")
-        lines = [report.summary() for report in reports]
+        lines, sources = [report.summary() for report in reports], self.sources
         memory = memory_plan(self.folder, self.graphs, cut)
         weights = {kind: asdict(size) for kind, size in weights_by_class(cut).items()}
         write_manifest(
             self.folder, name=name, model=model, graphs=self.graphs, solvers=solvers,
             default_solver=(next(iter(solvers)), DEFAULT_STEPS if DEFAULT_STEPS in sources.steps else max(sources.steps)),
             tokenizers=tokenizers, guidance=GUIDANCE, defaults={"target_range": sources.target_range}, digests=digests,
-            partition={**cut.report(), "weights": weights},
+            partition={**cut.report(), "weights": weights}, programs=self.programs,
             provenance={"dtype": sources.dtype, **chosen, "keys": lines, "memory": memory, "torch": torch.__version__},
         )  # fmt: skip
         return lines

@@ -51,9 +51,9 @@ def antialiased_matrix(length: int, size: int) -> Tensor:
 class EncodeStill(nn.Module):
     """What SVD reads of a still: CLIP's embedding, and the VAE's mean latent of the still with noise on it."""
 
-    def __init__(self, clip: Any, vae: Any, size: tuple[int, int], dtype: torch.dtype) -> None:
+    def __init__(self, clip: Any, vae: Any, size: tuple[int, int]) -> None:
         super().__init__()
-        self.clip, self.vae, self.dtype = clip, vae, dtype
+        self.clip, self.vae = clip, vae
         side = clip.config.image_size
         self.rows: Tensor
         self.columns: Tensor
@@ -67,63 +67,63 @@ class EncodeStill(nn.Module):
     def forward(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """`image`, `noise` `[B, 3, H, W]` -> image_context `[B, 1, D]`, image_latents `[B, 4, H/8, W/8]`, float32."""
         seen = ((self.rows @ image @ self.columns + 1) / 2 - self.mean) / self.std
-        context = self.clip(pixel_values=seen.to(self.dtype)).image_embeds[:, None]
-        noisy = (image + NOISE_LEVEL * noise).to(self.vae.dtype)
-        moments = self.vae.quant_conv(self.vae.encoder(noisy))
-        return context.float(), moments.chunk(2, dim=1)[0].float()
+        context = self.clip(pixel_values=seen).image_embeds[:, None]
+        moments = self.vae.quant_conv(self.vae.encoder(image + NOISE_LEVEL * noise))
+        return context, moments.chunk(2, dim=1)[0]
 
 
 class DecodeTemporal(nn.Module):
     """Latents to pictures, `DECODED` frames at a time: the decoder looks along time within a chunk, as diffusers has it."""
 
-    def __init__(self, vae: Any, dtype: torch.dtype) -> None:
+    def __init__(self, vae: Any) -> None:
         super().__init__()
-        self.vae, self.dtype = vae, dtype
+        self.vae = vae
 
     def forward(self, latents: Tensor) -> Tensor:
         """`latents [B, F, 4, h, w]` -> `[B, F, 3, H, W]` float32, about [-1, 1]."""
         batch = latents.shape[0]
         chunks = []
-        for chunk in (latents / self.vae.config.scaling_factor).to(self.dtype).split(DECODED, dim=1):
+        for chunk in (latents / self.vae.config.scaling_factor).split(DECODED, dim=1):
             frames = chunk.shape[1]
-            still = torch.zeros(batch, frames, dtype=self.dtype, device=chunk.device)
+            still = torch.zeros(batch, frames, device=chunk.device)
             pictures = self.vae.decoder(chunk.flatten(0, 1), num_frames=frames, image_only_indicator=still)
-            chunks.append(pictures.unflatten(0, (batch, frames)).float())
+            chunks.append(pictures.unflatten(0, (batch, frames)))
         return torch.cat(chunks, dim=1)
 
 
-def _vae(base: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Lazy], Any]:
+def _vae(base: Path) -> tuple[Any, dict[str, Lazy], Any]:
     from diffusers import AutoencoderKLTemporalDecoder
 
     component = open_component(base, "vae", "AutoencoderKLTemporalDecoder")
-    with meta(dtype):
+    with meta():
         vae = AutoencoderKLTemporalDecoder(**plain(component.config))
     weights, report = taken("vae.", vae, component, "vae")
     return vae.eval(), weights, report
 
 
-def encode_part(base: Path, size: tuple[int, int], dtype: torch.dtype) -> Part:
-    """CLIP's image encoder and the VAE's encoder as one graph."""
+def encode_part(base: Path, size: tuple[int, int]) -> Part:
+    """CLIP's image encoder and the VAE's encoder as one graph. `force_upcast` of the VAE's config: its encoder leaves the range
+    of float16, so that diffusers runs it in float32 there; the same is declared of ours."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     component = open_component(base, "image_encoder", "CLIPVisionModelWithProjection")
-    with meta(dtype):
+    with meta():
         clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**component.config))
     weights, clip_report = taken(
         "clip.", clip, component, "image_encoder",
         optional=lambda key: "a range, made anew" if key.endswith("position_ids") else None,
     )  # fmt: skip
     upcast = open_component(base, "vae", "AutoencoderKLTemporalDecoder").config.get("force_upcast", True)
-    vae, more, report = _vae(base, torch.float32 if upcast and dtype == torch.float16 else dtype)  # as diffusers does
-    module = EncodeStill(clip.eval(), vae, size, dtype).eval()
+    vae, more, report = _vae(base)
+    module = EncodeStill(clip.eval(), vae, size).eval()
     del vae.decoder
-    return Part(module, weights | more, (clip_report, report))
+    return Part(module, weights | more, (clip_report, report), ("vae.*",) if upcast else ())
 
 
-def decode_part(base: Path, dtype: torch.dtype) -> Part:
+def decode_part(base: Path) -> Part:
     """The temporal decoder."""
-    vae, weights, _ = _vae(base, dtype)
-    module = DecodeTemporal(vae, dtype).eval()
+    vae, weights, _ = _vae(base)
+    module = DecodeTemporal(vae).eval()
     del vae.encoder, vae.quant_conv
     return Part(module, weights, ())
 
@@ -161,7 +161,7 @@ def export_svd(
 
     Every file is opened and checked before anything is written: `CheckpointError` names what does not fit.
     """
-    base, dtype, size = sources.base, sources.kind, (height, width)
+    base, size = sources.base, (height, width)
     check_pipeline(base, "StableVideoDiffusionPipeline")
     config = plain(open_component(base, "unet", "UNetSpatioTemporalConditionModel").config)
     vae_config = open_component(base, "vae", "AutoencoderKLTemporalDecoder").config
@@ -179,7 +179,7 @@ def export_svd(
         "motion_tokens": list(motion), "max_references": 9, "default_references": 9,
     }  # fmt: skip
     made = encoders(sources, files, frames, size)
-    checked = [made.motion(dtype), made.appearance(dtype), encode_part(base, size, dtype)]
+    checked = [made.motion(), made.appearance(), encode_part(base, size)]
     reports = [*files.reports, step_weights(base, files)[1], *(report for part in checked for report in part.reports)]
     scheduler = _scheduler(base)
 
@@ -190,31 +190,31 @@ def export_svd(
     made = encoders(sources, files, frames, size)
     weights, _ = step_weights(base, files)
     say("unconditional tokens")
-    unconditional = unconditional_tokens(made.motion(torch.float32), frames, size)
+    unconditional = unconditional_tokens(made.motion(), frames, size)
     ids = (FPS - 1.0, MOTION_BUCKET, NOISE_LEVEL)
     step = svd_step(
-        config, latents=latents, motion=motion, dtype=dtype, unconditional=unconditional, time_ids=ids,
+        config, latents=latents, motion=motion, unconditional=unconditional, time_ids=ids,
         first_guidance=FIRST_GUIDANCE,
     )  # fmt: skip
 
     with staged(out) as folder:
-        stage = Stage(folder, say)
+        stage = Stage(folder, say, sources)
         query_tokenizer, query_digest = add_text_query(stage, query)
-        digests = stage.add_encoders(made, model, dtype)
+        digests = stage.add_encoders(made, model)
         picture = torch.empty(1, 3, *size, device="meta")
         stage.add(
-            "encode", encode_part(base, size, dtype), [Example({}, {"image": picture, "noise": picture})] * 2,
+            "encode", encode_part(base, size), [Example({}, {"image": picture, "noise": picture})] * 2,
             ("image_context", "image_latents"),
         )  # fmt: skip
         # chunks of one size are one graph, run for each (`motionrt.runtime.decode`); a rest is a chunk inside the graph
         tile = (tile_size(length, sources.tiles) for length in latents[2:])
         shape = (1, frames if frames % DECODED else DECODED, latents[1], *tile)
         feed = {"latents": torch.empty(shape, device="meta")}
-        stage.add("decode", decode_part(base, dtype), [Example({}, feed)] * 2, ("video",))
+        stage.add("decode", decode_part(base), [Example({}, feed)] * 2, ("video",))
 
         cut = stage.add_step(step, step_args(INPUTS, config, latents, motion), INPUTS, weights)
         return stage.finish(
-            "svd", sources, model, cut, reports,
+            "svd", model, cut, reports,
             solvers={"euler": {n: euler_rows(scheduler, n) for n in sources.steps}},
             tokenizers={"text_query": query_tokenizer},
             digests={"text_query": query_digest, **digests},

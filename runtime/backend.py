@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motionrt.runtime.bundle import Bundle, GraphSpec
+from motionrt.runtime.dtypes import WEIGHTS
 from motionrt.runtime.errors import BackendError, BundleError, InputError
 from motionrt.runtime.onnx_weights import external_initializers, package_weights
 
@@ -136,6 +137,13 @@ def check_ports(spec: GraphSpec, inputs: Mapping[str, tuple[str, tuple[int, ...]
                     f"{spec.name} input `{port.name}` has {dim.name} = {size} but `{where}` has {dim.name} = {other}; "
                     "they must be equal."
                 )
+
+
+def check_precision(value: str | None) -> str | None:
+    """`value`, or `InputError` if it is neither None nor one of `dtypes.WEIGHTS`."""
+    if value is not None and value not in WEIGHTS:
+        raise InputError(f"precision is {value!r}; allowed: {', '.join(WEIGHTS)}.")
+    return value
 
 
 BACKENDS = ("onnxruntime", "torch", "tensorrt")

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from motionrt.runtime.dtypes import PORTS
 from motionrt.runtime.errors import BundleError
 
 FORMAT = 1
-DTYPES = ("float32", "int64", "uint8", "float16", "bfloat16")
 TARGET_RANGES = ("correct", "released")
 
 
@@ -33,7 +33,7 @@ class Dim:
 
 @dataclass(frozen=True)
 class Port:
-    """One input or output of a graph. `dtype` is one of `DTYPES`."""
+    """One input or output of a graph. `dtype` is one of `dtypes.PORTS`."""
 
     name: str
     dtype: str
@@ -62,7 +62,10 @@ class Data:
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """The declared interface of one graph and the file that holds it; `activations`: bytes alive at once in a call."""
+    """The declared interface of one graph and the file that holds it; `activations`: bytes alive at once in a call.
+
+    `wide`: patterns (as of `fnmatch`) of weights whose results leave the range of float16: see `precision.choose`.
+    """
 
     name: str
     file: str
@@ -72,11 +75,15 @@ class GraphSpec:
     weights: Weights | None = None
     data: Data | None = None
     activations: int | None = None
+    wide: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class ProgramSpec:
-    """The torch form of a graph, an optional part: `file` from `torch.export.save` by version `torch`; ports in order."""
+    """The torch form of a graph, an optional part: `file` from `torch.export.save` by version `torch`.
+
+    It takes `inputs` and gives `outputs`, each in order; its weights lie in the graph's own `data` file.
+    """
 
     file: str
     sha256: str
@@ -295,6 +302,7 @@ def _graph(name: str, value: Any) -> GraphSpec:
         weights,
         data,
         fields.take("activations", int, None),
+        tuple(map(str, fields.take("wide", list, []))),
     )
     fields.close()
     return spec
@@ -320,8 +328,8 @@ def _port(graph: str, value: Any) -> Port:
     fields = _Fields(value, f"a port of graph '{graph}'")
     name, dtype, dims = fields.take("name", str), fields.take("dtype", str), fields.take("dims", list)
     fields.close()
-    if dtype not in DTYPES:
-        raise BundleError(f"bundle.json: port `{name}` of graph '{graph}' is {dtype}; allowed: {', '.join(DTYPES)}.")
+    if dtype not in PORTS:
+        raise BundleError(f"bundle.json: port `{name}` of graph '{graph}' is {dtype}; allowed: {', '.join(PORTS)}.")
     return Port(name, dtype, tuple(_dim(f"port `{name}` of graph '{graph}'", dim) for dim in dims))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from motionrt.runtime.backend import Array, check_finite, check_inputs, check_ports, describe, first_line
 from motionrt.runtime.bundle import GraphSpec
+from motionrt.runtime.dtypes import DTYPES, PORTS
 from motionrt.runtime.errors import BackendError
 
 
@@ -28,7 +29,7 @@ class OrtArray:
         self._graph, self._host, self._value = graph, host, value
         self._rows: dict[int, OrtArray] = {}
         self.shape: tuple[int, ...] = host.shape if host is not None else tuple(value.shape())
-        self.dtype = host.dtype if host is not None else np.dtype(_DTYPES[value.data_type()])
+        self.dtype = host.dtype if host is not None else np.dtype(_NAMES[value.data_type()])
 
     @property
     def value(self) -> Any:
@@ -60,7 +61,7 @@ class OrtArray:
         return host if dtype is None else host.astype(dtype)
 
 
-_DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(uint8)": "uint8"}
+_NAMES = {DTYPES[name].ort: name for name in PORTS}
 
 
 class OrtGraph:

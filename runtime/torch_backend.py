@@ -17,7 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from motionrt.runtime.backend import Array, Backend, Graph, check_finite, check_inputs, check_ports, describe
+from motionrt.runtime.backend import (
+    Array,
+    Backend,
+    Graph,
+    check_finite,
+    check_inputs,
+    check_ports,
+    check_precision,
+    describe,
+)
 from motionrt.runtime.bundle import Bundle, GraphSpec
 from motionrt.runtime.errors import BackendError, BackendWarning, InputError
 from motionrt.runtime.torch_program import first_line, load_program
@@ -34,13 +43,16 @@ class TorchBackend:
 
     device: "cpu", "cuda" or "cuda:1". mode, for the graphs of the loop: "graph" (`torch.compile` and a CUDA graph),
     "compile", "eager", or "auto": graph on CUDA, eager on the CPU. What fails falls back to the next, with a
-    `BackendWarning` that says why. fallback: runs graphs that have no program; None refuses them. threads: of torch, for
-    the whole process. Raises `InputError` for bad arguments, `BackendError` where there is no such device.
+    `BackendWarning` that says why. precision: what is computed in, with the islands of precision.py: "float32", "float16",
+    "bfloat16"; None is float32 on the CPU and bfloat16 on CUDA. fallback: runs graphs that have no program; None refuses
+    them. threads: of torch, for the whole process. Raises `InputError` for bad arguments, `BackendError` where there is no
+    such device.
     """
 
     def __init__(
-        self, device: str = "cpu", *, mode: str = "auto", fallback: Backend | None = None, threads: int | None = None
-    ) -> None:
+        self, device: str = "cpu", *, mode: str = "auto", precision: str | None = None, fallback: Backend | None = None,
+        threads: int | None = None,
+    ) -> None:  # fmt: skip
         if mode not in MODES:
             raise InputError(f"mode is {mode!r}; it must be one of {', '.join(MODES)}.")
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
@@ -49,11 +61,12 @@ class TorchBackend:
         self.mode = mode if mode != "auto" else "graph" if self.device.type == "cuda" else "eager"
         if self.mode == "graph" and self.device.type != "cuda":
             raise InputError(f"mode is 'graph' on {device}; CUDA graphs need a CUDA device. Use 'compile' or 'eager'.")
+        self.precision = check_precision(precision) or ("bfloat16" if self.device.type == "cuda" else "float32")
         self.fallback = fallback
         if threads is not None:
             torch.set_num_threads(threads)
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        self.label = f"torch {torch.__version__} {name} {self.mode}"
+        self.label = f"torch {torch.__version__} {name} {self.mode} {self.precision}"
 
     def load(self, bundle: Bundle, name: str) -> Graph:
         """Load graph `name`, warmed up at its declared sizes (`opt`), so that no request pays for it.
@@ -71,17 +84,17 @@ class TorchBackend:
                 "onnxruntime, or allow ONNX Runtime for such graphs: --allow-onnxruntime."
             )
         declared = bundle.programs[name]
-        program = load_program(bundle.program_path(name), name, self.device)
-        placeholders = [n for n in program.graph.nodes if n.name in program.graph_signature.user_inputs]
-        counts = len(placeholders), len(program.graph_signature.user_outputs)
-        if counts != (len(declared.inputs), len(declared.outputs)):
+        bundle.graph_path(name)  # the weights are the ONNX graph's own, and are verified as such
+        data = bundle.path / spec.data.file if spec.data is not None else None
+        program = load_program(bundle.program_path(name), name, data, self.device, getattr(torch, self.precision))
+        counts = len(program.examples), len(program.module.graph.output_node().all_input_nodes)
+        if counts[0] != len(declared.inputs) or counts[1] > len(declared.outputs):
             raise BackendError(
                 f"program '{name}' takes {counts[0]} inputs and gives {counts[1]} outputs; bundle.json declares "
                 f"{len(declared.inputs)} and {len(declared.outputs)}. Export the bundle again."
             )
-        examples = dict(zip(declared.inputs, (n.meta["val"] for n in placeholders), strict=True))
-        module = program.module(check_guards=False)  # check_ports says it in plain words
-        graph = TorchGraph(spec, module, examples, declared.outputs, self.device)
+        examples = dict(zip(declared.inputs, program.examples, strict=True))
+        graph = TorchGraph(spec, program.module, examples, declared.outputs, self.device)
         graph.prepare(self.mode if name in LOOP else "eager")
         return graph
 
@@ -97,8 +110,8 @@ class TorchGraph:
         outputs: Sequence[str],
         device: torch.device,
     ) -> None:
-        """`examples`: tensors (fake ones do) like the program's inputs, in its order: values are given their dtype, and their
-        layout where the axis before the last is the dense one (a kernel would copy another); results the declared dtypes.
+        """`examples`: tensors (fake ones do) like the program's inputs, in its order: values are given their dtype once, and
+        their layout where the axis before the last is the dense one (a kernel would copy another); results the declared dtypes.
         """
         self.spec, self.outputs, self.device = spec, tuple(outputs), device
         self.dtypes = {name: example.dtype for name, example in examples.items()}
@@ -149,22 +162,21 @@ class TorchGraph:
     def put(self, name: str, value: Any) -> Any:
         """See `DeviceGraph`."""
         if isinstance(value, Tensor):
-            return value
+            return value.to(self.dtypes[name])
         array = np.array(value)  # a copy: the device's value must not change with the caller's
         check_finite(self.spec, name, array)
-        return self._laid_out(name, torch.from_numpy(array).to(self.device))
+        return self._laid_out(name, torch.from_numpy(array).to(self.device, self._kind(name, str(array.dtype))))
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """See `DeviceGraph`."""
-        check_ports(self.spec, {name: _describe(value) for name, value in inputs.items()})
+        check_ports(self.spec, {name: self._describe(name, value) for name, value in inputs.items()})
         values = {name: self.put(name, inputs[name]) for name in self.dtypes}
         fits = all(value.shape == self._shapes[name] for name, value in values.items())
         try:
             if self._static is not None and fits:
                 results = self._static.run(list(values.values()))
             else:  # other sizes than those prepared for: nothing is compiled in the middle of a request
-                cast = [value.to(dtype) for value, dtype in zip(values.values(), self.dtypes.values(), strict=True)]
-                results = self._execute(self._call if fits else self._eager, cast)
+                results = self._execute(self._call if fits else self._eager, list(values.values()))
             self._synchronize()
         except Exception as error:
             raise self._failed(error) from None
@@ -173,6 +185,19 @@ class TorchGraph:
     def get(self, value: Any) -> Array:
         """See `DeviceGraph`."""
         return np.array(value.cpu().numpy())
+
+    def _kind(self, name: str, given: str) -> torch.dtype | None:
+        """The dtype to put a host array into: the program's, where the array is what the port declares."""
+        declared = next((port.dtype for port in self.spec.inputs if port.name == name), None)
+        return self.dtypes.get(name) if given == declared else None
+
+    def _describe(self, name: str, value: Any) -> tuple[str, tuple[int, ...]]:
+        """Dtype and shape as `check_ports` wants them: a value that is here already has the program's dtype."""
+        if not isinstance(value, Tensor):
+            return describe(value)
+        declared = next((port.dtype for port in self.spec.inputs if port.name == name), "")
+        kind = str(value.dtype).removeprefix("torch.")
+        return declared if value.dtype == self.dtypes.get(name) else kind, tuple(value.shape)
 
     def _laid_out(self, name: str, value: Tensor) -> Tensor:
         if value.ndim != self._transposed.get(name):
@@ -241,12 +266,6 @@ def _is_transposed(example: Tensor) -> bool:
     if example.ndim < 2 or not all(isinstance(size, int) for size in (*example.shape[-2:], *example.stride()[-2:])):
         return False
     return example.stride(-2) == 1 and example.stride(-1) != 1 and example.shape[-1] > 1
-
-
-def _describe(value: Any) -> tuple[str, tuple[int, ...]]:
-    if isinstance(value, Tensor):
-        return str(value.dtype).removeprefix("torch."), tuple(value.shape)
-    return describe(value)
 
 
 def _device(name: str) -> torch.device:

@@ -148,7 +148,7 @@ def _graph(manifest: dict[str, Any]) -> dict[str, Any]:
         (lambda m: _graph(m).update(file="/etc/passwd"), "must lie inside"),
         (lambda m: _graph(m).update(sha256="0" * 63), "must be 64 hex digits"),
         (lambda m: _graph(m).update(sha256="0" * 64), "graph 'step' of the bundle is damaged"),
-        (lambda m: _graph(m)["inputs"][0].update(dtype="float64"), "is float64; allowed: float32, int64, uint8, float16"),
+        (lambda m: _graph(m)["inputs"][0].update(dtype="float64"), "is float64; allowed: float32, int64, uint8"),
         (lambda m: _graph(m).update(data={"file": "../w.safetensors", "sha256": "0" * 64}), "must lie inside"),
         (lambda m: _graph(m).update(data={"file": "w.safetensors"}), "lacks the key 'sha256'"),
         (lambda m: m["defaults"].update(target_range="half"), "'target_range' is 'half'; allowed: correct, released"),

@@ -20,12 +20,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from motionrt.export.engine_graph import count_attentions, engine_graph, fuse_attention, save
 from motionrt.export.engine_profiles import profiles_of
-from motionrt.export.precision import FULL_OPS, HEAVY_OPS, to_precision
+from motionrt.export.precision import to_precision
 from motionrt.runtime.backend import OnnxRuntimeBackend
 from motionrt.runtime.bundle import Bundle
 from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.engine_file import Span
 from motionrt.runtime.onnx_weights import package_weights
+from motionrt.runtime.precision import FULL, HEAVY
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLE = Bundle.open(ROOT / "demo/bundle")
@@ -149,10 +150,10 @@ def test_to_precision_types_and_islands(name: str, dtype: str, converted: Callab
     for node in graph.node:
         assert node.domain == ""
         kinds = {types[n] for n in node.input if n and types[n] in floats}
-        if node.op_type in HEAVY_OPS:
+        if node.op_type in HEAVY:
             heavy += 1
             assert kinds == {low}, node.name
-        elif node.op_type in FULL_OPS:
+        elif node.op_type in FULL:
             assert kinds <= {TensorProto.FLOAT}, node.name
     assert heavy > 0
     weights = sum(int(np.prod(t.dims)) for t in graph.initializer if t.data_type == low)
@@ -178,7 +179,7 @@ def test_guidance_and_the_solver_stay_in_fp32(name: str, dtype: str, converted: 
         if node.op_type == "Cast" and node.attribute[0].i == TensorProto.FLOAT:
             ends.add(made[node.input[0]].op_type)
             continue
-        assert node.op_type not in HEAVY_OPS and not (node.op_type == "Cast" and node.attribute[0].i == LOW_TYPE[dtype])
+        assert node.op_type not in HEAVY and not (node.op_type == "Cast" and node.attribute[0].i == LOW_TYPE[dtype])
         stack.extend(node.input)
     assert ends == {"MatMul"} and seen > 15, (ends, seen)
     assert {"guidance", "coefficients"} <= {n for node in model.graph.node for n in node.input if node.op_type != "Cast"}
