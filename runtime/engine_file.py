@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from motionrt.runtime.digests import digest_of
 from motionrt.runtime.errors import EngineError, InputError
-from motionrt.runtime.manifest import GraphSpec, sha256_of
+from motionrt.runtime.manifest import GraphSpec
 
 FORMAT = 1
 FLAVORS = {"rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
@@ -104,16 +105,21 @@ class EngineFile:
         """The engine's file."""
         return self.folder / self.file
 
+    @property
+    def bundle(self) -> Path:
+        """The folder of the bundle that the engine belongs to."""
+        return self.folder.parent.parent
+
     def rebuild_command(self, target: str | None = None) -> str:
         """The command that builds this engine anew, for `target` if it is another one."""
-        targets = ",".join([target] if target else self.targets)
-        bundle = self.folder.parent.parent
+        targets, bundle = ",".join([target] if target else self.targets), self.bundle
         return f"motionrt build {bundle} --target {targets} --flavor {self.flavor} --dtype {self.dtype} --graphs {self.graph}"
 
-    def check(self, spec: GraphSpec, machine: Machine | None = None) -> None:
+    def check(self, spec: GraphSpec, machine: Machine | None = None, *, read: bool = False) -> None:
         """Raise `EngineError` unless the engine is that of the bundle's graph `spec`, whole, and `machine` can run it.
 
-        Without `machine` only the bundle's side is checked. Reads the whole engine file once, for its digest.
+        Without `machine` only the bundle's side is checked. Reads the whole engine file for its digest, unless it did not
+        change since that was last done; with `read` in any case.
         """
         from motionrt import __version__
 
@@ -130,7 +136,7 @@ class EngineFile:
         self._check_ports(spec, engine, fix)
         if machine is not None:
             self._check_machine(machine, engine)
-        self._check_content(engine, fix)
+        self._check_content(engine, fix, read)
 
     def _check_ports(self, spec: GraphSpec, engine: str, fix: str) -> None:
         for kind, built, declared in (("inputs", self.inputs, spec.inputs), ("outputs", self.outputs, spec.outputs)):
@@ -168,14 +174,16 @@ class EngineFile:
                 f"Rebuild: `{self.rebuild_command(machine.target)}`."
             )
 
-    def _check_content(self, engine: str, fix: str) -> None:
+    def _check_content(self, engine: str, fix: str, read: bool) -> None:
         try:
             size = self.engine_path.stat().st_size
+            if size != self.engine_bytes:
+                said = f"its sidecar says {self.engine_bytes}: it was cut or replaced"
+                raise EngineError(f"{engine} has {size} bytes; {said}. {fix}")
+            got = digest_of(self.engine_path, self.engine_sha256, self.bundle, read=read)
         except OSError as error:
             raise EngineError(f"{engine}: {self.engine_path.name} cannot be read ({error.strerror}). {fix}") from None
-        if size != self.engine_bytes:
-            raise EngineError(f"{engine} has {size} bytes; its sidecar says {self.engine_bytes}: it was cut or replaced. {fix}")
-        if (got := sha256_of(self.engine_path)) != self.engine_sha256:
+        if got != self.engine_sha256:
             raise EngineError(
                 f"{engine} is damaged: SHA-256 {got[:12]}…, its sidecar says {self.engine_sha256[:12]}…. "
                 f"Nothing was loaded. {fix}"
