@@ -163,7 +163,7 @@ def _build_one(
         "targets": targets,
         "dtype": options.dtype,
         "onnx_sha256": spec.sha256,
-        "weights_sha256": spec.weights.sha256 if spec.weights is not None else "",
+        "weights_sha256": spec.weights_sha256,
         "recipe_sha256": recipe_sha256(kernel),
         "profiles": profiles,
         "kernel": kernel,

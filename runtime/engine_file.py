@@ -73,9 +73,9 @@ class Machine:
 class EngineFile:
     """One sidecar. `folder` is where it lies; everything else is in the JSON, beside `format`.
 
-    `weights_sha256` is "" for a graph that holds its own weights. `recipe_sha256` is the digest of the code that made
-    the builder's input from the bundle's graph; `built_from_sha256` that of the input itself. `kernel`: "plugin" if the
-    Triton kernel is inside, "body" if its operation was built from standard layers. Seconds, bytes, MiB.
+    `weights_sha256` is `GraphSpec.weights_sha256`, "" for a graph that holds its own weights. `recipe_sha256` is the digest of
+    the code that made the builder's input from the bundle's graph; `built_from_sha256` that of the input itself. `kernel`:
+    "plugin" if the Triton kernel is inside, "body" if its operation was built from standard layers. Seconds, bytes, MiB.
     """
 
     folder: Path
@@ -123,12 +123,11 @@ class EngineFile:
         """
         from motionrt import __version__
 
-        weights = spec.weights.sha256 if spec.weights is not None else ""
         engine, fix = f"engine '{self.graph}' in {self.folder}", f"Rebuild: `{self.rebuild_command()}`."
         for what, built, here in (
             ("graph", self.graph, spec.name),
             ("ONNX digest", self.onnx_sha256[:12], spec.sha256[:12]),
-            ("weights digest", self.weights_sha256[:12] or "none", weights[:12] or "none"),
+            ("weights digest", self.weights_sha256[:12] or "none", spec.weights_sha256[:12] or "none"),
             ("MotionRT version", self.motionrt, __version__),
         ):
             if built != here:

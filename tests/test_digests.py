@@ -8,9 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -22,8 +20,6 @@ from motionrt.runtime.bundle import Bundle
 from motionrt.runtime.digests import STAMPS, digest_of
 from motionrt.runtime.errors import BundleError
 from motionrt.runtime.manifest import sha256_of
-
-Edit = Callable[..., Path]
 
 
 @pytest.fixture
@@ -216,17 +212,6 @@ def test_two_processes_may_write_stamps_at_once(tmp_path: Path) -> None:
 # A bundle with weights beside a graph and in a package
 
 
-@pytest.fixture
-def large(edit_bundle: Edit, fake: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path, Path]:
-    """A bundle with weights outside its graphs; those beside `decode`, and those of `text_query` in a package."""
-    bundle, package = edit_bundle(), tmp_path / "site/fake_minilm"
-    package.mkdir(parents=True)
-    beside = fake.move_weights(bundle, "decode", "w_decode", fake.constants()["w_decode"])
-    inside = fake.move_weights(bundle, "text_query", "w_query", fake.constants()["w_query"], package)
-    monkeypatch.syspath_prepend(str(package.parent))
-    return bundle, beside, inside
-
-
 REQUESTS = """
 import hashlib, json, os, sys
 from pathlib import Path
@@ -246,9 +231,11 @@ print(json.dumps(read))
 """
 
 
-def test_low_memory_hashes_nothing_twice(large: tuple[Path, Path, Path], fake_memory: Path, still: NDArray[np.uint8]) -> None:
+def test_low_memory_hashes_nothing_twice(
+    large_bundle: tuple[Path, Path, Path], fake_memory: Path, still: NDArray[np.uint8]
+) -> None:
     """Two requests in one process, `doctor` after them, and all of it again in another process: every file is read once."""
-    bundle, beside, inside = large
+    bundle, beside, inside = large_bundle
     Image.fromarray(still).save(bundle.parent / "still.png")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-P", "-c", REQUESTS, str(bundle), str(fake_memory), str(bundle.parent / "still.png")]
