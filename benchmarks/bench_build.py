@@ -53,7 +53,8 @@ def demo_graphs() -> Iterator[Graph]:
     bundle = Bundle.open(harness.ROOT / "demo" / "bundle")
     for name, spec in bundle.graphs.items():
         path = bundle.graph_path(name)
-        yield name, ir.load(path), profiles_of(spec), package_weights(spec, path) if spec.weights is not None else None
+        external = package_weights(spec, path, bundle.path) if spec.weights is not None else None
+        yield name, ir.load(path), profiles_of(spec), external
 
 
 def cogvideox_graphs() -> Iterator[Graph]:

@@ -163,7 +163,7 @@ def _build_one(
         "targets": targets,
         "dtype": options.dtype,
         "onnx_sha256": spec.sha256,
-        "weights_sha256": spec.weights.sha256 if spec.weights is not None else "",
+        "weights_sha256": spec.weights_sha256,
         "recipe_sha256": recipe_sha256(kernel),
         "profiles": profiles,
         "kernel": kernel,
@@ -171,7 +171,7 @@ def _build_one(
     if (file := cached_engine(folder, spec, identity)) is not None:
         return Built(file, cached=True)
     listen(Event(name, "converting"))
-    external = package_weights(spec, path) if spec.weights is not None else None
+    external = package_weights(spec, path, bundle.path) if spec.weights is not None else None
     model = engine_graph(ir.load(path), profiles, options.dtype, external, keep_ops=kernel == "plugin")
     operators = scan_operators(model, name, (DOMAIN,) if kernel == "plugin" else ())
     attentions = count_attentions(model)

@@ -240,7 +240,7 @@ class OnnxRuntimeBackend:
             options.add_session_config_entry(_NO_FALLBACK, "1")
         keep: dict[str, Array] = {}  # ONNX Runtime reads these arrays in place while it builds the session
         if spec.weights is not None:
-            keep = package_weights(spec, path)
+            keep = package_weights(spec, path, bundle.path)
             values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in keep.values()]
             options.add_external_initializers(list(keep), values)
         try:

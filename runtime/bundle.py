@@ -3,7 +3,7 @@
 Reading never executes anything. `Bundle.open` checks the manifest's keys and version and the SHA-256 of every file of
 the bundle, so that what follows can trust it; every later check reads the one interface that the manifest declares.
 Programs, the optional part for the torch backend, and weights that lie beside a graph (large: gigabytes) are checked when
-one is asked for: nobody else pays for them.
+one is asked for: nobody else pays for them. A file that did not change since it was checked is not read again (digests.py).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from motionrt.runtime.digests import digest_of
 from motionrt.runtime.errors import BundleError, InputError
 from motionrt.runtime.manifest import (
     FORMAT,
@@ -62,8 +63,8 @@ class Bundle:
         manifest = read_manifest(path / "bundle.json")
         for kind, specs in (("graph", manifest.graphs), ("tokenizer", manifest.tokenizers)):
             for name, spec in specs.items():
-                _verify(path / spec.file, spec.sha256, f"{kind} '{name}'")
-        _verify(path / manifest.solvers.file, manifest.solvers.sha256, "the solver tables")
+                verify_file(path, spec.file, spec.sha256, f"{kind} '{name}'")
+        verify_file(path, manifest.solvers.file, manifest.solvers.sha256, "the solver tables")
         return cls(path, manifest, _solver_tables(path / manifest.solvers.file, manifest))
 
     @property
@@ -123,7 +124,7 @@ class Bundle:
         """The ONNX file of graph `name`; `BundleError` if the weights beside it are missing or damaged."""
         spec = self.graph(name)
         if spec.data is not None:
-            _verify(self.path / spec.data.file, spec.data.sha256, f"the weights of graph '{name}'")
+            verify_file(self.path, spec.data.file, spec.data.sha256, f"the weights of graph '{name}'")
         return self.path / spec.file
 
     @property
@@ -136,8 +137,7 @@ class Bundle:
         if name not in self.programs:
             raise BundleError(f"bundle {self.path} has no torch program of graph '{name}'. Export it again, with programs.")
         spec = self.programs[name]
-        _verify(self.path / spec.file, spec.sha256, f"program '{name}'")
-        return self.path / spec.file
+        return verify_file(self.path, spec.file, spec.sha256, f"program '{name}'")
 
     def solver(self, name: str | None = None, steps: int | None = None) -> Solver:
         """Timesteps and coefficients of `steps` steps of solver `name`; `InputError` for one that is not there."""
@@ -200,9 +200,14 @@ def _span(values: Iterable[int]) -> str:
     return ", ".join(map(str, ordered))
 
 
-def _verify(path: Path, expected: str, what: str) -> None:
+def verify_file(bundle: Path, file: str, expected: str, what: str, *, read: bool = False) -> Path:
+    """The path of `file` of the bundle's folder, whose SHA-256 is `expected`; `BundleError` if it is missing or damaged.
+
+    read: read it even if it did not change since it was last read.
+    """
+    path = bundle / file
     try:
-        got = sha256_of(path)
+        got = digest_of(path, expected, bundle, read=read)
     except OSError as error:
         raise BundleError(
             f"{what} of the bundle cannot be read: {path}: {error.strerror}. Copy or export the bundle again."
@@ -212,6 +217,7 @@ def _verify(path: Path, expected: str, what: str) -> None:
             f"{what} of the bundle is damaged: {path} has SHA-256 {got[:12]}…, bundle.json says {expected[:12]}…. "
             "Copy or export the bundle again."
         )
+    return path
 
 
 def _solver_tables(path: Path, manifest: Manifest) -> dict[str, NDArray[Any]]:

@@ -33,6 +33,7 @@ from motionrt.runtime.cli_common import (
 from motionrt.runtime.cli_doctor import doctor
 from motionrt.runtime.cli_export import export
 from motionrt.runtime.cli_memory import memory_app
+from motionrt.runtime.cli_verify import verify
 from motionrt.runtime.errors import MediaError, MotionRTError
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ app = typer.Typer(
 app.add_typer(memory_app, name="memory")
 app.command()(build)
 app.command()(doctor)
+app.command()(verify)
 
 
 def _print_version(wanted: bool) -> None:

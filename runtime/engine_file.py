@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from motionrt.runtime.digests import digest_of
 from motionrt.runtime.errors import EngineError, InputError
-from motionrt.runtime.manifest import GraphSpec, sha256_of
+from motionrt.runtime.manifest import GraphSpec
 
 FORMAT = 1
 FLAVORS = {"rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
@@ -72,9 +73,9 @@ class Machine:
 class EngineFile:
     """One sidecar. `folder` is where it lies; everything else is in the JSON, beside `format`.
 
-    `weights_sha256` is "" for a graph that holds its own weights. `recipe_sha256` is the digest of the code that made
-    the builder's input from the bundle's graph; `built_from_sha256` that of the input itself. `kernel`: "plugin" if the
-    Triton kernel is inside, "body" if its operation was built from standard layers. Seconds, bytes, MiB.
+    `weights_sha256` is `GraphSpec.weights_sha256`, "" for a graph that holds its own weights. `recipe_sha256` is the digest of
+    the code that made the builder's input from the bundle's graph; `built_from_sha256` that of the input itself. `kernel`:
+    "plugin" if the Triton kernel is inside, "body" if its operation was built from standard layers. Seconds, bytes, MiB.
     """
 
     folder: Path
@@ -104,25 +105,29 @@ class EngineFile:
         """The engine's file."""
         return self.folder / self.file
 
+    @property
+    def bundle(self) -> Path:
+        """The folder of the bundle that the engine belongs to."""
+        return self.folder.parent.parent
+
     def rebuild_command(self, target: str | None = None) -> str:
         """The command that builds this engine anew, for `target` if it is another one."""
-        targets = ",".join([target] if target else self.targets)
-        bundle = self.folder.parent.parent
+        targets, bundle = ",".join([target] if target else self.targets), self.bundle
         return f"motionrt build {bundle} --target {targets} --flavor {self.flavor} --dtype {self.dtype} --graphs {self.graph}"
 
-    def check(self, spec: GraphSpec, machine: Machine | None = None) -> None:
+    def check(self, spec: GraphSpec, machine: Machine | None = None, *, read: bool = False) -> None:
         """Raise `EngineError` unless the engine is that of the bundle's graph `spec`, whole, and `machine` can run it.
 
-        Without `machine` only the bundle's side is checked. Reads the whole engine file once, for its digest.
+        Without `machine` only the bundle's side is checked. Reads the whole engine file for its digest, unless it did not
+        change since that was last done; with `read` in any case.
         """
         from motionrt import __version__
 
-        weights = spec.weights.sha256 if spec.weights is not None else ""
         engine, fix = f"engine '{self.graph}' in {self.folder}", f"Rebuild: `{self.rebuild_command()}`."
         for what, built, here in (
             ("graph", self.graph, spec.name),
             ("ONNX digest", self.onnx_sha256[:12], spec.sha256[:12]),
-            ("weights digest", self.weights_sha256[:12] or "none", weights[:12] or "none"),
+            ("weights digest", self.weights_sha256[:12] or "none", spec.weights_sha256[:12] or "none"),
             ("MotionRT version", self.motionrt, __version__),
         ):
             if built != here:
@@ -130,7 +135,7 @@ class EngineFile:
         self._check_ports(spec, engine, fix)
         if machine is not None:
             self._check_machine(machine, engine)
-        self._check_content(engine, fix)
+        self._check_content(engine, fix, read)
 
     def _check_ports(self, spec: GraphSpec, engine: str, fix: str) -> None:
         for kind, built, declared in (("inputs", self.inputs, spec.inputs), ("outputs", self.outputs, spec.outputs)):
@@ -168,14 +173,16 @@ class EngineFile:
                 f"Rebuild: `{self.rebuild_command(machine.target)}`."
             )
 
-    def _check_content(self, engine: str, fix: str) -> None:
+    def _check_content(self, engine: str, fix: str, read: bool) -> None:
         try:
             size = self.engine_path.stat().st_size
+            if size != self.engine_bytes:
+                said = f"its sidecar says {self.engine_bytes}: it was cut or replaced"
+                raise EngineError(f"{engine} has {size} bytes; {said}. {fix}")
+            got = digest_of(self.engine_path, self.engine_sha256, self.bundle, read=read)
         except OSError as error:
             raise EngineError(f"{engine}: {self.engine_path.name} cannot be read ({error.strerror}). {fix}") from None
-        if size != self.engine_bytes:
-            raise EngineError(f"{engine} has {size} bytes; its sidecar says {self.engine_bytes}: it was cut or replaced. {fix}")
-        if (got := sha256_of(self.engine_path)) != self.engine_sha256:
+        if got != self.engine_sha256:
             raise EngineError(
                 f"{engine} is damaged: SHA-256 {got[:12]}…, its sidecar says {self.engine_sha256[:12]}…. "
                 f"Nothing was loaded. {fix}"

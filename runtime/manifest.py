@@ -77,6 +77,12 @@ class GraphSpec:
     activations: int | None = None
     wide: tuple[str, ...] = ()
 
+    @property
+    def weights_sha256(self) -> str:
+        """Identifies all weights outside `file`: their file's digest, the digest of both digests for two files, "" for none."""
+        digests = [part.sha256 for part in (self.weights, self.data) if part is not None]
+        return "".join(digests) if len(digests) < 2 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
 
 @dataclass(frozen=True)
 class ProgramSpec:

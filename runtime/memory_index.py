@@ -14,7 +14,6 @@ import contextlib
 import errno
 import json
 import logging
-import os
 import secrets
 import shutil
 import time
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from motionrt.runtime.digests import stamp_of
 from motionrt.runtime.errors import MemoryStoreError, MotionRTError
 from motionrt.runtime.manifest import sha256_of
 from motionrt.runtime.memory_order import reorder
@@ -65,7 +65,7 @@ class Base:
     def intact(self) -> bool:
         """Whether the file is the one that was mapped: reading what was overwritten ends the process."""
         try:
-            return self.file is None or _stamp(self.file) == self.stamp
+            return self.file is None or stamp_of(self.file) == self.stamp
         except OSError:
             return False
 
@@ -139,7 +139,7 @@ class _Spool:
 def signature(directory: Path) -> tuple[int, ...] | None:
     """Changes whenever the sidecar does; None where there is none."""
     try:
-        return _stamp(f"{directory}/{SIDECAR}")
+        return stamp_of(f"{directory}/{SIDECAR}")
     except OSError:
         return None
 
@@ -155,7 +155,7 @@ def open_base(directory: Path, readonly: bool) -> Base | None:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RuntimeError):
             record = _record(directory)
             file = directory / str(record["file"])
-            stamp = list(_stamp(file))
+            stamp = list(stamp_of(file))
             if stamp != record["stamp"]:
                 if sha256_of(file) != record["sha256"]:
                     if _record(directory) == record:
@@ -249,7 +249,7 @@ def _save(directory: Path, base: Base, spool: _Spool) -> None:
         with temporary.open("ab") as target, spool.file.open("rb") as rows:
             shutil.copyfileobj(rows, target, 1 << 24)
         sha256 = sha256_of(temporary)
-    record = {"format": _FORMAT, "file": file.name, "sha256": sha256, "stamp": list(_stamp(file)), "rows_at": at}
+    record = {"format": _FORMAT, "file": file.name, "sha256": sha256, "stamp": list(stamp_of(file)), "rows_at": at}
     known = {"generation": base.generation, "content": base.content, "last": base.last, "count": base.count}
     _write_record(directory, record | known)
     tidy(directory)
@@ -289,11 +289,6 @@ def _record(directory: Path) -> dict[str, Any]:
 def _write_record(directory: Path, record: dict[str, Any]) -> None:
     with replacing(directory / SIDECAR, MemoryStoreError) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-def _stamp(file: str | Path) -> tuple[int, ...]:
-    status = os.stat(file)
-    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _in_bytes(vectors: NDArray[np.float32]) -> NDArray[np.int8]:

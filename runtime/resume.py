@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
 from pathlib import Path
 
+from motionrt.runtime.digests import read_digest, stamp_of
 from motionrt.runtime.errors import MediaError
-from motionrt.runtime.manifest import sha256_of
-
-_SETTLED = 2_000_000_000  # nanoseconds: a file that changed later than this ago may change again within its time stamp
 
 
 class FileHashes:
     """SHA-256 of files, kept line by line in `journal` until `finish`.
 
-    A hash is taken from the journal only if the file's path, size, inode, and times of change (content and inode) are the
-    ones it had when it was read, and it had not been touched for two seconds then; so a changed file is read again.
+    A hash is taken from the journal only if the file has the path and the stamp that it had when it was read (digests.py); so
+    a changed file is read again.
     """
 
     def __init__(self, journal: Path) -> None:
@@ -33,14 +30,13 @@ class FileHashes:
     def sha256(self, path: Path) -> str:
         """The SHA-256 of the bytes of `path`. Raises MediaError if it cannot be read."""
         try:
-            stamp, name = _stamp(path), str(path.absolute())
+            name = str(path.absolute())
             known = self._known.get(name)
-            if known is not None and known[0] == stamp:
+            if known is not None and known[0] == [*stamp_of(path)]:
                 return known[1]
-            started = time.time_ns()
-            sha256 = sha256_of(path)
-            if started - max(stamp[2:]) > _SETTLED and stamp == _stamp(path):
-                self._known[name] = stamp, sha256
+            sha256, stamp = read_digest(path)
+            if stamp is not None:
+                self._known[name] = [*stamp], sha256
                 self._new.append(json.dumps([name, stamp, sha256]))
             return sha256
         except (OSError, ValueError) as error:
@@ -58,8 +54,3 @@ class FileHashes:
         """Forget everything: the run came to its end."""
         with contextlib.suppress(OSError):
             self.journal.unlink(missing_ok=True)
-
-
-def _stamp(path: Path) -> list[int]:
-    status = path.stat()
-    return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]

@@ -1,4 +1,4 @@
-"""The denoising loop: pure maths on arrays. It knows no model, device or file.
+"""The denoising loop: maths on arrays. It knows no model and no file, and of devices only that a graph may keep values on one.
 
 The network and the solver are both inside `step`: with rows (p0, p1, c0, c1, c2, c3) taken from a scheduler,
 

@@ -73,6 +73,19 @@ def edit_bundle(fake_bundle: Path, tmp_path: Path) -> Callable[[Callable[[dict[s
     return edit
 
 
+@pytest.fixture
+def large_bundle(
+    edit_bundle: Callable[..., Path], fake: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, Path, Path]:
+    """A bundle with weights outside its graphs; the files that hold them: beside `decode`, and `text_query`'s in a package."""
+    bundle, package = edit_bundle(), tmp_path / "site/fake_minilm"
+    package.mkdir(parents=True)
+    beside = fake.move_weights(bundle, "decode", "w_decode", fake.constants()["w_decode"])
+    inside = fake.move_weights(bundle, "text_query", "w_query", fake.constants()["w_query"], package)
+    monkeypatch.syspath_prepend(str(package.parent))
+    return bundle, beside, inside
+
+
 @pytest.fixture(scope="session")
 def fake_clips(fake: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Four small mp4 files by caption, each of another brightness course."""

@@ -294,3 +294,28 @@ def write_bundle(path: Path) -> Path:
     }
     (path / "bundle.json").write_text(json.dumps(manifest))
     return path
+
+
+def move_weights(path: Path, name: str, key: str, value: np.ndarray, package: Path | None = None) -> Path:
+    """Give graph `name` of the bundle `path` its initializer `key` from a file with `value`, as `bundle.json` then declares.
+
+    The file lies beside the graph, or is the only one of the Python package in the folder `package`. Returns the file.
+    """
+    manifest = json.loads((path / "bundle.json").read_text())
+    file = path / f"graphs/{name}.safetensors" if package is None else package / "model.safetensors"
+    save_file({key: value}, file)
+    graph = onnx.load_from_string(onnx_graph(name))
+    (tensor,) = (tensor for tensor in graph.graph.initializer if tensor.name == key)
+    where = {"location": file.name, "offset": file.stat().st_size - value.nbytes, "length": value.nbytes}
+    onnx.external_data_helper.set_external_data(tensor, **where)
+    tensor.ClearField("raw_data")
+    (path / "graphs" / f"{name}.onnx").write_bytes(graph.SerializeToString())
+    sha256, entry = digest(file.read_bytes()), manifest["graphs"][name]
+    entry["sha256"] = digest(graph.SerializeToString())
+    if package is None:
+        entry["data"] = {"file": f"graphs/{name}.safetensors", "sha256": sha256}
+    else:
+        (package / "__init__.py").touch()
+        entry["weights"] = {"package": package.name, "file": file.name, "sha256": sha256}
+    (path / "bundle.json").write_text(json.dumps(manifest))
+    return file

@@ -406,7 +406,7 @@ def write_engine(
         "targets": tuple(targets),
         "dtype": dtype,
         "onnx_sha256": spec.sha256,
-        "weights_sha256": spec.weights.sha256 if spec.weights else "",
+        "weights_sha256": spec.weights_sha256,
         "built_from_sha256": "0" * 64,
         "recipe_sha256": "0" * 64,
         "profiles": tuple({p.name: span(p, sizes) for p in spec.inputs} for sizes in (profiles or [{}])),

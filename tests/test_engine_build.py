@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -184,6 +185,28 @@ def test_changed_identity_builds_again(bundle: Path, what: str, monkeypatch: pyt
         assert again.file.inputs == (EnginePort("image", "float32", (-1, 3, 64, 64)),)
         assert again.file.profile_for({"image": (2, 3, 64, 64)}) == 1
         assert again.file.profile_for({"image": (1, 3, 64, 64)}) == 0
+
+
+def test_other_weights_beside_the_graph_build_again(bundle: Path) -> None:
+    """The graph's own file stays as it is: only the digest of the weights tells the two apart."""
+    path, data = bundle / "graphs/encode.onnx", bundle / "graphs/encode.weights"
+    onnx.save_model(onnx.load(path), path, save_as_external_data=True, location=data.name, size_threshold=1024)
+
+    def declare() -> None:
+        manifest = json.loads((bundle / "bundle.json").read_text())
+        entry = manifest["graphs"]["encode"]
+        entry |= {"sha256": sha256_of(path), "data": {"file": f"graphs/{data.name}", "sha256": sha256_of(data)}}
+        (bundle / "bundle.json").write_text(json.dumps(manifest))
+
+    declare()
+    first = small(bundle).file
+    assert first.weights_sha256 == sha256_of(data) and small(bundle).cached
+    weights = np.fromfile(data, np.float32)
+    (weights * 2).tofile(data)
+    declare()
+    again = small(bundle)
+    assert not again.cached and again.file.onnx_sha256 == first.onnx_sha256
+    assert again.file.engine_sha256 != first.engine_sha256
 
 
 def test_recipe_is_the_code_that_decides(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 import motionrt
+from motionrt.runtime.bundle import Bundle
+from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.engine_file import (
     EngineFile,
     EnginePort,
@@ -22,7 +24,7 @@ from motionrt.runtime.engine_file import (
     sorted_targets,
 )  # fmt: skip
 from motionrt.runtime.errors import EngineError, InputError
-from motionrt.runtime.manifest import Dim, GraphSpec, Port, Weights, sha256_of
+from motionrt.runtime.manifest import Data, Dim, GraphSpec, Port, Weights, sha256_of
 
 BATCH = Dim("batch", 1, 1, 4)
 SPEC = GraphSpec(
@@ -96,6 +98,9 @@ def test_sorted_targets_refuses_what_is_none(target: str) -> None:
 WRONG_SIDE: dict[str, tuple[dict[str, Any], GraphSpec, list[str]]] = {
     "another graph's ONNX": ({}, replace(SPEC, sha256="d" * 64), ["aaaaaaaaaaaa", "dddddddddddd"]),
     "weights in a package": ({}, replace(SPEC, weights=Weights("p", "f", "e" * 64)), ["none", "eeeeeeeeeeee"]),
+    "weights beside the graph": ({}, replace(SPEC, data=Data("f", "e" * 64)), ["none", "eeeeeeeeeeee"]),
+    "other weights beside it": ({"weights_sha256": "d" * 64}, replace(SPEC, data=Data("f", "e" * 64)), ["dddddd", "eeeeee"]),
+    "no weights any more": ({"weights_sha256": "d" * 64}, SPEC, ["dddddddddddd", "none"]),
     "another graph": ({"graph": "decode"}, SPEC, ["decode", "step"]),
     "older motionrt": ({"motionrt": "0.0.1"}, SPEC, ["0.0.1", motionrt.__version__]),
     "another input": ({"inputs": (EnginePort("x", "float32", (-1, 8)),)}, SPEC, ["x", "latents, steps"]),
@@ -208,6 +213,29 @@ def test_profile_for_takes_the_first_that_holds_all(file: EngineFile, shapes: di
 def test_profile_for_says_what_the_engine_takes(file: EngineFile, shapes: dict[str, tuple[int, ...]]) -> None:
     with pytest.raises(InputError, match="this engine accepts .*; or .*--profile SIZE=MIN..MAX"):
         file.profile_for(shapes)
+
+
+def test_an_engine_of_other_weights_is_refused_by_name(large_bundle: tuple[Path, Path, Path], fake: Any) -> None:
+    bundle, beside, _ = large_bundle
+    engine = load_by_path(Path(__file__).with_name("fake_engine.py")).write_engine(bundle, "decode")
+    before = Bundle.open(bundle).graph("decode")
+    engine.check(before)
+    fake.move_weights(bundle, "decode", "w_decode", fake.constants()["w_decode"] + 1)
+    after = Bundle.open(bundle).graph("decode")
+    assert after == replace(before, data=Data(f"graphs/{beside.name}", sha256_of(beside))), "the same graph, other weights"
+    with pytest.raises(EngineError) as refused:
+        engine.check(after)
+    was, now = before.weights_sha256[:12], after.weights_sha256[:12]
+    assert f"engine 'decode' in {engine.folder} was built from weights digest {was}; this bundle" in str(refused.value)
+    assert f"have {now}. Rebuild: `motionrt build {bundle} --target sm_89" in str(refused.value)
+
+
+def test_weights_of_a_graph_are_those_of_both_files() -> None:
+    package, data = Weights("p", "f", "1" * 64), Data("f", "2" * 64)
+    both = {replace(SPEC, weights=package, data=data), replace(SPEC, weights=replace(package, sha256="3" * 64), data=data)}
+    some = {SPEC, replace(SPEC, weights=package), replace(SPEC, data=data)}
+    assert {spec.weights_sha256 for spec in some} == {"", "1" * 64, "2" * 64}
+    assert len({spec.weights_sha256 for spec in both | some}) == 5
 
 
 def test_module_imports_only_what_the_run_side_has(tmp_path: Path) -> None:

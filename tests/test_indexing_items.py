@@ -15,7 +15,7 @@ import av
 import numpy as np
 import pytest
 
-from motionrt.runtime import indexing, resume
+from motionrt.runtime import digests, indexing
 from motionrt.runtime.errors import InputError, MediaError, MemoryStoreError
 from motionrt.runtime.indexing import ClipEncoders, IndexReport, index_clips
 from motionrt.runtime.memory import Clip, MotionMemory
@@ -253,10 +253,10 @@ def test_a_resumed_run_reads_no_file_again_that_did_not_change(
     tmp_path: Path, memory: MotionMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(indexing, "BATCH", 1)
-    monkeypatch.setattr(resume, "_SETTLED", 0)
+    monkeypatch.setattr(digests, "_SETTLED", 0)
     read: list[str] = []
-    whole = resume.sha256_of
-    monkeypatch.setattr(resume, "sha256_of", lambda path: (read.append(path.name), whole(path))[1])
+    whole = digests.sha256_of
+    monkeypatch.setattr(digests, "sha256_of", lambda path: (read.append(path.name), whole(path))[1])
     items = [Item(counting(tmp_path / f"{i}.mp4", shift=i), f"clip {i}") for i in range(4)]
     time.sleep(0.02)
 

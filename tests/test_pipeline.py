@@ -23,7 +23,7 @@ from motionrt.runtime.manifest import Data
 from motionrt.runtime.memory import Clip, MotionMemory, Reference
 from motionrt.runtime.memory_set import MemorySet
 from motionrt.runtime.noise import noise
-from motionrt.runtime.pipeline import STAGES, MotionPipeline, Request
+from motionrt.runtime.pipeline import STAGES, MotionPipeline, Prepared, Request
 from motionrt.runtime.sampler import sample
 
 GRAPHS = ("text", "appearance", "cama", "encode", "request", "schedule", "step", "decode")
@@ -251,6 +251,45 @@ def test_call_refuses(
 ) -> None:
     with pytest.raises(error, match=message):
         pipeline(**{"image": still, "prompt": "a red ball", **change})
+
+
+@pytest.mark.parametrize(
+    "guidance, message",
+    [
+        ([2.0] * 3, "guidance has 3 numbers for 4 steps; give one number, or one for each step"),
+        ([2.0] * 5, "guidance has 5 numbers for 4 steps"),
+        ((), "guidance has 0 numbers for 4 steps"),
+        (np.ones(3), "guidance has 3 numbers for 4 steps"),
+        (np.ones((1, 4)), "guidance has 1 numbers for 4 steps"),
+        (np.ones((4, 1)), r"guidance of step 1 is \[1.0\]; it must be a finite number"),
+        ([1, 2, float("inf"), 4], "guidance of step 3 is inf; it must be a finite number"),
+        ([1, None, 2, 3], "guidance of step 2 is None"),
+        (np.array(np.nan), "guidance is nan; it must be a finite number"),
+        (float("-inf"), "guidance is -inf"),
+        ("2222", "guidance is '2222'"),
+        ({1, 2, 3, 4}, "guidance is {1, 2, 3, 4}"),
+    ],
+    ids=repr,
+)
+def test_guidance_is_refused_before_any_work(fake_bundle: Path, still: Still, guidance: Any, message: str) -> None:
+    class Idle:
+        def load(self, bundle: Bundle, name: str) -> Graph:
+            raise AssertionError(f"graph {name} was loaded")
+
+    pipeline = MotionPipeline.from_bundle(fake_bundle, backend=Idle())
+    with pytest.raises(InputError, match=message):
+        pipeline(still, "a", references=[reference(1)], guidance=guidance)
+    with pytest.raises(InputError, match=message):
+        pipeline.batch([Request(still, "a"), Request(still, "a", guidance=guidance)])
+    with pytest.raises(InputError, match=message):
+        pipeline.generate(Prepared({}, {}, []), guidance=guidance)
+
+
+def test_guidance_may_be_given_step_by_step(pipeline: MotionPipeline, still: Still) -> None:
+    once = pipeline(still, "a", guidance=3).frames
+    for same in ([3.0] * 4, (3, 3, 3, 3), np.full(4, 3), np.array(3.0), np.float16(3)):
+        np.testing.assert_array_equal(pipeline(still, "a", guidance=same).frames, once)
+    assert not np.array_equal(pipeline(still, "a", guidance=[3, 3, 3, 9]).frames, once)
 
 
 def test_call_refuses_nan_tokens(pipeline: MotionPipeline, still: Still) -> None:

@@ -52,7 +52,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], 
     @lru_cache(maxsize=2)
     def convert(name: str, dtype: str) -> onnx.ModelProto:
         spec, path = BUNDLE.graph(name), BUNDLE.graph_path(name)
-        external = package_weights(spec, path) if spec.weights is not None else None
+        external = package_weights(spec, path, BUNDLE.path) if spec.weights is not None else None
         save(engine_graph(ir.load(path), profiles_of(spec)[:1], dtype, external), folder / "graph.onnx")
         return onnx.load(folder / "graph.onnx")
 
