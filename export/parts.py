@@ -1,7 +1,8 @@
 """The parts of a base model around its denoiser, each as one graph's module with its preprocessing inside, weightless.
 
 A part is built with `meta`, so it costs no memory; `Part.weights` are its weights by the module's own names, in the folder
-that it was opened in. Modules are typed in float32, whatever their weights are stored in. Pictures come in as the runtime reads them: RGB in [-1, 1], at the size of the bundle.
+that it was opened in. Modules are typed in float32, whatever their weights are stored in. Pictures come in as the runtime
+reads them: RGB in [-1, 1], at the size of the bundle.
 """
 
 from __future__ import annotations

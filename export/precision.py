@@ -26,7 +26,8 @@ _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 def to_precision(model: ir.Model, dtype: str, wide: Sequence[str] = ()) -> ir.Model:
     """Convert `model`, in place: fp32, inlined, with types inferred for every value. `dtype`: "float16" or "bfloat16".
 
-    `wide`: patterns of weights whose results overflow float16 (`GraphSpec.wide`); bfloat16 has the range of float32. Raises ValueError for graphs with branches or loops, and for values of unknown type.
+    `wide`: patterns of weights whose results overflow float16 (`GraphSpec.wide`); bfloat16 has the range of float32. Raises
+    ValueError for graphs with branches or loops, and for values of unknown type.
     """
     graph = model.graph
     nodes = list(graph)
