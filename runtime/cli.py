@@ -1,8 +1,7 @@
-"""The `motionrt` command. Every bad input is one line on standard error and exit status 2."""
+"""The run side's commands of `motionrt`; src/motionrt/cli.py puts those of the build side beside them."""
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from motionrt.runtime.cli_bench import bench
-from motionrt.runtime.cli_build import build
 from motionrt.runtime.cli_common import (
     AllowCpu,
     AllowOnnxRuntime,
@@ -31,9 +29,8 @@ from motionrt.runtime.cli_common import (
     parse_where,
 )  # fmt: skip
 from motionrt.runtime.cli_doctor import doctor
-from motionrt.runtime.cli_export import export
 from motionrt.runtime.cli_memory import memory_app
-from motionrt.runtime.errors import MediaError, MotionRTError
+from motionrt.runtime.errors import MediaError
 
 if TYPE_CHECKING:
     from motionrt.runtime.pipeline import MotionPipeline
@@ -41,15 +38,12 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="motionrt",
     help="Make a still image move the way retrieved clips move.",
-    epilog="Try it: motionrt demo --out out",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 app.add_typer(memory_app, name="memory")
-app.command()(build)
-app.command()(doctor)
 
 
 def _print_version(wanted: bool) -> None:
@@ -67,22 +61,6 @@ def _options(
     ] = False,
 ) -> None:
     """Options of every command."""
-
-
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the videos and sheet.png.")] = Path("out"),
-    threads: Threads = None,
-) -> None:
-    """Animate the demo's stills with the demo's bundle and memory, with motion on and off.
-
-    \b
-    Example:
-      motionrt demo --out out
-    """
-    from motionrt.runtime.demo import run_demo
-
-    run_demo(out, threads)
 
 
 @app.command()
@@ -189,7 +167,7 @@ def inspect(bundle: BundleArgument) -> None:
 
 
 app.command()(bench)
-app.command(name="export")(export)
+app.command()(doctor)
 
 
 def _warm(pipeline: MotionPipeline) -> float:
@@ -197,21 +175,3 @@ def _warm(pipeline: MotionPipeline) -> float:
     start = time.perf_counter()
     pipeline.warm()
     return time.perf_counter() - start
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Entry point. Exit status: 0 done, 1 interrupted, 2 bad input or a failure with a plain reason."""
-    try:
-        app(arguments, prog_name="motionrt")
-    except MotionRTError as error:
-        message = str(error)
-    except OSError as error:  # a full disk, a missing permission: whatever had no better words nearer to it
-        message = f"{error.filename or 'input or output'}: {error.strerror or error}."
-    except MemoryError:
-        message = "out of memory. Use fewer references or a smaller bundle, or free some."
-    typer.echo(f"motionrt: {' '.join(message.split())}", err=True)
-    sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

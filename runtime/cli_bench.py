@@ -69,7 +69,7 @@ def bench(
         task = bars.add_task("requests", total=repeat + measure.WARMUPS)
         rows = measure.bench_stages(pipeline, repeat, plan, lambda: bars.advance(task))
         task = bars.add_task("steps", total=repeat)
-        comparison, notes = measure.compare_steps(pipeline, repeat, threads, plan, lambda: bars.advance(task))
+        comparison, notes = measure.compare_steps(pipeline, repeat, plan, lambda: bars.advance(task))
         environment = measure.environment(pipeline, threads)
         solved = pipeline.bundle.solver(solver, steps)
         counted = report.counted(pipeline.bundle.manifest.get("partition") or {})

@@ -1,15 +1,16 @@
-"""What the commands share: options that come again, filters, and a pipeline with the memories that were named."""
+"""What the commands share: options that come again, filters, a pipeline with the memories that were named, plain errors."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from motionrt.runtime.errors import InputError
+from motionrt.runtime.errors import InputError, MotionRTError
 
 if TYPE_CHECKING:
     from motionrt.runtime.memory import MotionMemory
@@ -116,3 +117,21 @@ def _weighted(text: str) -> tuple[str, float]:
         except ValueError:
             raise InputError(f"--memory is {text!r}; allowed is a directory, or directory=weight with a number.") from None
     return text, 1.0
+
+
+def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the commands of `app` under `name`, and end the process. Every bad input is one line on standard error.
+
+    Exit status: 0 done, 1 interrupted, 2 bad input or a failure with a plain reason.
+    """
+    try:
+        app(arguments, prog_name=name)
+        sys.exit(0)
+    except MotionRTError as error:
+        message = str(error)
+    except OSError as error:  # a full disk, a missing permission: whatever had no better words nearer to it
+        message = f"{error.filename or 'input or output'}: {error.strerror or error}."
+    except MemoryError:
+        message = "out of memory. Use fewer references or a smaller bundle, or free some."
+    typer.echo(f"{name}: {' '.join(message.split())}", err=True)
+    sys.exit(2)

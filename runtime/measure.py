@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import sys
@@ -26,9 +25,7 @@ import numpy as np
 import motionrt
 from motionrt.runtime.backend import Array, Graph, place
 from motionrt.runtime.bundle import Bundle, sha256_of
-from motionrt.runtime.by_path import load_by_path
-from motionrt.runtime.demo import find_demo
-from motionrt.runtime.errors import BackendError, BundleError, InputError
+from motionrt.runtime.errors import BackendError, BundleError
 from motionrt.runtime.machine import find_gpus, processor
 from motionrt.runtime.memory import Reference
 from motionrt.runtime.noise import noise
@@ -41,7 +38,6 @@ TOLERANCE = 1e-4  # fp32, end to end
 EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7}  # of a bundle in one of these, 16 of them are allowed
 PROMPT = "a red star moves right"
 WHOLE = ("first_frame", "unaccounted", "write", "all")  # call to frames; what of it is in no stage; the mp4; call to mp4
-NEEDS_EXPORT = "torch eager: not run: needs motionrt[export]"
 
 
 @dataclass
@@ -69,7 +65,7 @@ class Plan:
 
 @dataclass
 class Comparison:
-    """Seconds of each way to compute a step (`step`, `step_plain`, `eager`), by round, and how far they differ."""
+    """Seconds of each way to compute a step (`step`, `step_plain`), by round, and how far they differ."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     differences: dict[str, float] = field(default_factory=dict)
@@ -146,9 +142,9 @@ def bench_stages(pipeline: MotionPipeline, repeat: int, plan: Plan, on_request: 
 
 
 def compare_steps(
-    pipeline: MotionPipeline, rounds: int, threads: int | None, plan: Plan, on_round: Callable[[], None]
+    pipeline: MotionPipeline, rounds: int, plan: Plan, on_round: Callable[[], None]
 ) -> tuple[Comparison, list[str]]:
-    """The rewritten step against `step_plain` and torch eager, where they exist; with notes on what was not run."""
+    """The rewritten step against `step_plain`, where the bundle has it; with notes on what was not run."""
     bundle, comparison, notes = pipeline.bundle, Comparison(), []
     candidates: dict[str, Graph] = {"step": pipeline.graph("step")}
     if "step_plain" in bundle.graphs:
@@ -156,22 +152,12 @@ def compare_steps(
             candidates["step_plain"] = pipeline.graph("step_plain")
         except (BackendError, BundleError) as error:  # no engine or no program of it, as it is only for this comparison
             notes.append(f"plain step: not run: {error}")
-        eager = _eager(pipeline, threads)
-        if isinstance(eager, str):
-            notes.append(eager)
-        else:
-            candidates["eager"] = eager
     else:
-        notes.append("plain step and torch eager: not run: this bundle carries no graph `step_plain`")
-    notes.append(
-        "adapter overhead: not run: a bundle holds no base model without adapters; benchmarks/bench_adapter.py builds both"
-    )
+        notes.append("plain step: not run: this bundle carries no graph `step_plain`")
     prepared = pipeline.prepare(bench_request(pipeline, 0, plan))
     solver = bundle.solver(plan.solver, plan.steps)
     shape = (1, *bundle.model.latents)
-    plain = "step_plain" if "step_plain" in bundle.graphs else "step"
-    selected = {name: pipeline.select("step" if name == "step" else plain, prepared.state) for name in candidates}
-    states = {name: place(candidates[name], state) for name, state in selected.items()}  # once for all rounds
+    states = {name: place(graph, pipeline.select(name, prepared.state)) for name, graph in candidates.items()}  # once for all
     tables: dict[str, dict[str, Array]] = {
         name: pipeline.schedule(solver) if name == "step" else {"timestep": solver.timesteps[:, None]} for name in candidates
     }
@@ -206,25 +192,6 @@ def compare_steps(
     if len(candidates) > 1:
         notes.append(f"largest difference between them after {solver.steps} steps: {difference:.1e} ({dtype(bundle)})")
     return comparison, notes
-
-
-def _eager(pipeline: MotionPipeline, threads: int | None) -> Graph | str:
-    """The plain step in torch eager, with the ports of `step_plain`; or why it is not run."""
-    if any(importlib.util.find_spec(name) is None for name in ("torch", "diffusers", "transformers")):
-        return NEEDS_EXPORT
-    try:
-        demo = find_demo()
-    except InputError:
-        return "torch eager: not run: needs the repository's demo folder"
-    checkpoint = demo / "checkpoint.safetensors"
-    exported_from = (pipeline.bundle.manifest.get("provenance") or {}).get("checkpoint")
-    if not checkpoint.is_file() or sha256_of(checkpoint) != exported_from:
-        return "torch eager: not run: the bundle was not exported from this checkout's demo/checkpoint.safetensors"
-    import torch
-
-    torch.set_num_threads(threads or os.cpu_count() or 1)
-    graph: Graph = load_by_path(demo / "export.py").eager_step(checkpoint)
-    return graph
 
 
 def dtype(bundle: Bundle) -> str:

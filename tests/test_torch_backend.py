@@ -22,13 +22,13 @@ pytest.importorskip("onnxscript")
 from PIL import Image  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from motionrt.cli import main  # noqa: E402
 from motionrt.export.onnx_from_torch import Example, ParityError, Range  # noqa: E402
 from motionrt.export.programs import add_programs, program_from_torch  # noqa: E402
 from motionrt.runtime import torch_backend  # noqa: E402
 from motionrt.runtime.backend import DeviceGraph, OnnxRuntimeBackend, open_backend, place  # noqa: E402
 from motionrt.runtime.bundle import Bundle, Dim, GraphSpec, Port, sha256_of  # noqa: E402
 from motionrt.runtime.by_path import load_by_path  # noqa: E402
-from motionrt.runtime.cli import main  # noqa: E402
 from motionrt.runtime.errors import BackendError, BackendWarning, BundleError, InputError  # noqa: E402
 from motionrt.runtime.pipeline import MotionPipeline  # noqa: E402
 from motionrt.runtime.sampler import sample  # noqa: E402
