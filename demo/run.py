@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from motionrt.runtime import report
+from motionrt.runtime.backends import RunOptions
 from motionrt.runtime.by_path import load_by_path
-from motionrt.runtime.cli_common import Threads, open_pipeline, run_app
+from motionrt.runtime.cli_common import open_pipeline, run_app, with_run_options
 from motionrt.runtime.errors import InputError, MediaError
 from motionrt.runtime.memory import Reference
 from motionrt.runtime.pipeline import MotionPipeline, Result
@@ -28,9 +29,11 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 
 @app.command()
+@with_run_options
 def run(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the videos and sheet.png.")] = Path("out"),
-    threads: Threads = None,
+    *,
+    run_options: RunOptions,
 ) -> None:
     """Animate the demo's stills with the demo's bundle and memory, with motion on and off.
 
@@ -40,7 +43,7 @@ def run(
     track = load_by_path(HERE / "domain.py").track
     rows: list[tuple[dict[str, Any], Frames, Result, Result]] = []
     errors, write_seconds = [], 0.0
-    with open_pipeline(HERE / "bundle", [str(HERE / "memory")], threads=threads) as pipeline:
+    with open_pipeline(HERE / "bundle", [str(HERE / "memory")], run_options) as pipeline:
         start = time.perf_counter()
         pipeline.warm()
         load_seconds = time.perf_counter() - start

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from motionrt.runtime.errors import BackendError, InputError
+from motionrt.runtime.errors import BackendError, InputError, install
 
 if TYPE_CHECKING:
     from motionrt.export.engine_build import Built
@@ -163,4 +163,4 @@ def _split(texts: Iterable[str]) -> list[str]:
 def _need(command: str, *packages: str) -> None:
     """Raise `BackendError` unless the packages that `command` imports are there."""
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
-        raise BackendError(f"{command} needs {', '.join(missing)}: `pip install motionrt[export]`.")
+        raise BackendError(f"{command} needs {', '.join(missing)}: {install('export')}.")

@@ -10,21 +10,20 @@ not a message from inside an engine. Outputs belong to the caller: a backend nev
 
 from __future__ import annotations
 
-import importlib.util
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from motionrt.runtime.backends import GPU_BUILD, ONNXRUNTIME
 from motionrt.runtime.bundle import Bundle, GraphSpec
 from motionrt.runtime.errors import BackendError, BundleError, InputError
 from motionrt.runtime.onnx_weights import external_initializers, package_weights
 
 __all__ = [
-    "BACKENDS", "Array", "Backend", "DeviceGraph", "Graph", "OnnxRuntimeBackend", "call", "check_finite", "check_inputs",
-    "check_ports", "describe", "external_initializers", "fetch", "first_line", "open_backend", "place",
+    "PROVIDERS", "Array", "Backend", "DeviceGraph", "Graph", "OnnxRuntimeBackend", "call", "check_finite", "check_inputs",
+    "check_ports", "describe", "external_initializers", "fetch", "first_line", "place",
 ]  # fmt: skip
 
 Array = NDArray[Any]
@@ -138,46 +137,7 @@ def check_ports(spec: GraphSpec, inputs: Mapping[str, tuple[str, tuple[int, ...]
                 )
 
 
-BACKENDS = ("onnxruntime", "torch", "tensorrt")
-
-
-def open_backend(
-    name: str = "onnxruntime",
-    *,
-    device: str | None = None,
-    threads: int | None = None,
-    allow_onnxruntime: bool = False,
-    allow_cpu: bool = False,
-    engines: str | None = None,
-) -> Backend:
-    """The backend called `name`, one of `BACKENDS`.
-
-    device: onnxruntime: cpu (default), cuda, or tensorrt (its TensorRT provider); torch: cpu (default) or cuda; tensorrt:
-    cuda. `cuda:1` is the second GPU. allow_onnxruntime: graphs of which a bundle has no torch program or no fitting engine
-    run in ONNX Runtime instead of being refused. allow_cpu: parts of a graph for which ONNX Runtime's GPU provider has no
-    kernel run on the CPU. engines: the folder of engines to take. Raises `InputError` for what does not exist and
-    `BackendError` for a package or device that is not there.
-    """
-    if name not in BACKENDS:
-        hint = " The choice 'auto' needs a bundle: MotionPipeline.from_bundle(..., backend='auto')." if name == "auto" else ""
-        raise InputError(f"backend is '{name}'; it must be one of {', '.join(BACKENDS)}.{hint}")
-    if engines is not None and name != "tensorrt":
-        raise InputError(f"engines is '{engines}', which the backend {name} does not use. Use the backend tensorrt.")
-    if name == "onnxruntime":
-        return OnnxRuntimeBackend(threads, device or "cpu", allow_cpu=allow_cpu)
-    fallback = OnnxRuntimeBackend(threads) if allow_onnxruntime else None
-    if name == "tensorrt":
-        from motionrt.runtime.tensorrt import TensorRTBackend
-
-        return TensorRTBackend(device or "cuda", engines=engines, fallback=fallback)
-    if importlib.util.find_spec("torch") is None:
-        raise BackendError("backend 'torch' needs PyTorch: `pip install motionrt[torch]`.")
-    from motionrt.runtime.torch_backend import TorchBackend  # imports torch: only when it is asked for
-
-    return TorchBackend(device or "cpu", threads=threads, fallback=fallback)
-
-
-_PROVIDERS = {
+PROVIDERS = {  # by device: the wanted one, and what may run what that leaves
     "cpu": ("CPUExecutionProvider",),
     "cuda": ("CUDAExecutionProvider",),
     "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider"),
@@ -199,13 +159,10 @@ class OnnxRuntimeBackend:
     def __init__(self, threads: int | None = None, device: str = "cpu", *, allow_cpu: bool = False) -> None:
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads is {threads!r}; it must be 1 or more, or None for every core.")
-        found = re.fullmatch(r"(cpu)|(cuda|tensorrt)(?::(\d+))?", device)
-        if found is None:
-            raise InputError(f"device is {device!r}; the backend onnxruntime runs on cpu, cuda or tensorrt (or cuda:1).")
+        base, self._index = ONNXRUNTIME.parse(device)
         self.threads, self.device, self.allow_cpu = threads, device, allow_cpu
-        self._wanted = _PROVIDERS[found[1] or found[2]]
-        self._index = int(found[3] or 0)
-        self.label = f"onnxruntime {self._wanted[0]}" + (f" {device}" if found[3] else "")
+        self._wanted = PROVIDERS[base]
+        self.label = f"{ONNXRUNTIME.name} {self._wanted[0]}" + (f" {device}" if device != base else "")
         if device != "cpu":
             self._providers(_onnxruntime())
 
@@ -284,7 +241,7 @@ class OnnxRuntimeBackend:
         if self._wanted[0] not in available:
             raise BackendError(
                 f"device is '{self.device}'; onnxruntime {onnxruntime.__version__} has {', '.join(available)}, not "
-                f"{self._wanted[0]}. Use --device cpu, or `pip install motionrt[gpu]` in place of motionrt[cpu]."
+                f"{self._wanted[0]}. Use --device cpu, or {GPU_BUILD}."
             )
         if self.device == "cpu":
             return list(self._wanted)
@@ -298,9 +255,7 @@ def _onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError:
-        raise BackendError(
-            "the ONNX Runtime backend needs onnxruntime: `pip install motionrt[cpu]` (or motionrt[gpu])."
-        ) from None
+        raise ONNXRUNTIME.missing() from None
     return onnxruntime
 
 

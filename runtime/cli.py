@@ -8,25 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from motionrt.runtime.backends import RunOptions
 from motionrt.runtime.cli_bench import bench
 from motionrt.runtime.cli_common import (
-    AllowCpu,
-    AllowOnnxRuntime,
-    BackendName,
     BundleArgument,
     BundlePath,
     Conditions,
-    Device,
     Distinct,
     Diversity,
-    Engines,
     LowMemory,
     MinimumScore,
     Solver,
     Steps,
-    Threads,
     open_pipeline,
     parse_where,
+    with_run_options,
 )  # fmt: skip
 from motionrt.runtime.cli_doctor import doctor
 from motionrt.runtime.cli_memory import memory_app
@@ -64,6 +60,7 @@ def _options(
 
 
 @app.command()
+@with_run_options
 def generate(
     bundle: BundlePath,
     image: Annotated[Path, typer.Option("--image", "-i", help="The still: any size, mode and orientation.")],
@@ -84,13 +81,9 @@ def generate(
     distinct: Distinct = None,
     diversity: Diversity = None,
     solver: Solver = None,
-    threads: Threads = None,
-    backend: BackendName = "onnxruntime",
-    device: Device = None,
-    allow_onnxruntime: AllowOnnxRuntime = False,
-    allow_cpu: AllowCpu = False,
-    engines: Engines = None,
     low_memory: LowMemory = False,
+    *,
+    run_options: RunOptions,
 ) -> None:
     """Make a video from a still image and a prompt.
 
@@ -107,17 +100,7 @@ def generate(
     if out.suffix.lower() not in WRITABLE:  # said before the work, not after it
         raise MediaError(f"cannot write {out}: extension {out.suffix!r} is not one of {', '.join(WRITABLE)}.")
     console = report.console()
-    opened = open_pipeline(
-        bundle,
-        memory or [],
-        threads=threads,
-        backend=backend,
-        device=device,
-        allow_onnxruntime=allow_onnxruntime,
-        allow_cpu=allow_cpu,
-        engines=engines,
-        low_memory=low_memory,
-    )
+    opened = open_pipeline(bundle, memory or [], run_options, low_memory=low_memory)
     with opened as pipeline, report.progress() as bars:
         load = _warm(pipeline)
         task = bars.add_task("denoising", total=pipeline.bundle.solver(solver, steps).steps)

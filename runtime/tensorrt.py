@@ -1,6 +1,6 @@
 """The TensorRT backend: engines of a bundle on an NVIDIA GPU, TensorRT-RTX and full TensorRT by one adapter, no PyTorch.
 
-Only `motionrt.runtime.backend.open_backend` and `choose` import this module, and only when it is asked for. A sidecar is
+Only `motionrt.runtime.backends` imports this module, and only when it is asked for. A sidecar is
 checked before its engine is deserialised (`EngineFile.check`): nothing else protects a process from an engine of another
 machine or version. How an engine runs, and who owns what it computes, is in tensorrt_graph.py.
 """
@@ -17,14 +17,14 @@ from types import ModuleType
 from typing import Any
 
 from motionrt.runtime.backend import Backend, Graph
+from motionrt.runtime.backends import MODULES, TENSORRT
 from motionrt.runtime.bundle import Bundle
 from motionrt.runtime.device_memory import Cuda
 from motionrt.runtime.engine_file import FLAVORS, EngineFile, Machine
-from motionrt.runtime.errors import BackendError, BackendWarning, EngineError, InputError
+from motionrt.runtime.errors import BackendError, BackendWarning, EngineError, InputError, install
 from motionrt.runtime.tensorrt_graph import Arena, TensorRTGraph, WithFallback
 
 LOOP = ("step", "step_plain")  # what every step runs: worth a CUDA graph
-MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}  # flavor -> import name; the first that fits is taken
 PREFERRED = ("float16", "bfloat16", "float32")  # of engines that all fit: half is faster, and finer than bfloat16
 log = logging.getLogger("motionrt")
 
@@ -41,7 +41,7 @@ def load_library(flavor: str) -> ModuleType:
         return importlib.import_module(MODULES[flavor])
     except (ImportError, OSError) as error:  # an OSError: its own libraries are missing
         reason = (str(error).splitlines() or [""])[0][:200]
-        raise BackendError(f"this engine needs {name}: `pip install motionrt[{flavor}]` ({reason}).") from None
+        raise BackendError(f"this engine needs {name}: {install(flavor)} ({reason}).") from None
 
 
 class TensorRTBackend:
@@ -62,14 +62,12 @@ class TensorRTBackend:
         cuda: Any = None,
         libraries: Mapping[str, Any] | None = None,
     ) -> None:
-        found = re.fullmatch(r"cuda(?::(\d+))?", device)
-        if found is None:
-            raise InputError(f"device is {device!r}; the backend tensorrt runs on cuda, or cuda:1 and so on.")
+        _, index = TENSORRT.parse(device)
         if engines is not None and re.search(r"[/\\*?\[\]]|^\.", engines):
             raise InputError(f"engines is {engines!r}; it must be the name of one folder below engines/ of the bundle.")
         if libraries is None and not installed():
-            raise BackendError("backend 'tensorrt' needs TensorRT: `pip install motionrt[rtx]` (or motionrt[tensorrt]).")
-        self.cuda: Cuda = Cuda(int(found[1] or 0)) if cuda is None else cuda
+            raise TENSORRT.missing()
+        self.cuda: Cuda = Cuda(index) if cuda is None else cuda
         self.engines, self.fallback = engines, fallback
         self.arena = Arena(self.cuda)
         self.label = f"tensorrt {self.cuda.name} {self.cuda.target}"
@@ -82,7 +80,7 @@ class TensorRTBackend:
         """The TensorRT of `flavor`, loaded once."""
         if flavor not in self._libraries:
             if self._fixed:
-                raise BackendError(f"this engine needs {FLAVORS[flavor]}: `pip install motionrt[{flavor}]`.")
+                raise BackendError(f"this engine needs {FLAVORS[flavor]}: {install(flavor)}.")
             self._libraries[flavor] = load_library(flavor)
         return self._libraries[flavor]
 

@@ -26,7 +26,8 @@ from motionrt.cli import main  # noqa: E402
 from motionrt.export.onnx_from_torch import Example, ParityError, Range  # noqa: E402
 from motionrt.export.programs import add_programs, program_from_torch  # noqa: E402
 from motionrt.runtime import torch_backend  # noqa: E402
-from motionrt.runtime.backend import DeviceGraph, OnnxRuntimeBackend, open_backend, place  # noqa: E402
+from motionrt.runtime.backend import DeviceGraph, OnnxRuntimeBackend, place  # noqa: E402
+from motionrt.runtime.backends import RunOptions, open_backend  # noqa: E402
 from motionrt.runtime.bundle import Bundle, Dim, GraphSpec, Port, sha256_of  # noqa: E402
 from motionrt.runtime.by_path import load_by_path  # noqa: E402
 from motionrt.runtime.errors import BackendError, BackendWarning, BundleError, InputError  # noqa: E402
@@ -146,7 +147,7 @@ def test_pipeline_gives_what_onnxruntime_gives(demo_bundle: Path) -> None:
     latents: dict[str, list[NDArray[Any]]] = {"onnxruntime": [], "torch": []}
     frames: dict[str, list[NDArray[Any]]] = {"onnxruntime": [], "torch": []}
     for name in latents:
-        backend = open_backend(name, threads=1, allow_onnxruntime=True)
+        backend = open_backend(RunOptions(name, threads=1, allow_onnxruntime=True))
         with MotionPipeline.from_bundle(demo_bundle, DEMO / "memory", backend=backend) as pipeline:
             assert isinstance(pipeline.graph("step"), DeviceGraph) == (name == "torch")
             decode = pipeline.graph("decode")
@@ -332,7 +333,7 @@ def test_demo_on_cuda_gives_what_onnxruntime_gives(demo_bundle: Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     frames = []
-    for backend in (OnnxRuntimeBackend(), open_backend("torch", device="cuda", allow_onnxruntime=True)):
+    for backend in (OnnxRuntimeBackend(), open_backend(RunOptions("torch", "cuda", allow_onnxruntime=True))):
         with MotionPipeline.from_bundle(demo_bundle, DEMO / "memory", backend=backend) as pipeline:
             pipeline.warm()
             result = pipeline(DEMO / "inputs" / "red_star.png", "a red star slides straight to the left", seed=3)
@@ -364,8 +365,8 @@ def test_what_fails_falls_back_and_says_why(fake_programs: Path, monkeypatch: py
 def test_a_graph_without_a_program_is_refused_or_runs_where_that_is_allowed(fake_programs: Path) -> None:
     bundle = Bundle.open(fake_programs)
     with pytest.raises(BackendError, match=r"no torch program of graph 'text' \(it has: step\).*--allow-onnxruntime"):
-        open_backend("torch").load(bundle, "text")
-    text = open_backend("torch", allow_onnxruntime=True).load(bundle, "text")
+        open_backend(RunOptions("torch")).load(bundle, "text")
+    text = open_backend(RunOptions("torch", allow_onnxruntime=True)).load(bundle, "text")
     assert text({"input_ids": np.zeros((1, 6), np.int64)})["text"].shape == (1, 6, 4)
 
 
@@ -396,7 +397,7 @@ def test_inputs_are_refused_as_onnxruntime_refuses_them(
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({"device": "tpu"}, InputError, "device is 'tpu'; it must be cpu or cuda"),
+        ({"device": "tpu"}, InputError, "device is 'tpu'; the backend torch runs on cpu or cuda"),
         ({"device": "mps"}, InputError, "device is 'mps'"),
         ({"device": 3}, InputError, "device is 3"),
         ({"mode": "fast"}, InputError, "mode is 'fast'; it must be one of auto, graph"),
@@ -414,12 +415,12 @@ def test_backend_refuses(arguments: dict[str, Any], error: type[Exception], mess
 def test_open_backend_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(open_backend(), OnnxRuntimeBackend)
     with pytest.raises(InputError, match="backend is 'onnx'; it must be one of onnxruntime, torch"):
-        open_backend("onnx")
+        open_backend(RunOptions("onnx"))
     with pytest.raises(InputError, match="device is 'tpu'; the backend onnxruntime runs on cpu"):
-        open_backend(device="tpu")
+        open_backend(RunOptions(device="tpu"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BackendError, match=r"needs PyTorch: `pip install motionrt\[torch\]`"):
-        open_backend("torch")
+        open_backend(RunOptions("torch"))
 
 
 def test_command_line_runs_the_torch_backend(
@@ -555,8 +556,8 @@ def test_a_program_tells_nothing_of_the_build_machine(tmp_path: Path) -> None:
 
 def test_the_run_side_imports_no_torch_until_it_is_asked_for(tmp_path: Path) -> None:
     code = (
-        "import sys, motionrt.runtime.backend as b; b.open_backend(); assert 'torch' not in sys.modules; "
-        "b.open_backend('torch'); assert 'torch' in sys.modules and 'motionrt.export' not in sys.modules"
+        "import sys, motionrt.runtime.backends as b; b.open_backend(); assert 'torch' not in sys.modules; "
+        "b.open_backend(b.RunOptions('torch')); assert 'torch' in sys.modules and 'motionrt.export' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
