@@ -200,12 +200,9 @@ class RunOptions:
 
 
 def open_backend(options: RunOptions = RunOptions()) -> Backend:
-    """The backend that `options` ask for.
+    """The backend that `options` ask for; with `allow_onnxruntime` the CPU's ONNX Runtime takes what it would refuse to load.
 
-    backend: one of `BACKENDS`. device: one of its devices, None for the first; "cuda:1" is the second GPU. allow_onnxruntime:
-    graphs of which a bundle has no torch program or no fitting engine run in ONNX Runtime on the CPU instead of being refused.
-    allow_cpu: parts of a graph for which ONNX Runtime's GPU provider has no kernel run on the CPU. engines: the folder of
-    engines to take. Raises `InputError` for what does not exist and `BackendError` for a package or device that is not there.
+    Raises `InputError` for what does not exist and `BackendError` for a package or device that is not there.
     """
     name, engines = options.backend, options.engines
     if name not in BACKENDS:
