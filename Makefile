@@ -16,7 +16,7 @@ help:
 	@echo "make clean   remove everything that these targets make, the environments included"
 
 demo: .venv/.installed
-	.venv/bin/motionrt demo
+	.venv/bin/python demo/run.py
 
 # Never `python -m pytest`: it puts the repository root on sys.path, where `kernels` hides a package of Hugging Face.
 # Two processes, each with whole files of tests, and one thread each: what the smallest machine of CI has.

@@ -108,7 +108,7 @@ def check_checkpoint(bundle: Bundle, checkpoint: Path) -> None:
     if exported is not None and exported != sha256_of(checkpoint):
         raise harness.ParityError(
             f"bundle {bundle.path} was exported from another checkpoint than {checkpoint}. "
-            f"Export it again: `motionrt export {checkpoint} {bundle.path}`."
+            f"Export it again: `python demo/export.py {checkpoint} {bundle.path}`."
         )
 
 

@@ -72,15 +72,15 @@ def drawn(part: Part) -> Part:
     return replace(part, weights=weights)
 
 
-def drawn_encoders(folder: Path, sizes: Sizes) -> Encoders:
-    """The exporter's parts of files of `sizes` (sparse, of zeros, written into `folder`), with drawn weights."""
+def drawn_encoders(folder: Path, sizes: Sizes) -> tuple[Sources, Encoders]:
+    """What an export is told, and the exporter's parts of files of `sizes` (sparse, of zeros, in `folder`), with drawn weights."""
     write_encoders(folder, sizes, torch.float32)
     write_motionrag(folder / "rag", BLOCK, sizes, torch.float32)
     sos = SosToken(seed=42)
     files = open_motionrag(folder / "rag", BLOCK, overlay=False, sos=sos)
     sources = Sources(folder, folder / "rag", folder / "videomae", folder / "dinov2", folder, dtype="float32", sos=sos)
     made = encoders(sources, files, sizes.frames, sizes.picture)
-    return Encoders(lambda d: drawn(made.motion(d)), lambda d: drawn(made.appearance(d)), lambda: drawn(made.cama()))
+    return sources, Encoders(*(lambda make=make: drawn(make()) for make in (made.motion, made.appearance, made.cama)))
 
 
 def copy_text_query(stage: Stage) -> tuple[str, str]:
@@ -93,7 +93,7 @@ def copy_text_query(stage: Stage) -> tuple[str, str]:
     return tokenizer, manifest["digests"]["text_query"]
 
 
-def write_bundle(out: Path, parts: Encoders, sizes: Sizes, say: Callable[[str], None]) -> None:
+def write_bundle(out: Path, sources: Sources, parts: Encoders, sizes: Sizes, say: Callable[[str], None]) -> None:
     """Export text_query, motion, appearance and cama in float32 as the bundle `out`; it has no step, and cannot generate."""
     model = {
         "frames": sizes.frames, "height": sizes.picture[0], "width": sizes.picture[1], "fps": FPS, "latents": [1, 1, 1, 1],
@@ -101,9 +101,9 @@ def write_bundle(out: Path, parts: Encoders, sizes: Sizes, say: Callable[[str], 
         "default_references": REFERENCES,
     }  # fmt: skip
     with staged(out) as folder:
-        stage = Stage(folder, say)
+        stage = Stage(folder, say, sources)
         tokenizer, digest = copy_text_query(stage)
-        digests = stage.add_encoders(parts, model, torch.float32)
+        digests = stage.add_encoders(parts, model)
         write_manifest(
             folder, name="full-encoders", model=model, graphs=stage.graphs,
             solvers={"none": {1: (np.zeros(1, np.int64), np.zeros((1, 6), np.float32))}}, default_solver=("none", 1),
@@ -153,7 +153,7 @@ def prepare(folder: Path, count: int, threads: int, say: Callable[[str], None], 
     sizes = RELEASED
     if not (folder / "bundle" / "bundle.json").exists():
         with tempfile.TemporaryDirectory(prefix="motionrt-encoders-") as work:
-            write_bundle(folder / "bundle", drawn_encoders(Path(work), sizes), sizes, say)
+            write_bundle(folder / "bundle", *drawn_encoders(Path(work), sizes), sizes, say)
     height, width = videos or sizes.picture
     place = folder / f"{height}x{width}"
     if not (place / "done").exists():

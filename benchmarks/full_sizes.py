@@ -55,17 +55,17 @@ def _cogvideox(frames: int) -> Iterator[GraphSize]:
     yield _appearance(480, 720)
     still = [torch.empty(1, 3, 480, 720), torch.empty(1, *latents[1:])]
     yield _traced(
-        "encode", lambda: EncodeCausal(AutoencoderKLCogVideoX(**RELEASED.causal_vae), latents[0], BF16), BF16, still,
+        "encode", lambda: EncodeCausal(AutoencoderKLCogVideoX(**RELEASED.causal_vae), latents[0]), BF16, still,
         ("image_latents",),
     )  # fmt: skip
     first, after = chunks(latents[0])
-    with meta(BF16), torch.no_grad():
+    with meta(), torch.no_grad():
         vae = AutoencoderKLCogVideoX(**RELEASED.causal_vae).eval()
-        kept = _flat(vae.decoder(torch.empty(1, 16, first, *latents[2:], dtype=BF16, device="meta"))[1])
+        kept = _flat(vae.decoder(torch.empty(1, 16, first, *latents[2:], device="meta"))[1])
     names, given = ("video", *(f"next_{name}" for name in kept)), tuple(kept)
 
     def decode(caches: tuple[str, ...]) -> nn.Module:
-        return DecodeCausal(AutoencoderKLCogVideoX(**RELEASED.causal_vae), BF16, caches)
+        return DecodeCausal(AutoencoderKLCogVideoX(**RELEASED.causal_vae), caches)
 
     feed = [torch.empty(1, first, *latents[1:])]
     yield _traced("decode", lambda: decode(()), BF16, feed, names)
@@ -79,14 +79,14 @@ def _svd(frames: int) -> Iterator[GraphSize]:
 
     def encode() -> nn.Module:
         clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**RELEASED.clip))
-        return EncodeStill(clip, AutoencoderKLTemporalDecoder(**RELEASED.temporal_vae), (576, 1024), BF16)
+        return EncodeStill(clip, AutoencoderKLTemporalDecoder(**RELEASED.temporal_vae), (576, 1024))
 
     yield _appearance(576, 1024)
     picture = torch.empty(1, 3, 576, 1024)
     yield _traced("encode", encode, BF16, [picture, picture], ("image_context", "image_latents"))
     feed = [torch.empty(1, frames, 4, 72, 128)]
     vae = RELEASED.temporal_vae
-    yield _traced("decode", lambda: DecodeTemporal(AutoencoderKLTemporalDecoder(**vae), BF16), BF16, feed, ("video",))
+    yield _traced("decode", lambda: DecodeTemporal(AutoencoderKLTemporalDecoder(**vae)), BF16, feed, ("video",))
 
 
 def _appearance(height: int, width: int) -> GraphSize:
@@ -95,7 +95,7 @@ def _appearance(height: int, width: int) -> GraphSize:
     def make() -> nn.Module:
         dino = Dinov2Model(Dinov2Config(**{**RELEASED.dinov2, "image_size": SEEN}))
         proj = RELEASED.appearance.build()
-        return AppearanceTokens(dino, proj, Preprocess(height, width, 256, "bicubic"), BF16)
+        return AppearanceTokens(dino, proj, Preprocess(height, width, 256, "bicubic"))
 
     return _traced("appearance", make, BF16, [torch.empty(1, 3, height, width)], ("appearance",))
 
@@ -118,8 +118,9 @@ def _text_query() -> GraphSize:
 
 
 def _traced(name: str, make: Any, dtype: torch.dtype, feed: list[Tensor], outputs: tuple[str, ...]) -> GraphSize:
-    """The graph of the module that `make` builds, as an export traces it; weights that nothing reads do not count."""
-    with meta(dtype):
+    """The graph of the module that `make` builds, as an export traces it: in float32, its weights kept in `dtype`. Weights that
+    nothing reads do not count."""
+    with meta():
         module = make().eval()
     with faked(module), torch.no_grad():
         fakes = tuple(torch.empty(value.shape, dtype=value.dtype) for value in feed)
@@ -127,20 +128,20 @@ def _traced(name: str, make: Any, dtype: torch.dtype, feed: list[Tensor], output
     graph = program.graph
     given = set(program.graph_signature.user_inputs)
     nodes = [node for node in graph.nodes if node.op == "placeholder"]
-    weights = _by_dtype(node.meta["val"] for node in nodes if node.name not in given and node.users)
+    weights = _by_dtype(node.meta["val"].to(dtype) for node in nodes if node.name not in given and node.users)
     results = [node.meta["val"] for node in graph.output_node().args[0]]
     inputs = [(node.name, node.meta["val"]) for node in nodes if node.name in given]
     return GraphSize(name, weights, _ports(inputs), _ports(zip(outputs, results, strict=True)), live_bytes(graph))
 
 
 def _program(name: str, program: Program, repeated: int = 1) -> GraphSize:
-    """One program of the partition; `repeated` rows of the schedule at once."""
+    """One program of the partition, which was traced in bfloat16; `repeated` rows of the schedule at once."""
     nodes = [node for node in program.module.graph.nodes if node.op == "placeholder"]
     inputs = [(port, node.meta["val"]) for port, node in zip(program.inputs, nodes, strict=True)]
     results: Any = program.module.graph.output_node().args[0]
     made = [(port, node.meta["val"]) for port, node in zip(program.outputs, results, strict=True)]
     weights = _by_dtype(value for _, value in program.module.named_buffers())
-    return GraphSize(name, weights, _ports(inputs), _ports(made), repeated * live_bytes(program.module.graph))
+    return GraphSize(name, weights, _ports(inputs), _ports(made), repeated * live_bytes(program.module.graph), "bfloat16")
 
 
 def _ports(values: Any) -> Ports:

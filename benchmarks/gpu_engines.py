@@ -44,6 +44,7 @@ class Recorder:
 
     inner: OnnxRuntimeBackend = field(default_factory=lambda: OnnxRuntimeBackend(1))
     seen: dict[str, dict[str, NDArray[Any]]] = field(default_factory=dict)
+    precision: str = "float32"
 
     def load(self, bundle: Bundle, name: str) -> Graph:
         """The graph; see `Backend`."""

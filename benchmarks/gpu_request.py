@@ -110,19 +110,20 @@ class Encoders:
         self.motion = MotionTokens(
             encoder, bench.made(lambda: Resampler(embedding_dim=mae.hidden_size, **outputs)),
             picked(self.frames, mae.num_frames), self.preprocess(bench, mae.image_size, "bilinear", mae.image_size),
-            bench.dtype,
         )  # fmt: skip
         self.appearance = AppearanceTokens(
             bench.made(lambda: Dinov2Model(dino)),
             bench.made(lambda: Resampler(embedding_dim=dino.hidden_size, **outputs)),
-            self.preprocess(bench, short, "bicubic", dino.image_size), bench.dtype,
+            self.preprocess(bench, short, "bicubic", dino.image_size),
         )  # fmt: skip
         sizes: dict[str, Any] = {"layers": 2, "heads": 2, "ff_dim": 32} if toy else {}
         self.cama = bench.made(lambda: Cama(num_queries=self.tokens[0], dim=self.tokens[1], **sizes))
 
     def preprocess(self, bench: Bench, short: int, mode: str, size: int) -> Preprocess:
-        """In float32 on the device, as the bundles have it."""
-        return Preprocess(*self.size, short, mode, size).to(bench.device)
+        """In float32 on the device, as the bundles have it; what it gives is rounded to what the encoders compute in."""
+        made = Preprocess(*self.size, short, mode, size).to(bench.device)
+        made.register_forward_hook(lambda module, inputs, pixels: pixels.to(bench.dtype))
+        return made
 
 
 @torch.no_grad()

@@ -47,12 +47,12 @@ def report(model: str, frames: int, layers: int | None = None) -> tuple[dict[str
 
 
 def memory(model: str, frames: int, cut: Partition) -> dict[str, Any]:
-    """The row of the memory plan: the plan as stored in bfloat16, its lines, and the ports of the state by shape."""
+    """The row of the memory plan: the plan in bfloat16, its lines, and the ports of the state by shape."""
     sizes = []
     for size in full_sizes(model, frames, cut):
         print(f"{size.name}: {sum(size.weights.values())} bytes of weights, {size.activations} of activations", flush=True)
         sizes.append(size)
-    plan = plan_memory(sizes, steps=STEPS)
+    plan = plan_memory(sizes, steps=STEPS, dtype="bfloat16")
     made = {name for size in sizes if size.name == "request" for name, _, _ in size.outputs}
     state = Counter(f"{kind} {list(shape)}" for name, kind, shape in sizes[-1].inputs if name in made)
     return {

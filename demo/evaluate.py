@@ -33,7 +33,6 @@ from numpy.typing import NDArray
 
 from motionrt.runtime import report
 from motionrt.runtime.by_path import load_by_path
-from motionrt.runtime.demo import write_sheet
 from motionrt.runtime.memory import MotionMemory, Reference
 from motionrt.runtime.pipeline import MotionPipeline, Prepared, Request
 
@@ -41,6 +40,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULT = ROOT / "benchmarks" / "results" / "demo_quality.json"
 domain: Any = load_by_path(HERE / "domain.py")
+write_sheet = load_by_path(HERE / "run.py").write_sheet
 
 METRICS = ("epe_px", "psnr_db", "ssim", "size_percent", "turn_degrees")
 Frames = NDArray[np.uint8]
@@ -240,7 +240,7 @@ def int8_weights(bundle: Path) -> Iterator[Path]:
 @contextmanager
 def int8_tokens(bundle: Path) -> Iterator[Path]:
     """A folder with both memories made anew, with their tokens kept as int8."""
-    command = [sys.executable, "-c", "from motionrt.runtime.cli import main; main()", "memory"]
+    command = [sys.executable, "-P", "-m", "motionrt", "memory"]
     with tempfile.TemporaryDirectory() as folder:  # in processes of their own: workers fork from one without ONNX Runtime in it
         for name, clips in (("memory", HERE / "clips"), ("memory_unseen", HERE / "clips_unseen")):
             made = [str(Path(folder) / name), "--bundle", str(bundle)]

@@ -27,6 +27,7 @@ from motionrt.export.engine_process import Event, Listener, run_builder
 from motionrt.export.engine_profiles import Sizes, check_names, profiles_of
 from motionrt.kernels.tensorrt_plugin import DOMAIN, available
 from motionrt.runtime.bundle import Bundle, GraphSpec
+from motionrt.runtime.dtypes import DTYPES
 from motionrt.runtime.engine_estimate import Estimate, estimate
 from motionrt.runtime.engine_file import KERNELS, EngineFile, EnginePort, engine_folder
 from motionrt.runtime.errors import EngineError, InputError
@@ -124,7 +125,7 @@ def locked(folder: Path) -> Iterator[None]:
 def recipe_sha256(kernel: str = "body") -> str:
     """Digest of the code that decides what the builder sees and does: another one, another engine."""
     digest, here = hashlib.sha256(), Path(__file__)
-    files = [here.with_name(f"{name}.py") for name in RECIPE]
+    files = [*(here.with_name(f"{name}.py") for name in RECIPE), here.parent.parent / "runtime" / "precision.py"]
     if kernel == "plugin":
         files += [here.parent.parent / "kernels" / f"{name}.py" for name in KERNEL_RECIPE]
     for file in files:
@@ -172,10 +173,10 @@ def _build_one(
         return Built(file, cached=True)
     listen(Event(name, "converting"))
     external = package_weights(spec, path, bundle.path) if spec.weights is not None else None
-    model = engine_graph(ir.load(path), profiles, options.dtype, external, keep_ops=kernel == "plugin")
+    model = engine_graph(ir.load(path), profiles, options.dtype, external, kernel == "plugin", spec.wide)
     operators = scan_operators(model, name, (DOMAIN,) if kernel == "plugin" else ())
     attentions = count_attentions(model)
-    with _workplace(folder) as place:
+    with workplace(folder) as place:
         needed = estimate(_save(model, place, name))
         if not options.force:
             check_room(name, needed, place)
@@ -187,6 +188,7 @@ def _build_one(
             "profiles": [{key: asdict(span) for key, span in profile.items()} for profile in profiles],
             "operators": operators,
             "onnx": "graph.onnx",
+            "dtypes": {kind.tensorrt: kind.name for kind in DTYPES.values() if kind.tensorrt},
         }
         if kernel == "plugin":  # full TensorRT: its one target is the GPU that is here
             job["plugin"] = {"path": str(Path(motionrt.__file__).resolve().parent.parent), "target": int(targets[0][3:])}
@@ -230,7 +232,7 @@ def _publish(file: EngineFile, built: Path, spec: GraphSpec) -> None:
 
 
 @contextmanager
-def _workplace(folder: Path) -> Iterator[Path]:
+def workplace(folder: Path) -> Iterator[Path]:
     """A folder to build in, on the disk that the engine will be on; removed at the end. A full disk is an `EngineError`."""
     try:
         with tempfile.TemporaryDirectory(prefix=".build-", dir=folder) as name:

@@ -20,14 +20,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 LIBRARIES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
-DTYPES = {
-    "FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32", "INT8": "int8",
-    "UINT8": "uint8", "BOOL": "bool",
-}  # fmt: skip
 FUSED_HEADS = range(16, 257)  # head sizes that fused kernels take, fp16 and bf16 alike (RTX 1.7; tried: sm_75, 80, 89, 120)
 SAYS = {  # what the builder's own log says of the engine: its text, without a GPU that could inspect it
     "layers": r"After reformat layers: (\d+) layers",
@@ -99,16 +95,17 @@ def progress_monitor(trt: Any) -> Any:
     return Monitor()
 
 
-def ports(count: int, get: Any) -> list[dict[str, Any]]:
-    """Names, dtypes and sizes of a network's inputs or outputs."""
+def ports(count: int, get: Any, dtypes: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Names, dtypes (by `dtypes`, from TensorRT's names) and sizes of a network's inputs or outputs."""
     found = (get(index) for index in range(count))
-    return [{"name": t.name, "dtype": DTYPES.get(t.dtype.name, t.dtype.name), "dims": list(t.shape)} for t in found]
+    return [{"name": t.name, "dtype": dtypes.get(t.dtype.name, t.dtype.name), "dims": list(t.shape)} for t in found]
 
 
-def settle_attentions(trt: Any, network: Any, dtype: str) -> tuple[int, int]:
+def settle_attentions(trt: Any, network: Any) -> tuple[int, int]:
     """How many IAttention the network has, and how many of them may be taken apart, which is set here.
 
-    fp16 and bf16 heads of 16 to 256 stay whole: where no kernel takes one, the build fails instead of growing slow.
+    Those in fp32 may: there is no kernel for them. fp16 and bf16 heads of 16 to 256 stay whole: where no kernel takes one,
+    the build fails instead of growing slow.
     """
     found = apart = 0
     for index in range(network.num_layers):
@@ -117,7 +114,8 @@ def settle_attentions(trt: Any, network: Any, dtype: str) -> tuple[int, int]:
             layer.__class__ = trt.IAttentionOutputLayer
             attention = layer.attention
             found += 1
-            if dtype == "float32" or attention.get_input(0).shape[-1] not in FUSED_HEADS:
+            query = attention.get_input(0)
+            if query.dtype.name == "FLOAT" or query.shape[-1] not in FUSED_HEADS:
                 attention.decomposable = True
                 apart += 1
     return found, apart
@@ -183,12 +181,12 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
         raise BuildFailure("\n".join(dict.fromkeys(said)) or log.text())
     if network.num_outputs == 0:
         raise BuildFailure("the parser took the file and found no graph in it")
-    attentions, apart = settle_attentions(trt, network, job["dtype"])
+    attentions, apart = settle_attentions(trt, network)
     config = configure(trt, builder, network, job)
     result: dict[str, Any] = {
         "library": str(trt.__version__),
-        "inputs": ports(network.num_inputs, network.get_input),
-        "outputs": ports(network.num_outputs, network.get_output),
+        "inputs": ports(network.num_inputs, network.get_input, job["dtypes"]),
+        "outputs": ports(network.num_outputs, network.get_output, job["dtypes"]),
         "network_layers": network.num_layers,
         "attentions": attentions,
         "decomposed": apart,

@@ -36,7 +36,8 @@ class _Lifted(nn.Module):
         self.__dict__["inner"], self.names = module, tuple(names)  # not a part of this one: it would keep its weights
 
     def forward(self, weights: list[Tensor], *inputs: Tensor) -> Any:
-        return torch.func.functional_call(self.inner, dict(zip(self.names, weights, strict=True)), inputs)
+        inner: nn.Module = self.__dict__["inner"]
+        return torch.func.functional_call(inner, dict(zip(self.names, weights, strict=True)), inputs)
 
 
 def weight_names(module: nn.Module) -> list[str]:

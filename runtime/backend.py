@@ -10,22 +10,21 @@ not a message from inside an engine. Outputs belong to the caller: a backend nev
 
 from __future__ import annotations
 
-import importlib.util
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from motionrt.runtime.backends import GPU_BUILD, ONNXRUNTIME
 from motionrt.runtime.bundle import Bundle, GraphSpec
-from motionrt.runtime.dtypes import WEIGHTS
 from motionrt.runtime.errors import BackendError, BundleError, InputError
+from motionrt.runtime.onnx_form import find_form
 from motionrt.runtime.onnx_weights import external_initializers, package_weights
 
 __all__ = [
-    "BACKENDS", "Array", "Backend", "DeviceGraph", "Graph", "OnnxRuntimeBackend", "call", "check_finite", "check_inputs",
-    "check_ports", "describe", "external_initializers", "fetch", "first_line", "open_backend", "place",
+    "PROVIDERS", "Array", "Backend", "DeviceGraph", "Graph", "OnnxRuntimeBackend", "call", "check_finite", "check_inputs",
+    "check_ports", "describe", "external_initializers", "fetch", "first_line", "place",
 ]  # fmt: skip
 
 Array = NDArray[Any]
@@ -33,7 +32,9 @@ Graph = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 
 class Backend(Protocol):
-    """Anything that turns a graph of a bundle into a callable."""
+    """Anything that turns a graph of a bundle into a callable. `precision`: the dtype that it computes in, by name."""
+
+    precision: str
 
     def load(self, bundle: Bundle, name: str) -> Graph:
         """Load graph `name`; the result checks its inputs (`InputError`) and runs it (`BackendError` if that fails)."""
@@ -139,53 +140,7 @@ def check_ports(spec: GraphSpec, inputs: Mapping[str, tuple[str, tuple[int, ...]
                 )
 
 
-def check_precision(value: str | None) -> str | None:
-    """`value`, or `InputError` if it is neither None nor one of `dtypes.WEIGHTS`."""
-    if value is not None and value not in WEIGHTS:
-        raise InputError(f"precision is {value!r}; allowed: {', '.join(WEIGHTS)}.")
-    return value
-
-
-BACKENDS = ("onnxruntime", "torch", "tensorrt")
-
-
-def open_backend(
-    name: str = "onnxruntime",
-    *,
-    device: str | None = None,
-    threads: int | None = None,
-    allow_onnxruntime: bool = False,
-    allow_cpu: bool = False,
-    engines: str | None = None,
-) -> Backend:
-    """The backend called `name`, one of `BACKENDS`.
-
-    device: onnxruntime: cpu (default), cuda, or tensorrt (its TensorRT provider); torch: cpu (default) or cuda; tensorrt:
-    cuda. `cuda:1` is the second GPU. allow_onnxruntime: graphs of which a bundle has no torch program or no fitting engine
-    run in ONNX Runtime instead of being refused. allow_cpu: parts of a graph for which ONNX Runtime's GPU provider has no
-    kernel run on the CPU. engines: the folder of engines to take. Raises `InputError` for what does not exist and
-    `BackendError` for a package or device that is not there.
-    """
-    if name not in BACKENDS:
-        hint = " The choice 'auto' needs a bundle: MotionPipeline.from_bundle(..., backend='auto')." if name == "auto" else ""
-        raise InputError(f"backend is '{name}'; it must be one of {', '.join(BACKENDS)}.{hint}")
-    if engines is not None and name != "tensorrt":
-        raise InputError(f"engines is '{engines}', which the backend {name} does not use. Use the backend tensorrt.")
-    if name == "onnxruntime":
-        return OnnxRuntimeBackend(threads, device or "cpu", allow_cpu=allow_cpu)
-    fallback = OnnxRuntimeBackend(threads) if allow_onnxruntime else None
-    if name == "tensorrt":
-        from motionrt.runtime.tensorrt import TensorRTBackend
-
-        return TensorRTBackend(device or "cuda", engines=engines, fallback=fallback)
-    if importlib.util.find_spec("torch") is None:
-        raise BackendError("backend 'torch' needs PyTorch: `pip install motionrt[torch]`.")
-    from motionrt.runtime.torch_backend import TorchBackend  # imports torch: only when it is asked for
-
-    return TorchBackend(device or "cpu", threads=threads, fallback=fallback)
-
-
-_PROVIDERS = {
+PROVIDERS = {  # by device: the wanted one, and what may run what that leaves
     "cpu": ("CPUExecutionProvider",),
     "cuda": ("CUDAExecutionProvider",),
     "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider"),
@@ -198,22 +153,30 @@ class OnnxRuntimeBackend:
 
     device: "cpu", "cuda" (its CUDA provider) or "tensorrt" (its TensorRT provider, and CUDA for what that leaves). ONNX
     Runtime goes to the CPU without a word where a provider cannot be loaded: that is refused. So is a graph of which some
-    nodes have no kernel on the GPU, unless `allow_cpu`. Raises `InputError` for bad arguments, `BackendError` where this ONNX
-    Runtime has no such provider.
+    nodes have no kernel on the GPU, unless `allow_cpu`. precision: "float32" runs the bundle's own graphs, "float16" and
+    "bfloat16" their forms that `motionrt build --flavor onnxruntime` wrote (onnx_form.py); None is float32 on the CPU, and on
+    a GPU the form of each graph that there is. Raises `InputError` for bad arguments, `BackendError` where this ONNX Runtime
+    has no such provider.
     """
 
     parallel_load = True  # `load` may be called from several threads at once
 
-    def __init__(self, threads: int | None = None, device: str = "cpu", *, allow_cpu: bool = False) -> None:
+    def __init__(
+        self, threads: int | None = None, device: str = "cpu", *, allow_cpu: bool = False, precision: str | None = None
+    ) -> None:
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads is {threads!r}; it must be 1 or more, or None for every core.")
-        found = re.fullmatch(r"(cpu)|(cuda|tensorrt)(?::(\d+))?", device)
-        if found is None:
-            raise InputError(f"device is {device!r}; the backend onnxruntime runs on cpu, cuda or tensorrt (or cuda:1).")
+        base, self._index = ONNXRUNTIME.parse(device)
         self.threads, self.device, self.allow_cpu = threads, device, allow_cpu
-        self._wanted = _PROVIDERS[found[1] or found[2]]
-        self._index = int(found[3] or 0)
-        self.label = f"onnxruntime {self._wanted[0]}" + (f" {device}" if found[3] else "")
+        self._wanted = PROVIDERS[base]
+        if precision == "bfloat16" and base == "cpu":
+            raise InputError(
+                "precision is 'bfloat16', for which ONNX Runtime has no kernels on the CPU. Use float32: the weights of a "
+                "bundle in bfloat16 are widened exactly."
+            )
+        self._asked = "float32" if precision is None and base == "cpu" else precision
+        self.precision = precision or "float32"  # where it was left open: of the graph that was loaded last
+        self.label = f"{ONNXRUNTIME.name} {self._wanted[0]}" + (f" {device}" if device != base else "")
         if device != "cpu":
             self._providers(_onnxruntime())
 
@@ -224,12 +187,9 @@ class OnnxRuntimeBackend:
         be loaded; `BundleError` if the graph's inputs and outputs are not those that bundle.json declares.
         """
         onnxruntime = _onnxruntime()
-        spec, path = bundle.graph(name), bundle.graph_path(name)
-        if any(port.dtype == "bfloat16" for port in (*spec.inputs, *spec.outputs)):
-            raise BackendError(
-                f"graph '{name}' computes in bfloat16, which ONNX Runtime's CPU provider does not have. "
-                "Export the bundle with --dtype float32 or float16."
-            )
+        spec = bundle.graph(name)
+        form = find_form(bundle.path, spec, self._asked) if self._asked != "float32" else None
+        path = bundle.graph_path(name) if form is None else form.path
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only: they come back as exceptions
         options.inter_op_num_threads = 1
@@ -239,7 +199,7 @@ class OnnxRuntimeBackend:
         if self.device != "cpu" and not self.allow_cpu:
             options.add_session_config_entry(_NO_FALLBACK, "1")
         keep: dict[str, Array] = {}  # ONNX Runtime reads these arrays in place while it builds the session
-        if spec.weights is not None:
+        if spec.weights is not None and form is None:  # a form has all of its weights
             keep = package_weights(spec, path, bundle.path)
             values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in keep.values()]
             options.add_external_initializers(list(keep), values)
@@ -251,11 +211,13 @@ class OnnxRuntimeBackend:
                     f"graph '{name}' has nodes for which ONNX Runtime's {self._wanted[0]} has no kernel, and the CPU was not "
                     "allowed for them. Allow it (--allow-cpu), or use another backend."
                 ) from None
+            fix = "Upgrade onnxruntime, or export the bundle again" if form is None else "Use --precision float32"
             raise BackendError(
-                f"ONNX Runtime {onnxruntime.__version__} cannot load graph '{name}' ({first_line(error)}). "
-                "Upgrade onnxruntime, or export the bundle again."
+                f"ONNX Runtime {onnxruntime.__version__} cannot load graph '{name}' ({first_line(error)}). {fix}."
             ) from None
         del keep
+        if form is not None:
+            self.precision = form.dtype
         if session.get_providers()[0] != self._wanted[0]:  # it is listed, but its own libraries could not be loaded
             raise BackendError(
                 f"ONNX Runtime {onnxruntime.__version__} could not start {self._wanted[0]} for graph '{name}' and would have "
@@ -292,7 +254,7 @@ class OnnxRuntimeBackend:
         if self._wanted[0] not in available:
             raise BackendError(
                 f"device is '{self.device}'; onnxruntime {onnxruntime.__version__} has {', '.join(available)}, not "
-                f"{self._wanted[0]}. Use --device cpu, or `pip install motionrt[gpu]` in place of motionrt[cpu]."
+                f"{self._wanted[0]}. Use --device cpu, or {GPU_BUILD}."
             )
         if self.device == "cpu":
             return list(self._wanted)
@@ -306,9 +268,7 @@ def _onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError:
-        raise BackendError(
-            "the ONNX Runtime backend needs onnxruntime: `pip install motionrt[cpu]` (or motionrt[gpu])."
-        ) from None
+        raise ONNXRUNTIME.missing() from None
     return onnxruntime
 
 

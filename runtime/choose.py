@@ -1,17 +1,18 @@
-"""`backend="auto"`: the fastest backend that really runs the bundle's step here, and a sentence that says why it was taken.
+"""`backend="auto"`: the fastest backend that really runs the bundle here, and a sentence that says why it was taken.
 
-TensorRT where an engine fits, is whole and has run once; else torch, then ONNX Runtime, on the GPU; else ONNX Runtime on the
-CPU, which is the same as without "auto". A candidate counts only after it has loaded (and so run) the step.
+On a GPU the backends are tried from the end of their list: TensorRT, torch, ONNX Runtime; else it is ONNX Runtime on the CPU,
+which is the same as without "auto". A candidate counts only after it has loaded (and so run) the graphs that are asked for.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from motionrt.runtime.backend import Backend, Graph, OnnxRuntimeBackend
+from motionrt.runtime.backend import Backend, Graph
+from motionrt.runtime.backends import BACKENDS, ONNXRUNTIME, BackendKind, RunOptions, open_backend
 from motionrt.runtime.bundle import Bundle
 from motionrt.runtime.errors import BackendError, InputError
 from motionrt.runtime.machine import Gpu, find_gpus
@@ -29,10 +30,13 @@ class Choice:
     graphs: Mapping[str, Graph] = field(default_factory=dict)
 
 
-def choose(bundle: Bundle, *, device: str | None = None, threads: int | None = None) -> Choice:
+def choose(
+    bundle: Bundle, *, device: str | None = None, threads: int | None = None, graphs: Sequence[str] = (STEP,)
+) -> Choice:
     """The backend for `bundle` on this machine. device: None, "cpu" (which ends the search), "cuda" or "cuda:1".
 
-    With "cuda" the CPU is no answer: `BackendError` says what was tried.
+    graphs: those that a backend must run to be chosen; others may go to ONNX Runtime where it has not got them. With "cuda" the
+    CPU is no answer: `BackendError` says what was tried.
     """
     if device is not None and device != "cpu" and not device.startswith("cuda"):
         raise InputError(f"device is {device!r}; with the backend auto it must be cpu, cuda, or not given.")
@@ -44,56 +48,38 @@ def choose(bundle: Bundle, *, device: str | None = None, threads: int | None = N
         if isinstance(gpus, str):
             refused.append(gpus)
         else:
-            for name, attempt in _CANDIDATES.items():
+            # allow_cpu: sizes of a graph are computed on the CPU by design, which ONNX Runtime's strict check cannot tell from
+            # a missing kernel; that its provider itself is there is always checked
+            for kind in reversed(BACKENDS.values()):
+                name, options = kind.on("cuda"), RunOptions(kind.name, device or "cuda", threads, allow_cpu=True)
                 try:
-                    backend, step = attempt(bundle, gpus, device or "cuda", threads)
-                    return _done(backend, f"{name}: {getattr(backend, 'label', name)}", refused, step)
+                    backend, loaded = _try(kind, bundle, gpus, options, graphs)
+                    return _done(backend, f"{name}: {getattr(backend, 'label', name)}", refused, loaded)
                 except (BackendError, InputError) as error:
                     refused.append(f"{name}: {str(error).rstrip('.')}")
         if device is not None:
             raise BackendError(f"nothing runs this bundle on {device}: {'; '.join(refused)}. Use --device cpu, or none.")
-    cpu = OnnxRuntimeBackend(threads)
-    return _done(cpu, cpu.label, refused, None)
+    cpu = open_backend(RunOptions(threads=threads))
+    return _done(cpu, getattr(cpu, "label", ONNXRUNTIME.name), refused, {})
 
 
-def _done(backend: Backend, what: str, refused: list[str], step: Graph | None) -> Choice:
+def _done(backend: Backend, what: str, refused: list[str], loaded: Mapping[str, Graph]) -> Choice:
     why = f"chose {what}" + (f", because not {'; not '.join(refused)}" if refused else "")
     log.info("%s", why)
-    return Choice(backend, why, {} if step is None else {STEP: step})
+    return Choice(backend, why, loaded)
 
 
-def _tensorrt(bundle: Bundle, gpus: list[Gpu], device: str, threads: int | None) -> tuple[Backend, Graph]:
-    from motionrt.runtime.tensorrt import TensorRTBackend
-
-    engines = bundle.path / "engines"
-    if not any(engines.glob(f"*/{STEP}.json")):
-        raise BackendError(f"the bundle has no engine of its step (`motionrt build {bundle.path} --target {gpus[0].target}`)")
-    backend = TensorRTBackend(device)
-    step = backend.load(bundle, STEP)
-    backend.fallback = OnnxRuntimeBackend(threads)  # only now: with one, `load` would not have refused the step
-    return backend, step
-
-
-def _torch(bundle: Bundle, gpus: list[Gpu], device: str, threads: int | None) -> tuple[Backend, Graph]:
-    if STEP not in bundle.programs:
-        raise BackendError("the bundle has no torch program of its step")
-    if importlib.util.find_spec("torch") is None:
-        raise BackendError("PyTorch is not installed (`pip install motionrt[torch]`)")
-    from motionrt.runtime.torch_backend import TorchBackend
-
-    backend = TorchBackend(device, threads=threads, fallback=OnnxRuntimeBackend(threads))
-    return backend, backend.load(bundle, STEP)
-
-
-def _onnxruntime(bundle: Bundle, gpus: list[Gpu], device: str, threads: int | None) -> tuple[Backend, Graph]:
-    # Sizes of a graph are computed on the CPU by design, which the strict check cannot tell from a missing kernel; that the
-    # provider itself is there is always checked.
-    backend = OnnxRuntimeBackend(threads, device, allow_cpu=True)
-    return backend, backend.load(bundle, STEP)
-
-
-_CANDIDATES: dict[str, Callable[[Bundle, list[Gpu], str, int | None], tuple[Backend, Graph]]] = {
-    "tensorrt": _tensorrt,
-    "torch": _torch,
-    "onnxruntime on the GPU": _onnxruntime,
-}
+def _try(
+    kind: BackendKind, bundle: Bundle, gpus: list[Gpu], options: RunOptions, graphs: Sequence[str]
+) -> tuple[Backend, dict[str, Graph]]:
+    """A backend of `kind` that has loaded `graphs`; `BackendError` says why there is none."""
+    for name in graphs:
+        if lacking := kind.lacks(bundle, name, gpus[0].target):
+            raise BackendError(f"{name}: {lacking}")
+    if why := kind.why_not("cuda", gpus):
+        raise BackendError(why)
+    backend: Any = open_backend(options)
+    loaded = {name: backend.load(bundle, name) for name in graphs}
+    if hasattr(backend, "fallback"):  # only now: with one, `load` would not have refused a graph
+        backend.fallback = open_backend(RunOptions(threads=options.threads))
+    return backend, loaded

@@ -1,40 +1,33 @@
-"""The `motionrt` command. Every bad input is one line on standard error and exit status 2."""
+"""The run side's commands of `motionrt`; src/motionrt/cli.py puts those of the build side beside them."""
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from motionrt.runtime.backends import RunOptions
 from motionrt.runtime.cli_bench import bench
-from motionrt.runtime.cli_build import build
 from motionrt.runtime.cli_common import (
-    AllowCpu,
-    AllowOnnxRuntime,
-    BackendName,
     BundleArgument,
     BundlePath,
     Conditions,
-    Device,
     Distinct,
     Diversity,
-    Engines,
     LowMemory,
     MinimumScore,
     Solver,
     Steps,
-    Threads,
     open_pipeline,
     parse_where,
+    with_run_options,
 )  # fmt: skip
 from motionrt.runtime.cli_doctor import doctor
-from motionrt.runtime.cli_export import export
 from motionrt.runtime.cli_memory import memory_app
 from motionrt.runtime.cli_verify import verify
-from motionrt.runtime.errors import MediaError, MotionRTError
+from motionrt.runtime.errors import MediaError
 
 if TYPE_CHECKING:
     from motionrt.runtime.pipeline import MotionPipeline
@@ -42,16 +35,12 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="motionrt",
     help="Make a still image move the way retrieved clips move.",
-    epilog="Try it: motionrt demo --out out",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 app.add_typer(memory_app, name="memory")
-app.command()(build)
-app.command()(doctor)
-app.command()(verify)
 
 
 def _print_version(wanted: bool) -> None:
@@ -72,22 +61,7 @@ def _options(
 
 
 @app.command()
-def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the videos and sheet.png.")] = Path("out"),
-    threads: Threads = None,
-) -> None:
-    """Animate the demo's stills with the demo's bundle and memory, with motion on and off.
-
-    \b
-    Example:
-      motionrt demo --out out
-    """
-    from motionrt.runtime.demo import run_demo
-
-    run_demo(out, threads)
-
-
-@app.command()
+@with_run_options
 def generate(
     bundle: BundlePath,
     image: Annotated[Path, typer.Option("--image", "-i", help="The still: any size, mode and orientation.")],
@@ -108,13 +82,9 @@ def generate(
     distinct: Distinct = None,
     diversity: Diversity = None,
     solver: Solver = None,
-    threads: Threads = None,
-    backend: BackendName = "onnxruntime",
-    device: Device = None,
-    allow_onnxruntime: AllowOnnxRuntime = False,
-    allow_cpu: AllowCpu = False,
-    engines: Engines = None,
     low_memory: LowMemory = False,
+    *,
+    run_options: RunOptions,
 ) -> None:
     """Make a video from a still image and a prompt.
 
@@ -131,17 +101,7 @@ def generate(
     if out.suffix.lower() not in WRITABLE:  # said before the work, not after it
         raise MediaError(f"cannot write {out}: extension {out.suffix!r} is not one of {', '.join(WRITABLE)}.")
     console = report.console()
-    opened = open_pipeline(
-        bundle,
-        memory or [],
-        threads=threads,
-        backend=backend,
-        device=device,
-        allow_onnxruntime=allow_onnxruntime,
-        allow_cpu=allow_cpu,
-        engines=engines,
-        low_memory=low_memory,
-    )
+    opened = open_pipeline(bundle, memory or [], run_options, low_memory=low_memory)
     with opened as pipeline, report.progress() as bars:
         load = _warm(pipeline)
         task = bars.add_task("denoising", total=pipeline.bundle.solver(solver, steps).steps)
@@ -191,7 +151,8 @@ def inspect(bundle: BundleArgument) -> None:
 
 
 app.command()(bench)
-app.command(name="export")(export)
+app.command()(doctor)
+app.command()(verify)
 
 
 def _warm(pipeline: MotionPipeline) -> float:
@@ -199,21 +160,3 @@ def _warm(pipeline: MotionPipeline) -> float:
     start = time.perf_counter()
     pipeline.warm()
     return time.perf_counter() - start
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Entry point. Exit status: 0 done, 1 interrupted, 2 bad input or a failure with a plain reason."""
-    try:
-        app(arguments, prog_name="motionrt")
-    except MotionRTError as error:
-        message = str(error)
-    except OSError as error:  # a full disk, a missing permission: whatever had no better words nearer to it
-        message = f"{error.filename or 'input or output'}: {error.strerror or error}."
-    except MemoryError:
-        message = "out of memory. Use fewer references or a smaller bundle, or free some."
-    typer.echo(f"motionrt: {' '.join(message.split())}", err=True)
-    sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -8,21 +8,12 @@ from typing import Annotated
 
 import typer
 
-from motionrt.runtime.cli_common import (
-    AllowCpu,
-    AllowOnnxRuntime,
-    BackendName,
-    BundleArgument,
-    Device,
-    Engines,
-    Solver,
-    Steps,
-    Threads,
-    open_pipeline,
-)  # fmt: skip
+from motionrt.runtime.backends import RunOptions
+from motionrt.runtime.cli_common import BundleArgument, Solver, Steps, open_pipeline, with_run_options
 from motionrt.runtime.errors import MotionRTError
 
 
+@with_run_options
 def bench(
     bundle: BundleArgument,
     memory: Annotated[
@@ -35,12 +26,8 @@ def bench(
     image: Annotated[Path | None, typer.Option("--image", "-i", help="A still to read; else one is made.")] = None,
     steps: Steps = None,
     solver: Solver = None,
-    threads: Threads = None,
-    backend: BackendName = "onnxruntime",
-    device: Device = None,
-    allow_onnxruntime: AllowOnnxRuntime = False,
-    allow_cpu: AllowCpu = False,
-    engines: Engines = None,
+    *,
+    run_options: RunOptions,
 ) -> None:
     """Time every stage of a request, and the rewritten step against the plain one.
 
@@ -55,22 +42,12 @@ def bench(
     from motionrt.runtime.video import replacing
 
     plan = measure.Plan(prompt or measure.PROMPT, image, steps, solver)
-    opened = open_pipeline(
-        bundle,
-        memory or [],
-        threads=threads,
-        backend=backend,
-        device=device,
-        allow_onnxruntime=allow_onnxruntime,
-        allow_cpu=allow_cpu,
-        engines=engines,
-    )
-    with opened as pipeline, report.progress() as bars:
+    with open_pipeline(bundle, memory or [], run_options) as pipeline, report.progress() as bars:
         task = bars.add_task("requests", total=repeat + measure.WARMUPS)
         rows = measure.bench_stages(pipeline, repeat, plan, lambda: bars.advance(task))
         task = bars.add_task("steps", total=repeat)
-        comparison, notes = measure.compare_steps(pipeline, repeat, threads, plan, lambda: bars.advance(task))
-        environment = measure.environment(pipeline, threads)
+        comparison, notes = measure.compare_steps(pipeline, repeat, plan, lambda: bars.advance(task))
+        environment = measure.environment(pipeline, run_options.threads)
         solved = pipeline.bundle.solver(solver, steps)
         counted = report.counted(pipeline.bundle.manifest.get("partition") or {})
     console = report.console()

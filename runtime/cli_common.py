@@ -1,17 +1,24 @@
-"""What the commands share: options that come again, filters, and a pipeline with the memories that were named."""
+"""What the commands share: options that come again, filters, a pipeline with the memories that were named, plain errors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 import typer
 
-from motionrt.runtime.errors import InputError
+from motionrt.runtime.backends import TENSORRT, RunOptions, open_backend
+from motionrt.runtime.errors import InputError, MotionRTError
 
 if TYPE_CHECKING:
+    from motionrt.runtime.backend import Backend
+    from motionrt.runtime.choose import Choice
     from motionrt.runtime.memory import MotionMemory
     from motionrt.runtime.memory_set import MemorySet
     from motionrt.runtime.pipeline import MotionPipeline
@@ -21,22 +28,6 @@ BundleArgument = Annotated[Path, typer.Argument(help="Bundle directory.")]
 MemoryPath = Annotated[Path, typer.Argument(help="Motion memory directory.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
 Solver = Annotated[str | None, typer.Option(help="Solver, such as ddim or dpm.")]
-Threads = Annotated[int | None, typer.Option(help="Threads of the backend; all cores if not given.")]
-BackendName = Annotated[
-    str,
-    typer.Option(
-        "--backend",
-        help="onnxruntime, torch (needs programs in the bundle), tensorrt (needs engines), or auto: the fastest here.",
-    ),
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; onnxruntime also tensorrt, its TensorRT provider.")]
-AllowOnnxRuntime = Annotated[
-    bool, typer.Option("--allow-onnxruntime", help="Run graphs that have no torch program, or no engine, in ONNX Runtime.")
-]
-AllowCpu = Annotated[
-    bool, typer.Option("--allow-cpu", help="ONNX Runtime on a GPU: run on the CPU what the GPU has no kernel for.")
-]
-Engines = Annotated[str | None, typer.Option(help="Which engines, such as rtx-sm_89-float16; else the first that fits.")]
 LowMemory = Annotated[
     bool, typer.Option("--low-memory", help="Hold one graph at a time: for models larger than the device; loads them anew.")
 ]
@@ -68,31 +59,43 @@ def open_memory(memory: Path, readonly: bool = False) -> MotionMemory:
     return MotionMemory.open(memory, readonly=readonly)
 
 
+def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with the options of `RunOptions` in place of its parameter `run_options`, which holds what was given."""
+    types = get_type_hints(RunOptions)
+    options = []
+    for field in fields(RunOptions):
+        option = typer.Option(f"--{field.name.replace('_', '-')}", help=field.metadata["help"])
+        kind, annotation = inspect.Parameter.KEYWORD_ONLY, Annotated[types[field.name], option]
+        options.append(inspect.Parameter(field.name, kind, default=field.default, annotation=annotation))
+
+    @functools.wraps(command)
+    def filled(*arguments: Any, **given: Any) -> None:
+        chosen = {option.name: given.pop(option.name) for option in options if option.name in given}
+        command(*arguments, **given, run_options=RunOptions(**chosen))
+
+    own = inspect.signature(command, eval_str=True)
+    kept = [parameter for parameter in own.parameters.values() if parameter.name != "run_options"]
+    filled.__signature__ = own.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]  # what typer reads
+    return filled
+
+
 @contextmanager
 def open_pipeline(
     bundle: Path,
     memories: Sequence[str],
+    options: RunOptions,
     *,
-    threads: int | None,
-    backend: str = "onnxruntime",
-    device: str | None = None,
-    allow_onnxruntime: bool = False,
-    allow_cpu: bool = False,
-    engines: str | None = None,
+    graphs: Sequence[str] = ("step",),
     low_memory: bool = False,
 ) -> Iterator[MotionPipeline]:
-    """A pipeline with no memory, with one, or with several that are searched together: `directory` or `directory=weight`."""
-    from motionrt.runtime.backend import Backend, open_backend
+    """A pipeline with no memory, with one, or with several that are searched together: `directory` or `directory=weight`.
+
+    graphs: what it is opened for; where the backend is left to auto, it is one that runs these.
+    """
+    from motionrt.runtime.bundle import Bundle
+    from motionrt.runtime.choose import choose
     from motionrt.runtime.pipeline import MotionPipeline
 
-    choice: dict[str, Any] = {"backend": "auto", "threads": threads, "device": device}
-    if backend != "auto":
-        runs: Backend = open_backend(
-            backend, device=device, threads=threads, allow_onnxruntime=allow_onnxruntime, allow_cpu=allow_cpu, engines=engines
-        )
-        choice = {"backend": runs}
-    elif engines is not None:
-        raise InputError(f"--engines is {engines!r}, and the choice was left to auto; add --backend tensorrt.")
     with ExitStack() as stack:
         memory: MotionMemory | MemorySet | None = None
         weights = dict(_weighted(text) for text in memories)
@@ -105,7 +108,15 @@ def open_pipeline(
             from motionrt.runtime.memory_set import MemorySet
 
             memory = MemorySet(opened, weights=weights)
-        yield stack.enter_context(MotionPipeline.from_bundle(bundle, memory, low_memory=low_memory, **choice))
+        backend: Backend | Choice
+        if options.backend != "auto":
+            backend = open_backend(options)
+        elif options.engines is not None:
+            named = f"--engines is {options.engines!r}, and the choice was left to auto"
+            raise InputError(f"{named}; add --backend {TENSORRT.name}.")
+        else:
+            backend = choose(Bundle.open(bundle), device=options.device, threads=options.threads, graphs=graphs)
+        yield stack.enter_context(MotionPipeline.from_bundle(bundle, memory, backend=backend, low_memory=low_memory))
 
 
 def _weighted(text: str) -> tuple[str, float]:
@@ -116,3 +127,21 @@ def _weighted(text: str) -> tuple[str, float]:
         except ValueError:
             raise InputError(f"--memory is {text!r}; allowed is a directory, or directory=weight with a number.") from None
     return text, 1.0
+
+
+def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the commands of `app` under `name`, and end the process. Every bad input is one line on standard error.
+
+    Exit status: 0 done, 1 interrupted, 2 bad input or a failure with a plain reason.
+    """
+    try:
+        app(arguments, prog_name=name)
+        sys.exit(0)
+    except MotionRTError as error:
+        message = str(error)
+    except OSError as error:  # a full disk, a missing permission: whatever had no better words nearer to it
+        message = f"{error.filename or 'input or output'}: {error.strerror or error}."
+    except MemoryError:
+        message = "out of memory. Use fewer references or a smaller bundle, or free some."
+    typer.echo(f"{name}: {' '.join(message.split())}", err=True)
+    sys.exit(2)

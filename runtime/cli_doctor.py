@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from motionrt.runtime.backends import TENSORRT
+
 if TYPE_CHECKING:
     from rich.table import Table
 
 MIB = 2**20
-PLANNED = ("as stored", "float16")  # the plans that are printed; --json has those of all dtypes
+PLANNED = ("float32", "float16")  # the plans that are printed; --json has those of all dtypes
 
 
 def doctor(
@@ -95,7 +97,7 @@ def _found(found: Mapping[str, Any]) -> Iterator[Table]:
         rows = []
         for name, facts in bundle["graphs"].items():
             guess, fits = facts["predicted_build"], [e["folder"] for e in facts["engines"] if e["why"] is None]
-            said = ", ".join(fits) or facts["tensorrt"]
+            said = ", ".join(fits) or facts[TENSORRT.name]
             rows.append((name, said, f"{guess['seconds']:.0f} s", f"{guess['memory_bytes'] / MIB:,.0f} MiB"))
         columns = ("graph", "engines that run here, or why none does", f"build, {guess['dtype']}", "memory")
         yield table("engines: times and memory of a build are predictions", columns, rows, left=2)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from motionrt.runtime.backends import RunOptions
 from motionrt.runtime.cli_common import (
     BundlePath,
     Conditions,
@@ -17,10 +18,10 @@ from motionrt.runtime.cli_common import (
     Diversity,
     MemoryPath,
     MinimumScore,
-    Threads,
     open_memory,
     open_pipeline,
     parse_where,
+    with_run_options,
 )  # fmt: skip
 from motionrt.runtime.errors import InputError, MemoryStoreError
 
@@ -59,6 +60,7 @@ def memory_create(
 
 
 @memory_app.command("add")
+@with_run_options
 def memory_add(
     memory: MemoryPath,
     clips: Annotated[list[Path], typer.Argument(help="Video files, folders, .csv, .jsonl, .parquet or LanceDB tables.")],
@@ -73,7 +75,8 @@ def memory_add(
     ] = None,
     failed: Annotated[Path | None, typer.Option(help="CSV file for what could not be added, and why.")] = None,
     reembed: Annotated[bool, typer.Option("--reembed", help="Leave vectors that a table brings; embed captions anew.")] = False,
-    threads: Threads = None,
+    *,
+    run_options: RunOptions,
 ) -> None:
     """Add clips to a motion memory. Their tokens are computed once, here. Called again, it goes on where it stopped.
 
@@ -87,7 +90,7 @@ def memory_add(
       motionrt memory add my-memory openvid.parquet --bundle demo/bundle --videos videos/ --span centre
     """
     from motionrt.runtime import report
-    from motionrt.runtime.indexing import ClipEncoders, index_clips
+    from motionrt.runtime.indexing import ENCODERS, ClipEncoders, index_clips
     from motionrt.runtime.sources import open_sources, write_failed
 
     source = open_sources(clips, caption=caption, captions=captions, start=start, videos=videos, dataset=dataset)
@@ -95,15 +98,18 @@ def memory_add(
         if failed.resolve() in [path.resolve() for path in clips]:
             raise InputError(f"{failed} is read from; write what failed to another file.")
         write_failed(failed, [])  # what cannot be written is said before the work
-    with open_pipeline(bundle, [], threads=threads) as pipeline, open_memory(memory) as opened, report.progress() as bars:
+    pipe = open_pipeline(bundle, [], run_options, graphs=ENCODERS)
+    with open_memory(memory) as opened, pipe as pipeline, report.progress() as bars:
         opened.check(pipeline.bundle.digests)
         task = bars.add_task("indexing", total=source.count)
-        encoders = ClipEncoders.from_bundle(pipeline.bundle, pipeline.backend)
+        encoders = ClipEncoders.of(pipeline.bundle, pipeline.graph)
         advance = lambda *_: bars.advance(task)  # noqa: E731
         outcome = index_clips(opened, encoders, source.items(), advance, span=span, reembed=reembed)
         count = len(opened)
     before = f"{outcome.skipped} there before, " if outcome.skipped else ""
     typer.echo(f"{memory}: {outcome.added} added, {before}{count} clips in all.")
+    if pipeline.choice:
+        typer.echo(pipeline.choice)
     if outcome.vectors:
         typer.echo(f"{outcome.vectors} vectors were kept as they came: they must be of this bundle's text encoder.")
     if outcome.failed:
@@ -117,6 +123,7 @@ def memory_add(
 
 
 @memory_app.command("search")
+@with_run_options
 def memory_search(
     memory: MemoryPath,
     bundle: BundlePath,
@@ -130,7 +137,8 @@ def memory_search(
     diversity: Diversity = None,
     start: Annotated[float | None, typer.Option(help="Where the span of --video begins, in seconds.")] = None,
     exclude: Annotated[str | None, typer.Option("--exclude-source", help="Leave out clips of this source.")] = None,
-    threads: Threads = None,
+    *,
+    run_options: RunOptions,
 ) -> None:
     """Show the clips that a prompt would retrieve, or the ones that look like a still or move like a video.
 
@@ -148,16 +156,17 @@ def memory_search(
         "where": parse_where(where), "exclude_source": exclude, "minimum_score": minimum_score,
         "distinct": distinct, "diversity": diversity,
     }  # fmt: skip
-    with open_pipeline(bundle, [str(memory)], threads=threads) as pipeline:
+    graph = "appearance" if image is not None else "motion" if video is not None else "text_query"
+    with open_pipeline(bundle, [str(memory)], run_options, graphs=[graph]) as pipeline:
         assert pipeline.memory is not None
         model = pipeline.bundle.model
         if image is not None:
             still = read_image(image, model.height, model.width)[None]
-            tokens = pipeline.graph("appearance")({"image": still})["appearance"][0]
+            tokens = pipeline.graph(graph)({"image": still})["appearance"][0]
             found = pipeline.memory.search_tokens("appearance", tokens, references, **choice)
         elif video is not None:
             clip = read_clip(video, model.frames, model.height, model.width, model.fps, start)[None]
-            tokens = pipeline.graph("motion")({"video": clip})["motion"][0]
+            tokens = pipeline.graph(graph)({"video": clip})["motion"][0]
             found = pipeline.memory.search_tokens("motion", tokens, references, **choice)
         else:
             found = pipeline.memory.search(pipeline.embed(prompt or ""), references, **choice)
@@ -165,6 +174,8 @@ def memory_search(
         report.console().print(report.found_table(found))
     else:
         typer.echo("no clip passes --min-score; lower it.")
+    if pipeline.choice:
+        typer.echo(pipeline.choice)
 
 
 @memory_app.command("remove")

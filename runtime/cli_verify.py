@@ -72,6 +72,8 @@ def checks(bundle: Path) -> Iterator[tuple[str, Callable[[], Path]]]:
         yield "programs", inside(program.file, program.sha256, f"program '{name}'")
     for sidecar in sorted(bundle.glob("engines/*/*.json")):
         yield "engines", partial(_engine, sidecar, manifest.graphs)
+    for sidecar in sorted(bundle.glob("engines/*/*.form")):
+        yield "forms for ONNX Runtime", partial(_form, sidecar, manifest.graphs)
 
 
 def _engine(sidecar: Path, graphs: Mapping[str, GraphSpec]) -> Path:
@@ -86,3 +88,14 @@ def _engine(sidecar: Path, graphs: Mapping[str, GraphSpec]) -> Path:
         )
     file.check(graphs[sidecar.stem], read=True)
     return file.engine_path
+
+
+def _form(sidecar: Path, graphs: Mapping[str, GraphSpec]) -> Path:
+    """The graph that `sidecar` describes; `EngineError` if it is not whole, or not of this bundle and version."""
+    from motionrt.runtime.onnx_form import OnnxForm
+
+    form = OnnxForm.read(sidecar)
+    if form.graph not in graphs:
+        raise EngineError(f"{sidecar} is of no graph of this bundle, which has {', '.join(graphs)}. Remove it.")
+    form.check(graphs[form.graph], read=True)
+    return form.path

@@ -21,10 +21,9 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from motionrt.runtime.backends import ONNXRUNTIME, TENSORRT
 from motionrt.runtime.errors import BackendError
 from motionrt.runtime.machine import driver_version, find_gpus
-
-PACKAGE = "`pip install motionrt[rtx]` (or motionrt[tensorrt])"
 
 
 def load_driver() -> ModuleType:
@@ -32,10 +31,11 @@ def load_driver() -> ModuleType:
     try:
         from cuda.bindings import driver
     except ImportError:
-        raise BackendError(f"TensorRT engines need cuda-python: {PACKAGE}.") from None
+        raise BackendError(f"TensorRT engines need cuda-python: {TENSORRT.install}.") from None
     if isinstance(gpus := find_gpus(), str):
         raise BackendError(
-            f"a TensorRT engine needs an NVIDIA GPU: {gpus}. Run it on a machine with a GPU, or use the backend onnxruntime."
+            f"a TensorRT engine needs an NVIDIA GPU: {gpus}. Run it on a machine with a GPU, or use the backend "
+            f"{ONNXRUNTIME.name}."
         )
     (status,) = driver.cuInit(0)
     if status != driver.CUresult.CUDA_SUCCESS:

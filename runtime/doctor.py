@@ -6,7 +6,6 @@ asked as well. Packages that are not there are findings, not errors.
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import importlib.util
 import platform
@@ -16,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import motionrt
+from motionrt.runtime.backends import BACKENDS, ONNXRUNTIME, TENSORRT, TORCH, onnxruntime_facts, tensorrt_facts
 from motionrt.runtime.bundle import Bundle
 from motionrt.runtime.engine_estimate import available_memory, estimate_from_bundle
 from motionrt.runtime.engine_file import FLAVORS, EngineFile, Machine
 from motionrt.runtime.errors import BundleError, EngineError
-from motionrt.runtime.machine import find_gpus
-from motionrt.runtime.memory_plan import WIDTH, graph_sizes, plan_memory
+from motionrt.runtime.machine import Gpu, find_gpus
+from motionrt.runtime.memory_plan import WIDTH, converted, graph_sizes, plan_memory, weights_of
 
-MODULES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "torch", "cuda-bindings", "tensorrt", "tensorrt-rtx", "usearch", "av")
 DTYPE = "float16"  # what a build is predicted for
 NEEDED = "step"  # a backend that cannot run the loop is none
@@ -40,10 +39,10 @@ def examine(path: Path | None = None) -> dict[str, Any]:
         "gpus": [] if isinstance(gpus, str) else [asdict(gpu) for gpu in gpus],
         "no_gpu": gpus if isinstance(gpus, str) else None,
         "packages": {name: _version(name) for name in PACKAGES},
-        "tensorrt": {flavor: _flavor(flavor) for flavor in FLAVORS},
-        "onnxruntime": _onnxruntime(),
+        "tensorrt": {flavor: tensorrt_facts(flavor) for flavor in FLAVORS},
+        "onnxruntime": onnxruntime_facts(),
+        "backends": _backends(gpus),
     }
-    found["backends"] = _backends(found)
     found["bundle"] = None if path is None else _bundle(path, found)
     found["verdict"] = _verdict(found)
     return found
@@ -56,52 +55,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _flavor(flavor: str) -> dict[str, Any]:
-    """The TensorRT of one flavor: its version and, for RTX, the GPUs that it builds for; or why it is not there."""
-    if importlib.util.find_spec(MODULES[flavor]) is None:
-        return {"version": None, "targets": None, "why": f"not installed: `pip install motionrt[{flavor}]`"}
-    try:
-        library = importlib.import_module(MODULES[flavor])
-        members = getattr(library, "ComputeCapability", None) if flavor == "rtx" else None
-        targets = None if members is None else [f"sm_{name[2:]}" for name in members.__members__ if name[2:].isdigit()]
-        return {"version": str(library.__version__), "targets": targets, "why": None}
-    except Exception as error:  # libraries that are missing or of another system: any kind of exception
-        return {"version": None, "targets": None, "why": f"installed, but does not load: {_line(error)}"}
-
-
-def _onnxruntime() -> dict[str, Any]:
-    try:
-        import onnxruntime
-    except Exception as error:
-        why = "not installed: `pip install motionrt[cpu]` (or motionrt[gpu])"
-        if importlib.util.find_spec("onnxruntime") is not None:
-            why = f"installed, but does not load: {_line(error)}"
-        return {"version": None, "providers": [], "why": why}
-    return {"version": onnxruntime.__version__, "providers": onnxruntime.get_available_providers(), "why": None}
-
-
-def _backends(found: Mapping[str, Any]) -> dict[str, str | None]:
-    """Backend and device -> why it cannot run anything here, or None. The best one first."""
-    gpu, ort = found["no_gpu"], found["onnxruntime"]
-    flavors = [facts["why"] for facts in found["tensorrt"].values()]
-    tensorrt = gpu or (None if None in flavors else "TensorRT is " + flavors[0])
-    if tensorrt is None and importlib.util.find_spec("cuda") is None:
-        tensorrt = "cuda-python is not installed: `pip install motionrt[rtx]`"
-    torch = None if importlib.util.find_spec("torch") is not None else "not installed: `pip install motionrt[torch]`"
-
-    def provider(name: str) -> str | None:
-        if ort["why"] is not None:
-            return str(ort["why"])
-        return None if name in ort["providers"] else f"this onnxruntime has no {name}: `pip install motionrt[gpu]` instead"
-
-    return {
-        "tensorrt": tensorrt,
-        "torch on cuda": torch or gpu,
-        "onnxruntime on tensorrt": provider("TensorrtExecutionProvider") or gpu,
-        "onnxruntime on cuda": provider("CUDAExecutionProvider") or gpu,
-        "torch on cpu": torch,
-        "onnxruntime on cpu": ort["why"],
-    }
+def _backends(gpus: list[Gpu] | str) -> dict[str, str | None]:
+    """Backend and device -> why it cannot run anything here, or None. The best one first, the CPU last."""
+    pairs = [(kind, device) for kind in reversed(BACKENDS.values()) for device in reversed(kind.devices)]
+    return {kind.on(device): kind.why_not(device, gpus) for kind, device in sorted(pairs, key=lambda pair: pair[1] == "cpu")}
 
 
 def _bundle(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,35 +82,33 @@ def _bundle(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _memory(bundle: Bundle) -> dict[str, Any]:
-    """The memory plan of a request by dtype, "as stored" first; {} for a bundle without a loop, or `why` it cannot be told."""
+    """The memory plan of a request by the dtype that is computed in; {} for a bundle without a loop, or `why` it cannot be told."""
     if NEEDED not in bundle.graphs:
         return {}
     try:
         sizes, steps = graph_sizes(bundle), bundle.solver().steps
     except BundleError as error:
         return {"why": str(error)}
-    plans = [plan_memory(sizes, steps=steps, dtype=dtype) for dtype in (None, *WIDTH)]
+    plans = [plan_memory(sizes, steps=steps, dtype=dtype) for dtype in WIDTH]
     return {plan.dtype: asdict(plan) | {"lines": [str(fit) for fit in plan.fits]} for plan in plans}
 
 
 def _graph(bundle: Bundle, name: str, found: Mapping[str, Any]) -> dict[str, Any]:
     """Why each kind of backend cannot run graph `name` (None: it can), its engines, and the prediction for a build."""
     spec = bundle.graph(name)
-    size = bundle.graph_path(name).stat().st_size
-    missing = None
+    size, missing = converted(weights_of(bundle, spec), "float32"), None
+    if spec.data is not None or spec.weights is not None:  # else they are in the graph's own file
+        size += bundle.graph_path(name).stat().st_size
     if spec.weights is not None:
         home = importlib.util.find_spec(spec.weights.package)
         if home is None or not home.submodule_search_locations:
             missing = f"its weights are in the package {spec.weights.package}, which is not installed"
-        else:
-            weights = Path(next(iter(home.submodule_search_locations))) / spec.weights.file
-            size += weights.stat().st_size if weights.is_file() else 0
     engines = [_engine(bundle, path, found) for path in sorted((bundle.path / "engines").glob(f"*/{name}.json"))]
     guess = estimate_from_bundle(size, DTYPE)
     return {
-        "onnxruntime": missing,
-        "torch": None if name in bundle.programs else "the bundle has no torch program of it",
-        "tensorrt": _best(engines, bundle, found),
+        ONNXRUNTIME.name: missing,
+        TORCH.name: TORCH.lacks(bundle, name, ""),
+        TENSORRT.name: _best(engines, bundle, name, found),
         "engines": engines,
         "predicted_build": {
             "dtype": DTYPE, "seconds": round(guess.seconds, 1), "memory_bytes": guess.memory, "disk_bytes": guess.disk,
@@ -182,7 +137,7 @@ def _engine(bundle: Bundle, path: Path, found: Mapping[str, Any]) -> dict[str, A
     return facts | {"why": why and f"whole and of this bundle, but {why}"}
 
 
-def _best(engines: list[dict[str, Any]], bundle: Bundle, found: Mapping[str, Any]) -> str | None:
+def _best(engines: list[dict[str, Any]], bundle: Bundle, name: str, found: Mapping[str, Any]) -> str | None:
     if any(engine["why"] is None for engine in engines):
         return None
     if engines:
@@ -191,7 +146,7 @@ def _best(engines: list[dict[str, Any]], bundle: Bundle, found: Mapping[str, Any
     targets = found["tensorrt"]["rtx"]["targets"]
     if targets is not None and target not in targets:
         return f"no engine, and TensorRT-RTX builds none for {target} (it does for {', '.join(targets)})"
-    return f"no engine: `motionrt build {bundle.path} --target {target}`"
+    return TENSORRT.lacks(bundle, name, target)
 
 
 def _verdict(found: Mapping[str, Any]) -> str:
@@ -199,17 +154,17 @@ def _verdict(found: Mapping[str, Any]) -> str:
     bundle = found["bundle"]
     if bundle is None:
         able = [name for name, why in found["backends"].items() if why is None]
-        best = found["backends"]["tensorrt"]
+        best = found["backends"][TENSORRT.name]
         text = f"usable here: {', '.join(able)}" if able else "no backend is usable here"
         return text + (f"; no TensorRT: {best}" if best else "")
     if bundle["why"]:
         return f"the bundle cannot be opened: {bundle['why']}"
     able = [name for name, facts in bundle["backends"].items() if facts["why"] is None]
     if not able:
-        return f"nothing runs {bundle['name']} here: {found['backends']['onnxruntime on cpu'] or 'see the graphs'}"
+        return f"nothing runs {bundle['name']} here: {found['backends'][ONNXRUNTIME.on('cpu')] or 'see the graphs'}"
     count, of = len(bundle["backends"][able[0]]["graphs"]), len(bundle["graphs"])
     text = f"{bundle['name']} runs here with {able[0]}" + (f" ({count} of {of} graphs)" if count < of else "")
-    best = bundle["backends"]["tensorrt"]["why"]
+    best = bundle["backends"][TENSORRT.name]["why"]
     return text + (f"; not with tensorrt: {best}" if best else "")
 
 
@@ -217,7 +172,3 @@ def runs(found: Mapping[str, Any]) -> bool:
     """Whether anything can run: the bundle if one was given, else any backend."""
     backends = found["backends"] if found["bundle"] is None else found["bundle"]["backends"]
     return any((facts if found["bundle"] is None else facts["why"]) is None for facts in backends.values())
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 
+def install(*extras: str) -> str:
+    """How to get what an extra of motionrt brings, for a sentence; of several extras, any one will do."""
+    first, *others = (f"motionrt[{extra}]" for extra in extras)
+    return f"`pip install {first}`" + (f" (or {', '.join(others)})" if others else "")
+
+
 class MotionRTError(Exception):
     """Base of every error that MotionRT raises for bad input; the CLI prints it and exits with 2."""
 

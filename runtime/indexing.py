@@ -17,6 +17,7 @@ from motionrt.runtime.resume import FileHashes
 from motionrt.runtime.sources import Item
 from motionrt.runtime.video import SPANS, DecodedClip, decode_clip, span_start
 
+ENCODERS = ("text_query", "motion", "appearance")  # the graphs that index a clip
 BATCH = 8  # clips through the encoders, and into the memory, at once
 SAME_ENCODER = 0.98  # cosine of two vectors of one caption, above which one encoder made both (float16 costs 1e-3)
 
@@ -36,9 +37,13 @@ class ClipEncoders:
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, backend: Backend) -> ClipEncoders:
-        """Load `text_query`, `motion` and `appearance` of `bundle`."""
-        text_query, motion, appearance = (backend.load(bundle, name) for name in ("text_query", "motion", "appearance"))
-        model = bundle.model
+        """Load `ENCODERS` of `bundle`."""
+        return cls.of(bundle, lambda name: backend.load(bundle, name))
+
+    @classmethod
+    def of(cls, bundle: Bundle, load: Callable[[str], Graph]) -> ClipEncoders:
+        """From `ENCODERS` of `bundle` as `load` gives them, by name."""
+        (text_query, motion, appearance), model = map(load, ENCODERS), bundle.model
         return cls(
             lambda text: bundle.tokenize("text_query", text), text_query, motion, appearance,
             model.frames, model.height, model.width, model.fps,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import sys
@@ -25,10 +24,9 @@ import numpy as np
 
 import motionrt
 from motionrt.runtime.backend import Array, Graph, place
-from motionrt.runtime.bundle import Bundle, sha256_of
-from motionrt.runtime.by_path import load_by_path
-from motionrt.runtime.demo import find_demo
-from motionrt.runtime.errors import BackendError, BundleError, InputError
+from motionrt.runtime.bundle import sha256_of
+from motionrt.runtime.dtypes import DTYPES
+from motionrt.runtime.errors import BackendError, BundleError
 from motionrt.runtime.machine import find_gpus, processor
 from motionrt.runtime.memory import Reference
 from motionrt.runtime.noise import noise
@@ -37,11 +35,9 @@ from motionrt.runtime.sampler import sample
 from motionrt.runtime.video import write_video
 
 WARMUPS = 2
-TOLERANCE = 1e-4  # fp32, end to end
-EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7}  # of a bundle in one of these, 16 of them are allowed
+TOLERANCE = 1e-4  # float32, end to end; of a lower precision, 16 of its epsilons
 PROMPT = "a red star moves right"
 WHOLE = ("first_frame", "unaccounted", "write", "all")  # call to frames; what of it is in no stage; the mp4; call to mp4
-NEEDS_EXPORT = "torch eager: not run: needs motionrt[export]"
 
 
 @dataclass
@@ -69,7 +65,7 @@ class Plan:
 
 @dataclass
 class Comparison:
-    """Seconds of each way to compute a step (`step`, `step_plain`, `eager`), by round, and how far they differ."""
+    """Seconds of each way to compute a step (`step`, `step_plain`), by round, and how far they differ."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     differences: dict[str, float] = field(default_factory=dict)
@@ -146,9 +142,9 @@ def bench_stages(pipeline: MotionPipeline, repeat: int, plan: Plan, on_request: 
 
 
 def compare_steps(
-    pipeline: MotionPipeline, rounds: int, threads: int | None, plan: Plan, on_round: Callable[[], None]
+    pipeline: MotionPipeline, rounds: int, plan: Plan, on_round: Callable[[], None]
 ) -> tuple[Comparison, list[str]]:
-    """The rewritten step against `step_plain` and torch eager, where they exist; with notes on what was not run."""
+    """The rewritten step against `step_plain`, where the bundle has it; with notes on what was not run."""
     bundle, comparison, notes = pipeline.bundle, Comparison(), []
     candidates: dict[str, Graph] = {"step": pipeline.graph("step")}
     if "step_plain" in bundle.graphs:
@@ -156,22 +152,12 @@ def compare_steps(
             candidates["step_plain"] = pipeline.graph("step_plain")
         except (BackendError, BundleError) as error:  # no engine or no program of it, as it is only for this comparison
             notes.append(f"plain step: not run: {error}")
-        eager = _eager(pipeline, threads)
-        if isinstance(eager, str):
-            notes.append(eager)
-        else:
-            candidates["eager"] = eager
     else:
-        notes.append("plain step and torch eager: not run: this bundle carries no graph `step_plain`")
-    notes.append(
-        "adapter overhead: not run: a bundle holds no base model without adapters; benchmarks/bench_adapter.py builds both"
-    )
+        notes.append("plain step: not run: this bundle carries no graph `step_plain`")
     prepared = pipeline.prepare(bench_request(pipeline, 0, plan))
     solver = bundle.solver(plan.solver, plan.steps)
     shape = (1, *bundle.model.latents)
-    plain = "step_plain" if "step_plain" in bundle.graphs else "step"
-    selected = {name: pipeline.select("step" if name == "step" else plain, prepared.state) for name in candidates}
-    states = {name: place(candidates[name], state) for name, state in selected.items()}  # once for all rounds
+    states = {name: place(graph, pipeline.select(name, prepared.state)) for name, graph in candidates.items()}  # once for all
     tables: dict[str, dict[str, Array]] = {
         name: pipeline.schedule(solver) if name == "step" else {"timestep": solver.timesteps[:, None]} for name in candidates
     }
@@ -190,8 +176,10 @@ def compare_steps(
 
     whole = {name: run(name, 0, solver.steps) for name in candidates}  # also the warm-up
     comparison.differences = {name: float(np.abs(latents - whole["step"]).max()) for name, latents in whole.items()}
+    precision = pipeline.backend.precision
+    allowed = tolerance(precision) * max(1.0, float(np.abs(whole["step"]).max()))
     for name in list(candidates):
-        if not comparison.differences[name] <= tolerance(bundle) * max(1.0, float(np.abs(whole["step"]).max())):
+        if not comparison.differences[name] <= allowed:
             notes.append(f"{name}: no ratio: it differs from the rewritten step by {comparison.differences[name]:.1e}")
             del candidates[name]
     comparison.seconds = {name: [] for name in candidates}
@@ -204,38 +192,13 @@ def compare_steps(
         on_round()
     difference = max((comparison.differences[name] for name in candidates), default=0.0)
     if len(candidates) > 1:
-        notes.append(f"largest difference between them after {solver.steps} steps: {difference:.1e} ({dtype(bundle)})")
+        notes.append(f"largest difference between them after {solver.steps} steps: {difference:.1e} ({precision})")
     return comparison, notes
 
 
-def _eager(pipeline: MotionPipeline, threads: int | None) -> Graph | str:
-    """The plain step in torch eager, with the ports of `step_plain`; or why it is not run."""
-    if any(importlib.util.find_spec(name) is None for name in ("torch", "diffusers", "transformers")):
-        return NEEDS_EXPORT
-    try:
-        demo = find_demo()
-    except InputError:
-        return "torch eager: not run: needs the repository's demo folder"
-    checkpoint = demo / "checkpoint.safetensors"
-    exported_from = (pipeline.bundle.manifest.get("provenance") or {}).get("checkpoint")
-    if not checkpoint.is_file() or sha256_of(checkpoint) != exported_from:
-        return "torch eager: not run: the bundle was not exported from this checkout's demo/checkpoint.safetensors"
-    import torch
-
-    torch.set_num_threads(threads or os.cpu_count() or 1)
-    graph: Graph = load_by_path(demo / "export.py").eager_step(checkpoint)
-    return graph
-
-
-def dtype(bundle: Bundle) -> str:
-    """What the bundle's step computes in: as its export recorded it, else float32."""
-    recorded = (bundle.manifest.get("provenance") or {}).get("dtype", "float32")
-    return str(recorded)
-
-
-def tolerance(bundle: Bundle) -> float:
-    """How far latents of unit size may differ after all steps."""
-    return max(TOLERANCE, 16 * EPSILON.get(dtype(bundle), 0.0))
+def tolerance(precision: str) -> float:
+    """How far latents of unit size may differ after all steps, where a backend computes in `precision`."""
+    return max(TOLERANCE, 16 * DTYPES[precision].epsilon)
 
 
 def environment(pipeline: MotionPipeline, threads: int | None) -> dict[str, Any]:
@@ -264,7 +227,7 @@ def environment(pipeline: MotionPipeline, threads: int | None) -> dict[str, Any]
         "versions": versions,
         "backend": getattr(pipeline.backend, "label", type(pipeline.backend).__name__),
         "choice": pipeline.choice,
-        "dtype": dtype(pipeline.bundle),
+        "dtype": pipeline.backend.precision,
         "warmups": WARMUPS,
     }
 

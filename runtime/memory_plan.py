@@ -5,7 +5,7 @@
 
 Arithmetic on the declared interface and the sizes of files; nothing is loaded. What it says is a plan, not a measurement:
 
-- *weights*: the bytes of the tensors in each graph's file, by the dtype that they are stored in (or converted to).
+- *weights*: the bytes of the tensors in each graph's file, converted to the dtype that is computed in.
 - *request state*: what the graph `request` hands to the loop, and the rows of `schedule`: ports of `step` with their names.
 - *activations*: the most bytes of values that live at once inside one call, in the order of the exported graph, nothing fused
   and attention as one operation; recorded by the exporter. A runtime that writes in place needs less, one that picks
@@ -23,14 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from motionrt.runtime.bundle import Bundle
+from motionrt.runtime.dtypes import DTYPES, WEIGHTS
 from motionrt.runtime.errors import BundleError
 from motionrt.runtime.manifest import GraphSpec, Port
 
 GIB = 2**30
 DEVICES = (8, 16, 24, 80)  # GiB, as cards are sold
 RESERVE = GIB // 2
-WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}  # what may be converted into each other
-_STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+WIDTH = {name: DTYPES[name].bytes for name in WEIGHTS}  # what may be converted into each other
+_STORED = {DTYPES[name].safetensors: name for name in WEIGHTS}
 LOOP, AFTER = "step", ("decode", "decode_next")
 BEFORE = ("text_query", "text", "appearance", "cama", "encode", "request", "schedule")
 # `motion` encodes reference clips when they are indexed, `step_plain` is there to compare: neither serves a request
@@ -39,13 +40,14 @@ BEFORE = ("text_query", "text", "appearance", "cama", "encode", "request", "sche
 @dataclass(frozen=True)
 class GraphSize:
     """One graph: bytes of weights by dtype ("other" is never converted), its ports as (name, dtype, shape) at the sizes it is
-    tuned for, and the recorded bytes of activations."""
+    tuned for, and the recorded bytes of activations, counted in the dtype `typed` that the graph was traced in."""
 
     name: str
     weights: Mapping[str, int]
     inputs: tuple[tuple[str, str, tuple[int, ...]], ...]
     outputs: tuple[tuple[str, str, tuple[int, ...]], ...]
     activations: int | None = None
+    typed: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -97,19 +99,19 @@ def graph_sizes(bundle: Bundle) -> tuple[GraphSize, ...]:
     """The sizes of a bundle's graphs from its manifest and the headers of its weight files."""
     return tuple(
         GraphSize(
-            name, _weights(bundle, spec), tuple(map(_port, spec.inputs)), tuple(map(_port, spec.outputs)), spec.activations
+            name, weights_of(bundle, spec), tuple(map(_port, spec.inputs)), tuple(map(_port, spec.outputs)), spec.activations
         )
         for name, spec in bundle.graphs.items()
     )
 
 
-def plan_memory(graphs: Sequence[GraphSize], *, steps: int, dtype: str | None = None) -> MemoryPlan:
-    """The plan for one request of `steps` steps with all floats in `dtype`, or (None) as they are stored.
+def plan_memory(graphs: Sequence[GraphSize], *, steps: int, dtype: str = "float32") -> MemoryPlan:
+    """The plan for one request of `steps` steps that is computed in `dtype`: weights, activations and state are in it.
 
-    Ports keep the dtype of the declared interface, but for the state between `request`, `schedule` and `step`, which is in
-    the dtype of the weights. ValueError for another dtype, or without a graph `step`.
+    Ports keep the dtype of the declared interface, but for the state between `request`, `schedule` and `step`. ValueError for
+    another dtype, or without a graph `step`.
     """
-    if dtype is not None and dtype not in WIDTH:
+    if dtype not in WIDTH:
         raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(WIDTH)}.")
     sizes = {graph.name: graph for graph in graphs}
     if LOOP not in sizes:
@@ -129,14 +131,14 @@ def plan_memory(graphs: Sequence[GraphSize], *, steps: int, dtype: str | None = 
             _bytes(port, None) for port in (*graph.inputs, *graph.outputs) if port[0] not in inner
         )  # fmt: skip
         when = "loop" if name == LOOP else "after" if name in AFTER else "before"
-        plans.append(GraphPlan(name, when, _converted(graph.weights, dtype), _activations(graph, dtype), ports))
+        plans.append(GraphPlan(name, when, converted(graph.weights, dtype), _activations(graph, dtype), ports))
     between = request_state + schedule_rows
     needs = {plan.name: plan.alone + (between if plan.name in ("request", "schedule", LOOP) else 0) for plan in plans}
     busiest = max(plan.alone - plan.weights for plan in plans)
     resident = sum(plan.weights for plan in plans) + between + busiest
     largest = max(needs, key=lambda name: needs[name])
     return MemoryPlan(
-        dtype or "as stored", tuple(plans), request_state, schedule_rows, steps, resident, needs[LOOP], needs[largest],
+        dtype, tuple(plans), request_state, schedule_rows, steps, resident, needs[LOOP], needs[largest],
         tuple(_fit(gib, resident, needs) for gib in DEVICES),
         tuple(plan.name for plan in plans if plan.activations is None),
     )  # fmt: skip
@@ -159,28 +161,22 @@ def _fit(gib: int, resident: int, needs: Mapping[str, int]) -> Fit:
     return Fit(gib, f"does not fit ({worst})", room - needs[worst])
 
 
-def _activations(graph: GraphSize, dtype: str | None) -> int | None:
-    """Recorded bytes, scaled to `dtype` by the width that most of the weights have."""
-    if graph.activations is None or dtype is None:
-        return graph.activations
-    kinds = [kind for kind in graph.weights if kind in WIDTH]
-    stored = max(kinds, key=lambda kind: graph.weights[kind]) if kinds else "float32"
-    return graph.activations * WIDTH[dtype] // WIDTH[stored]
+def _activations(graph: GraphSize, dtype: str) -> int | None:
+    return None if graph.activations is None else graph.activations * WIDTH[dtype] // WIDTH[graph.typed]
 
 
-def _converted(weights: Mapping[str, int], dtype: str | None) -> int:
-    if dtype is None:
-        return sum(weights.values())
+def converted(weights: Mapping[str, int], dtype: str) -> int:
+    """Bytes of weights, given by the dtype that they are stored in, once floats are in `dtype`."""
     return sum(count * WIDTH[dtype] // WIDTH[kind] if kind in WIDTH else count for kind, count in weights.items())
 
 
 def _bytes(port: tuple[str, str, tuple[int, ...]], dtype: str | None) -> int:
     _, kind, shape = port
-    width = {"int64": 8, "uint8": 1, **WIDTH}[dtype if dtype is not None and kind in WIDTH else kind]
+    width = DTYPES[dtype if dtype is not None and kind in WIDTH else kind].bytes
     return width * math.prod(shape)
 
 
-def _sum(ports: Sequence[tuple[str, str, tuple[int, ...]]], dtype: str | None, only: set[str]) -> int:
+def _sum(ports: Sequence[tuple[str, str, tuple[int, ...]]], dtype: str, only: set[str]) -> int:
     return sum(_bytes(port, dtype) for port in ports if port[0] in only)
 
 
@@ -188,9 +184,8 @@ def _port(port: Port) -> tuple[str, str, tuple[int, ...]]:
     return port.name, port.dtype, tuple(dim.opt for dim in port.dims)
 
 
-def _weights(bundle: Bundle, spec: GraphSpec) -> dict[str, int]:
-    """Bytes of a graph's weights by dtype: of the file beside it or in a package; else its ONNX file is nearly all weights,
-    of the dtype that the bundle was exported in."""
+def weights_of(bundle: Bundle, spec: GraphSpec) -> dict[str, int]:
+    """Bytes of a graph's weights by dtype: of the file beside it or in a package; else its ONNX file is nearly all weights."""
     if spec.data is not None:
         return stored_bytes(bundle.path / spec.data.file)
     if spec.weights is not None:
@@ -198,9 +193,7 @@ def _weights(bundle: Bundle, spec: GraphSpec) -> dict[str, int]:
         where = next(iter(found.submodule_search_locations), None) if found and found.submodule_search_locations else None
         path = Path(where) / spec.weights.file if where is not None else None
         return stored_bytes(path) if path is not None and path.is_file() else {}
-    recorded = bundle.manifest.get("provenance") or {}
-    kind = recorded.get("dtype", "float32")
-    return {kind if kind in WIDTH else "float32": (bundle.path / spec.file).stat().st_size}
+    return {"float32": (bundle.path / spec.file).stat().st_size}
 
 
 def stored_bytes(path: Path) -> dict[str, int]:

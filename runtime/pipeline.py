@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from motionrt.runtime.backend import Array, Backend, Graph, call, fetch, open_backend
+from motionrt.runtime.backend import Array, Backend, Graph, call, fetch
+from motionrt.runtime.backends import RunOptions, open_backend
 from motionrt.runtime.bundle import Bundle, Solver
 from motionrt.runtime.choose import Choice, choose
 from motionrt.runtime.decode import decode_video, to_frames
@@ -68,31 +69,30 @@ class MotionPipeline:
         path: str | Path,
         memory: str | Path | MotionMemory | MemorySet | None = None,
         *,
-        backend: Backend | str | None = None,
+        backend: Backend | Choice | str | None = None,
         threads: int | None = None,
         device: str | None = None,
         low_memory: bool = False,
     ) -> MotionPipeline:
         """Open the bundle directory `path` and the motion memory (a directory, opened read-only, or an open memory or set).
 
-        `backend`: an open one, or a name: "onnxruntime" (the default), "tensorrt", "torch" (with `threads` and `device` as
-        in `open_backend`), or "auto": the fastest that runs here, and `Result.choice` says why. Raises `BundleError`,
-        `MemoryStoreError` (missing, damaged, made for another bundle), `BackendError`, `InputError`. Graphs are loaded when
-        they are first needed, and kept; with `low_memory` each makes room for the next: a request takes no more than the
-        largest graph needs, and longer by the time that loading takes.
+        `backend`: an open one, what `choose` chose, or a name: one of `backends.BACKENDS`, the first if not given (with
+        `threads` and `device` as in `open_backend`), or "auto": the fastest that runs here, and `Result.choice` says why.
+        Graphs are loaded when they are first needed, and kept; with `low_memory` each makes room for the next: a request
+        takes no more than the largest graph needs, and longer by the time that loading takes. Raises `BundleError`,
+        `MemoryStoreError` (missing, damaged, made for another bundle), `BackendError`, `InputError`.
         """
         for given, value in (("threads", threads), ("device", device)):
             if value is not None and backend is not None and not isinstance(backend, str):
                 what = "the default backend or one by name"
                 raise InputError(f"{given} is for {what}; give it to the backend that you pass instead.")
-        bundle, choice = Bundle.open(path), None
+        bundle = Bundle.open(path)
         if backend == "auto":
-            choice = choose(bundle, device=device, threads=threads)
-            runs = choice.backend
+            backend = choose(bundle, device=device, threads=threads)
         elif backend is None or isinstance(backend, str):
-            runs = open_backend(backend or "onnxruntime", device=device, threads=threads)
-        else:
-            runs = backend
+            backend = open_backend(RunOptions(backend or RunOptions.backend, device, threads))
+        choice = backend if isinstance(backend, Choice) else None
+        runs = backend.backend if isinstance(backend, Choice) else backend
         if not isinstance(memory, str | Path):
             return cls(bundle, runs, memory, low_memory=low_memory)._chosen(choice)
         from motionrt.runtime.memory import MotionMemory

@@ -175,4 +175,4 @@ def counted(partition: Mapping[str, Any]) -> str | None:
     return f"counted: {step['flops']:,} FLOPs a step, {share:.1%} of the {original['flops']:,} of the step as written"
 
 
-_NAMES = {"step": "rewritten step", "step_plain": "plain step, same backend", "eager": "plain step, torch eager"}
+_NAMES = {"step": "rewritten step", "step_plain": "plain step"}

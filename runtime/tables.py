@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from motionrt.runtime.errors import InputError
+from motionrt.runtime.errors import InputError, install
 
 SUFFIXES = (".csv", ".jsonl", ".ndjson", ".parquet")
 _BATCH = 256  # rows in memory at once, of the formats that are read in batches
@@ -139,7 +139,7 @@ def _package(name: str, extra: str, what: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise InputError(f"{what} needs {name.split('.')[0]}: `pip install motionrt[{extra}]` ({error}).") from None
+        raise InputError(f"{what} needs {name.split('.')[0]}: {install(extra)} ({error}).") from None
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The TensorRT backend: engines of a bundle on an NVIDIA GPU, TensorRT-RTX and full TensorRT by one adapter, no PyTorch.
 
-Only `motionrt.runtime.backend.open_backend` and `choose` import this module, and only when it is asked for. A sidecar is
+Only `motionrt.runtime.backends` imports this module, and only when it is asked for. A sidecar is
 checked before its engine is deserialised (`EngineFile.check`): nothing else protects a process from an engine of another
 machine or version. How an engine runs, and who owns what it computes, is in tensorrt_graph.py.
 """
@@ -17,14 +17,14 @@ from types import ModuleType
 from typing import Any
 
 from motionrt.runtime.backend import Backend, Graph
+from motionrt.runtime.backends import MODULES, TENSORRT
 from motionrt.runtime.bundle import Bundle
 from motionrt.runtime.device_memory import Cuda
 from motionrt.runtime.engine_file import FLAVORS, EngineFile, Machine
-from motionrt.runtime.errors import BackendError, BackendWarning, EngineError, InputError
+from motionrt.runtime.errors import BackendError, BackendWarning, EngineError, InputError, install
 from motionrt.runtime.tensorrt_graph import Arena, TensorRTGraph, WithFallback
 
 LOOP = ("step", "step_plain")  # what every step runs: worth a CUDA graph
-MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}  # flavor -> import name; the first that fits is taken
 PREFERRED = ("float16", "bfloat16", "float32")  # of engines that all fit: half is faster, and finer than bfloat16
 log = logging.getLogger("motionrt")
 
@@ -41,16 +41,17 @@ def load_library(flavor: str) -> ModuleType:
         return importlib.import_module(MODULES[flavor])
     except (ImportError, OSError) as error:  # an OSError: its own libraries are missing
         reason = (str(error).splitlines() or [""])[0][:200]
-        raise BackendError(f"this engine needs {name}: `pip install motionrt[{flavor}]` ({reason}).") from None
+        raise BackendError(f"this engine needs {name}: {install(flavor)} ({reason}).") from None
 
 
 class TensorRTBackend:
     """Runs the engines that `motionrt build` put into a bundle.
 
     device: "cuda" or "cuda:1". engines: the folder below engines/ to take, such as "rtx-sm_89-float16"; None takes the first
-    that fits, by `MODULES` and then `PREFERRED`. fallback: runs graphs that have no engine (silently) or none that fits
-    (with a `BackendWarning`), and inputs outside an engine's profiles; None refuses them. `cuda` and `libraries` (flavor to
-    module) are for tests. Raises `BackendError` where there is no GPU, driver or TensorRT, `InputError` for bad arguments.
+    that fits, by `MODULES` and then `PREFERRED`. precision: only engines of this dtype. fallback: runs graphs that have no
+    engine (silently) or none that fits (with a `BackendWarning`), and inputs outside an engine's profiles; None refuses them.
+    `cuda` and `libraries` (flavor to module) are for tests. Raises `BackendError` where there is no GPU, driver or TensorRT,
+    `InputError` for bad arguments.
     """
 
     def __init__(
@@ -58,19 +59,19 @@ class TensorRTBackend:
         device: str = "cuda",
         *,
         engines: str | None = None,
+        precision: str | None = None,
         fallback: Backend | None = None,
         cuda: Any = None,
         libraries: Mapping[str, Any] | None = None,
     ) -> None:
-        found = re.fullmatch(r"cuda(?::(\d+))?", device)
-        if found is None:
-            raise InputError(f"device is {device!r}; the backend tensorrt runs on cuda, or cuda:1 and so on.")
+        _, index = TENSORRT.parse(device)
         if engines is not None and re.search(r"[/\\*?\[\]]|^\.", engines):
             raise InputError(f"engines is {engines!r}; it must be the name of one folder below engines/ of the bundle.")
         if libraries is None and not installed():
-            raise BackendError("backend 'tensorrt' needs TensorRT: `pip install motionrt[rtx]` (or motionrt[tensorrt]).")
-        self.cuda: Cuda = Cuda(int(found[1] or 0)) if cuda is None else cuda
-        self.engines, self.fallback = engines, fallback
+            raise TENSORRT.missing()
+        self.cuda: Cuda = Cuda(index) if cuda is None else cuda
+        self.engines, self.fallback, self._asked = engines, fallback, precision
+        self.precision = precision or PREFERRED[0]  # of the engine that was loaded last
         self.arena = Arena(self.cuda)
         self.label = f"tensorrt {self.cuda.name} {self.cuda.target}"
         self.used: dict[str, str] = {}  # graph -> what runs it
@@ -82,7 +83,7 @@ class TensorRTBackend:
         """The TensorRT of `flavor`, loaded once."""
         if flavor not in self._libraries:
             if self._fixed:
-                raise BackendError(f"this engine needs {FLAVORS[flavor]}: `pip install motionrt[{flavor}]`.")
+                raise BackendError(f"this engine needs {FLAVORS[flavor]}: {install(flavor)}.")
             self._libraries[flavor] = load_library(flavor)
         return self._libraries[flavor]
 
@@ -94,9 +95,12 @@ class TensorRTBackend:
         files, faults = [], []
         for path in sorted((bundle.path / "engines").glob(f"{self.engines or '*'}/{name}.json")):
             try:
-                files.append(EngineFile.read(path))
+                file = EngineFile.read(path)
             except EngineError as error:
                 faults.append(error)
+                continue
+            if self._asked in (None, file.dtype):
+                files.append(file)
         here, order = self.cuda.target, list(MODULES)
         flavors = list(self._libraries) if self._fixed else installed()
 
@@ -116,9 +120,11 @@ class TensorRTBackend:
                 refused.append(EngineError(f"engine '{name}' in {file.folder}: {error}"))
         if not (refused or faults):
             inside = f" in engines/{self.engines}" if self.engines else ""
+            inside += f" in {self._asked}" if self._asked else ""
+            dtype = f" --dtype {self._asked}" if self._asked else ""
             raise NoEngine(
                 f"bundle {bundle.path} has no engine of graph '{name}'{inside}. Build one: `motionrt build {bundle.path} "
-                f"--target {here}`, or allow ONNX Runtime for such graphs: --allow-onnxruntime."
+                f"--target {here}{dtype}`, or allow ONNX Runtime for such graphs: --allow-onnxruntime."
             )
         first, *others = refused + faults
         more = f" ({len(others)} other engines of it do not fit either: see `motionrt doctor {bundle.path}`.)" if others else ""
@@ -142,6 +148,7 @@ class TensorRTBackend:
                 warnings.warn(f"graph '{name}' runs in {instead}: {error}", BackendWarning, stacklevel=2)
             self.used[name] = instead
             return fallback.load(bundle, name)
+        self.precision = file.dtype
         self.used[name] = f"{FLAVORS[file.flavor]} {file.library}, {file.folder.name}, kernel {file.kernel}"
         if fallback is None:
             return graph

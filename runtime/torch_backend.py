@@ -1,6 +1,6 @@
 """The torch backend: a bundle's programs on CUDA (compiled, one CUDA graph for a whole step) or on the CPU.
 
-Only `motionrt.runtime.backend.open_backend` imports this module, and only when it is asked for: it imports torch.
+Only `motionrt.runtime.backends` imports this module, and only when it is asked for: it imports torch.
 
 What runs how: the graphs of the loop (`LOOP`) by `mode`, the others, which a request calls once, eagerly. Static buffers
 belong to the graph: inputs are copied into them, one replay computes a step, results are read from them before the next.
@@ -17,16 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from motionrt.runtime.backend import (
-    Array,
-    Backend,
-    Graph,
-    check_finite,
-    check_inputs,
-    check_ports,
-    check_precision,
-    describe,
-)
+from motionrt.runtime.backend import Array, Backend, Graph, check_finite, check_inputs, check_ports, describe
+from motionrt.runtime.backends import ONNXRUNTIME, TORCH
 from motionrt.runtime.bundle import Bundle, GraphSpec
 from motionrt.runtime.errors import BackendError, BackendWarning, InputError
 from motionrt.runtime.torch_program import first_line, load_program
@@ -61,7 +53,7 @@ class TorchBackend:
         self.mode = mode if mode != "auto" else "graph" if self.device.type == "cuda" else "eager"
         if self.mode == "graph" and self.device.type != "cuda":
             raise InputError(f"mode is 'graph' on {device}; CUDA graphs need a CUDA device. Use 'compile' or 'eager'.")
-        self.precision = check_precision(precision) or ("bfloat16" if self.device.type == "cuda" else "float32")
+        self.precision = precision or ("bfloat16" if self.device.type == "cuda" else "float32")
         self.fallback = fallback
         if threads is not None:
             torch.set_num_threads(threads)
@@ -81,7 +73,7 @@ class TorchBackend:
             raise BackendError(
                 f"bundle {bundle.path} has no torch program of graph '{name}' (it has: "
                 f"{', '.join(sorted(bundle.programs)) or 'none'}). Export it again with programs, use the backend "
-                "onnxruntime, or allow ONNX Runtime for such graphs: --allow-onnxruntime."
+                f"{ONNXRUNTIME.name}, or allow ONNX Runtime for such graphs: --allow-onnxruntime."
             )
         declared = bundle.programs[name]
         bundle.graph_path(name)  # the weights are the ONNX graph's own, and are verified as such
@@ -269,12 +261,8 @@ def _is_transposed(example: Tensor) -> bool:
 
 
 def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError):
-        raise InputError(f"device is {name!r}; it must be cpu or cuda.") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device is {name!r}; it must be cpu or cuda.")
+    TORCH.parse(name)
+    device = torch.device(name)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise BackendError(
             f"device is {name!r}; torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices. "

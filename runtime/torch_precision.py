@@ -5,6 +5,8 @@ The rules are those of precision.py. Like all of the torch backend this is impor
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any
 
 import torch
@@ -32,6 +34,9 @@ def to_precision(graph: Graph, low: torch.dtype) -> None:
     ops = [_op(node) for node in calls]
     end = graph.output_node()
     chosen = {node: low if here else FULL for node, here in zip(calls, choose(ops, list(end.all_input_nodes)), strict=True)}
+    for node in calls:  # one of several results is what they are
+        if node.target is operator.getitem:
+            chosen[node] = chosen.get(node.args[0], FULL)
     made: dict[tuple[Node, torch.dtype], Node] = {}
 
     def wanted(source: Node, kind: torch.dtype) -> Node:
@@ -53,10 +58,10 @@ def to_precision(graph: Graph, low: torch.dtype) -> None:
             continue
         if node in chosen:
             kind = chosen[node]
-            node.args, node.kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n, k=kind: wanted(n, k))
+            node.args, node.kwargs = torch.fx.node.map_arg((node.args, node.kwargs), functools.partial(wanted, kind=kind))
             _retype(node, kind)
         elif any(chosen.get(source, FULL) == low for source in node.all_input_nodes):  # comparisons: numbers to integers
-            node.args, node.kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: wanted(n, FULL))
+            node.args, node.kwargs = torch.fx.node.map_arg((node.args, node.kwargs), functools.partial(wanted, kind=FULL))
     _settle_inputs(graph, low)
     for node in reversed(list(graph.nodes)):
         if node.op in ("get_attr", "call_function") and not node.users:

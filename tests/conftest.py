@@ -46,7 +46,7 @@ def fake_bundle(fake: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> P
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Run the command in this process: (exit status, standard output, standard error)."""
 
-    from motionrt.runtime.cli import main
+    from motionrt.cli import main
 
     def call(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -118,6 +118,27 @@ def fake_memory(fake_bundle: Path, fake_clips: dict[str, Path], tmp_path_factory
         report = index_clips(memory, encoders, [(file, caption, None) for caption, file in fake_clips.items()])
     assert not report.failed, report.failed
     return path
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """tests/fake_engine.py, and its GPU and TensorRT in place of the real ones: every TensorRTBackend runs on them."""
+    from motionrt.runtime import backends, choose, tensorrt
+    from motionrt.runtime.device_memory import Cuda
+    from motionrt.runtime.machine import Gpu
+
+    module = load_by_path(HERE / "fake_engine.py")
+    driver, real = module.FakeDriver(), tensorrt.TensorRTBackend
+    library = module.FakeTensorRT(driver)
+
+    def build(device: str, **options: Any) -> Any:
+        return real(device, cuda=Cuda(0, driver), libraries={"rtx": library}, **options)
+
+    module.library = library  # type: ignore[attr-defined]
+    monkeypatch.setattr(tensorrt, "TensorRTBackend", build)
+    monkeypatch.setattr(choose, "find_gpus", lambda: [Gpu("Fake GPU", "sm_89", 24 << 30, "580.65.06", "13.0")])
+    monkeypatch.setattr(backends, "tensorrt_facts", lambda flavor: {"why": None})
+    return module
 
 
 @pytest.fixture

@@ -15,40 +15,19 @@ import pytest
 from numpy.typing import NDArray
 
 from motionrt.runtime import choose as choosing
-from motionrt.runtime import tensorrt
 from motionrt.runtime.backend import OnnxRuntimeBackend
 from motionrt.runtime.bundle import Bundle
-from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.choose import choose
-from motionrt.runtime.device_memory import Cuda
 from motionrt.runtime.errors import BackendError, InputError
-from motionrt.runtime.machine import Gpu
+from motionrt.runtime.indexing import ENCODERS
 from motionrt.runtime.pipeline import MotionPipeline
 
 Run = Callable[..., tuple[int, str, str]]
-ADA = Gpu("Fake GPU", "sm_89", 24 << 30, "580.65.06", "13.0")
 
 
 @pytest.fixture
 def path(fake_bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(fake_bundle, tmp_path / "bundle"))
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """tests/fake_engine.py, and its GPU in place of the real one: every TensorRTBackend runs on it."""
-    module = load_by_path(Path(__file__).with_name("fake_engine.py"))
-    driver = module.FakeDriver()
-    real = tensorrt.TensorRTBackend
-    library = module.FakeTensorRT(driver)
-
-    def build(device: str, **options: Any) -> Any:
-        return real(device, cuda=Cuda(0, driver), libraries={"rtx": library}, **options)
-
-    module.library = library  # type: ignore[attr-defined]
-    monkeypatch.setattr(tensorrt, "TensorRTBackend", build)
-    monkeypatch.setattr(choosing, "find_gpus", lambda: [ADA])
-    return module
 
 
 @pytest.fixture
@@ -73,16 +52,16 @@ def test_without_a_gpu_auto_is_the_default(
 
 
 def test_auto_takes_engines_that_run(
-    gpu: ModuleType, path: Path, fake_memory: Path, still: NDArray[np.uint8], caplog: Any
+    fake_gpu: ModuleType, path: Path, fake_memory: Path, still: NDArray[np.uint8], caplog: Any
 ) -> None:
     caplog.set_level(logging.INFO, "motionrt")
-    gpu.write_engine(path, "step", profiles=[{"B": (1, 1, 1)}])
+    fake_gpu.write_engine(path, "step", profiles=[{"B": (1, 1, 1)}])
     with MotionPipeline.from_bundle(path, fake_memory, threads=1) as reference:
         expected = reference(still, "a red ball")
     with MotionPipeline.from_bundle(path, fake_memory, backend="auto", threads=1) as pipeline:
         got = pipeline(still, "a red ball")
         assert pipeline.graph("step") is pipeline.graph("step")
-    assert gpu.library.deserialized == 1, "what was loaded to find out is what runs"
+    assert fake_gpu.library.deserialized == 1, "what was loaded to find out is what runs"
     np.testing.assert_array_equal(got.frames, expected.frames)
     assert got.choice == "chose tensorrt: tensorrt Fake GPU sm_89" == caplog.messages[-1]
 
@@ -90,32 +69,43 @@ def test_auto_takes_engines_that_run(
 @pytest.mark.parametrize(
     "case, said",
     [
-        ("none", "not tensorrt: the bundle has no engine of its step"),
+        ("none", "not tensorrt: step: no engine: `motionrt build"),
         ("damaged", "not tensorrt: engine 'step' .* is damaged"),
         ("refused", "not tensorrt: TensorRT-RTX 1.7.1.116 refuses engine 'step'"),
         ("fails", "not tensorrt: TensorRT-RTX failed in graph 'step': execute_async_v3 returned False"),
     ],
 )
 @pytest.mark.usefixtures("no_torch")
-def test_auto_goes_on_where_engines_do_not_run(gpu: ModuleType, path: Path, case: str, said: str) -> None:
+def test_auto_goes_on_where_engines_do_not_run(fake_gpu: ModuleType, path: Path, case: str, said: str) -> None:
     if case != "none":
-        file = gpu.write_engine(path, "step", profiles=[{"B": (1, 1, 1)}])
+        file = fake_gpu.write_engine(path, "step", profiles=[{"B": (1, 1, 1)}])
     if case == "damaged":
         file.engine_path.write_bytes(file.engine_path.read_bytes()[:-1] + b"?")
-    gpu.library.fails = {"refused": {"deserialize_cuda_engine"}, "fails": {"execute_async_v3"}}.get(case, set())
+    fake_gpu.library.fails = {"refused": {"deserialize_cuda_engine"}, "fails": {"execute_async_v3"}}.get(case, set())
     choice = choose(Bundle.open(path), threads=1)
     assert isinstance(choice.backend, OnnxRuntimeBackend) and choice.backend.device == "cpu"
     assert choice.why.startswith("chose onnxruntime CPUExecutionProvider, because ")
     import re
 
     assert re.search(said, choice.why), choice.why
-    assert "not torch: the bundle has no torch program" in choice.why
-    assert "not onnxruntime on the GPU: device is 'cuda'; onnxruntime" in choice.why
+    assert "not torch on cuda: step: the bundle has no torch program" in choice.why
+    assert "not onnxruntime on cuda: this onnxruntime has no CUDAExecutionProvider: `pip install" in choice.why
     with pytest.raises(BackendError, match=f"nothing runs this bundle on cuda: .*{said.removeprefix('not ')}"):
         choose(Bundle.open(path), device="cuda")
 
 
-@pytest.mark.usefixtures("gpu")
+@pytest.mark.usefixtures("no_torch")
+def test_auto_runs_the_graphs_that_are_asked_for(fake_gpu: ModuleType, path: Path) -> None:
+    """A bundle with engines of its encoders only is one to index clips with; its step is not even looked at."""
+    for name in ENCODERS:
+        fake_gpu.write_engine(path, name)
+    choice = choose(Bundle.open(path), threads=1, graphs=ENCODERS)
+    assert choice.why == "chose tensorrt: tensorrt Fake GPU sm_89" and set(choice.graphs) == set(ENCODERS)
+    assert fake_gpu.library.deserialized == 3
+    assert "not tensorrt: step: no engine" in choose(Bundle.open(path), threads=1).why
+
+
+@pytest.mark.usefixtures("fake_gpu")
 def test_auto_on_the_cpu_looks_no_further(path: Path) -> None:
     choice = choose(Bundle.open(path), device="cpu", threads=2)
     assert choice.why == "chose onnxruntime CPUExecutionProvider, because not the device cpu was asked for"

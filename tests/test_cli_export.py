@@ -1,4 +1,4 @@
-"""`motionrt export` for the published models: what is missing or does not go together is said before any work."""
+"""The commands of the build side, `motionrt export` and `build`: what does not go together is said before any work."""
 
 from __future__ import annotations
 
@@ -26,10 +26,20 @@ def test_export_of_a_published_model_needs_its_folders(run: Run, tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
-def test_export_needs_one_directory_and_no_folders_for_the_demo(run: Run, tmp_path: Path) -> None:
-    status, _, err = run("export", "demo.safetensors")
-    assert status == 2 and "one bundle directory" in err
-    status, _, err = run("export", "demo.safetensors", tmp_path / "a", "-o", tmp_path / "b")
-    assert status == 2 and "one bundle directory" in err
-    status, _, err = run("export", "demo.safetensors", tmp_path / "a", "--base", tmp_path)
-    assert status == 2 and "--base is for the published models" in err
+def test_export_refuses_what_is_no_published_model(run: Run, tmp_path: Path) -> None:
+    status, _, err = run("export", "demo/checkpoint.safetensors", "-o", tmp_path / "bundle")
+    assert status == 2 and "model is 'demo/checkpoint.safetensors'; it must be one of cogvideox-5b-i2v, svd" in err
+    status, _, err = run("export", "svd")
+    assert status == 2 and "Missing option '--out'" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [["export", "svd", "-o", "bundle"], ["build", "bundle", "-t", "sm_89"]], ids=lambda c: c[0])
+def test_command_of_the_build_side_says_what_to_install(
+    run: Run, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    status, _, err = run(*command)
+    assert status == 2 and f"{command[0]} needs " in err and ", onnx" in f", {err}" and "pip install motionrt[export]" in err
+    assert err.count("\n") == 1 and not list(tmp_path.iterdir())

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from motionrt.runtime import doctor
+from motionrt.runtime import backends, doctor
 from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.machine import Gpu, find_gpus
 
@@ -32,7 +32,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def pretend(gpus: list[Gpu] | str, rtx: dict[str, Any] = RTX) -> None:
         monkeypatch.setattr(doctor, "find_gpus", lambda: gpus)
-        monkeypatch.setattr(doctor, "_flavor", lambda flavor: rtx if flavor == "rtx" else GONE)
+        for module in (backends, doctor):
+            monkeypatch.setattr(module, "tensorrt_facts", lambda flavor: rtx if flavor == "rtx" else GONE)
         real = importlib.util.find_spec
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "cuda" else real(name))
 
@@ -148,7 +149,7 @@ def test_doctor_says_what_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(importlib, "import_module", broken)
-    why = doctor._flavor("tensorrt")["why"]
+    why = backends.tensorrt_facts("tensorrt")["why"]
     assert why == "installed, but does not load: libnvinfer.so.11: cannot open shared object file"
 
 
@@ -211,4 +212,4 @@ def test_find_gpus_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_onnxruntime_that_does_not_load_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace())
-    assert "installed, but does not load" in doctor._onnxruntime()["why"]
+    assert "installed, but does not load" in backends.onnxruntime_facts()["why"]

@@ -223,7 +223,7 @@ def test_builder_is_locked_against_a_second(bundle: Path) -> None:
 
 
 def command(bundle: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "motionrt.runtime.cli", "build", str(bundle), "--target", "sm_89", *arguments]
+    return [sys.executable, "-P", "-m", "motionrt", "build", str(bundle), "--target", "sm_89", *arguments]
 
 
 def test_killed_build_keeps_the_previous_engine(bundle: Path) -> None:
@@ -276,10 +276,10 @@ def test_full_disk_is_a_plain_error_and_keeps_the_previous_engine(bundle: Path, 
 import resource, signal, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-from motionrt.runtime.cli import main
+from motionrt.cli import main
 main(sys.argv[1:])
 """
-    arguments = command(bundle, "--graphs", "encode", "--profile", "batch=1..2")[3:]
+    arguments = command(bundle, "--graphs", "encode", "--profile", "batch=1..2")[4:]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1 and words in done.stderr and "ree some" in done.stderr, done.stderr
@@ -481,10 +481,10 @@ def test_command_refuses_in_one_line(bundle: Path, run: Callable[..., tuple[int,
 
 def test_building_imports_no_torch(bundle: Path) -> None:
     code = (
-        "import sys; from motionrt.runtime.cli import main\ntry: main(sys.argv[1:])\n"
+        "import sys; from motionrt.cli import main\ntry: main(sys.argv[1:])\n"
         "except SystemExit as end: assert not end.code\nassert 'torch' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code, *command(bundle, "-g", "encode")[3:]], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *command(bundle, "-g", "encode")[4:]], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -13,7 +15,10 @@ from collections.abc import Iterator
 from email.parser import Parser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("export", "kernels", "runtime")
@@ -64,7 +69,7 @@ def test_wheel_declares_version_licence_extras_and_command(wheel: zipfile.ZipFil
     assert set(metadata.get_all("Provides-Extra", [])) == {
         *("export", "torch", "cpu", "gpu", "tables", "lancedb", "tensorrt", "rtx", "dev"),
     }
-    assert "motionrt = motionrt.runtime.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
+    assert "motionrt = motionrt.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
     assert f"{info}/licenses/LICENSE" in wheel.namelist()
 
 
@@ -82,6 +87,75 @@ def test_wheel_runs_from_elsewhere(wheel: zipfile.ZipFile, tmp_path: Path) -> No
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "site/motionrt/kernels/__init__.py")
+
+
+# Runs every line of commands that it is given, all in one process, and says which commands there are. What opens a file of
+# the repository, or lists a folder of it, ends it: an installed command has none.
+INSTALLED = """
+import json, os, sys
+site, root, lines = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+sys.path.insert(0, site)
+def watch(event, arguments):
+    if event in ("open", "os.listdir", "os.scandir", "import") and arguments:
+        for name in arguments[:2]:
+            path = os.fsdecode(name) if isinstance(name, (str, bytes)) else ""
+            if path.startswith(root + os.sep) and not path.startswith(sys.prefix + os.sep):  # the environment may lie in it
+                os.write(2, f"{event}: {path}".encode())
+                os._exit(3)
+sys.addaudithook(watch)
+import typer.main
+from motionrt.cli import app, main
+assert sys.modules["motionrt.cli"].__file__.startswith(site)
+
+def leaves(command, *names):
+    inner = getattr(command, "commands", None)
+    return [names] if inner is None else [leaf for key in inner for leaf in leaves(inner[key], *names, key)]
+
+commands = [" ".join(names) for names in leaves(typer.main.get_command(app))]
+for line in [["--help"], *(name.split() + ["--help"] for name in commands), *lines]:
+    try:
+        main(line)
+    except SystemExit as end:
+        print(json.dumps([line, end.code or 0]), file=sys.stderr)
+print(json.dumps(commands), file=sys.stderr)
+"""
+
+
+def test_installed_commands_need_no_repository(
+    wheel: zipfile.ZipFile, fake_bundle: Path, fake_clips: dict[str, Path], still: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    """From the wheel, outside the repository: the help of every command, and then each at work (export, build: refusing)."""
+    wheel.extractall(tmp_path / "site")
+    Image.fromarray(still).save(tmp_path / "still.png")
+    bundle, clip = str(fake_bundle), str(next(iter(fake_clips.values())))
+    lines = [
+        ["memory", "create", "m", "-b", bundle],
+        ["memory", "add", "m", clip, "-b", bundle, "--caption", "a ball"],
+        ["memory", "search", "m", "a ball", "-b", bundle, "-k", "1"],
+        ["memory", "verify", "m"],
+        ["memory", "stats", "m"],
+        ["memory", "export", "m", "m.mrtm"],
+        ["memory", "import", "m.mrtm", "n"],
+        ["memory", "remove", "n", "1"],
+        ["memory", "compact", "n"],
+        ["generate", "-b", bundle, "-m", "m", "-i", "still.png", "-p", "a ball", "-o", "out.mp4", "-k", "1"],
+        ["bench", bundle, "-m", "m", "-n", "1"],
+        ["inspect", bundle],
+        ["doctor", bundle],
+        ["export", "svd", "-o", "exported"],
+        ["build", bundle, "-t", "sm_1"],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", INSTALLED, str(tmp_path / "site"), str(ROOT), json.dumps(lines)],
+        capture_output=True, text=True, cwd=tmp_path,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PYTHONDONTWRITEBYTECODE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *ends, last = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("[")]
+    untried = [name for name in last if not any(f"{' '.join(line)} ".startswith(f"{name} ") for line in lines)]
+    assert untried == [], "add a line for it above"
+    wrong = [(line, status) for line, status in ends if status != (2 if line in lines[-2:] else 0)]
+    assert wrong == [], done.stderr
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -154,12 +228,55 @@ def test_no_extra_brings_both_onnx_runtimes() -> None:
     assert not {"onnxruntime", "onnxruntime-gpu"} & names(project["dependencies"])
 
 
-RUN_SIDE_FORBIDDEN = ("torch", "transformers", "diffusers", "onnx", "onnxscript", "motionrt.export")
+BUILD_SIDE = ("torch", "transformers", "diffusers", "onnx", "onnxscript", "motionrt.export")
 
 
 @pytest.mark.parametrize("module", ["motionrt", "motionrt.runtime", "motionrt.runtime.cli", "motionrt.runtime.pipeline"])
 def test_run_side_import_pulls_in_no_build_side(module: str, tmp_path: Path) -> None:
-    code = f"import sys, {module}; print([name for name in {RUN_SIDE_FORBIDDEN!r} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert imported_of(BUILD_SIDE, module, tmp_path) == "[]"
+
+
+def test_command_line_imports_none_of_what_the_build_side_needs(tmp_path: Path) -> None:
+    assert imported_of(BUILD_SIDE[:-1], "motionrt.cli", tmp_path) == "[]"
+
+
+def imported_of(names: tuple[str, ...], module: str, place: Path) -> str:
+    """Which of `names` a process has imported once it has imported `module`."""
+    code = f"import sys, {module}; print([name for name in {names!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=place)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[]"
+    return done.stdout.strip()
+
+
+TORCH_FILES = ("torch_backend.py", "torch_program.py")  # imported only where the torch backend was asked for
+
+
+def imports(source: str) -> Iterator[str]:
+    """Every module that `source` names in an import, at any depth, or in a call that imports a literal name."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            yield from (argument.value for argument in node.args if isinstance(argument, ast.Constant))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "runtime").glob("*.py")), ids=lambda path: path.name)
+def test_run_side_names_no_build_side_module(path: Path) -> None:
+    """Nowhere, so also where an import hides in a function; `motionrt.cli` is what knows both sides."""
+    forbidden = {*BUILD_SIDE, "motionrt.cli"} - ({"torch"} if path.name in TORCH_FILES else set())
+    named = {name for name in imports(path.read_text()) for wrong in forbidden if f"{name}.".startswith(f"{wrong}.")}
+    assert named == set()
+
+
+def test_imports_sees_every_way_to_import() -> None:
+    source = """
+import a.b, c as d
+def f():
+    from motionrt import export
+    if g(): from e.f import (h, i)
+    importlib.import_module("j.k"); import_module(l); __import__("m", globals())
+"""
+    assert set(imports(source)) == {"a.b", "c", "motionrt.export", "e.f.h", "e.f.i", "j.k", "m"}

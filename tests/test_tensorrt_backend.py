@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from motionrt.runtime.backend import DeviceGraph, OnnxRuntimeBackend, fetch, open_backend, place
+from motionrt.runtime.backend import DeviceGraph, OnnxRuntimeBackend, fetch, place
+from motionrt.runtime.backends import RunOptions, open_backend
 from motionrt.runtime.bundle import Bundle
 from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.device_memory import Cuda, DeviceArray, Pool, load_driver
@@ -590,11 +591,11 @@ def test_without_a_gpu_there_is_one_clear_error(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(BackendError, match="needs (an NVIDIA GPU|cuda-python)") as caught:
         if not isinstance(find_gpus(), str):
             pytest.skip("there is a GPU")
-        open_backend("tensorrt")
+        open_backend(RunOptions("tensorrt"))
     assert "\n" not in str(caught.value)
     monkeypatch.setattr("motionrt.runtime.tensorrt.installed", list)
     with pytest.raises(BackendError, match=r"backend 'tensorrt' needs TensorRT: `pip install motionrt\[rtx\]`"):
-        open_backend("tensorrt")
+        open_backend(RunOptions("tensorrt"))
 
 
 def test_without_cuda_python_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -605,7 +606,7 @@ def test_without_cuda_python_it_says_what_to_install(monkeypatch: pytest.MonkeyP
 
 def test_open_backend_refuses_engines_for_another_backend() -> None:
     with pytest.raises(InputError, match="engines is 'x', which the backend onnxruntime does not use"):
-        open_backend(engines="x")
+        open_backend(RunOptions(engines="x"))
 
 
 def test_few_schedules_stay_on_the_gpu(make: Make, write: Any, path: Path) -> None:

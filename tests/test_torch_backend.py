@@ -20,23 +20,27 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 
 from PIL import Image  # noqa: E402
+from pytest import MonkeyPatch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from motionrt.export.onnx_from_torch import Example, ParityError, Range  # noqa: E402
-from motionrt.export.programs import add_programs, program_from_torch  # noqa: E402
+from motionrt.cli import main  # noqa: E402
+from motionrt.export.onnx_from_torch import Example, ParityError, Range, dynamic_shapes  # noqa: E402
+from motionrt.export.onnx_streamed import stream_real  # noqa: E402
+from motionrt.export.programs import check_program, write_program  # noqa: E402
+from motionrt.kernels import motion_cross_attention  # noqa: E402
 from motionrt.runtime import torch_backend  # noqa: E402
-from motionrt.runtime.backend import DeviceGraph, OnnxRuntimeBackend, open_backend, place  # noqa: E402
+from motionrt.runtime.backend import DeviceGraph, OnnxRuntimeBackend, place  # noqa: E402
+from motionrt.runtime.backends import RunOptions, open_backend  # noqa: E402
 from motionrt.runtime.bundle import Bundle, Dim, GraphSpec, Port, sha256_of  # noqa: E402
-from motionrt.runtime.by_path import load_by_path  # noqa: E402
-from motionrt.runtime.cli import main  # noqa: E402
-from motionrt.runtime.digests import STAMPS  # noqa: E402
+from motionrt.runtime.dtypes import DTYPES  # noqa: E402
 from motionrt.runtime.errors import BackendError, BackendWarning, BundleError, InputError  # noqa: E402
 from motionrt.runtime.pipeline import MotionPipeline  # noqa: E402
 from motionrt.runtime.sampler import sample  # noqa: E402
 from motionrt.runtime.torch_backend import TorchBackend, TorchGraph  # noqa: E402
+from motionrt.runtime.torch_program import load_program  # noqa: E402
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
-RANGES = {"B": Range(1, 1, 2)}
 LATENTS = (2, 4, 4, 4)
 Edit = Callable[..., Path]
 
@@ -78,10 +82,14 @@ def fake_modules(module: nn.Module | None = None) -> dict[str, tuple[nn.Module, 
 
 @pytest.fixture(scope="module")
 def fake_programs(fake_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The fake bundle with a program of its step. Shared: copy it before changing it."""
+    """The fake bundle with a program of its step, which has no weights. Shared: copy it before changing it."""
     path = tmp_path_factory.mktemp("programs") / "bundle"
     shutil.copytree(fake_bundle, path)
-    add_programs(path, fake_modules(), {"B": Range(1, 1, 4)})
+    module, examples, outputs = fake_modules()["step"]
+    shapes = dynamic_shapes(module, examples, {"B": Range(1, 1, 4)})
+    entry = write_program(path / "programs" / "step.pt2", module, examples[0].feed, outputs, shapes)
+    manifest = json.loads((path / "bundle.json").read_text())
+    (path / "bundle.json").write_text(json.dumps({**manifest, "programs": {"step": entry}}))
     return path
 
 
@@ -120,34 +128,18 @@ def loop(step: Any, seed: int = 0, steps: int = 5) -> NDArray[np.float32]:
 
 
 @pytest.fixture(scope="module")
-def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped bundle with programs of the very modules that demo/export.py exports: those of a request's main way."""
-    path = tmp_path_factory.mktemp("demo") / "bundle"
-    shutil.copytree(DEMO / "bundle", path)
-    export = load_by_path(DEMO / "export.py")
-    modules: dict[str, Any] = {}
-
-    def record(file: Path, module: nn.Module, examples: Any, outputs: Any, ranges: Any, **options: Any) -> dict[str, Any]:
-        if file.stem in ("text", "encode", "request", "schedule", "step", "decode"):
-            modules[file.stem] = (module, examples, outputs)
-        return {}
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "onnx_from_torch", record)
-        patch.setattr(export, "write_manifest", lambda *_, **__: None)
-        export.export_demo(DEMO / "checkpoint.safetensors", path.with_name("unused"))
-    add_programs(path, modules, export.RANGES)
-    return path
+def demo_bundle() -> Path:
+    """The shipped bundle, whose loop has programs."""
+    return DEMO / "bundle"
 
 
-@pytest.mark.slow
-def test_pipeline_gives_what_onnxruntime_gives(demo_bundle: Path) -> None:
+def test_the_demos_video_is_that_of_onnxruntime(demo_bundle: Path) -> None:
     """End to end from a prompt: the same references, latents and frames, motion on and off, both solvers."""
     image, prompt = DEMO / "inputs" / "red_star.png", "a red star slides straight to the left"
     latents: dict[str, list[NDArray[Any]]] = {"onnxruntime": [], "torch": []}
     frames: dict[str, list[NDArray[Any]]] = {"onnxruntime": [], "torch": []}
     for name in latents:
-        backend = open_backend(name, threads=1, allow_onnxruntime=True)
+        backend = open_backend(RunOptions(name, threads=1, allow_onnxruntime=True))
         with MotionPipeline.from_bundle(demo_bundle, DEMO / "memory", backend=backend) as pipeline:
             assert isinstance(pipeline.graph("step"), DeviceGraph) == (name == "torch")
             decode = pipeline.graph("decode")
@@ -167,10 +159,87 @@ def test_pipeline_gives_what_onnxruntime_gives(demo_bundle: Path) -> None:
         assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 1
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_command_line_reaches_the_kernels_op(precision: str, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    """From `generate` to the op that is the Triton kernel on CUDA and its reference on the CPU: once a block and step."""
+    calls: list[str] = []
+    plain = motion_cross_attention.reference
+    monkeypatch.setattr(motion_cross_attention, "reference", lambda *a: (calls.append(str(a[0].dtype)), plain(*a))[1])
+    with pytest.raises(SystemExit) as caught:
+        main([
+            "generate", "-b", str(DEMO / "bundle"), "-m", str(DEMO / "memory"), "-i", str(DEMO / "inputs" / "red_star.png"),
+            "-p", "a red star slides straight to the left", "-o", str(tmp_path / "star.mp4"), "--steps", "3",
+            "--backend", "torch", "--precision", precision, "--threads", "1",
+        ])  # fmt: skip
+    assert not caught.value.code and (tmp_path / "star.mp4").is_file()
+    blocks, warmup = 4, 1
+    assert calls == [f"torch.{precision}"] * blocks * (3 + warmup)
+
+
+def demo_feed(name: str, seed: int = 0) -> dict[str, NDArray[Any]]:
+    """Inputs of a graph of the demo's bundle, of the sizes that it is tuned for; those of the step as a request makes them."""
+    bundle, rng = Bundle.open(DEMO / "bundle"), np.random.default_rng(seed)
+    feed: dict[str, NDArray[Any]] = {}
+    for before in ("schedule", "request") if name == "step" else ():
+        backend = OnnxRuntimeBackend(1)
+        made = backend.load(bundle, before)(demo_feed(before, seed))
+        feed |= {key: value[3] if before == "schedule" else value for key, value in made.items()}
+    fixed = {"coefficients": [0.8, -0.6, 0.7, 0.3, 0.0, 0.0], "guidance": 2.0, "motion_scale": 1.0}
+    for port in bundle.graph(name).inputs:
+        shape = tuple(dim.opt for dim in port.dims)
+        if port.name == "timesteps":
+            feed[port.name] = np.linspace(990, 10, shape[0]).astype(np.int64)
+        elif port.name not in feed:
+            value = fixed.get(port.name)
+            feed[port.name] = np.asarray(rng.standard_normal(shape) if value is None else value, port.dtype)
+    return {port.name: feed[port.name].reshape([dim.opt for dim in port.dims]) for port in bundle.graph(name).inputs}
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["schedule", "request", "step"])
+def test_a_lower_precision_loses_no_more_than_plain_torch_in_it(name: str, precision: str, demo_bundle: Path) -> None:
+    """Against the float32 graph; the yardstick is the same program with every weight and value in that dtype."""
+    bundle, feed = Bundle.open(demo_bundle), demo_feed(name)
+    want = OnnxRuntimeBackend(1).load(bundle, name)(feed)
+    got = TorchBackend(precision=precision).load(bundle, name)(feed)
+    kind, spec = getattr(torch, precision), bundle.graph(name)
+    plain = load_program(
+        bundle.program_path(name), name, bundle.path / spec.data.file, torch.device("cpu")  # type: ignore[union-attr]
+    ).module.to(kind)
+    for node in plain.graph.nodes:
+        if node.kwargs.get("dtype") == torch.float32:
+            node.kwargs = {**node.kwargs, "dtype": kind}
+    plain.recompile()
+    inputs = [torch.from_numpy(feed[key]) for key in bundle.programs[name].inputs]
+    with torch.no_grad():
+        rounded = plain(*(value.to(kind) if value.is_floating_point() else value for value in inputs))
+
+    def error(value: Any, key: str) -> float:
+        difference = np.asarray(value, np.float64) - want[key]
+        return float(np.linalg.norm(difference) / max(np.linalg.norm(want[key].astype(np.float64)), 1e-30))
+
+    for key, value in zip(bundle.programs[name].outputs, rounded, strict=True):
+        ours, theirs = error(got[key], key), error(value.float().numpy(), key)
+        assert got[key].dtype == np.float32 and ours <= 1.1 * theirs + 1e-7, (key, ours, theirs)
+    worst = max(error(got[key], key) for key in want)
+    assert worst > 0.01 * DTYPES[precision].epsilon, f"{name} differs by {worst}: nothing was rounded"
+
+
+def test_weights_are_those_of_the_onnx_graph(demo_bundle: Path) -> None:
+    """A bundle holds them once: in the file beside the graph, which the program names nothing of that is not there."""
+    bundle = Bundle.open(demo_bundle)
+    for name in ("schedule", "request", "step"):
+        assert bundle.program_path(name).stat().st_size < 400_000
+        with zipfile.ZipFile(bundle.program_path(name)) as archive:
+            (weights,) = (n for n in archive.namelist() if n.endswith("model_weights_config.json"))
+            assert json.loads(archive.read(weights))["config"] == {}
+
+
 @pytest.mark.slow
 def test_programs_take_every_declared_size(demo_bundle: Path) -> None:
     bundle = Bundle.open(demo_bundle)
     rng = np.random.default_rng(0)
+    assert list(bundle.programs) == ["schedule", "request", "step"]
     for name in bundle.programs:
         spec = bundle.graph(name)
         ours, theirs = TorchBackend().load(bundle, name), OnnxRuntimeBackend(1).load(bundle, name)
@@ -265,27 +334,6 @@ def test_put_copies_and_takes_any_layout(fake_programs: Path) -> None:
     assert place(OnnxRuntimeBackend(1).load(Bundle.open(fake_programs), "step"), feed) == feed
 
 
-class Half(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.step = FakeStep()
-
-    def forward(self, *values: Tensor) -> tuple[Tensor, Tensor]:
-        x, x0 = self.step(*(value.bfloat16() for value in values))
-        return x, x0
-
-
-def test_a_program_in_another_dtype_is_cast_at_its_edges(fake_bundle: Path, tmp_path: Path) -> None:
-    path = tmp_path / "bundle"
-    shutil.copytree(fake_bundle, path)
-    examples = [Example({"B": b}, {k: v.bfloat16() for k, v in step_feed(b).items()}) for b in (2, 3)]
-    bundle = add_programs(path, {"step": (Half(), examples, ("next_latents", "x0"))}, {"B": Range(1, 1, 4)})
-    got, want = TorchBackend().load(bundle, "step")(arrays()), OnnxRuntimeBackend(1).load(bundle, "step")(arrays())
-    assert got["x0"].dtype == np.float32
-    np.testing.assert_allclose(got["x0"], want["x0"], atol=0.1)
-    assert not np.array_equal(got["x0"], want["x0"])
-
-
 def test_compiled_step_equals_eager(fake_programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without Inductor, whose C++ compiler takes a minute on a small machine: what is tested is that one graph is traced."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
@@ -321,7 +369,7 @@ def test_cuda_gives_what_the_cpu_gives(fake_programs: Path, mode: str) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     bundle = Bundle.open(fake_programs)
-    step = TorchBackend("cuda", mode=mode).load(bundle, "step")
+    step = TorchBackend("cuda", mode=mode, precision="float32").load(bundle, "step")
     assert step.mode == mode  # type: ignore[attr-defined]
     for seed in (0, 1, 0):
         np.testing.assert_allclose(loop(step, seed), loop(TorchBackend().load(bundle, "step"), seed), atol=1e-4)
@@ -333,7 +381,8 @@ def test_demo_on_cuda_gives_what_onnxruntime_gives(demo_bundle: Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     frames = []
-    for backend in (OnnxRuntimeBackend(), open_backend("torch", device="cuda", allow_onnxruntime=True)):
+    options = RunOptions("torch", "cuda", allow_onnxruntime=True, precision="float32")
+    for backend in (OnnxRuntimeBackend(), open_backend(options)):
         with MotionPipeline.from_bundle(demo_bundle, DEMO / "memory", backend=backend) as pipeline:
             pipeline.warm()
             result = pipeline(DEMO / "inputs" / "red_star.png", "a red star slides straight to the left", seed=3)
@@ -365,8 +414,8 @@ def test_what_fails_falls_back_and_says_why(fake_programs: Path, monkeypatch: py
 def test_a_graph_without_a_program_is_refused_or_runs_where_that_is_allowed(fake_programs: Path) -> None:
     bundle = Bundle.open(fake_programs)
     with pytest.raises(BackendError, match=r"no torch program of graph 'text' \(it has: step\).*--allow-onnxruntime"):
-        open_backend("torch").load(bundle, "text")
-    text = open_backend("torch", allow_onnxruntime=True).load(bundle, "text")
+        TorchBackend().load(bundle, "text")
+    text = open_backend(RunOptions("torch")).load(bundle, "text")  # on the CPU, where ONNX Runtime is no other device
     assert text({"input_ids": np.zeros((1, 6), np.int64)})["text"].shape == (1, 6, 4)
 
 
@@ -397,7 +446,7 @@ def test_inputs_are_refused_as_onnxruntime_refuses_them(
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({"device": "tpu"}, InputError, "device is 'tpu'; it must be cpu or cuda"),
+        ({"device": "tpu"}, InputError, "device is 'tpu'; the backend torch runs on cpu or cuda"),
         ({"device": "mps"}, InputError, "device is 'mps'"),
         ({"device": 3}, InputError, "device is 3"),
         ({"mode": "fast"}, InputError, "mode is 'fast'; it must be one of auto, graph"),
@@ -415,12 +464,12 @@ def test_backend_refuses(arguments: dict[str, Any], error: type[Exception], mess
 def test_open_backend_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(open_backend(), OnnxRuntimeBackend)
     with pytest.raises(InputError, match="backend is 'onnx'; it must be one of onnxruntime, torch"):
-        open_backend("onnx")
+        open_backend(RunOptions("onnx"))
     with pytest.raises(InputError, match="device is 'tpu'; the backend onnxruntime runs on cpu"):
-        open_backend(device="tpu")
+        open_backend(RunOptions(device="tpu"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BackendError, match=r"needs PyTorch: `pip install motionrt\[torch\]`"):
-        open_backend("torch")
+        open_backend(RunOptions("torch"))
 
 
 def test_command_line_runs_the_torch_backend(
@@ -431,8 +480,8 @@ def test_command_line_runs_the_torch_backend(
     common += ["-i", str(tmp_path / "still.png")]
     video = ["-o", str(tmp_path / "out.png")]
     for options, status, message in (
-        (["--backend", "torch", "--allow-onnxruntime"], 0, "out.png: 3 frames"),
-        (["--backend", "torch"], 2, "has no torch program of graph 'text_query' (it has: step)"),
+        (["--backend", "torch"], 0, "out.png: 3 frames"),
+        (["--backend", "torch", "--precision", "int4"], 2, "precision is 'int4'; it must be one of float32, float16, bfloat16"),
         (["--backend", "torch", "--device", "cuda:99"], 2, "device is 'cuda:99'; torch"),
         (["--device", "tpu"], 2, "the backend onnxruntime runs on cpu"),
         (["--backend", "jax"], 2, "backend is 'jax'; it must be one of onnxruntime, torch"),
@@ -444,7 +493,7 @@ def test_command_line_runs_the_torch_backend(
         assert message in said.out + said.err
     saved = tmp_path / "bench.json"
     with pytest.raises(SystemExit) as caught:
-        main(["bench", str(fake_programs), "-n", "2", "--backend", "torch", "--allow-onnxruntime", "--json", str(saved)])
+        main(["bench", str(fake_programs), "-n", "2", "--backend", "torch", "--json", str(saved)])
     assert not caught.value.code, capsys.readouterr().err
     assert json.loads(saved.read_text())["backend"].startswith(f"torch {torch.__version__} cpu eager")
 
@@ -526,29 +575,50 @@ def test_load_says_what_it_cannot_read(edit_programs: Edit) -> None:
         TorchBackend().load(Bundle.open(path), "step")
 
 
-def test_add_programs_is_all_or_nothing(fake_bundle: Path, tmp_path: Path) -> None:
-    class Wrong(FakeStep):
-        calls = 0
+class Scaled(nn.Module):
+    """A module with a weight and a table."""
 
-        def forward(self, *values: Tensor) -> tuple[Tensor, Tensor]:
-            self.calls += not torch.compiler.is_compiling()
-            x, x0 = super().forward(*values)
-            return x + self.calls, x0
+    def __init__(self) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(1)
+        self.weight = nn.Parameter(torch.randn(64, 64, generator=draw).half().float(), requires_grad=False)
+        self.register_buffer("table", torch.randn(1, 64, generator=draw), persistent=False)
 
-    path = tmp_path / "bundle"
-    shutil.copytree(fake_bundle, path)
-    before = (path / "bundle.json").read_bytes()
-    with pytest.raises(ParityError, match="program step, output `next_latents` at {'B': 2}: it differs"):
-        add_programs(path, fake_modules(Wrong()), {"B": Range(1, 1, 4)})
-    with pytest.raises(BundleError, match="no graph 'other'"):
-        add_programs(path, {"other": fake_modules()["step"]}, {"B": Range(1, 1, 4)})
-    assert (path / "bundle.json").read_bytes() == before
-    assert {p.name for p in path.iterdir()} - {STAMPS} == {p.name for p in fake_bundle.iterdir()} - {STAMPS}
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight) * self.table
+
+
+SCALED = [Example({"B": b}, {"x": torch.randn(b, 64, generator=torch.Generator().manual_seed(b))}) for b in (2, 3)]
+
+
+def test_stream_real_checks_both_forms_and_stores_weights_once(tmp_path: Path) -> None:
+    program = tmp_path / "programs" / "g.pt2"
+    entry = stream_real(tmp_path / "graphs" / "g.onnx", Scaled(), SCALED, ("y",), {"B": Range(1, 1, 4)}, torch_program=program)
+    stored = load_file(tmp_path / "graphs" / "g.safetensors")
+    assert {name: value.dtype for name, value in stored.items()} == {"weight": torch.float16, "table": torch.float32}
+    assert entry["data"]["file"] == "graphs/g.safetensors" and entry["program"]["inputs"] == ["x"]
+    data, state = tmp_path / "graphs" / "g.safetensors", dict(stored)
+    state["table"] = state["table"] + 1
+    save_file(state, data)
+    with pytest.raises(ParityError, match="program g, output `y` at {'B': 2}: it differs"):
+        check_program(program, entry["program"], data, SCALED, [[Scaled()(e.feed["x"])] for e in SCALED], 1e-5)
+    for change, message in (
+        (lambda t: t.pop("table"), "lacks `table`, which program 'g' takes"),
+        (lambda t: t.update(table=torch.ones(1, 3)), r"weight `table` of program 'g' is \[1, 3\]; \[1, 64\] is expected"),
+    ):
+        broken = dict(stored)
+        change(broken)
+        save_file(broken, data)
+        with pytest.raises(BundleError, match=message):
+            load_program(program, "g", data, torch.device("cpu"))
+    data.write_bytes(b"none")
+    with pytest.raises(BundleError, match="weights .*g.safetensors cannot be read"):
+        load_program(program, "g", data, torch.device("cpu"))
 
 
 def test_a_program_tells_nothing_of_the_build_machine(tmp_path: Path) -> None:
     module, examples, outputs = fake_modules()["step"]
-    program_from_torch(tmp_path / "step.pt2", module, examples, outputs, {"B": Range(1, 1, 4)})
+    write_program(tmp_path / "step.pt2", module, examples[0].feed, outputs)
     with zipfile.ZipFile(tmp_path / "step.pt2") as archive:
         text = b"".join(archive.read(name) for name in archive.namelist())
     assert b".py" not in text and str(Path.home()).encode() not in text
@@ -556,8 +626,8 @@ def test_a_program_tells_nothing_of_the_build_machine(tmp_path: Path) -> None:
 
 def test_the_run_side_imports_no_torch_until_it_is_asked_for(tmp_path: Path) -> None:
     code = (
-        "import sys, motionrt.runtime.backend as b; b.open_backend(); assert 'torch' not in sys.modules; "
-        "b.open_backend('torch'); assert 'torch' in sys.modules and 'motionrt.export' not in sys.modules"
+        "import sys, motionrt.runtime.backends as b; b.open_backend(); assert 'torch' not in sys.modules; "
+        "b.open_backend(b.RunOptions('torch')); assert 'torch' in sys.modules and 'motionrt.export' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""`motionrt demo`: the demo's stills, bundle and memory, with motion on and off, and how well it was followed."""
+"""The demo: `python demo/run.py` (`make demo`). Its stills through its bundle and memory, and how well motion was followed."""
 
 from __future__ import annotations
 
@@ -6,43 +6,44 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from motionrt.runtime import report
+from motionrt.runtime.backends import RunOptions
 from motionrt.runtime.by_path import load_by_path
+from motionrt.runtime.cli_common import open_pipeline, run_app, with_run_options
 from motionrt.runtime.errors import InputError, MediaError
 from motionrt.runtime.memory import Reference
 from motionrt.runtime.pipeline import MotionPipeline, Result
 from motionrt.runtime.video import read_clip, replacing, write_video
 
+HERE = Path(__file__).resolve().parent
 Frames = NDArray[np.uint8]
 _SHOWN = 5  # frames of each video on the sheet
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-def find_demo() -> Path:
-    """The demo folder: beside the checkout's runtime/, or in the current directory."""
-    places = [Path(__file__).resolve().parent.parent / "demo", Path.cwd() / "demo"]
-    for place in places:
-        if (place / "domain.py").is_file():
-            return place
-    raise InputError(
-        f"there is no demo in {' or '.join(map(str, places))}; it is part of the repository, not of the package. "
-        "Run this from a clone of it."
-    )
+@app.command()
+@with_run_options
+def run(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the videos and sheet.png.")] = Path("out"),
+    *,
+    run_options: RunOptions,
+) -> None:
+    """Animate the demo's stills with the demo's bundle and memory, with motion on and off.
 
-
-def run_demo(out: Path, threads: int | None = None) -> None:
-    """Write out/<name>.mp4 for every prompt and out/sheet.png; print references, stage times and end-point errors."""
-    place, console = find_demo(), report.console()
-    prompts = _prompts(place / "prompts.json")
-    track = load_by_path(place / "domain.py").track
+    Writes OUT/NAME.mp4 for every prompt and OUT/sheet.png; prints references, stage times and end-point errors.
+    """
+    console, prompts = report.console(), _prompts(HERE / "prompts.json")
+    track = load_by_path(HERE / "domain.py").track
     rows: list[tuple[dict[str, Any], Frames, Result, Result]] = []
     errors, write_seconds = [], 0.0
-    with MotionPipeline.from_bundle(place / "bundle", place / "memory", threads=threads) as pipeline:
+    with open_pipeline(HERE / "bundle", [str(HERE / "memory")], run_options) as pipeline:
         start = time.perf_counter()
         pipeline.warm()
         load_seconds = time.perf_counter() - start
@@ -56,7 +57,7 @@ def run_demo(out: Path, threads: int | None = None) -> None:
                 start = time.perf_counter()
                 write_video(out / f"{item['name']}.mp4", pair[0].frames, pair[0].fps)
                 write_seconds += time.perf_counter() - start
-                clips = [_clip(pipeline, reference, place) for reference in pair[0].references]
+                clips = [_clip(pipeline, reference) for reference in pair[0].references]
                 wanted = np.mean([displacement(track, clip) for clip in clips], axis=0)
                 errors.append([end_point_error(displacement(track, result.frames), wanted) for result in pair])
                 rows.append((item, clips[0], pair[0], pair[1]))
@@ -96,11 +97,11 @@ def _still(place: Path, name: str) -> Path:
     return beside if beside.is_file() else place / "inputs" / name
 
 
-def _clip(pipeline: MotionPipeline, reference: Reference, place: Path) -> Frames:
+def _clip(pipeline: MotionPipeline, reference: Reference) -> Frames:
     """The frames of a retrieved clip, uint8 [F, H, W, 3]: as the memory saw them."""
     model = pipeline.bundle.model
     source = Path(reference.source)
-    path = source if source.is_absolute() else place / source
+    path = source if source.is_absolute() else HERE / source
     video = read_clip(path, model.frames, model.height, model.width, model.fps, start=reference.start)
     pixels: Frames = np.rint((video + 1) * 127.5).clip(0, 255).astype(np.uint8)
     return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
@@ -136,3 +137,7 @@ def write_sheet(path: Path, columns: Sequence[str], rows: Sequence[tuple[str, Se
             sheet.paste(Image.fromarray(np.concatenate(list(shown), axis=1)), (left, top + label))
     with replacing(path, MediaError) as temporary:
         sheet.save(temporary, format="PNG")
+
+
+if __name__ == "__main__":
+    run_app(app, "demo/run.py")

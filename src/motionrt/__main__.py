@@ -1,0 +1,5 @@
+"""`python -m motionrt`: the `motionrt` command."""
+
+from motionrt.cli import main
+
+main()
