@@ -34,6 +34,8 @@ def export(
     text_query: Annotated[Path | None, typer.Option(help="Sentence-transformers folder to search with; else MiniLM.")] = None,
     converted: Annotated[Path | None, typer.Option(help="Where .ckpt files become safetensors, once.")] = None,
     frames: Annotated[int | None, typer.Option(help="17 or 49 for CogVideoX, 16 for SVD.")] = None,
+    height: Annotated[int | None, typer.Option(help="Of the picture, for SVD: 576 unless given, a multiple of 64.")] = None,
+    width: Annotated[int | None, typer.Option(help="Of the picture, for SVD: 1024 unless given, a multiple of 64.")] = None,
     dtype: Annotated[
         str,
         typer.Option(
@@ -84,7 +86,10 @@ def export(
     if model == "svd":
         from motionrt.export.svd_bundle import export_svd
 
-        lines = export_svd(sources, out, frames=frames, say=typer.echo)
+        size = {"height": height or 576, "width": width or 1024}
+        lines = export_svd(sources, out, frames=frames, **size, say=typer.echo)
+    elif height is not None or width is not None:
+        raise InputError(f"--height and --width are for svd; {model} was trained for one size, which its files say.")
     else:
         from motionrt.export.cogvideox_bundle import export_cogvideox
 

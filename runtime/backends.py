@@ -198,7 +198,7 @@ class RunOptions:
     )
     threads: int | None = _option(None, "Threads of the backend; all cores if not given.")
     allow_onnxruntime: bool = _option(
-        False, "Run graphs that have no torch program, or no engine, in ONNX Runtime on the CPU (torch on a CPU does so anyway)."
+        False, "Run graphs that have no torch program, or no engine, in ONNX Runtime on the CPU; torch on a CPU always does."
     )
     allow_cpu: bool = _option(False, "ONNX Runtime on a GPU: run on the CPU what the GPU has no kernel for.")
     precision: str | None = _option(

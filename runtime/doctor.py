@@ -82,7 +82,7 @@ def _bundle(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _memory(bundle: Bundle) -> dict[str, Any]:
-    """The memory plan of a request by the dtype that is computed in; {} for a bundle without a loop, or `why` it cannot be told."""
+    """The memory plan of a request by precision; {} for a bundle without a loop, or `why` it cannot be told."""
     if NEEDED not in bundle.graphs:
         return {}
     try:

@@ -60,8 +60,17 @@ def cogvideox_config(layers: int, heads: int = 1, grid: tuple[int, int] = (4, 8)
     return {**COGVIDEOX, **sizes}
 
 
-def write_cogvideox(folder: Path, config: dict[str, Any] = COGVIDEOX) -> dict[str, Any]:
-    """A CogVideoX image-to-video folder with random weights; its modules by folder name."""
+def saved(folder: Path, parts: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Write each of `parts` as the file of its name in `dtype`, and give them back in float32, rounded as the files are."""
+    for name, module in parts.items():
+        module.to(dtype).save_pretrained(folder / name, safe_serialization=True)
+    return {name: module.float() for name, module in parts.items()}
+
+
+def write_cogvideox(
+    folder: Path, config: dict[str, Any] = COGVIDEOX, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """A CogVideoX image-to-video folder with random weights, stored in `dtype`; its modules by folder name."""
     from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
     from transformers import T5Config, T5EncoderModel
 
@@ -75,9 +84,7 @@ def write_cogvideox(folder: Path, config: dict[str, Any] = COGVIDEOX) -> dict[st
     text = T5EncoderModel(
         T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
     )
-    parts = {"transformer": transformer, "vae": randomise(vae, 2), "text_encoder": randomise(text, 3)}
-    for name, module in parts.items():
-        module.save_pretrained(folder / name, safe_serialization=True)
+    parts = saved(folder, {"transformer": transformer, "vae": randomise(vae, 2), "text_encoder": randomise(text, 3)}, dtype)
     CogVideoXDPMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
     tokenizer_file(folder / "tokenizer")
     index = {"_class_name": "CogVideoXImageToVideoPipeline", "_diffusers_version": "0.30.3"}
@@ -85,8 +92,8 @@ def write_cogvideox(folder: Path, config: dict[str, Any] = COGVIDEOX) -> dict[st
     return parts
 
 
-def write_encoders(folder: Path) -> dict[str, Any]:
-    """VideoMAE (as it is finetuned) and DINOv2 folders of the widths in `release_files`."""
+def write_encoders(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """VideoMAE (as it is finetuned) and DINOv2 folders of the widths in `release_files`, stored in `dtype`."""
     from transformers import Dinov2Config, Dinov2Model, VideoMAEConfig, VideoMAEForVideoClassification
 
     video = VideoMAEForVideoClassification(
@@ -105,10 +112,7 @@ def write_encoders(folder: Path) -> dict[str, Any]:
             mlp_ratio=2,
         )
     )
-    parts = {"videomae": randomise(video, 4), "dinov2": randomise(image, 5)}
-    for name, module in parts.items():
-        module.save_pretrained(folder / name, safe_serialization=True)
-    return parts
+    return saved(folder, {"videomae": randomise(video, 4), "dinov2": randomise(image, 5)}, dtype)
 
 
 UNET: dict[str, Any] = {
@@ -137,8 +141,8 @@ def unet_config(width: int) -> dict[str, Any]:
     return {**WHOLE_UNET, "block_out_channels": widths, "num_attention_heads": tuple(n // 64 for n in widths)}
 
 
-def write_svd(folder: Path, config: dict[str, Any] = UNET) -> dict[str, Any]:
-    """A Stable Video Diffusion folder with random weights; its modules by folder name."""
+def write_svd(folder: Path, config: dict[str, Any] = UNET, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """A Stable Video Diffusion folder with random weights, stored in `dtype`; its modules by folder name."""
     from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -152,22 +156,20 @@ def write_svd(folder: Path, config: dict[str, Any] = UNET) -> dict[str, Any]:
         )
     )  # fmt: skip
     unet = UNetSpatioTemporalConditionModel(**config)
-    parts = {"unet": randomise(unet, 1), "vae": randomise(vae, 2), "image_encoder": randomise(clip, 3)}
-    for name, module in parts.items():
-        module.save_pretrained(folder / name, safe_serialization=True)
+    parts = saved(folder, {"unet": randomise(unet, 1), "vae": randomise(vae, 2), "image_encoder": randomise(clip, 3)}, dtype)
     EulerDiscreteScheduler(**EULER).save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableVideoDiffusionPipeline"}))
     return parts
 
 
 def sources(folder: Path, seed: int, steps: tuple[int, ...], encoders: Path | None = None) -> Any:
-    """What a float32 export of the files in `folder` is told, `encoders` being elsewhere if given; `seed`: of the sos token."""
+    """What an export of the files in `folder` is told, `encoders` being elsewhere if given; `seed`: of the sos token."""
     from motionrt.export.motionrag_files import SosToken
     from motionrt.export.real import Sources
 
     where = encoders or folder
     return Sources(
-        folder / "base", folder / "rag", where / "videomae", where / "dinov2", folder / "converted", dtype="float32",
+        folder / "base", folder / "rag", where / "videomae", where / "dinov2", folder / "converted",
         sos=SosToken(seed=seed), steps=steps,
     )  # fmt: skip
 

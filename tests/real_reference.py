@@ -5,6 +5,7 @@ Loaded by path, by the tests and by `benchmarks/parity_models.py`: the tests are
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,26 +38,36 @@ def seen(pictures: Tensor, short: int, size: int, mode: str) -> Tensor:
     return (scaled[..., top : top + size, left : left + size] - mean) / std
 
 
+def cast(module: Any, dtype: torch.dtype) -> Any:
+    """`module`, or a copy of it in `dtype`."""
+    return module if dtype == torch.float32 else copy.deepcopy(module).to(dtype)
+
+
 @torch.no_grad()
-def motion_tokens(parts: Mapping[str, Any], files: Mapping[str, Any], clips: Tensor) -> Tensor:
-    """Motion tokens `[n, M, D]` of clips `[n, F, 3, H, W]` in [-1, 1]."""
+def motion_tokens(
+    parts: Mapping[str, Any], files: Mapping[str, Any], clips: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Motion tokens `[n, M, D]` of clips `[n, F, 3, H, W]` in [-1, 1]; all is computed in `dtype`, as the release does."""
     picks = np.linspace(0, clips.shape[1] - 1, 16).round().astype(int)  # 17 frames: all but the ninth
     frames = seen(clips[:, picks].flatten(0, 1), 32, 32, "bilinear").unflatten(0, (len(clips), 16))
     resampler = Resampler(release.WIDTH, 2, 64, 1, release.TOKENS, release.VIDEO_WIDTH, release.WIDTH, 2)
     resampler.load_state_dict(files["motion_proj.ckpt"])
-    tokens: Tensor = resampler(parts["videomae"].videomae(pixel_values=frames).last_hidden_state)
+    seen_by = cast(parts["videomae"], dtype).videomae(pixel_values=frames.to(dtype)).last_hidden_state
+    tokens: Tensor = resampler.to(dtype)(seen_by)
     return tokens
 
 
 @torch.no_grad()
-def appearance_tokens(parts: Mapping[str, Any], files: Mapping[str, Any], stills: Tensor) -> Tensor:
+def appearance_tokens(
+    parts: Mapping[str, Any], files: Mapping[str, Any], stills: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Appearance tokens `[n, M, D]` of stills `[n, 3, H, W]`."""
     resampler = Resampler(release.WIDTH, 1, 64, 1, release.TOKENS, release.IMAGE_WIDTH, release.WIDTH, 2)
     state = files["motion_transformer.ckpt"]["state_dict"]
     inside = "condition_proj."
     resampler.load_state_dict({k.removeprefix(inside): v for k, v in state.items() if k.startswith(inside)})
     pixels = seen(stills, 256, 224, "bicubic")
-    tokens: Tensor = resampler(parts["dinov2"](pixel_values=pixels).last_hidden_state)
+    tokens: Tensor = resampler.to(dtype)(cast(parts["dinov2"], dtype)(pixel_values=pixels.to(dtype)).last_hidden_state)
     return tokens
 
 
@@ -68,7 +79,7 @@ def predicted_motion(files: Mapping[str, Any], motion: Tensor, looks: Tensor, st
     draw = torch.Generator().manual_seed(SOS_SEED)
     sos = torch.randn(1, release.TOKENS, release.WIDTH, generator=draw) / release.WIDTH**0.5
     cama.load_state_dict({k: v for k, v in state.items() if k.startswith("transformer.")} | {"sos_token": sos})
-    tokens: Tensor = cama(motion[None], looks[None], still)
+    tokens: Tensor = cama.to(still.dtype)(motion[None], looks[None], still)
     return tokens
 
 
@@ -81,13 +92,13 @@ def cogvideox_video(
     base: Path, config: Mapping[str, Any], scheduler_config: Mapping[str, Any], parts: Mapping[str, Any],
     files: Mapping[str, Any], *, image: Tensor, ids: Sequence[Tensor], motion: Tensor, unconditional: Tensor, frames: int,
     kind: str = "dpm", steps: int = 4, guidance: float = 3.0, dynamic: bool = False, scale: float = 1.0, seed: int = 0,
-    learned: bool = False,
+    learned: bool = False, dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, list[int]]:  # fmt: skip
     """(latents `[1, F, C, h, w]`, frames `[T, 3, H, W]` in [0, 1], noises drawn in each step) of diffusers' pipeline.
 
     `image [1, 3, H, W]` in [-1, 1]; `ids`: tokens of the prompt and the negative prompt; `motion`, `unconditional`
     `[1, M, D]`. At scale 0 no adapter is installed at all. `learned`: the beginning of the learned position table as if it
-    were the model's own for `frames`.
+    were the model's own for `frames`. All is computed in `dtype`.
     """
     from diffusers import (
         CogVideoXDDIMScheduler,
@@ -112,8 +123,8 @@ def cogvideox_video(
         transformer.patch_embed.pos_embedding = transformer.patch_embed.pos_embedding[:, :rows]
         transformer.patch_embed.sample_frames = frames
     scheduler = (CogVideoXDPMScheduler if kind == "dpm" else CogVideoXDDIMScheduler)(**scheduler_config)
-    text, vae = parts["text_encoder"], parts["vae"]
-    pipe = CogVideoXImageToVideoPipeline(None, text, vae, transformer.eval(), scheduler)
+    text, vae = cast(parts["text_encoder"], dtype), cast(parts["vae"], dtype)
+    pipe = CogVideoXImageToVideoPipeline(None, text, vae, transformer.eval().to(dtype), scheduler)
     pipe.set_progress_bar_config(disable=True)
     draws: list[int] = []
     plain, found = scheduler.step, {}
@@ -125,17 +136,17 @@ def cogvideox_video(
     def drawn(size: Any, **_: Any) -> Tensor:
         draws[-1] += 1
         if 1 < len(draws) < steps and draws[-1] == 1:
-            return torch.full(tuple(size), torch.nan)  # what a step between the ends draws first is thrown away
-        return torch.from_numpy(noise(seed, len(draws), size))
+            return torch.full(tuple(size), torch.nan, dtype=dtype)  # what a step between the ends draws first is thrown away
+        return torch.from_numpy(noise(seed, len(draws), size)).to(dtype)
 
     def encoder_noise(size: Any, **_: Any) -> Tensor:
-        return torch.from_numpy(noise(seed, _ENCODER_DRAW, (1, *latents[1:])))[:, :, None]
+        return torch.from_numpy(noise(seed, _ENCODER_DRAW, (1, *latents[1:])))[:, :, None].to(dtype)
 
     def on_step(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         found["latents"] = values["latents"]
         return {}
 
-    tokens = motion if guidance <= 1 else torch.cat([unconditional, motion])
+    tokens = (motion if guidance <= 1 else torch.cat([unconditional, motion])).to(dtype)
     extra = {"attention_kwargs": {"motion": tokens, "motion_scale": scale}} if scale else {}
     with (
         torch.no_grad(), patch.object(scheduler, "step", step), patch.object(dpm_module, "randn_tensor", drawn),
@@ -145,7 +156,7 @@ def cogvideox_video(
         video = pipe(
             image=(image + 1) / 2, prompt=None, prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1],
             height=image.shape[-2], width=image.shape[-1], num_frames=frames, num_inference_steps=steps,
-            guidance_scale=guidance, use_dynamic_cfg=dynamic, latents=torch.from_numpy(noise(seed, 0, (1, *latents))),
+            guidance_scale=guidance, use_dynamic_cfg=dynamic, latents=torch.from_numpy(noise(seed, 0, (1, *latents))).to(dtype),
             output_type="pt", callback_on_step_end=on_step, **extra,
         ).frames  # fmt: skip
     return found["latents"], video[0], draws
@@ -164,7 +175,7 @@ class Handed(MotionAdapterCrossAttention):
 def svd_video(
     config: Mapping[str, Any], scheduler_config: Mapping[str, Any], parts: Mapping[str, Any], files: Mapping[str, Any], *,
     still: np.ndarray, motion: Tensor, unconditional: Tensor, frames: int, steps: int = 4, guidance: float = 3.0,
-    scale: float = 1.0, seed: int = 0,
+    scale: float = 1.0, seed: int = 0, dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(latents `[1, F, 4, h, w]`, frames `[F, 3, H, W]` in [0, 1]) of diffusers' pipeline; `still` uint8 `[H, W, 3]`."""
     from diffusers import EulerDiscreteScheduler, StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
@@ -181,23 +192,24 @@ def svd_video(
     if scale:
         for _, attention in svd.spatial_attentions(unet):
             attention.processor.__class__ = Handed
-            attention.processor.motion = torch.cat([unconditional, motion]) if guidance > 1 else motion
+            attention.processor.motion = (torch.cat([unconditional, motion]) if guidance > 1 else motion).to(dtype)
             attention.processor.scale = scale
     scheduler = EulerDiscreteScheduler(**scheduler_config)
-    pipe = StableVideoDiffusionPipeline(parts["vae"], parts["image_encoder"], unet.eval(), scheduler, CLIPImageProcessor())
+    vae, clip = cast(parts["vae"], dtype), cast(parts["image_encoder"], dtype)
+    pipe = StableVideoDiffusionPipeline(vae, clip, unet.eval().to(dtype), scheduler, CLIPImageProcessor())
     pipe.set_progress_bar_config(disable=True)
     height, width = still.shape[:2]
     factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1)
     found: dict[str, Tensor] = {}
 
     def encoder_noise(size: Any, **_: Any) -> Tensor:
-        return torch.from_numpy(noise(seed, _ENCODER_DRAW, tuple(size)))
+        return torch.from_numpy(noise(seed, _ENCODER_DRAW, tuple(size))).to(dtype)
 
     def on_step(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         found["latents"] = values["latents"]
         return {}
 
-    start = torch.from_numpy(noise(seed, 0, (1, frames, 4, height // factor, width // factor)))
+    start = torch.from_numpy(noise(seed, 0, (1, frames, 4, height // factor, width // factor))).to(dtype)
     with torch.no_grad(), patch.object(module, "randn_tensor", encoder_noise):
         video = pipe(
             Image.fromarray(still), height=height, width=width, num_frames=frames, num_inference_steps=steps,

@@ -51,6 +51,17 @@ def lightning(state: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
+def rounded(files: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """`files` with all floating-point tensors in `dtype`."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: one(inner) for key, inner in value.items()}
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return {name: one(value) for name, value in files.items()}
+
+
 def save(folder: Path, files: Mapping[str, Any]) -> Path:
     """Write `files` (name -> what `torch.save` takes) into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,85 @@
+"""docs/models.md as a newcomer types it: every block that is not left out runs, on small models in the folders that it names."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("onnxscript")
+pytest.importorskip("tensorrt_rtx")
+
+from PIL import Image  # noqa: E402
+
+from motionrt.export import svd  # noqa: E402
+from motionrt.runtime.by_path import load_by_path  # noqa: E402
+from motionrt.runtime.video import read_clip, write_video  # noqa: E402
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = "docs/models.md"
+models = load_by_path(Path(__file__).parent / "real_models.py")
+readme = load_by_path(Path(__file__).parent / "test_readme.py")
+BLOCKS = readme.blocks((ROOT / PAGE).read_text(encoding="utf-8"), PAGE)
+FRAMES, HEIGHT, WIDTH = 17, 16, 32
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the downloads of section 1 (bfloat16 but for SVD's, as released), videos and a still."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    models.write_cogvideox(folder / "CogVideoX-5b-I2V", models.cogvideox_config(2), torch.bfloat16)
+    parts = models.write_svd(folder / "svd")
+    adapted: dict[str, Any] = {
+        "CogVideoX": {f"transformer.transformer_blocks.{i}.attn1": 64 for i in range(2)},
+        "SVD": {f"unet.{path}": a.to_q.in_features for path, a in svd.spatial_attentions(parts["unet"])},
+    }
+    for name, blocks in adapted.items():
+        models.release.save(folder / "motionrag" / name, models.release.motionrag_states(blocks, overlay=name != "SVD"))
+    models.write_encoders(folder)
+    (folder / "videomae").rename(folder / "videomae-base-ssv2")
+    (folder / "dinov2").rename(folder / "dinov2-large")
+    draw = np.random.default_rng(0)
+    (folder / "my-videos").mkdir()
+    captions = {f"{name}.mp4": f"{name} rolls in" for name in ("wave", "cloud", "ball")}
+    for file in captions:
+        frames = np.roll(draw.integers(0, 256, (60, HEIGHT, WIDTH, 3), np.uint8), 1, axis=1)
+        write_video(folder / "my-videos" / file, frames, 24)
+    (folder / "my-videos" / "captions.json").write_text(json.dumps(captions))
+    Image.fromarray(draw.integers(0, 256, (90, 120, 3), np.uint8)).save(folder / "still.png")
+    (folder / "bin").mkdir()
+    script = folder / "bin" / "motionrt"
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P -c "from motionrt.cli import main; main()" "$@"\n')
+    script.chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if not block.excluded], ids=str)
+def test_block_runs_as_typed(block: Any, place: Path) -> None:
+    environment = {**os.environ, "PATH": f"{place / 'bin'}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "120"}
+    done = subprocess.run(
+        ["bash", "-euxo", "pipefail", "-c", block.text], cwd=place, env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, f"{PAGE} line {block.line}:\n{done.stdout}\n{done.stderr}"
+
+
+def test_what_the_blocks_made_is_there(place: Path) -> None:
+    video = read_clip(place / "waves.mp4", FRAMES, HEIGHT, WIDTH, 8)
+    assert video.shape == (FRAMES, 3, HEIGHT, WIDTH) and float(video.std()) > 0.01
+    graphs = json.loads((place / "cogvideox" / "bundle.json").read_text())["graphs"]
+    assert {path.stem for path in (place / "cogvideox" / "engines" / "rtx-sm_89-float16").glob("*.json")} == set(graphs)
+    assert json.loads((place / "svd-motion" / "bundle.json").read_text())["model"]["frames"] == 16
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.excluded], ids=str)
+def test_blocks_that_are_left_out_download_or_install(block: Any) -> None:
+    allowed = ("hf download ", "ln -s ", "pip install ", "python -m motionrt.export.checkpoints ")
+    lines = [line for line in block.text.splitlines() if line.strip()]
+    assert lines and all(line.startswith(allowed) for line in lines)
