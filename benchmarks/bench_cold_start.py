@@ -65,7 +65,7 @@ def rows(runs: dict[str, list[dict[str, Any]]], shared: dict[str, Any]) -> list[
             if way == "sequential":
                 times = {each: seconds[each][name] for each in WAYS}
                 ratio = harness.Comparison("parallel", 0.0, 0, {}, times).ratio("sequential", "parallel")
-                row["over_parallel"] = [ratio.value, ratio.low, ratio.high]
+                row["over_parallel"] = ratio.as_row()
             found.append(row)
     return found
 
