@@ -51,12 +51,13 @@ class Report:
 
     def rows(self, question: str, *, gpu: bool = False) -> list[Row]:
         """The rows of `question` that count, of the processor's work or of a GPU's, oldest first."""
-        return [row for row in self.lines(question) if row.on_gpu == gpu and row.run in self._clean(question)]
+        clean = self._clean(question)
+        return [row for row in self.lines(question) if row.on_gpu == gpu and row.run in clean]
 
     def unclean(self, question: str, *keys: str, gpu: bool = False) -> list[str]:
         """Lines for what has rows, but none that counts, by its `keys`: the commands that would make them."""
         every = [row for row in named(self.lines(question)) if row.on_gpu == gpu]
-        shown = groups((row for row in every if row.run in self._clean(question)), *keys)
+        shown = groups(named(self.rows(question, gpu=gpu)), *keys)
         missing: dict[str, list[str]] = {}
         for name, rows in groups(every, *keys).items():
             if name not in shown:
