@@ -5,11 +5,11 @@ PIP := -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint report lock clean
+.PHONY: help demo test test-slow check lint report lock clean
 
 help:
 	@echo "make demo    a still image and prompts in, moving videos out (out/*.mp4); no GPU, no PyTorch"
-	@echo "make test    the tests"
+	@echo "make test    the tests, but for those marked slow (make test-slow: those)"
 	@echo "make check   ruff, mypy and the tests (make lint: the first two)"
 	@echo "make report  docs/performance.md and its figures from benchmarks/results"
 	@echo "make lock    write requirements/*.txt anew from pyproject.toml"
@@ -20,8 +20,14 @@ demo: .venv/.installed
 
 # Never `python -m pytest`: it puts the repository root on sys.path, where `kernels` hides a package of Hugging Face.
 # Two processes, each with whole files of tests, and one thread each: what the smallest machine of CI has.
+PYTEST := OMP_NUM_THREADS=1 .venv-dev/bin/pytest -n 2 --dist loadfile
+
+# What a newcomer gets by default, and something of every part: at most 6 minutes.
 test: .venv-dev/.installed
-	OMP_NUM_THREADS=1 .venv-dev/bin/pytest -n 2 --dist loadfile
+	$(PYTEST) -m "not slow"
+
+test-slow: .venv-dev/.installed
+	$(PYTEST) -m slow
 
 lint: .venv-dev/.installed
 	.venv-dev/bin/ruff check .

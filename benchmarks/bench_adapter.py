@@ -147,17 +147,14 @@ def main(arguments: list[str] | None = None) -> None:
             "flops_over_base": counted,
             "note": options.note,
         }
-        for reference in ("base", "base_ours"):
-            if name != reference:
-                ratio = result.ratio(name, reference)
-                row[f"over_{reference}"] = [ratio.value, ratio.low, ratio.high]
+        ratios = {other: result.ratio(name, other) for other in ("base", "base_ours") if other != name}
+        row |= {f"over_{other}": ratio.as_row() for other, ratio in ratios.items()}
         harness.append_row("bench_adapter", row, folder=options.results)
         over = ", ".join(
-            "{:+.2f} % [{:+.2f}, {:+.2f}]".format(*(100 * (x - 1) for x in row[f"over_{r}"])) + f" of {r}"
-            for r in ("base", "base_ours")
-            if f"over_{r}" in row
+            harness.said([100 * (x - 1) for x in ratios[r].numbers()], "{:+.2f}", " %") + f" of {r}"
+            for r in ratios
         )
-        print("{backend:>10}: p50 {p50_ms:.2f} ms, p95 {p95_ms:.2f} ms, p99 {p99_ms:.2f} ms, n {n}".format(**row), over)
+        print(f"{row['backend']:>10}: {harness.times(row)}", over)
     print(NOT_RUN)
     print(f"FLOPs over base: {counted}")
     percent = 100 * (result.ratio("folded", "base_ours").value - 1)

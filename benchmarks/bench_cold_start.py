@@ -65,7 +65,7 @@ def rows(runs: dict[str, list[dict[str, Any]]], shared: dict[str, Any]) -> list[
             if way == "sequential":
                 times = {each: seconds[each][name] for each in WAYS}
                 ratio = harness.Comparison("parallel", 0.0, 0, {}, times).ratio("sequential", "parallel")
-                row["over_parallel"] = [ratio.value, ratio.low, ratio.high]
+                row["over_parallel"] = ratio.as_row()
             found.append(row)
     return found
 
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
         harness.append_row("bench_cold_start", row, folder=options.results)
         cpu = f"cpu {row['cpu_ms']:6.0f}" if "cpu_ms" in row else ""
         peak = f"peak {row['peak_rss_mib']:6.0f} MiB" if "peak_rss_mib" in row else ""
-        ratio = f"{row['over_parallel'][0]:.2f}x of parallel" if "over_parallel" in row else ""
+        ratio = harness.said(row["over_parallel"], "{:.2f}", "x") + " of parallel" if "over_parallel" in row else ""
         print("{backend:>14} {loading:>10}: p50 {p50_ms:7.0f} ms  p95 {p95_ms:7.0f}  n {n} ".format(**row), cpu, peak, ratio)
 
 

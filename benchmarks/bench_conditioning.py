@@ -257,7 +257,7 @@ def report(work: Conditioning, options: argparse.Namespace) -> None:
             ratio = ""
             if way != "memory":
                 over = result.ratio(way, "memory")
-                row["over_memory"] = [over.value, over.low, over.high]
+                row["over_memory"] = over.as_row()
                 row["cpu_over_memory"] = cpu[way] / cpu["memory"]
                 ratio = f" = {over} of memory, in CPU time {row['cpu_over_memory']:.1f}x"
             harness.append_row("bench_conditioning", row, folder=options.results)

@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
                 "over_request": float(np.median(seconds) / middle), "unaccounted": share, "note": options.note,
             }  # fmt: skip
             harness.append_row("bench_end_to_end", row, folder=options.results)
-            print("{backend:>13}: p50 {p50_ms:7.2f} ms, p95 {p95_ms:7.2f}, p99 {p99_ms:7.2f} {over_request:6.1%}".format(**row))
+            print(f"{name:>13}: {harness.times(row)}, {row['over_request']:6.1%} of the request")
         print(f"{options.requests} requests of {row['steps']} steps; in no stage: {share:.2%}; largest difference: {error}")
 
 

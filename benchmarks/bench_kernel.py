@@ -150,9 +150,9 @@ def main(arguments: list[str] | None = None) -> None:
             "note": options.note,
         }
         if name == "released":
-            row["over_folded"] = [ratio.value, ratio.low, ratio.high]
+            row["over_folded"] = ratio.as_row()
         path = harness.append_row("bench_kernel", row, folder=options.results)
-        print("{backend:>10}: p50 {p50_ms:.2f} ms, p95 {p95_ms:.2f} ms, p99 {p99_ms:.2f} ms, n {n}".format(**row))
+        print(f"{row['backend']:>10}: {harness.times(row)}")
     print(f"released / folded: {ratio} (95 % of {options.rounds} rounds resampled); FLOP ratio {plain / folded:.2f}")
     print(f"rows appended: {path.name}")
 

@@ -32,6 +32,7 @@ import memory_plot
 from memory_data import CHUNK, Floats, chunks, draw, leaves
 from motionrt.runtime import memory_index
 from motionrt.runtime.memory import Clip, MotionMemory
+from report_rows import Report
 
 K, WARMUPS, RIVAL_WARMUPS = 9, 1000, 20  # a reader that has served a while; warm-up queries are others than those timed
 ONE_THREAD = dict.fromkeys(
@@ -198,7 +199,7 @@ def measure(options: argparse.Namespace, count: int, size: int) -> None:
         found = recall(child.pop("ids"), truth)
         sizes = {"db_bytes_per_clip": stats.bytes_db / count, "index_bytes_per_clip": stats.bytes_index / count}
         row = {**common, "backend": "memory", "index": stats.index_state, "recall": found, **child, **built, **sizes}
-        print("{clips} x {embedding}: recall@9 {recall:.4f}, p50 {p50_ms:.3f} ms, p99 {p99_ms:.3f} ms".format(**row))
+        print("{clips} x {embedding}: recall@9 {recall:.4f}, ".format(**row) + harness.times(row))
         print("  open {open_ms:.1f} ms, with the first search {open_and_first_search_ms:.1f} ms".format(**row))
         row |= {"adding": adding(memory, path, queries, warm, tokens)}
         print("  process +{pss_anon_mib:.0f} MiB, +{pss_file_mib:.0f} mapped".format(**row["process_more"]))
@@ -217,7 +218,7 @@ def measure(options: argparse.Namespace, count: int, size: int) -> None:
                 found = recall(ids[backend], truth[: options.rival_queries])
                 row = {**common, **harness.summary(seconds[backend]), "what": "search in turns", "backend": backend,
                        "recall": found, "warmups": RIVAL_WARMUPS,
-                       "over_memory": [ratio.value, ratio.low, ratio.high]}  # fmt: skip
+                       "over_memory": ratio.as_row()}  # fmt: skip
                 harness.append_row("bench_memory", row, folder=options.results)
                 print(f"  {backend}: p50 {row['p50_ms']:.3f} ms, recall {found:.4f}, {ratio} of the memory's time")
 
@@ -239,12 +240,7 @@ def adding(memory: MotionMemory, path: Path, queries: Floats, warm: Floats, toke
     if not found:
         raise harness.ParityError("a clip that was added is not found by a memory that was open")
     times = harness.summary(seconds["memory"])
-    return {
-        "add_s": added - start,
-        "first_search_after_ms": (seen - added) * 1e3,
-        "p50_ms": times["p50_ms"],
-        "p99_ms": times["p99_ms"],
-    }
+    return {"add_s": added - start, "first_search_after_ms": (seen - added) * 1e3, **times}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -266,9 +262,10 @@ def main(arguments: list[str] | None = None) -> None:
     if options.reader:
         reader(*options.reader)
     elif options.plot:
-        rows = options.results / "bench_memory.jsonl"
-        memory_plot.into_docs(memory_plot.table(rows), Path(__file__).parents[1] / "docs" / "memory.md")
-        print(memory_plot.draw(rows))
+        report = Report(options.results)
+        memory_plot.into_docs("\n".join(memory_plot.cost(report)), harness.ROOT / "docs" / "memory.md")
+        for name, svg in report.figures.items():
+            (options.results / name).write_text(svg, encoding="utf-8")
     else:
         options.folder.mkdir(parents=True, exist_ok=True)
         for count in options.clips:

@@ -156,7 +156,7 @@ def measure(axis: str, options: argparse.Namespace) -> None:
         }
         if backend == "ours":
             ratio = result.ratio(name, names["base_ours", value])
-            row["over_base_ours"] = [ratio.value, ratio.low, ratio.high]
+            row["over_base_ours"] = ratio.as_row()
         harness.append_row("bench_scaling", row, folder=options.results)
         print("{what:>18} {backend:>10}: p50 {p50_ms:.2f} ms, p95 {p95_ms:.2f} ms, n {n}".format(**row))
     for backend in dict.fromkeys(backend for backend, _ in names):

@@ -220,10 +220,10 @@ def main(arguments: list[str] | None = None) -> None:
         }
         if name != "rewritten":
             ratio = result.ratio(name, "rewritten")
-            row["over_rewritten"] = [ratio.value, ratio.low, ratio.high]
+            row["over_rewritten"] = ratio.as_row()
             print(f"{name} / rewritten: {ratio} (95 % of {options.rounds} rounds resampled)")
         path = harness.append_row("bench_step", row, folder=options.results)
-        print("{backend:>10}: p50 {p50_ms:.2f} ms, p95 {p95_ms:.2f} ms, p99 {p99_ms:.2f} ms, n {n}".format(**row))
+        print(f"{row['backend']:>10}: {harness.times(row)}")
     print(f"rows appended: {path.name}")
     others = [name for name in ("eager", "compiled") if name in result.seconds]
     if others:

@@ -82,7 +82,7 @@ def _against_cpu(options: argparse.Namespace, backend: str, call: Graph, form: s
             "dtype": "float32", "device": device if name == backend else "cpu",
         }  # fmt: skip
         harness.append_row("gpu_demo", row, folder=options.results)
-        print("{backend:>10}: p50 {p50_ms:.3f} ms, p95 {p95_ms:.3f} ms, p99 {p99_ms:.3f} ms, n {n}".format(**row))
+        print(f"{row['backend']:>10}: {harness.times(row)}")
 
 
 def train(arguments: list[str], *, device: str) -> None:

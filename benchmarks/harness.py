@@ -35,6 +35,8 @@ PACKAGES = (
     "numpy", "usearch", "lancedb", "onnxruntime", "onnxruntime-gpu", "torch", "triton", "tensorrt", "tensorrt-rtx", "diffusers",
 )  # fmt: skip
 
+INTERVAL_FROM = 10  # rounds below which a bootstrap says nothing: a ratio is then a number and no interval
+P99_FROM = 100  # times below which the 99th percentile is the largest of them, by another name
 STARTED = datetime.now(UTC).isoformat(timespec="milliseconds")  # what the rows of one run have in common
 
 Candidate = Callable[[], Mapping[str, NDArray[Any]]]
@@ -46,14 +48,28 @@ class ParityError(Exception):
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster: the ratio of medians and the 95 % interval of a paired bootstrap over rounds."""
+    """How many times faster: the ratio of medians and, from INTERVAL_FROM rounds on, the 95 % interval of a paired bootstrap
+    over rounds."""
 
     value: float
-    low: float
-    high: float
+    interval: tuple[float, float] | None
 
     def __str__(self) -> str:
-        return f"{self.value:.2f}x [{self.low:.2f}, {self.high:.2f}]"
+        return said(self.numbers(), "{:.2f}", "x")
+
+    def numbers(self) -> list[float]:
+        """[value, low, high], or [value]."""
+        return [self.value, *(self.interval or ())]
+
+    def as_row(self) -> list[float] | float:
+        """[value, low, high] for a row, or the value alone where there is no interval."""
+        return self.numbers() if self.interval else self.value
+
+
+def said(ratio: Sequence[float] | float, form: str, unit: str = "") -> str:
+    """A ratio of a row in words, its numbers by the format `form`: `1.07x [0.98, 1.12]`, or `1.07x` without an interval."""
+    value, *interval = (form.format(one) for one in (ratio if isinstance(ratio, Sequence) else [ratio]))
+    return value + unit + (f" [{', '.join(interval)}]" if interval else "")
 
 
 @dataclass(frozen=True)
@@ -71,8 +87,8 @@ class Comparison:
         above, below = self.seconds[slow], self.seconds[fast]
         picks = np.random.default_rng(seed).integers(len(above), size=(resamples, len(above)))
         draws = np.median(above[picks], axis=1) / np.median(below[picks], axis=1)
-        low, high = np.quantile(draws, [0.025, 0.975])
-        return Ratio(float(np.median(above) / np.median(below)), float(low), float(high))
+        low, high = (float(end) for end in np.quantile(draws, [0.025, 0.975]))
+        return Ratio(float(np.median(above) / np.median(below)), (low, high) if len(above) >= INTERVAL_FROM else None)
 
     def row(self, name: str) -> dict[str, Any]:
         """The part of a benchmark row that this comparison knows."""
@@ -85,11 +101,32 @@ class Comparison:
 
 
 def summary(seconds: NDArray[np.float64]) -> dict[str, float | int]:
-    """n, p50, p95 and p99 in milliseconds of `seconds` [n]; percentiles by linear interpolation."""
+    """n, p50, p95 and, of P99_FROM times or more, p99 in milliseconds of `seconds` [n]; by linear interpolation."""
     if len(seconds) == 0:
         raise ValueError("summary of no times; measure at least one round")
-    p50, p95, p99 = (float(value) * 1e3 for value in np.percentile(seconds, [50, 95, 99]))
-    return {"n": len(seconds), "p50_ms": p50, "p95_ms": p95, "p99_ms": p99}
+    wanted = (50, 95, 99) if len(seconds) >= P99_FROM else (50, 95)
+    found = np.percentile(seconds, wanted)
+    return {"n": len(seconds), **{f"p{q}_ms": float(value) * 1e3 for q, value in zip(wanted, found, strict=True)}}
+
+
+def times(row: Mapping[str, Any]) -> str:
+    """The times of a row in words: p50, p95, p99 where there is one, and of how many."""
+    found = [f"p{q} {row[f'p{q}_ms']:,.2f} ms" for q in (50, 95, 99) if row.get(f"p{q}_ms") is not None]
+    return ", ".join([*found, f"n {row['n']}"])
+
+
+def too_few(row: Mapping[str, Any]) -> list[str]:
+    """The figures of a row that its `n` does not allow: p99, and ratios `over_*` or `of_*` that have an interval."""
+    n, found = row.get("n"), []
+    for key, value in row.items():
+        least = P99_FROM if key == "p99_ms" else INTERVAL_FROM if key.startswith(("over_", "of_")) and _three(value) else 0
+        if isinstance(n, int) and value is not None and n < least:
+            found.append(key)
+    return found
+
+
+def _three(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 3
 
 
 def difference(got: Mapping[str, NDArray[Any]], want: Mapping[str, NDArray[Any]]) -> float:
@@ -238,8 +275,14 @@ def append_row(question: str, row: Mapping[str, Any], *, folder: Path = RESULTS)
     """Append `row`, after the machine's facts and the command, as one line to `folder`/`question`.jsonl; return that path.
 
     `run`, the time when this process began, is the same in all rows of a run: what one table may hold together. Rows are only
-    ever appended. ValueError for a row that is not plain JSON (NaN and infinity are not).
+    ever appended. ValueError for a row that is not plain JSON (NaN and infinity are not), or has a figure that its n is too
+    small for.
     """
+    if figures := too_few(row):
+        raise ValueError(
+            f"a row of {question} has {', '.join(figures)} from n = {row['n']}; a p99 needs {P99_FROM} times, an interval"
+            f" {INTERVAL_FROM} rounds. Measure more, or leave it out (`summary` and `Ratio.as_row` do)."
+        )
     try:
         line = json.dumps({**machine(), "run": STARTED, "command": command(), "question": question, **row}, allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -111,12 +111,12 @@ def main(arguments: list[str] | None = None) -> None:
         if kind != "all nodes":
             for name, other in (("of_the_step", "whole"), ("over_the_rest", "rest")):
                 ratio = against.ratio("kind", other)
-                row[name] = [ratio.value, ratio.low, ratio.high]
+                row[name] = ratio.as_row()
         harness.append_row("profile_graph", row, folder=options.results)
-        share = "{:.2%} [{:.2%}, {:.2%}] of the step".format(*row["of_the_step"]) if "of_the_step" in row else ""
+        share = harness.said(row["of_the_step"], "{:.2%}") + " of the step" if "of_the_step" in row else ""
         print("{what:>30}: p50 {p50_ms:.2f} ms ".format(**row), share)
         if kind == MOTION:
-            over = "{:.2%} [{:.2%}, {:.2%}]".format(*row["over_the_rest"])
+            over = harness.said(row["over_the_rest"], "{:.2%}")
             print(f"{'':>30}  {over} on top of all other nodes; the goal of bench_adapter.py is at most {GOAL} %")
     products = sum(seconds.get(kind, np.zeros(options.rounds)) for kind in (PRODUCTS, ATTENTION))
     print(f"matrix products and attention are {float(np.median(products / whole)):.1%} of it")

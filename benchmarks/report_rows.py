@@ -1,4 +1,8 @@
-"""Rows as benchmarks/report.py reads them: which count, and the table and the line of provenance that any of them gives."""
+"""Rows as the pages read them: which count, what of them may be shown, and the table that any of them gives.
+
+A row counts if it says of which run it is, and if every row of that run names a clean commit: else nobody could make it again.
+Of a row that counts, a p99 or an interval is shown only if its n allows it. Tables and figures are each of one run.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from report_text import error, number, ratio, table
+import harness
+from report_text import error, number, ratio, table, unclean
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,11 @@ class Row:
         return " ".join(str(self.get(key)) for key in (first, "loading") if self.get(key))
 
     @property
+    def run(self) -> Any:
+        """When the process began that appended this row; None for the first rows, which did not keep it."""
+        return self.get("run")
+
+    @property
     def on_gpu(self) -> bool:
         """Whether a GPU did the work; a row of the processor's work may name a GPU that was there too."""
         return bool(self.get("gpu")) and self.get("device") not in (None, "cpu")
@@ -40,12 +50,33 @@ class Report:
     figures: dict[str, str] = field(default_factory=dict)
 
     def rows(self, question: str, *, gpu: bool = False) -> list[Row]:
-        """All rows of `question`, of the processor's work or of a GPU's, oldest first."""
+        """The rows of `question` that count, of the processor's work or of a GPU's, oldest first."""
+        clean = self._clean(question)
+        return [row for row in self.lines(question) if row.on_gpu == gpu and row.run in clean]
+
+    def unclean(self, question: str, *keys: str, gpu: bool = False) -> list[str]:
+        """Lines for what has rows, but none that counts, by its `keys`: the commands that would make them."""
+        every = [row for row in named(self.lines(question)) if row.on_gpu == gpu]
+        shown = groups(named(self.rows(question, gpu=gpu)), *keys)
+        missing: dict[str, list[str]] = {}
+        for name, rows in groups(every, *keys).items():
+            if name not in shown:
+                what = ", ".join(f"{key} {rows[0].get(key)}" for key in keys if rows[0].get(key) not in (None, ""))
+                for command in dict.fromkeys(str(row.get("command") or "") for row in rows):
+                    missing.setdefault(command, []).append(what)
+        return [*(unclean(command, names) for command, names in missing.items()), ""] if missing else []
+
+    def lines(self, question: str) -> list[Row]:
+        """All rows of `question`, whether they count or not."""
         path = self.folder / f"{question}.jsonl"
-        if not path.exists():
-            return []
-        read = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-        return [row for number, line in read if (row := Row(path.name, number, json.loads(line))).on_gpu == gpu]
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return [Row(path.name, place, allowed(json.loads(line))) for place, line in enumerate(lines, 1)]
+
+    def _clean(self, question: str) -> set[str]:
+        """The runs whose rows all name a clean commit."""
+        every = self.lines(question)
+        changed = {row.run for row in every if not row.get("commit") or "+" in row.get("commit")}
+        return {row.run for row in every if row.run is not None} - changed
 
     def figure(self, name: str, svg: str, alt: str) -> str:
         """Keep a figure, and return the line that shows it."""
@@ -56,20 +87,31 @@ class Report:
 def groups(rows: Iterable[Row], *keys: str) -> dict[str, list[Row]]:
     """By the values of `keys`, the rows of the newest run of each; within a run the last row of a kind counts.
 
-    Rows from before runs were numbered are all of one run. A kind is everything that a table has lines for.
+    A kind is everything that a table has lines for.
     """
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(", ".join(str(row.get(key)) for key in keys if row.get(key) not in (None, "")), []).append(row)
     kind = ("what", "model", "backend", "graph", "k", "axis", "value", "flavor", "frames", "reduced", "loading")
     return {
-        name: list({tuple(str(row.get(key)) for key in kind): row for row in every if _run(row) == _run(every[-1])}.values())
+        name: list({tuple(str(row.get(key)) for key in kind): row for row in every if row.run == every[-1].run}.values())
         for name, every in found.items()
     }
 
 
-def _run(row: Row) -> Any:
-    return row.get("run")
+def by_run(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows of each run, in the order of their first rows: what one table may hold."""
+    found: dict[Any, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.run, []).append(row)
+    return list(found.values())
+
+
+def allowed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row may say of n times: no p99 of a few, and of a ratio of few rounds its value without the interval."""
+    few = harness.too_few(data)
+    less = {key: None if key == "p99_ms" else data[key][0] for key in few}
+    return {**data, **less}
 
 
 def ordered(rows: Sequence[Row], order: Sequence[str]) -> list[Row]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import memory_plot
 import report_text as text
 from plots import Bar, bars, lines
-from report_rows import Report, Row, groups, named, ordered, times
+from report_rows import Report, Row, by_run, groups, named, ordered, times
 
 PERCENTILES = ("p50_ms", "p95_ms", "p99_ms", "n")
 PYTHON = ".venv-dev/bin/python "
@@ -32,7 +32,7 @@ def adapter(report: Report) -> list[str]:
         if shares:
             title = f"{name}: time of a step on top of the base step"
             parts += [report.figure(f"adapter_{text.slug(name)}", bars(title, shares), title), "", text.source(rows), ""]
-    return parts
+    return parts + report.unclean("bench_adapter", "model", "runtime")
 
 
 def _share(row: Row) -> Bar | None:
@@ -49,7 +49,7 @@ def step(report: Report) -> list[str]:
     for name, rows in groups(named(report.rows("bench_step")), "model").items():
         rows = ordered(rows, ("rewritten", "plain", "eager", "compiled"))
         parts += [f"### {name}", "", *times(rows, "rewritten"), "", text.source(rows), ""]
-    return parts
+    return parts + report.unclean("bench_step", "model")
 
 
 def kinds(report: Report) -> list[str]:
@@ -65,7 +65,7 @@ def kinds(report: Report) -> list[str]:
             for row in rows
         ]  # fmt: skip
         parts += [f"### {name}", "", *text.table(head, body), "", text.source(rows), ""]
-    return parts
+    return parts + report.unclean("profile_graph", "model")
 
 
 def against(rows: Sequence[Row], by: str, heading: str, over: str) -> list[str]:
@@ -95,18 +95,12 @@ def conditioning(report: Report) -> list[str]:
             title = f"{name}: motion tokens of K references, p50 ms"
             svg = lines(title, series, across="K references", up="ms", log=True)
             parts += [report.figure(f"conditioning_{text.slug(name)}", svg, title), "", text.source(rows), ""]
-    return parts
+    return parts + report.unclean("bench_conditioning", "model")
 
 
 def memory(report: Report) -> list[str]:
-    path = report.folder / "bench_memory.jsonl"
-    if not report.rows("bench_memory"):
-        return []
-    newest = list(memory_plot.newest_rows(path).values())
-    rows = [row for row in report.rows("bench_memory") if row.data in newest]
-    picture = "![a search against clips](../benchmarks/results/bench_memory.svg)"
-    more = "What stands behind it: [memory.md](memory.md)."
-    return [memory_plot.table(path), "", picture, "", text.source(rows), "", more, ""]
+    parts = memory_plot.cost(report)
+    return [*parts, "What stands behind it: [memory.md](memory.md).", ""] if parts else []
 
 
 def stages(question: str) -> Callable[[Report], list[str]]:
@@ -130,7 +124,7 @@ def stages(question: str) -> Callable[[Report], list[str]]:
             if items:
                 title = f"{name}: {question.removeprefix('bench_').replace('_', ' ')}, p50"
                 parts += [report.figure(f"{question}_{text.slug(name)}", bars(title, items), title), "", text.source(rows), ""]
-        return parts
+        return parts + report.unclean(question, "model")
 
     return render
 
@@ -156,7 +150,7 @@ def scaling(report: Report) -> list[str]:
             across = next((str(row.get("over")) for row in fits if row.get("over")), name.split(", ")[-1])
             svg = lines(title, series | curves, across=across, up="ms", dashed=list(curves))
             parts += [report.figure(f"scaling_{text.slug(name)}", svg, title), "", text.source(rows), ""]
-    return parts
+    return parts + report.unclean("bench_scaling", "model", "axis")
 
 
 def _curve(row: Row, series: Mapping[str, Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
@@ -178,49 +172,50 @@ def _curve(row: Row, series: Mapping[str, Sequence[tuple[float, float]]]) -> lis
 
 def build(report: Report) -> list[str]:
     parts: list[str] = []
-    # Engines are built one graph after another, perhaps in several runs: the newest of each graph counts.
-    keys = ("model", "dtype", "flavor", "reduced", "graph")
-    every = [row for row in report.rows("bench_build") if row.get("what") == "build"]
-    newest = {tuple(str(row.get(key)) for key in keys): row for row in every}
-    body = []
-    for name in dict.fromkeys(key[:4] for key in newest):
-        rows = [row for key, row in newest.items() if key[:4] == name]
-        sums = (sum(row.get(key, 0) for row in rows) for key in ("convert_seconds", "build_seconds", "onnx_mib", "engine_mib"))
-        peak = max(row.get("peak_rss_mib", 0) for row in rows)
-        cells = (text.number(value) for value in (*sums, peak))
-        body.append([f"{name[0]} ({name[3]})", f"{name[1]}, {name[2]}", str(len(rows)), *cells])
-    if body:
-        head = ["model", "engine", "graphs", "convert s", "build s", "ONNX MiB", "engine MiB", "peak RSS MiB"]
-        parts += ["### Engines", "", *text.table(head, body), "", text.source(list(newest.values())), ""]
-    exported = [rows[-1] for rows in groups(report.rows("export_full"), "model", "frames").values()]
-    if exported:
-        head = ["model", "frames", "dtype", "weights read GB", "bundle GB", "processor s", "wall s", "peak MB, no page cache"]
+    keys = ("model", "dtype", "flavor", "reduced")
+    engines = groups([row for row in report.rows("bench_build") if row.get("what") == "build"], *keys).values()
+    head = ["model", "engine", "graphs", "convert s", "build s", "ONNX MiB", "engine MiB", "peak RSS MiB"]
+    for run in by_run(row for rows in engines for row in rows):
+        body = []
+        for rows in groups(run, *keys).values():
+            model, dtype, flavor, reduced = (str(rows[0].get(key)) for key in keys)
+            sums = [sum(r.get(key, 0) for r in rows) for key in ("convert_seconds", "build_seconds", "onnx_mib", "engine_mib")]
+            cells = map(text.number, (*sums, max(row.get("peak_rss_mib", 0) for row in rows)))
+            body.append([f"{model} ({reduced})", f"{dtype}, {flavor}", str(len(rows)), *cells])
+        parts += [*text.table(head, body), "", text.source(run), ""]
+    parts += report.unclean("bench_build", *keys)
+    parts = ["### Engines", "", *parts] if parts else []
+    full: list[str] = []
+    head = ["model", "frames", "dtype", "weights read GB", "bundle GB", "processor s", "wall s", "peak MB, no page cache"]
+    for run in by_run(rows[-1] for rows in groups(report.rows("export_full"), "model", "frames").values()):
         body = [
             [
                 str(row.get("model")), str(row.get("frames")), str(row.get("dtype")),
                 *(text.number(row.get(key) / 1e9 if row.get(key) else None) for key in ("weights_read_bytes", "bundle_bytes")),
                 *(text.number(row.get(key)) for key in ("cpu_seconds", "seconds", "peak_anonymous_mb")),
             ]
-            for row in exported
+            for row in run
         ]  # fmt: skip
-        parts += ["### Exports at full size", "", *text.table(head, body), "", text.source(exported), ""]
-    elif parts:
-        command = f"{PYTHON}benchmarks/export_full.py cogvideox-5b-i2v FOLDER"
-        parts += ["### Exports at full size", "", text.not_run(command), ""]
-    return parts
+        full += [*text.table(head, body), "", text.source(run), ""]
+    full += report.unclean("export_full", "model", "frames")
+    if parts and not full:
+        full = [text.not_run(f"{PYTHON}benchmarks/export_full.py cogvideox-5b-i2v FOLDER"), ""]
+    return parts + (["### Exports at full size", "", *full] if full else [])
 
 
 def classes(report: Report) -> list[str]:
-    rows = [rows[-1] for rows in groups(report.rows("partition_report"), "model", "frames").values()]
-    body = []
-    for row in rows:
-        whole = row.get("classes", {}).get("model", {})
-        for kind, size in row.get("classes", {}).items():
-            if size.get("parameters") and kind != "model":
-                share = f"{size['parameters'] / whole['parameters']:.2%}"
-                body.append([f"{row.get('model')}, {row.get('frames')} frames", kind, share, f"{size['flops'] / 1e12:,.3f}"])
-        body.append([f"{row.get('model')}, {row.get('frames')} frames", "step as written", "", f"{whole['flops'] / 1e12:,.3f}"])
-    return [*text.table(["model", "class", "of the weights", "TFLOP"], body), "", text.source(rows), ""] if rows else []
+    parts: list[str] = []
+    for run in by_run(rows[-1] for rows in groups(report.rows("partition_report"), "model", "frames").values()):
+        body = []
+        for row in run:
+            name, whole = f"{row.get('model')}, {row.get('frames')} frames", row.get("classes", {}).get("model", {})
+            for kind, size in row.get("classes", {}).items():
+                if size.get("parameters") and kind != "model":
+                    share = f"{size['parameters'] / whole['parameters']:.2%}"
+                    body.append([name, kind, share, f"{size['flops'] / 1e12:,.3f}"])
+            body.append([name, "step as written", "", f"{whole['flops'] / 1e12:,.3f}"])
+        parts += [*text.table(["model", "class", "of the weights", "TFLOP"], body), "", text.source(run), ""]
+    return parts + report.unclean("partition_report", "model", "frames")
 
 
 def quality(report: Report) -> list[str]:
@@ -228,34 +223,31 @@ def quality(report: Report) -> list[str]:
     if not path.exists():
         return []
     data = json.loads(path.read_text(encoding="utf-8"))
-    steps = {"16 steps": 16, "": 8, "4 steps": 4, "2 steps": 2, "DPM, 8 steps": 8}
-    timed = [row for rows in groups(named(report.rows("bench_step")), "model").values() for row in rows]
-    one = next((row for row in timed if row.get("model") == "demo" and row.get("backend") == "rewritten"), None)
+    steps = {"16 steps": 16, "": 8, "4 steps": 4, "2 steps": 2}
     body, series = [], dict[str, list[tuple[float, float]]]()
     for row in data["rows"]:
         if row["row"] != "CAMA K=4" or "paraphrased" in row["split"]:
             continue
-        ms = steps[row["change"]] * one.get("p50_ms") if one is not None and row["change"] in steps else None
         cells = ("{:.2f} [{:.2f}, {:.2f}]".format(*row[key]) for key in ("epe_px", "psnr_db"))
-        body.append([row["split"], row["change"] or "as shipped", text.number(ms), *cells])
-        if ms is not None and row["change"] != "DPM, 8 steps":
-            series.setdefault(row["split"], []).append((ms, row["epe_px"][0]))
+        body.append([row["split"], row["change"] or "as shipped: 8 steps", *cells])
+        if row["change"] in steps:
+            series.setdefault(row["split"], []).append((steps[row["change"]], row["epe_px"][0]))
     note = f"Rows: `benchmarks/results/{path.name}`, written by `{data['command']}`."
-    parts = [*text.table(["split", "change", "ms of all steps", "path error px", "PSNR dB"], body), "", note, ""]
-    if one is None:
-        return [*parts, "Speed beside it: " + text.not_run(f"{PYTHON}benchmarks/bench_step.py"), ""]
-    parts += ["Milliseconds are the steps times one step's p50; coarser weights were not timed.", "", text.source([one]), ""]
-    title = "Demo: path error in pixels against the time of 2, 4, 8 and 16 steps (DDIM)"
-    svg = lines(title, series, across="ms of all steps", up="pixels, mean")
-    return [*parts, report.figure("speed_quality", svg, title), "", note, text.source([one]), ""]
+    title = "Demo: path error in pixels against 2, 4, 8 and 16 steps (DDIM)"
+    svg = lines(title, series, across="steps", up="pixels, mean")
+    return [
+        *text.table(["split", "change", "path error px", "PSNR dB"], body), "", note, "",
+        "What a step takes: [the step](#the-step). Coarser weights were not timed.", "",
+        report.figure("speed_quality", svg, title), "", note, "",
+    ]  # fmt: skip
 
 
 def bounds(report: Report) -> list[str]:
     """What no implementation can beat: counted, for GPUs that were never here."""
-    newest = {row.get("what"): row for row in report.rows("roofline")}
-    rows = [row for row in newest.values() if row.get("bounds")]
-    if not rows:
-        return []
+    runs = by_run(row for row in report.rows("roofline") if row.get("bounds"))
+    if not runs:
+        return report.unclean("roofline")
+    rows = runs[-1]
     body = [
         [str(row.get("what")), f"{row.get('flops') / 1e12:,.2f}", f"{row.get('bytes') / 1e9:,.2f}"]
         + [text.number(bound["bound_ms"]) for bound in row.get("bounds")]
@@ -278,7 +270,7 @@ def plain(question: str, *keys: str, gpu: bool = False) -> Callable[[Report], li
                 compared = [f"{row.get('backend')} {_p50(row) / _p50(base):.3f}" for row in rows if row is not base]
                 said = f"p50 over that of {base.get('backend')}, the fastest base, stages one after another"
                 parts += [f"{said}: {', '.join(compared)}.", ""]
-        return parts
+        return parts + report.unclean(question, "device", *keys, gpu=gpu)
 
     return render
 

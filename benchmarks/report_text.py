@@ -9,11 +9,16 @@ from typing import Any, Protocol
 INTRODUCTION = """# Performance
 
 Written by `make report` from the rows in `benchmarks/results`; do not edit it. Under each table and figure stand its rows:
-file and lines, commit, date, machine, and the command that makes them again. Where several runs answered a question, the
-newest counts and the older ones stay in the file. Ratios are of candidates that took turns in one run, with the 95 % interval
-of a bootstrap over rounds; times of different runs are never set against each other. Nothing was timed before it was shown to
-compute the same: `difference` is how far a candidate is from the reference that its row names, and what was allowed.
-Parts that nobody ran say so.
+file and lines, commit, date, machine, and the command that makes them again.
+
+- Where several runs answered a question, the newest counts and the older ones stay in the file. A run counts only if all of its
+  rows name a clean commit; what has no such run says so.
+- Each table and figure is of one run: times of different runs are never set beside each other.
+- Ratios are of candidates that took turns, with the 95 % interval of a bootstrap over rounds where there were at least 10. A
+  p99 is given where there are at least 100 times.
+- Nothing was timed before it was shown to compute the same: `difference` is how far a candidate is from the reference that its
+  row names, and what was allowed.
+- Parts that nobody ran say so.
 """
 # What every row says about its machine, and so no line of a table.
 COMMON = frozenset(
@@ -108,6 +113,12 @@ def _lines(numbers: Iterable[int]) -> str:
 def not_run(command: str) -> str:
     """What stands where rows are missing."""
     return f"Not run: `{command}` would answer it."
+
+
+def unclean(command: str, names: Iterable[str]) -> str:
+    """What stands where there are rows, but none from a clean commit: a line of a list."""
+    what = "; ".join(filter(None, names)) or "all of it"
+    return f"- Not run at a clean commit: {what}. {f'`{command}`' if command else 'A command that rows did not keep yet'}."
 
 
 def slug(name: str) -> str:

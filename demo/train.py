@@ -69,13 +69,13 @@ def run(stage: str, steps: int | None, skip_done: bool) -> None:
     done.write_text(str(count))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=[*ORDER, "all"])
     parser.add_argument("--steps", type=int, help="training steps of the stage instead of its default")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch (default 2; 1 for stages side by side)")
     parser.add_argument("--again", action="store_true", help="forget what the stage has trained, and start it anew")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.stage == "all" and (options.steps or options.again):
         parser.error("--steps and --again are for one stage; to train everything anew delete demo/work")
     if options.steps is not None and (options.steps < 1 or options.stage not in TRAINED):

@@ -62,9 +62,7 @@ def bench(
             "steps": solved.steps,
             "repeat": repeat,
             "seconds": {row.what: row.seconds for row in rows},
-            "percentiles_ms": {
-                row.what: {f"p{q}": 1e3 * row.percentile(q) for q in (50, 95, 99)} for row in rows if row.seconds
-            },
+            "percentiles_ms": {row.what: row.percentiles() for row in rows if row.seconds},
             "not_run": {row.what: row.why for row in rows if row.why},
             "step_seconds": comparison.seconds,
             "step_ratios": {name: comparison.ratio(name) for name in comparison.seconds if name != "step"},

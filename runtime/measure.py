@@ -48,9 +48,10 @@ class Row:
     seconds: list[float] = field(default_factory=list)
     why: str = ""
 
-    def percentile(self, q: float) -> float:
-        """The q-th percentile in seconds."""
-        return float(np.percentile(self.seconds, q))
+    def percentiles(self) -> dict[str, float]:
+        """p50, p95 and, of a hundred times or more, p99, in milliseconds."""
+        wanted = (50, 95, 99) if len(self.seconds) >= 100 else (50, 95)
+        return {f"p{q}": 1e3 * float(np.percentile(self.seconds, q)) for q in wanted}
 
 
 @dataclass(frozen=True)

@@ -151,9 +151,11 @@ def _shape(dims: Sequence[object]) -> str:
 
 def bench_tables(rows: Sequence[Row], comparison: Comparison, notes: Sequence[str]) -> Iterator[Table | str]:
     """Percentiles per stage, or why there are none; then the ratios of the step."""
-    stages = [
-        (row.what, *(f"{1e3 * row.percentile(q):.2f}" for q in (50, 95, 99)), len(row.seconds)) for row in rows if row.seconds
-    ]
+    stages = []
+    for row in rows:
+        if row.seconds:
+            ms = row.percentiles()
+            stages.append((row.what, *(f"{ms[q]:.2f}" if q in ms else "-" for q in ("p50", "p95", "p99")), len(row.seconds)))
     yield table("stages", ("stage", "p50 ms", "p95 ms", "p99 ms", "n"), stages)
     yield from (f"{row.what}: not run: {row.why}" for row in rows if row.why)
     if comparison.seconds:

@@ -169,8 +169,9 @@ def span_start(path: File, span: str, seconds: float, start: float | None = None
 def write_video(path: File, frames: Pixels, fps: Rate) -> None:
     """Write uint8 [F,H,W,3] as .mp4 (H.264), .gif, .webp (animated) or .png (a sheet of all frames), by extension.
 
-    An odd height or width of an mp4 is padded to even by repeating the last row or column, as 4:2:0 needs. The file
-    appears whole or not at all. Raises MediaError (unknown extension, no permission, full disk) and InputError.
+    An odd height or width of an mp4 is padded to even by repeating the last row or column, as 4:2:0 needs. The same frames
+    decode to the same video, but libx264 may write them in other bits. The file appears whole or not at all. Raises
+    MediaError (unknown extension, no permission, full disk) and InputError.
     """
     file = Path(path)
     kind = file.suffix.lower()

@@ -65,8 +65,7 @@ def test_adapter_overhead_has_a_checked_row_for_each_variant(
     assert found["folded"]["error"]["to"] == "released" and found["scale_0"]["error"]["to"] == "base"
     assert found["folded"]["error"]["max_abs_difference"] > 0  # two forms, not one graph twice
     assert found["base_ours"]["flops"] <= found["base"]["flops"] < found["folded"]["flops"] < found["released"]["flops"]
-    low, high = found["folded"]["over_base_ours"][1:]
-    assert 0 < low <= high
+    assert found["folded"]["over_base_ours"] > 0, "of two rounds there is no interval"
     capsys.readouterr()
     bench["bench_adapter"].main(arguments)
     assert "exporting" not in capsys.readouterr().out  # kept from the first run
@@ -79,9 +78,9 @@ def test_a_profile_tells_the_adapters_from_the_base_step(bench: dict[str, Module
     found = {row["what"]: row for row in rows(tmp_path, "profile_graph")}
     assert {"motion", "attention", "matrix products, convolutions", "norms"} < set(found)
     parts = [row for what, row in found.items() if what != "all nodes"]
-    assert sum(row["of_the_step"][0] for row in parts) == pytest.approx(1, abs=0.2)  # medians need not add up
+    assert sum(row["of_the_step"] for row in parts) == pytest.approx(1, abs=0.2)  # medians need not add up
     motion = found["motion"]
-    assert motion["n"] == 3 and motion["of_the_step"][0] < motion["over_the_rest"][0] < 0.5
+    assert motion["n"] == 3 and 0 < motion["of_the_step"] < motion["over_the_rest"] < 0.5
     base = profiler.graphs_of(bench["mid_models"].MODELS["layer-toy"], ("base_ours",), work)["base_ours"]
     assert "motion" not in profiler.profile(base, 1, 0, 1)
 
@@ -126,7 +125,7 @@ def test_step_is_timed_against_both_rivals(
     assert found["rewritten"]["flops"] < found["plain"]["flops"] == found["eager"]["flops"]
     for name, row in found.items():
         assert row["error"]["max_abs_difference"] <= row["error"]["allowed"]
-        assert name == "rewritten" or row["over_rewritten"][0] > 0
+        assert name == "rewritten" or row["over_rewritten"] > 0
 
 
 def _compiled(module: Any, options: dict[str, Any], **tensors: Any) -> Any:

@@ -21,13 +21,13 @@ def run(script: str, *arguments: str, **environment: str) -> subprocess.Complete
 
 
 def test_bench_kernel_checks_then_appends_two_rows(tmp_path: Path) -> None:
-    sizes = ("--length", "70", "--heads", "3", "--rounds", "3")
+    sizes = ("--length", "70", "--heads", "3", "--rounds", "10")
     done = run("bench_kernel.py", *sizes, "--results", str(tmp_path), "--note", "test")
     assert done.returncode == 0, done.stderr
     rows = {row["backend"]: row for row in map(json.loads, (tmp_path / "bench_kernel.jsonl").read_text().splitlines())}
     assert set(rows) == {"released", "folded"}
     for row in rows.values():
-        assert row["n"] == 3 and row["note"] == "test" and row["shape"] == [1, 70, 192]
+        assert row["n"] == 10 and row["note"] == "test" and row["shape"] == [1, 70, 192]
         assert row["error_to_fp64"] < 1e-5
     value, low, high = rows["released"]["over_folded"]
     assert 0 < low <= high and value > 0

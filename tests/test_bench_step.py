@@ -38,8 +38,7 @@ def test_bench_step_checks_then_appends_one_row_for_each_candidate(tmp_path: Pat
         assert row["error"]["max_abs_difference"] <= row["error"]["allowed"]
         assert row["max_abs_difference_after_all_steps"] <= 1e-4
     for name in ("plain", "eager"):
-        value, low, high = rows[name]["over_rewritten"]
-        assert 0 < low <= high and value > 0
+        assert rows[name]["over_rewritten"] > 0, "of three rounds there is no interval"
         assert f"{name} / rewritten" in done.stdout
 
 

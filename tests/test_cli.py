@@ -180,8 +180,8 @@ def test_bench_gives_percentiles_and_ratios(
     seconds = document["seconds"]
     for stage in ("text", "appearance", "cama", "request", "decode", "first_frame", "write", "all"):
         assert len(seconds[stage]) == 3 and f"│ {stage} " in out
-        p50, p95, p99 = (document["percentiles_ms"][stage][key] for key in ("p50", "p95", "p99"))
-        assert p50 <= p95 <= p99
+        percentiles = document["percentiles_ms"][stage]
+        assert set(percentiles) == {"p50", "p95"} and percentiles["p50"] <= percentiles["p95"], "p99 needs a hundred times"
     assert len(seconds["step"]) == 12
     for index in range(3):
         assert seconds["all"][index] == pytest.approx(seconds["first_frame"][index] + seconds["write"][index])

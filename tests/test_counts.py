@@ -36,8 +36,7 @@ def test_pass_over_the_demo_gives_what_the_baseline_says(counts: ModuleType) -> 
     check(counts, "demo step", counts.demo_counts)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("part", ["cogvideox tiny", "svd tiny"])
+@pytest.mark.parametrize("part", ["cogvideox tiny", pytest.param("svd tiny", marks=pytest.mark.slow)])
 def test_pass_over_released_structures_gives_what_the_baseline_says(
     counts: ModuleType, part: str, request: pytest.FixtureRequest
 ) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,15 +18,25 @@ DEMO = Path(__file__).resolve().parent.parent / "demo"
 
 
 @pytest.fixture
-def training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """demo/training.py with its work folder in `tmp_path`; its siblings are importable only meanwhile."""
-    monkeypatch.syspath_prepend(str(DEMO))
-    before = set(sys.modules)
-    module = load_by_path(DEMO / "training.py")
-    monkeypatch.setattr(module, "WORK", tmp_path)
-    for name in set(sys.modules) - before:
-        if name in ("domain", "model"):
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Load a file of demo/; its siblings are importable only meanwhile."""
+
+    def loaded(file: str) -> ModuleType:
+        monkeypatch.syspath_prepend(str(DEMO))
+        siblings = {path.stem for path in DEMO.glob("*.py")} - set(sys.modules)
+        module = load_by_path(DEMO / file)
+        for name in siblings & set(sys.modules):
             monkeypatch.delitem(sys.modules, name)
+        return module
+
+    return loaded
+
+
+@pytest.fixture
+def training(load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """demo/training.py with its work folder in `tmp_path`."""
+    module = load("training.py")
+    monkeypatch.setattr(module, "WORK", tmp_path)
     return module
 
 
@@ -69,6 +79,9 @@ def test_missing_and_foreign_work_files_are_named(training: Any) -> None:
         (["nonsense"], "invalid choice"),
     ],
 )
-def test_bad_arguments_are_refused(arguments: list[str], message: str) -> None:
-    done = subprocess.run([sys.executable, str(DEMO / "train.py"), *arguments], capture_output=True, text=True)
-    assert done.returncode == 2 and message in done.stderr
+def test_bad_arguments_are_refused(
+    arguments: list[str], message: str, load: Callable[[str], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        load("train.py").main(arguments)
+    assert message in capsys.readouterr().err

@@ -86,24 +86,58 @@ def comparison(**seconds: Any) -> Any:
 def test_ratio_is_exact_for_paired_times_under_shared_noise() -> None:
     noise = np.random.default_rng(3).uniform(1, 5, 40)
     ratio = comparison(a=2 * noise, b=noise).ratio("a", "b")
-    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((2.0, 2.0, 2.0))
+    assert ratio.as_row() == pytest.approx([2.0, 2.0, 2.0])
     assert str(ratio) == "2.00x [2.00, 2.00]"
 
 
-@given(st.lists(st.tuples(st.floats(1e-6, 1e3), st.floats(1e-6, 1e3)), min_size=1, max_size=12))
+def test_a_ratio_of_fewer_than_ten_rounds_has_no_interval() -> None:
+    for rounds, said in ((9, "2.00x"), (10, "2.00x [2.00, 2.00]")):
+        assert str(comparison(a=2 * np.ones(rounds), b=np.ones(rounds)).ratio("a", "b")) == said
+    assert comparison(a=2 * np.ones(9), b=np.ones(9)).ratio("a", "b").as_row() == 2.0
+
+
+@given(st.lists(st.tuples(st.floats(1e-6, 1e3), st.floats(1e-6, 1e3)), min_size=10, max_size=16))
 def test_ratio_interval_is_ordered_and_turns_over_with_its_arguments(pairs: list[tuple[float, float]]) -> None:
     above, below = zip(*pairs, strict=True)
     result = comparison(a=above, b=below)
     there, back = result.ratio("a", "b", resamples=50), result.ratio("b", "a", resamples=50)
-    assert 0 < there.low <= there.high
+    low, high = there.interval
+    assert 0 < low <= high
     assert there.value * back.value == pytest.approx(1.0)
 
 
 def test_summary_is_in_milliseconds() -> None:
     got = harness.summary(np.arange(1, 102) / 1000)
     assert got == pytest.approx({"n": 101, "p50_ms": 51.0, "p95_ms": 96.0, "p99_ms": 100.0})
+    assert harness.times(got) == "p50 51.00 ms, p95 96.00 ms, p99 100.00 ms, n 101"
     with pytest.raises(ValueError, match="no times"):
         harness.summary(np.empty(0))
+
+
+def test_summary_of_fewer_than_a_hundred_has_no_p99() -> None:
+    got = harness.summary(np.arange(1, 100) / 1000)
+    assert got == pytest.approx({"n": 99, "p50_ms": 50.0, "p95_ms": 94.1})
+    assert harness.times(got) == "p50 50.00 ms, p95 94.10 ms, n 99"
+
+
+@pytest.mark.parametrize(
+    ("figures", "said"),
+    [
+        ({"n": 99, "p99_ms": 1.0}, "has p99_ms from n = 99"),
+        ({"n": 9, "over_base": [1.1, 1.0, 1.2]}, "has over_base from n = 9"),
+        ({"n": 9, "of_the_step": (0.1, 0.0, 0.2), "p99_ms": 1.0}, "has of_the_step, p99_ms from n = 9"),
+        ({"n": 100, "p99_ms": 1.0, "over_base": [1.1, 1.0, 1.2]}, None),
+        ({"n": 3, "p99_ms": None, "over_base": 1.1, "shape": [1, 2, 3], "over": "abc"}, None),
+    ],
+    ids=["p99", "interval", "both", "enough", "few"],
+)
+def test_append_row_refuses_figures_that_n_does_not_allow(figures: dict[str, Any], said: str | None, tmp_path: Path) -> None:
+    if said is None:
+        harness.append_row("q", figures, folder=tmp_path)
+        return
+    with pytest.raises(ValueError, match=said):
+        harness.append_row("q", figures, folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_append_row_appends_lines_that_read_back(tmp_path: Path) -> None:
@@ -113,7 +147,7 @@ def test_append_row_appends_lines_that_read_back(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["note"] for row in rows] == ["first", "second"]
     assert rows[0]["run"] == rows[1]["run"]
-    wanted = set("command date commit processor cores versions question n p50_ms p95_ms p99_ms error".split())
+    wanted = set("command date commit processor cores versions question n p50_ms p95_ms error".split())
     assert wanted <= rows[0].keys()
     assert rows[0]["versions"]["numpy"] == np.__version__
 

@@ -270,7 +270,8 @@ def test_a_resumed_run_reads_no_file_again_that_did_not_change(
         assert read == ["0.mp4", "1.mp4", "2.mp4"] and len(memory) == 3
         journal = memory.path / "resume.jsonl"
         journal.write_text(journal.read_text() + '\n["cut sho')
-        counting(tmp_path / "1.mp4", shift=1)  # the same bytes, written again
+        # The same bytes, written again; not encoded again, for libx264 may code the same frames in other bits.
+        (tmp_path / "1.mp4").write_bytes((tmp_path / "1.mp4").read_bytes())
         read.clear()
         assert index_clips(memory, ENCODERS, items) == IndexReport(added=1, skipped=3)
         assert read == ["1.mp4", "3.mp4"] and not journal.exists()

@@ -193,8 +193,9 @@ def generated(made: Cell, options: RunOptions) -> tuple[Result, NDArray[Any]]:
     seen: list[Any] = []
     with MotionPipeline.from_bundle(made.bundle, made.memory, backend=open_backend(options)) as pipeline:
         for name in {"decode", "decode_next"} & set(pipeline.bundle.graphs):
+            graph = pipeline.graph(name)
 
-            def keep(inputs: Any, decode: Any = pipeline.graph(name)) -> Any:
+            def keep(inputs: Any, decode: Any = graph) -> Any:
                 seen.append(np.asarray(inputs["latents"]))
                 return decode(inputs)
 

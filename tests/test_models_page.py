@@ -1,4 +1,4 @@
-"""docs/models.md as a newcomer types it: every block that is not left out runs, on small models in the folders that it names."""
+"""docs/models.md as a newcomer types it: its blocks run, on small models in the folders that it names."""
 
 from __future__ import annotations
 

@@ -50,6 +50,7 @@ def test_kernel_formula_equals_what_is_counted(bench: tuple[ModuleType, ModuleTy
     assert roofline.kernel_of(size) == roofline.Work(flops, moved)
 
 
+@pytest.mark.slow
 def test_step_of_any_depth_equals_what_is_counted(bench: tuple[ModuleType, ModuleType]) -> None:
     roofline, full = bench
     size = replace(full.TOY, layers=4)

@@ -57,7 +57,7 @@ def rewritten(cut: Partition, values: dict[str, Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("model", list(MODELS))
+@pytest.mark.parametrize("model", ["cogvideox", pytest.param("svd", marks=pytest.mark.slow)])
 def test_the_rewritten_step_loses_no_more_than_the_plain_one(model: str, dtype: Any, record_property: Any) -> None:
     make, inputs, config, latents = MODELS[model]
     values = request(inputs, config, latents)

@@ -100,6 +100,7 @@ def test_positions_can_be_the_beginning_of_the_learned_table() -> None:
         cogvideox_step(COGVIDEOX, latents=(2, 4, 6, 8), motion=MOTION, positions="other")
 
 
+@pytest.mark.slow
 def test_svd_programs_without_weights_equal_diffusers_unet_with_plain_adapters(
     tiny_partitions: Callable[[str], tuple[Partition, Tensor]],
 ) -> None:
