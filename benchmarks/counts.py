@@ -73,7 +73,8 @@ def bundle_counts(folder: Path = ROOT / "demo" / "bundle") -> Counts:
 
     bundle = Bundle.open(folder)
     files = {"bundle.json", bundle.manifest["solvers"]["file"]}
-    files |= {entry["file"] for kind in ("graphs", "tokenizers") for entry in bundle.manifest[kind].values()}
+    files |= {entry["file"] for kind in ("graphs", "tokenizers", "programs") for entry in bundle.manifest[kind].values()}
+    files |= {spec.data.file for spec in bundle.graphs.values() if spec.data is not None}
     counts: Counts = {"bytes of the bundle": sum((folder / file).stat().st_size for file in files)}
     for name, spec in bundle.graphs.items():
         model = onnx.load(folder / spec.file, load_external_data=False)

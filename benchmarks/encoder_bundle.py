@@ -73,7 +73,7 @@ def drawn(part: Part) -> Part:
 
 
 def drawn_encoders(folder: Path, sizes: Sizes) -> tuple[Sources, Encoders]:
-    """What an export is told, and the exporter's parts of files of `sizes` (sparse, of zeros, in `folder`), with drawn weights."""
+    """What an export is told, and the exporter's parts of files of `sizes` (of zeros, in `folder`), with drawn weights."""
     write_encoders(folder, sizes, torch.float32)
     write_motionrag(folder / "rag", BLOCK, sizes, torch.float32)
     sos = SosToken(seed=42)

@@ -19,17 +19,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
+from unittest import mock
 
 import onnx
 import torch
 
 import harness
 from anonymous_memory import AnonymousMemory
+from motionrt.export import onnx_streamed
 from motionrt.export.cogvideox_bundle import export_cogvideox
 from motionrt.export.motionrag_files import SosToken
+from motionrt.export.programs import FOLDER as PROGRAMS
+from motionrt.export.programs import write_program
 from motionrt.export.real import Sources
 from motionrt.export.svd_bundle import export_svd
 from motionrt.runtime.bundle import Bundle
+from motionrt.runtime.dtypes import WEIGHTS
 from sparse_models import RELEASED, write_cogvideox, write_svd
 
 QUESTION = "export_full"
@@ -63,7 +68,7 @@ class Request:
 
     model: str
     frames: int
-    dtype: str = "bfloat16"
+    dtype: str = "checkpoint"
     steps: tuple[int, ...] = (25, 50)
     size: tuple[int, int] = (576, 1024)
 
@@ -125,7 +130,16 @@ def export(root: Path, request: Request, *, limit: float = LIMIT) -> dict[str, A
         steps=request.steps,
     )  # fmt: skip
     bundle, stages = root / "bundle", list[dict[str, Any]]()
-    with AnonymousMemory() as memory:
+    program_seconds = 0.0
+
+    def timed(path: Path, *arguments: Any) -> dict[str, Any]:
+        nonlocal program_seconds
+        begun = perf_counter()
+        entry = write_program(path, *arguments)
+        program_seconds += perf_counter() - begun
+        return entry
+
+    with AnonymousMemory() as memory, mock.patch.object(onnx_streamed, "write_program", timed):
         start, used, begun = perf_counter(), process_time(), perf_counter()
 
         def end(name: str | None) -> None:
@@ -167,6 +181,8 @@ def export(root: Path, request: Request, *, limit: float = LIMIT) -> dict[str, A
         "ru_maxrss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6),
         "memory_is": MEASURED,
         "threads": 1,
+        "program_seconds": round(program_seconds, 1),
+        "program_bytes": {path.stem: path.stat().st_size for path in sorted((bundle / PROGRAMS).glob("*.pt2"))},
         "stages": stages,
         "graphs": graphs,
         "classes": manifest["partition"]["weights"],
@@ -192,7 +208,7 @@ def main() -> None:
     parser.add_argument("model", choices=list(EXPECTED))
     parser.add_argument("work", type=Path, help="folder for the files and the bundle; must not be there yet")
     parser.add_argument("--frames", type=int, help="17 or 49 for CogVideoX, 16 for SVD")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--dtype", default="checkpoint", choices=["checkpoint", *WEIGHTS], help="what weights are kept in")
     parser.add_argument("--keep", action="store_true", help="leave the files and the bundle there")
     arguments = parser.parse_args()
     root: Path = arguments.work

@@ -145,7 +145,12 @@ def _program(name: str, program: Program, repeated: int = 1) -> GraphSize:
 
 
 def _ports(values: Any) -> Ports:
-    return tuple((name, str(value.dtype).removeprefix("torch."), tuple(map(int, value.shape))) for name, value in values)
+    """As a bundle declares them: floats in float32."""
+
+    def kind(value: Tensor) -> str:
+        return "float32" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
+
+    return tuple((name, kind(value), tuple(map(int, value.shape))) for name, value in values)
 
 
 def _by_dtype(values: Any) -> Mapping[str, int]:

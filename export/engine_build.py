@@ -36,6 +36,7 @@ from motionrt.runtime.onnx_weights import package_weights
 from motionrt.runtime.video import replacing
 
 RECIPE = ("engine_from_onnx", "engine_graph", "engine_profiles", "precision")  # what decides an engine's bytes
+LOOP = ("step", "step_plain")  # what every step runs
 KERNEL_RECIPE = ("tensorrt_plugin", "tensorrt_entry", "motion_cross_attention_triton", "tiles")  # of a plugin's engine also
 
 
@@ -188,6 +189,8 @@ def _build_one(
             "profiles": [{key: asdict(span) for key, span in profile.items()} for profile in profiles],
             "operators": operators,
             "onnx": "graph.onnx",
+            "once": name not in LOOP,
+            "full": options.dtype == "float32" or bool(spec.wide),
             "dtypes": {kind.tensorrt: kind.name for kind in DTYPES.values() if kind.tensorrt},
         }
         if kernel == "plugin":  # full TensorRT: its one target is the GPU that is here

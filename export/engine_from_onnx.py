@@ -38,7 +38,11 @@ def report(**message: Any) -> None:
 
 
 class BuildFailure(Exception):
-    """The builder refused; the message is what it logged."""
+    """The builder refused; the message is what it logged. `fused`: the network had attentions that had to stay whole."""
+
+    def __init__(self, message: str, fused: bool = False) -> None:
+        super().__init__(message)
+        self.fused = fused
 
 
 def logger_class(trt: Any) -> Any:
@@ -101,11 +105,11 @@ def ports(count: int, get: Any, dtypes: Mapping[str, str]) -> list[dict[str, Any
     return [{"name": t.name, "dtype": dtypes.get(t.dtype.name, t.dtype.name), "dims": list(t.shape)} for t in found]
 
 
-def settle_attentions(trt: Any, network: Any) -> tuple[int, int]:
+def settle_attentions(trt: Any, network: Any, whole: bool, full: bool) -> tuple[int, int]:
     """How many IAttention the network has, and how many of them may be taken apart, which is set here.
 
-    Those in fp32 may: there is no kernel for them. fp16 and bf16 heads of 16 to 256 stay whole: where no kernel takes one,
-    the build fails instead of growing slow.
+    fp32 ones may where the graph has such on purpose (`full`): there is no kernel for them. fp16 and bf16 heads of 16 to 256
+    stay whole unless `whole` is false: where no kernel takes one, the build fails.
     """
     found = apart = 0
     for index in range(network.num_layers):
@@ -115,7 +119,7 @@ def settle_attentions(trt: Any, network: Any) -> tuple[int, int]:
             attention = layer.attention
             found += 1
             query = attention.get_input(0)
-            if query.dtype.name == "FLOAT" or query.shape[-1] not in FUSED_HEADS:
+            if not whole or (full and query.dtype.name == "FLOAT") or query.shape[-1] not in FUSED_HEADS:
                 attention.decomposable = True
                 apart += 1
     return found, apart
@@ -163,8 +167,21 @@ def register_plugin(path: str, target: int) -> None:
 
 
 def build(job: dict[str, Any]) -> dict[str, Any]:
-    """Parse, build and write `engine`; what `EngineResult` holds. Raises `BuildFailure` with the logger's text."""
+    """Parse, build and write `engine`; what the parent makes an `EngineFile` of. Raises `BuildFailure` with the logger's text.
+
+    Where the builder has no kernel for an attention, a graph of `once`, which a request runs once, is built again with its
+    attentions taken apart; another, which every step runs, would grow slow without a word, and fails.
+    """
     start = time.perf_counter()
+    try:
+        return _build(job, start, whole=True)
+    except BuildFailure as failure:
+        if not job["once"] or not failure.fused:
+            raise
+        return _build(job, start, whole=False)
+
+
+def _build(job: dict[str, Any], start: float, whole: bool) -> dict[str, Any]:
     trt = importlib.import_module(LIBRARIES[job["flavor"]])
     log = logger_class(trt)()
     job["monitor"] = progress_monitor(trt)
@@ -181,7 +198,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
         raise BuildFailure("\n".join(dict.fromkeys(said)) or log.text())
     if network.num_outputs == 0:
         raise BuildFailure("the parser took the file and found no graph in it")
-    attentions, apart = settle_attentions(trt, network)
+    attentions, apart = settle_attentions(trt, network, whole, job["full"])
     config = configure(trt, builder, network, job)
     result: dict[str, Any] = {
         "library": str(trt.__version__),
@@ -193,7 +210,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     }
     engine = builder.build_serialized_network(network, config)
     if engine is None:  # it logs, and raises nothing
-        raise BuildFailure(log.text())
+        raise BuildFailure(log.text(), fused=attentions > apart)
     data = memoryview(engine).cast("B")
     with open("engine", "wb") as file:
         file.write(data)

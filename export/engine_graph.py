@@ -45,6 +45,7 @@ def engine_graph(
         sides = zip(*(side for span in spans for side in (span.min, span.max)), strict=True)
         assert value.shape is not None
         value.shape = ir.Shape(sizes[0] if len(set(sizes)) == 1 else value.shape[i] for i, sizes in enumerate(sides))
+    declared = [value.shape for value in model.graph.outputs]
     for value in model.graph.outputs:  # what inference says of them now, not what the exporter said of all sizes
         value.shape = None
     _fold_weights(model.graph)
@@ -66,6 +67,8 @@ def engine_graph(
         to_precision(model, dtype, wide)
     if keep_ops:
         use_plugin(model)
+    for value, shape in zip(model.graph.outputs, declared, strict=True):
+        value.shape = value.shape if value.shape is not None else shape  # where inference cannot tell
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
     model.graph.sort()

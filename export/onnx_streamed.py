@@ -167,7 +167,6 @@ def _stream(
 ) -> dict[str, Any]:
     """`value`: weights by the module's names. `wanted`: outputs at the first two examples, where a trace cannot tell."""
     import onnx_ir
-    import onnxscript.optimizer
 
     first, second = examples[0], examples[min(1, len(examples) - 1)]
     names = list(first.feed)
@@ -201,7 +200,8 @@ def _stream(
             weights[name], initializer.const_value = value(name) or InMemory(raw), None
     with _quiet(), torch._subclasses.fake_tensor.unset_fake_temporarily():
         with quick_rules():
-            onnxscript.optimizer.optimize_ir(model)
+            exported.optimize()
+        model = exported.model
         rewrite(model, lambda name: weights[name].read().float().numpy())
         for name, initializer in model.graph.initializers.items():
             held = initializer.const_value

@@ -106,10 +106,9 @@ def graph_sizes(bundle: Bundle) -> tuple[GraphSize, ...]:
 
 
 def plan_memory(graphs: Sequence[GraphSize], *, steps: int, dtype: str = "float32") -> MemoryPlan:
-    """The plan for one request of `steps` steps that is computed in `dtype`: weights, activations and state are in it.
-
-    Ports keep the dtype of the declared interface, but for the state between `request`, `schedule` and `step`. ValueError for
-    another dtype, or without a graph `step`.
+    """The plan for one request of `steps` steps that is computed in `dtype`: weights and activations are in it, ports and the
+    state between `request`, `schedule` and `step` in the dtype of the declared interface. (The torch backend keeps the state
+    in `dtype`.) ValueError for another dtype, or without a graph `step`.
     """
     if dtype not in WIDTH:
         raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(WIDTH)}.")
@@ -119,17 +118,15 @@ def plan_memory(graphs: Sequence[GraphSize], *, steps: int, dtype: str = "float3
     made = {kind: {name for name, _, _ in sizes[kind].outputs} for kind in ("request", "schedule") if kind in sizes}
     state = made.get("request", set()) - made.get("schedule", set())
     rows = made.get("schedule", set())
-    request_state = _sum(sizes[LOOP].inputs, dtype, only=state)
-    schedule_rows = steps * _sum(sizes[LOOP].inputs, dtype, only=rows)
+    request_state = _sum(sizes[LOOP].inputs, only=state)
+    schedule_rows = steps * _sum(sizes[LOOP].inputs, only=rows)
     plans = []
     for name in (*BEFORE, LOOP, *AFTER):
         if name not in sizes:
             continue
         graph = sizes[name]
         inner = state | rows if name in ("request", "schedule", LOOP) else set()
-        ports = sum(
-            _bytes(port, None) for port in (*graph.inputs, *graph.outputs) if port[0] not in inner
-        )  # fmt: skip
+        ports = sum(_bytes(port) for port in (*graph.inputs, *graph.outputs) if port[0] not in inner)
         when = "loop" if name == LOOP else "after" if name in AFTER else "before"
         plans.append(GraphPlan(name, when, converted(graph.weights, dtype), _activations(graph, dtype), ports))
     between = request_state + schedule_rows
@@ -170,14 +167,12 @@ def converted(weights: Mapping[str, int], dtype: str) -> int:
     return sum(count * WIDTH[dtype] // WIDTH[kind] if kind in WIDTH else count for kind, count in weights.items())
 
 
-def _bytes(port: tuple[str, str, tuple[int, ...]], dtype: str | None) -> int:
-    _, kind, shape = port
-    width = DTYPES[dtype if dtype is not None and kind in WIDTH else kind].bytes
-    return width * math.prod(shape)
+def _bytes(port: tuple[str, str, tuple[int, ...]]) -> int:
+    return DTYPES[port[1]].bytes * math.prod(port[2])
 
 
-def _sum(ports: Sequence[tuple[str, str, tuple[int, ...]]], dtype: str, only: set[str]) -> int:
-    return sum(_bytes(port, dtype) for port in ports if port[0] in only)
+def _sum(ports: Sequence[tuple[str, str, tuple[int, ...]]], only: set[str]) -> int:
+    return sum(_bytes(port) for port in ports if port[0] in only)
 
 
 def _port(port: Port) -> tuple[str, str, tuple[int, ...]]:

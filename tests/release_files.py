@@ -15,7 +15,7 @@ from torch import Tensor
 from motionrt.export.motionrag import Cama, Resampler
 from motionrt.export.motionrag_files import adapter_shapes, overlay_shapes
 
-TOKENS, WIDTH, VIDEO_WIDTH, IMAGE_WIDTH = 3, 64, 24, 40
+TOKENS, WIDTH, VIDEO_WIDTH, IMAGE_WIDTH = 3, 64, 24, 48  # TensorRT-RTX 1.7 cannot build DINOv2 at 40
 
 
 def motionrag_states(blocks: Mapping[str, int], *, overlay: bool, seed: int = 0) -> dict[str, Any]:

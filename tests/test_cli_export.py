@@ -20,7 +20,7 @@ def test_export_of_a_published_model_needs_its_folders(run: Run, tmp_path: Path)
     status, _, err = run("export", "cogvideox-5b-i2v", *folders, "-o", tmp_path / "bundle")
     assert status == 2 and "is no folder" in err
     status, _, err = run("export", "svd", *folders, "-o", tmp_path / "bundle", "--dtype", "int8")
-    assert status == 2 and "dtype is 'int8'; allowed: float32, float16, bfloat16" in err
+    assert status == 2 and "dtype is 'int8'; allowed: checkpoint, float32, float16, bfloat16" in err
     status, _, err = run("export", "svd", *folders, "-o", tmp_path / "bundle", "--sos-token", "seed:x")
     assert status == 2 and "seed:NUMBER" in err
     assert not list(tmp_path.iterdir())

@@ -318,7 +318,10 @@ def graph_file(
     return place
 
 
-JOB = {"flavor": "rtx", "targets": ["sm_89"], "dtype": "float16", "profiles": [], "operators": [], "onnx": "graph.onnx"}
+JOB = {
+    "flavor": "rtx", "targets": ["sm_89"], "dtype": "float16", "profiles": [], "operators": [], "onnx": "graph.onnx",
+    "once": False, "full": False, "dtypes": {},
+}  # fmt: skip
 
 
 def test_builder_that_crashes_is_a_plain_error(tmp_path: Path) -> None:
@@ -353,6 +356,13 @@ def test_builder_failure_carries_the_loggers_text_and_a_hint(tmp_path: Path) -> 
     with pytest.raises(EngineError, match="(?s)not supported by a dedicated kernel.*use another --dtype"):
         run_builder("g", JOB, place)
     assert not (place / "engine").exists()
+
+
+@pytest.mark.parametrize("allowed", ["once", "full"])
+def test_an_attention_without_a_kernel_is_taken_apart_where_that_is_allowed(allowed: str, tmp_path: Path) -> None:
+    """In a graph that a request runs once, and in one that has float32 attention on purpose: an island."""
+    result = run_builder("g", {**JOB, allowed: True}, graph_file(tmp_path, *ATTENTION))
+    assert (result["attentions"], result["decomposed"]) == (1, 1)
 
 
 def test_builder_refuses_operators_that_the_parser_lacks(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def job(**changes: Any) -> dict[str, Any]:
     profile = {"x": {"min": [1, 8], "opt": [2, 8], "max": [4, 8]}}
     return {
         "flavor": "tensorrt", "targets": ["sm_90"], "dtype": "float16", "profiles": [profile], "operators": ["MatMul"],
-        "onnx": "graph.onnx", **changes,
+        "onnx": "graph.onnx", "once": True, "full": False, "dtypes": {"HALF": "float16", "FLOAT": "float32"}, **changes,
     }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def test_programs_of_a_partition_have_its_state_rows_and_weights(full_sizes: Any
     names = ("request", "schedule", "step")
     sizes = [full_sizes._program(name, getattr(cut, name)) for name in names]
     plan = plan_memory(sizes, steps=7, dtype="bfloat16")
-    hoisted = {kind: sum(h.bytes for h in cut.hoisted if h.kind == kind) for kind in ("request", "schedule")}
+    hoisted = {kind: sum(4 * math.prod(h.shape) for h in cut.hoisted if h.kind == kind) for kind in ("request", "schedule")}
     assert plan.request_state == hoisted["request"] and plan.schedule_rows == 7 * hoisted["schedule"]
     counted = weights_by_class(cut)
     for size in sizes:

@@ -129,6 +129,7 @@ def test_installed_commands_need_no_repository(
     Image.fromarray(still).save(tmp_path / "still.png")
     bundle, clip = str(fake_bundle), str(next(iter(fake_clips.values())))
     lines = [
+        ["verify", bundle],
         ["memory", "create", "m", "-b", bundle],
         ["memory", "add", "m", clip, "-b", bundle, "--caption", "a ball"],
         ["memory", "search", "m", "a ball", "-b", bundle, "-k", "1"],
@@ -248,7 +249,8 @@ def imported_of(names: tuple[str, ...], module: str, place: Path) -> str:
     return done.stdout.strip()
 
 
-TORCH_FILES = ("torch_backend.py", "torch_program.py")  # imported only where the torch backend was asked for
+# Imported only where the torch backend was asked for.
+TORCH_FILES = ("torch_backend.py", "torch_precision.py", "torch_program.py")
 
 
 def imports(source: str) -> Iterator[str]:

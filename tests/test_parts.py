@@ -44,7 +44,7 @@ def test_svd_reads_the_still_as_diffusers_does(svd: tuple[Path, Any]) -> None:
     folder, pipe = svd
     still = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
     noise = torch.randn(1, 3, HEIGHT, WIDTH)
-    part = svd_bundle.encode_part(folder, (HEIGHT, WIDTH), torch.float32)
+    part = svd_bundle.encode_part(folder, (HEIGHT, WIDTH))
     assert [report.what for report in part.reports] == ["image_encoder", "vae"]
     image = torch.from_numpy(still).permute(2, 0, 1)[None].float() / 127.5 - 1
     context, latents = part.loaded()(image, noise)
@@ -57,7 +57,7 @@ def test_svd_reads_the_still_as_diffusers_does(svd: tuple[Path, Any]) -> None:
 def test_svd_decodes_in_chunks_as_diffusers_does(svd: tuple[Path, Any]) -> None:
     folder, pipe = svd
     latents = torch.randn(1, 9, 4, HEIGHT // 2, WIDTH // 2)
-    video = svd_bundle.decode_part(folder, torch.float32).loaded()(latents)
+    video = svd_bundle.decode_part(folder).loaded()(latents)
     want = pipe.decode_latents(latents, 9, 8).transpose(1, 2)
     torch.testing.assert_close(video, want, atol=1e-4, rtol=1e-4)
     whole = pipe.decode_latents(latents, 9, 9).transpose(1, 2)
@@ -101,7 +101,7 @@ class Weightless:
 @torch.no_grad()
 def decoded(folder: Path, latents: Any, tiles: int) -> Any:
     stage = Weightless()
-    cogvideox_bundle.add_decoder(stage, folder, tuple(latents.shape[1:]), torch.float32, tiles)
+    cogvideox_bundle.add_decoder(stage, folder, tuple(latents.shape[1:]), tiles)
     return torch.from_numpy(decode_video(stage.call, stage, latents.numpy()))
 
 

@@ -109,7 +109,7 @@ def ours(
     timesteps, coefficients = cogvideox.solver_rows(scheduler, STEPS)
     with torch.no_grad():
         text, negative = (video["parts"]["text_encoder"](one)[0] for one in video["ids"])
-        encode = EncodeCausal(video["parts"]["vae"], count, torch.float32)
+        encode = EncodeCausal(video["parts"]["vae"], count)
         still = encode(video["image"], torch.from_numpy(noise(SEED, _ENCODER_DRAW, (1, *shape[1:]))))
     state = {
         "text": text, "negative_text": negative, "motion": motion, "image_latents": still,
@@ -207,7 +207,7 @@ def test_svd_denoiser_is_that_of_diffusers_pipeline_until_it_is_broken(broken: s
     timesteps, rows = svd.euler_rows(EulerDiscreteScheduler(**models.EULER), 3)
     image = torch.from_numpy(still).permute(2, 0, 1)[None].float() / 127.5 - 1
     with torch.no_grad():
-        encode = EncodeStill(parts["image_encoder"], parts["vae"], SIZE, torch.float32)
+        encode = EncodeStill(parts["image_encoder"], parts["vae"], SIZE)
         context, latents = encode(image, torch.from_numpy(noise(SEED, _ENCODER_DRAW, (1, 3, *SIZE))))
     state = {
         "image_context": context.numpy(), "image_latents": latents.numpy(), "motion_scale": np.float32(1),
