@@ -73,7 +73,8 @@ def bundle_counts(folder: Path = ROOT / "demo" / "bundle") -> Counts:
 
     bundle = Bundle.open(folder)
     files = {"bundle.json", bundle.manifest["solvers"]["file"]}
-    files |= {entry["file"] for kind in ("graphs", "tokenizers", "programs") for entry in bundle.manifest[kind].values()}
+    kinds = ("graphs", "tokenizers", "programs")
+    files |= {entry["file"] for kind in kinds for entry in bundle.manifest.get(kind, {}).values()}
     files |= {spec.data.file for spec in bundle.graphs.values() if spec.data is not None}
     counts: Counts = {"bytes of the bundle": sum((folder / file).stat().st_size for file in files)}
     for name, spec in bundle.graphs.items():

@@ -167,6 +167,8 @@ def _stream(
 ) -> dict[str, Any]:
     """`value`: weights by the module's names. `wanted`: outputs at the first two examples, where a trace cannot tell."""
     import onnx_ir
+    import onnxscript.optimizer
+    from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
 
     first, second = examples[0], examples[min(1, len(examples) - 1)]
     names = list(first.feed)
@@ -200,8 +202,8 @@ def _stream(
             weights[name], initializer.const_value = value(name) or InMemory(raw), None
     with _quiet(), torch._subclasses.fake_tensor.unset_fake_temporarily():
         with quick_rules():
-            exported.optimize()
-        model = exported.model
+            onnxscript.optimizer.optimize_ir(model)
+        fuse_rms_normalization(model)  # alone: its rotations repeat no tables, which ONNX Runtime refuses beyond a batch of one
         rewrite(model, lambda name: weights[name].read().float().numpy())
         for name, initializer in model.graph.initializers.items():
             held = initializer.const_value

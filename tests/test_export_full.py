@@ -1,4 +1,4 @@
-"""The full-size export at toy size: its row, its memory, and what an fp16 bundle loses against the fp32 modules."""
+"""The full-size export at toy size: its row, its memory, and what its bundle gives against the modules in float32."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from motionrt.export import cogvideox_bundle as cogvideox  # noqa: E402
 from motionrt.export.engine_build import Options  # noqa: E402
 from motionrt.export.motionrag_files import CamaSize, ResamplerSize, SosToken, open_motionrag  # noqa: E402
 from motionrt.export.onnx_forms import build_forms  # noqa: E402
-from motionrt.export.onnx_stored import stored_as  # noqa: E402
-from motionrt.export.parts import Part, text_part  # noqa: E402
+from motionrt.export.parts import text_part  # noqa: E402
 from motionrt.export.real import Sources, Stage, encoders  # noqa: E402
 from motionrt.export.released import cogvideox_step, step_args  # noqa: E402
 from motionrt.export.safetensors_file import read_header  # noqa: E402
@@ -98,14 +97,14 @@ def fill(root: Path) -> None:
 
 @pytest.fixture(scope="module")
 def world(scripts: tuple[Any, Any], toy: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """An fp16 bundle of toy files that hold random bf16 weights, and its row."""
+    """A bundle of toy files that hold random bf16 weights, and its row."""
     full, sparse = scripts
     root = tmp_path_factory.mktemp("full") / "work"
     sparse.write_cogvideox(root, toy)
     fill(root)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stage, "add_text_query", models.packaged_text_query)
-        row = full.export(root, full.Request("cogvideox-5b-i2v", FRAMES, "float16", steps=(2,)))
+        row = full.export(root, full.Request("cogvideox-5b-i2v", FRAMES, steps=(2,)))
     return root, row
 
 
@@ -144,7 +143,7 @@ def test_more_memory_than_allowed_is_no_row(
     monkeypatch.setattr(full, "export_cogvideox", lambda *arguments, **named: np.ones(30_000_000)[0])
     monkeypatch.setattr(full, "inspect", lambda bundle: {})
     with pytest.raises(MemoryError, match="beyond the page cache; allowed are 50"):
-        full.export(root, full.Request("cogvideox-5b-i2v", FRAMES, "float16", steps=(2,)), limit=5e7)
+        full.export(root, full.Request("cogvideox-5b-i2v", FRAMES, steps=(2,)), limit=5e7)
 
 
 # In a process of its own: one that has run a thousand tests gives and takes memory of its own accord.
@@ -196,23 +195,20 @@ def test_the_files_for_svd_are_those_that_its_export_takes(scripts: tuple[Any, A
 
 def reference(root: Path, toy: Any, feeds: dict[str, dict[str, Any]], unconditional: Any) -> dict[str, list[Any]]:
     """Outputs of the modules behind the graphs, in fp32 with the same stored weights."""
-    sources = Sources(root / "base", root / "rag", root / "videomae", root / "dinov2", root / "converted", "float16")
+    sources = Sources(root / "base", root / "rag", root / "videomae", root / "dinov2", root / "converted")
     blocks = {"transformer.transformer_blocks.0.attn1": 64}
     files = open_motionrag(root / "rag", blocks, overlay=True, sos=SosToken(seed=42))
     made = encoders(sources, files, FRAMES, SIZE)
     step = cogvideox_step(toy.transformer, latents=LATENTS, motion=MOTION, unconditional=unconditional)
-    weights = stored_as(cogvideox.step_weights(sources.base, files, step)[0], torch.float16)
+    weights = cogvideox.step_weights(sources.base, files, step)[0]
     step.load_state_dict({name: lazy.read().float() for name, lazy in weights.items()}, strict=False, assign=True)
 
-    def loaded(part: Part) -> Any:
-        return part.stored_as(torch.float16).loaded()
-
     modules = {
-        "text": loaded(text_part(sources.base)),
-        "motion": loaded(made.motion()),
-        "appearance": loaded(made.appearance()),
-        "encode": loaded(cogvideox.vae_part(sources.base, lambda vae: cogvideox.EncodeCausal(vae, LATENTS[0]), "encoder")),
-        "decode": loaded(cogvideox.vae_part(sources.base, lambda vae: cogvideox.DecodeCausal(vae, keep=False), "decoder")),
+        "text": text_part(sources.base).loaded(),
+        "motion": made.motion().loaded(),
+        "appearance": made.appearance().loaded(),
+        "encode": cogvideox.vae_part(sources.base, lambda vae: cogvideox.EncodeCausal(vae, LATENTS[0]), "encoder").loaded(),
+        "decode": cogvideox.vae_part(sources.base, lambda vae: cogvideox.DecodeCausal(vae, keep=False), "decoder").loaded(),
         "step": step,
     }
     results = {}
@@ -223,10 +219,10 @@ def reference(root: Path, toy: Any, feeds: dict[str, dict[str, Any]], unconditio
     return results
 
 
-def test_a_bundle_kept_in_float16_computes_in_float32_and_its_form_in_float16_where_that_holds(
+def test_a_bundle_of_bfloat16_files_computes_in_float32_and_its_form_in_float16_where_that_holds(
     world: tuple[Path, dict[str, Any]], toy: Any, record_property: Any
 ) -> None:
-    """The graphs are those of the modules with the rounded weights; float16 loses digits and not range: T5 would overflow."""
+    """The graphs are those of the modules with the same weights; float16 loses digits and not range, as T5's would."""
     root, _ = world
     draw = np.random.default_rng(0)
 
@@ -267,7 +263,7 @@ def test_a_bundle_kept_in_float16_computes_in_float32_and_its_form_in_float16_wh
                 unconditional = torch.from_numpy(pipeline.graph("motion")(grey)["motion"])
         made[precision] = results
     text = {key: stored.dtype for key, stored in read_header(root / "bundle" / "graphs" / "text.safetensors")[0].items()}
-    assert {dtype for key, dtype in text.items() if not key.startswith("val_")} == {torch.float16}, text
+    assert {dtype for key, dtype in text.items() if key.startswith("model.")} == {torch.bfloat16}, text
     reads = ir.load(form_folder(root / "bundle", "float16") / "text.onnx").graph
     wide = [value.name for value in reads.initializers.values() if ".wo." in str(value.name)]
     assert wide and all(reads.initializers[name].dtype == ir.DataType.FLOAT for name in wide), wide

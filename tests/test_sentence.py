@@ -19,7 +19,7 @@ import torch.nn.functional as F  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from motionrt.export.checkpoints import CheckpointError  # noqa: E402
-from motionrt.export.real import Stage  # noqa: E402
+from motionrt.export.real import Sources, Stage  # noqa: E402
 from motionrt.export.sentence import FAMILIES, add_text_query, sentence_encoder  # noqa: E402
 
 WORDS, WIDTH, HEADS = 50, 32, 2
@@ -127,7 +127,7 @@ def plain_gte(w: dict[str, Any], ids: Any) -> Any:
 def exported(folder: Path, out: Path) -> tuple[Callable[..., Any], dict[str, Any], tuple[str, int, int], str]:
     """The graph of `folder` in ONNX Runtime, its manifest entry, and what is said of its tokenizer; its digest."""
     (out / "graphs").mkdir(parents=True)
-    stage = Stage(out, lambda text: None)
+    stage = Stage(out, lambda text: None, Sources(out, out, out, out, out))
     tokenizer, digest = add_text_query(stage, sentence_encoder(folder))
     session = onnxruntime.InferenceSession(str(out / "graphs" / "text_query.onnx"), providers=["CPUExecutionProvider"])
 
