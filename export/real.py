@@ -136,6 +136,7 @@ class Stage:
         self.folder, self.say, self.sources = folder, say, sources
         self.graphs: dict[str, Any] = {}
         self.programs: dict[str, Any] = {}
+        self.widths: dict[str, int] = {}  # of the step's weights, bytes of an element
         self.reports: list[KeyReport] = []
 
     def path(self, name: str) -> Path:
@@ -205,7 +206,8 @@ class Stage:
     ) -> Partition:
         """The graphs schedule, request and step of a step module that lies on meta, and their torch programs; `weights` by
         the module's names."""
-        find = stored_as(weights, self.sources.kind).get
+        stored = stored_as(weights, self.sources.kind)
+        find, self.widths = stored.get, {name: lazy.dtype.itemsize for name, lazy in stored.items()}
         self.say("partition")
         cut = fake_partition(step, tuple(args.values()), inputs, outputs=("next_latents", "x0"))
 
@@ -235,7 +237,7 @@ class Stage:
         (self.folder / "keys.json").write_text(text, encoding="utf-8")
         lines, sources = [report.summary() for report in reports], self.sources
         memory = memory_plan(self.folder, self.graphs, cut)
-        weights = {kind: asdict(size) for kind, size in weights_by_class(cut).items()}
+        weights = {kind: asdict(size) for kind, size in weights_by_class(cut, self.widths).items()}
         write_manifest(
             self.folder, name=name, model=model, graphs=self.graphs, solvers=solvers,
             default_solver=(next(iter(solvers)), DEFAULT_STEPS if DEFAULT_STEPS in sources.steps else max(sources.steps)),

@@ -92,8 +92,10 @@ class ClassSize:
     flops: int
 
 
-def weights_by_class(cut: Partition) -> dict[str, ClassSize]:
+def weights_by_class(cut: Partition, widths: Mapping[str, int] | None = None) -> dict[str, ClassSize]:
     """The model's weights by the class that reads them, and those that nothing reads ("dead").
+
+    widths: bytes of an element of a weight as it is stored, by name; where there is none, of the traced one.
 
     A weight counts where it is needed most often: step before request before schedule before constant. Tables that were
     folded from constants are no parameters.
@@ -103,19 +105,21 @@ def weights_by_class(cut: Partition) -> dict[str, ClassSize]:
     folded = [n for program in programs.values() for n in program.weights.values() if n.op != "get_attr"]
     direct["constant"] = {name for node in folded for name in leaves(node)}
     everything = parameters(cut.whole)
+    sizes_of = {name: t.numel() * (widths or {}).get(name, t.element_size()) for name, t in everything.items()}
     sizes, seen = {}, set[str]()
+
+    def size(names: set[str], flops: int) -> ClassSize:
+        return ClassSize(
+            len(names), sum(everything[name].numel() for name in names), sum(sizes_of[name] for name in names), flops
+        )
+
     for kind in ("step", "request", "schedule", "constant"):
         names = {name for name in direct[kind] if name in everything} - seen
         seen |= names
-        sizes[kind] = _size([everything[name] for name in names], cut.classes[kind].flops)
-    sizes["dead"] = _size([tensor for name, tensor in everything.items() if name not in seen], 0)
-    sizes["model"] = _size(list(everything.values()), cut.original.flops)
+        sizes[kind] = size(names, cut.classes[kind].flops)
+    sizes["dead"] = size(everything.keys() - seen, 0)
+    sizes["model"] = size(set(everything), cut.original.flops)
     return sizes
-
-
-def _size(tensors: list[Tensor], flops: int) -> ClassSize:
-    elements = sum(t.numel() for t in tensors)
-    return ClassSize(len(tensors), elements, sum(t.numel() * t.element_size() for t in tensors), flops)
 
 
 def parameters(module: GraphModule) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from motionrt.runtime.cli_common import (
 )  # fmt: skip
 from motionrt.runtime.errors import InputError, MemoryStoreError
 
+DEFAULT_SHOWN = 4  # clips of a search
 SHOWN = 20  # failed clips that are listed on standard error
 
 memory_app = typer.Typer(
@@ -130,7 +131,9 @@ def memory_search(
     prompt: Annotated[str | None, typer.Argument(help="What moves, and how.")] = None,
     image: Annotated[Path | None, typer.Option("--image", "-i", help="Search by the looks of this still instead.")] = None,
     video: Annotated[Path | None, typer.Option("--video", help="Search by the motion of this video instead.")] = None,
-    references: Annotated[int, typer.Option("--references", "-k", help="How many clips.")] = 4,
+    references: Annotated[
+        int | None, typer.Option("--references", "-k", help="How many clips; up to 4, as many as there are, if not given.")
+    ] = None,
     where: Conditions = None,
     minimum_score: MinimumScore = None,
     distinct: Distinct = None,
@@ -152,8 +155,11 @@ def memory_search(
 
     if sum(query is not None for query in (prompt, image, video)) != 1:
         raise InputError("give one thing to search by: a prompt, --image or --video.")
+    # the default bends to what there is (any cosine will do, but fewer clips as well); a number that was asked for does not
+    lowest = -1.0 if references is None and minimum_score is None else minimum_score
+    count = DEFAULT_SHOWN if references is None else references
     choice: dict[str, Any] = {
-        "where": parse_where(where), "exclude_source": exclude, "minimum_score": minimum_score,
+        "where": parse_where(where), "exclude_source": exclude, "minimum_score": lowest,
         "distinct": distinct, "diversity": diversity,
     }  # fmt: skip
     graph = "appearance" if image is not None else "motion" if video is not None else "text_query"
@@ -163,13 +169,13 @@ def memory_search(
         if image is not None:
             still = read_image(image, model.height, model.width)[None]
             tokens = pipeline.graph(graph)({"image": still})["appearance"][0]
-            found = pipeline.memory.search_tokens("appearance", tokens, references, **choice)
+            found = pipeline.memory.search_tokens("appearance", tokens, count, **choice)
         elif video is not None:
             clip = read_clip(video, model.frames, model.height, model.width, model.fps, start)[None]
             tokens = pipeline.graph(graph)({"video": clip})["motion"][0]
-            found = pipeline.memory.search_tokens("motion", tokens, references, **choice)
+            found = pipeline.memory.search_tokens("motion", tokens, count, **choice)
         else:
-            found = pipeline.memory.search(pipeline.embed(prompt or ""), references, **choice)
+            found = pipeline.memory.search(pipeline.embed(prompt or ""), count, **choice)
     if found:
         report.console().print(report.found_table(found))
     else:

@@ -111,7 +111,7 @@ def inspect_tables(bundle: Bundle) -> Iterator[Table]:
             named.append(("the step as written", original))
         yield table(
             "where the work of a step went",
-            ("class", "nodes", "parameters", "weight bytes", "FLOPs", "FLOPs of original"),
+            ("class", "nodes", "parameters", "bytes in float32", "FLOPs", "FLOPs of original"),
             [(name, *_counts(entry), _share(entry, original)) for name, entry in named],
         )
     if hoisted := partition.get("hoisted"):

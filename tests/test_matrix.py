@@ -27,6 +27,7 @@ from PIL import Image  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
 from motionrt.export import svd  # noqa: E402
+from motionrt.export.real import Stage  # noqa: E402
 from motionrt.runtime.backends import RunOptions, open_backend  # noqa: E402
 from motionrt.runtime.bundle import Bundle  # noqa: E402
 from motionrt.runtime.by_path import load_by_path  # noqa: E402
@@ -36,7 +37,7 @@ from motionrt.runtime.onnx_form import form_folder  # noqa: E402
 from motionrt.runtime.pipeline import MotionPipeline, Result  # noqa: E402
 from motionrt.runtime.video import read_clip, write_video  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.timeout(1200)
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "models.md"
 models = load_by_path(Path(__file__).parent / "real_models.py")
@@ -49,6 +50,8 @@ COLUMNS = (
     "ONNX Runtime, float16 form", "ONNX Runtime, bfloat16 form", "TensorRT-RTX, float16", "TensorRT-RTX, bfloat16",
 )  # fmt: skip
 NO_GPU, NO_KERNELS = "built; running it: not run, no GPU", "written; running it: not run, needs a GPU"
+CELLS = [(model, kind) for model in SIZES for kind in KINDS]
+QUICK = [CELLS[0], *(pytest.param(*cell, marks=pytest.mark.slow) for cell in CELLS[1:])]  # one for every run of the tests
 TABLE: dict[tuple[str, str], dict[str, str]] = {}
 Run = Callable[..., tuple[int, str, str]]
 
@@ -148,14 +151,14 @@ def _written(folder: Path, model: str, kind: str) -> Cell:
     return Cell(model, kind, folder, parts, models.release.rounded(files, torch.float32), config, still)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("model", list(SIZES))
+@pytest.mark.parametrize(("model", "kind"), QUICK)
 def test_commands_with_their_defaults_go_from_released_files_to_a_video(
-    model: str, kind: str, cell: Callable[[str, str], Cell], run: Run
+    model: str, kind: str, cell: Callable[[str, str], Cell], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = cell(model, kind)
     at = made.folder
     size = ("--frames", "9", "--height", "64", "--width", "64") if model == "svd" else ()  # the default takes minutes a video
+    monkeypatch.setattr(Stage, "add_text_query", models.packaged_text_query)  # docs/models.md's test exports it anew
     status, out, err = run(
         "export", model, "--base", at / "base", "--motionrag", at / "rag", "--videomae", at / "videomae", "--dinov2",
         at / "dinov2", "--sos-token", f"seed:{plainly.SOS_SEED}", "-o", made.bundle, *size,
@@ -217,10 +220,7 @@ def hold_to_the_law(made: Cell, options: RunOptions, yardstick: str) -> None:
     assert pixels[0] <= 2 * pixels[1] + 0.5, pixels  # a rounding to whole numbers is 0.29
 
 
-CELLS = [(model, kind) for model in SIZES for kind in KINDS]
-
-
-@pytest.mark.parametrize(("model", "kind"), CELLS)
+@pytest.mark.parametrize(("model", "kind"), QUICK)
 def test_onnxruntime_and_torch_give_what_diffusers_gives(model: str, kind: str, cell: Callable[[str, str], Cell]) -> None:
     made = cell(model, kind)
     assert made.memory.is_dir(), "the commands' test comes first"
@@ -233,6 +233,7 @@ def test_onnxruntime_and_torch_give_what_diffusers_gives(model: str, kind: str, 
         made.shows(column)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "kind"), CELLS)
 def test_tokens_of_the_memory_are_those_of_the_plain_encoders(model: str, kind: str, cell: Callable[[str, str], Cell]) -> None:
     made = cell(model, kind)
@@ -252,6 +253,7 @@ def test_tokens_of_the_memory_are_those_of_the_plain_encoders(model: str, kind: 
         assert ours <= 2 * theirs + half, (name, ours, theirs, half)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "kind"), CELLS)
 def test_forms_for_onnxruntime_on_a_gpu_are_written_and_float16_runs_here(
     model: str, kind: str, cell: Callable[[str, str], Cell], run: Run
@@ -270,6 +272,7 @@ def test_forms_for_onnxruntime_on_a_gpu_are_written_and_float16_runs_here(
     made.shows(COLUMNS[5], NO_KERNELS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "kind"), CELLS)
 def test_tensorrt_rtx_builds_every_graph(model: str, kind: str, cell: Callable[[str, str], Cell], run: Run) -> None:
     pytest.importorskip("tensorrt_rtx")
@@ -283,6 +286,7 @@ def test_tensorrt_rtx_builds_every_graph(model: str, kind: str, cell: Callable[[
         shutil.rmtree(engines)
 
 
+@pytest.mark.slow
 def test_page_shows_what_this_run_shows() -> None:
     assert set(TABLE) == set(CELLS) and all(set(row) == set(COLUMNS) for row in TABLE.values()), TABLE
     lines = [f"| model | files in | {' | '.join(COLUMNS)} |", "| --- " * (2 + len(COLUMNS)) + "|"]
