@@ -16,9 +16,10 @@ import harness
 from motionrt.runtime.backend import Graph, OnnxRuntimeBackend
 from motionrt.runtime.bundle import Bundle
 from motionrt.runtime.by_path import load_by_path
+from motionrt.runtime.dtypes import DTYPES, WEIGHTS
 from motionrt.runtime.errors import MotionRTError
 
-TOLERANCE = 1e-3  # one step in fp32 on two devices, TF32 off
+TOLERANCE = 1e-3  # one step in fp32 on two devices, TF32 off; of a lower precision, 16 of its epsilons
 BATCH = 8
 
 
@@ -64,8 +65,21 @@ def onnxruntime_step(arguments: list[str], *, device: str) -> None:
     _against_cpu(options, f"onnxruntime_{device}", graph, "step", device)
 
 
-def _against_cpu(options: argparse.Namespace, backend: str, call: Graph, form: str, device: str) -> None:
-    """Check `call` against the bundle's graph `form` on the CPU, time both in turns, append both rows."""
+def programs(arguments: list[str], *, device: str) -> None:
+    """The bundle's torch program of the step in each precision, as `--backend torch` runs it: on CUDA with the kernel in it."""
+    from motionrt.runtime.torch_backend import TorchBackend
+
+    options = options_of(arguments)
+    for precision in WEIGHTS:
+        graph = TorchBackend(device, precision=precision).load(Bundle.open(options.bundle), "step")
+        _against_cpu(options, f"torch_{device}", graph, "step", device, precision)
+
+
+def _against_cpu(
+    options: argparse.Namespace, backend: str, call: Graph, form: str, device: str, precision: str = "float32"
+) -> None:
+    """Check `call`, which computes in `precision`, against the bundle's graph `form` on the CPU in float32, time both in turns,
+    append both rows."""
     bundle = Bundle.open(options.bundle)
     here = OnnxRuntimeBackend(threads=1)
     request = bench_step.make_request(bundle, lambda name: here.load(bundle, name))
@@ -73,13 +87,14 @@ def _against_cpu(options: argparse.Namespace, backend: str, call: Graph, form: s
     inputs = request.one_step(request.plain if form == "step_plain" else request.rewritten)
     on_cpu = here.load(bundle, form)
     candidates: dict[str, harness.Candidate] = {"cpu": lambda: on_cpu(inputs), backend: lambda: call(inputs)}
+    tolerance = harness.allowance(max(TOLERANCE, 16 * DTYPES[precision].epsilon), on_cpu(inputs))
     result = harness.compare(
-        candidates, reference="cpu", tolerance=TOLERANCE, warmups=options.warmups, rounds=options.rounds
+        candidates, reference="cpu", tolerance=tolerance, warmups=options.warmups, rounds=options.rounds
     )  # fmt: skip
     for name in candidates:
         row = {
             **result.row(name), "what": f"{bundle.name} {form}, host to host", "shape": list(request.latents.shape),
-            "dtype": "float32", "device": device if name == backend else "cpu",
+            "dtype": precision if name == backend else "float32", "device": device if name == backend else "cpu",
         }  # fmt: skip
         harness.append_row("gpu_demo", row, folder=options.results)
         print(f"{row['backend']:>10}: {harness.times(row)}")

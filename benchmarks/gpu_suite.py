@@ -118,6 +118,13 @@ def demo_step(options: argparse.Namespace, toy: bool) -> None:
     gpu_demo.step(_common(options), device="cpu" if toy else "cuda")
 
 
+def torch_programs(options: argparse.Namespace, toy: bool) -> None:
+    """The demo's torch program of the step in float32, float16 and bfloat16; rows of gpu_demo."""
+    import gpu_demo
+
+    gpu_demo.programs(_common(options), device="cpu" if toy else "cuda")
+
+
 def train(options: argparse.Namespace, toy: bool) -> None:
     import gpu_demo
 
@@ -161,6 +168,7 @@ STAGES = (
     Stage("decode", 60, _request("decode", 5), ("torch", "transformers", "diffusers")),
     Stage("request", 150, _request("request", 3), ("torch", "transformers", "diffusers", "networkx")),
     Stage("demo_step", 60, demo_step, ("torch", "diffusers", "onnxruntime", "usearch")),
+    Stage("torch_programs", 60, torch_programs, ("torch", "onnxruntime", "usearch")),
     Stage(
         "cogvideox_more", 400, _cogvideox("cogvideox_more", MORE, MORE_TOY), ("torch", "diffusers", "networkx"), optional=True
     ),

@@ -186,13 +186,18 @@ def build(report: Report) -> list[str]:
     parts += report.unclean("bench_build", *keys)
     parts = ["### Engines", "", *parts] if parts else []
     full: list[str] = []
-    head = ["model", "frames", "dtype", "weights read GB", "bundle GB", "processor s", "wall s", "peak MB, no page cache"]
+    head = [
+        "model", "frames", "weights kept in", "weights read GB", "bundle GB", "processor s", "wall s", "peak MB, no page cache",
+        "torch programs MB", "of the wall s, for these",
+    ]  # fmt: skip
     for run in by_run(rows[-1] for rows in groups(report.rows("export_full"), "model", "frames").values()):
         body = [
             [
                 str(row.get("model")), str(row.get("frames")), str(row.get("dtype")),
                 *(text.number(row.get(key) / 1e9 if row.get(key) else None) for key in ("weights_read_bytes", "bundle_bytes")),
                 *(text.number(row.get(key)) for key in ("cpu_seconds", "seconds", "peak_anonymous_mb")),
+                text.number(sum(row["program_bytes"].values()) / 1e6 if "program_bytes" in row else None),
+                text.number(row.get("program_seconds")),
             ]
             for row in run
         ]  # fmt: skip
