@@ -196,7 +196,7 @@ def build(report: Report) -> list[str]:
                 str(row.get("model")), str(row.get("frames")), str(row.get("dtype")),
                 *(text.number(row.get(key) / 1e9 if row.get(key) else None) for key in ("weights_read_bytes", "bundle_bytes")),
                 *(text.number(row.get(key)) for key in ("cpu_seconds", "seconds", "peak_anonymous_mb")),
-                text.number(sum(row["program_bytes"].values()) / 1e6 if "program_bytes" in row else None),
+                text.number(sum(sizes.values()) / 1e6 if (sizes := row.get("program_bytes")) else None),
                 text.number(row.get("program_seconds")),
             ]
             for row in run

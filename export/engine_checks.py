@@ -13,8 +13,9 @@ import onnx.defs
 import onnx_ir as ir
 
 from motionrt.export.engine_from_onnx import LIBRARIES
+from motionrt.runtime.dtypes import WEIGHTS
 from motionrt.runtime.engine_estimate import Estimate, available_memory, mib
-from motionrt.runtime.engine_file import DTYPES, FLAVORS, sorted_targets
+from motionrt.runtime.engine_file import FLAVORS, sorted_targets
 from motionrt.runtime.errors import BackendError, EngineError, InputError
 from motionrt.runtime.machine import find_gpus
 
@@ -35,8 +36,8 @@ def load_library(flavor: str) -> Any:
 
 def check_request(library: Any, flavor: str, targets: Sequence[str], dtype: str) -> tuple[str, ...]:
     """The targets in order; `InputError` or `EngineError` where the flavor cannot build for one, or one lacks `dtype`."""
-    if dtype not in DTYPES:
-        raise InputError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
+    if dtype not in WEIGHTS:
+        raise InputError(f"dtype is {dtype!r}; allowed: {', '.join(WEIGHTS)}.")
     if not targets:
         raise InputError("no target was given; name the GPU that will run the engines, such as --target sm_89.")
     wanted, name = sorted_targets(targets), f"{FLAVORS[flavor]} {library.__version__}"

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from motionrt.runtime.dtypes import DTYPES
 from motionrt.runtime.precision import Op, choose
 
-LOW = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
+LOW = {name: ir.DataType(DTYPES[name].onnx) for name in ("float16", "bfloat16")}
 FULL = ir.DataType.FLOAT
 KEEPS = {"Resize": (1, 2), "Upsample": (1,)}  # operands that an op reads as fp32 whatever its data is: scales
 MINUS_INFINITY = 1e30  # constants beyond it stand for infinity in masks; they become what both low precisions hold

@@ -21,13 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from motionrt.runtime import dtypes
 from motionrt.runtime.errors import MotionRTError
 from motionrt.runtime.video import replacing
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+DTYPES = {kind.safetensors: getattr(torch, name) for name, kind in dtypes.DTYPES.items()}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LARGEST_HEADER = 100_000_000
 _ALIGN = 64  # bytes: ONNX external data is mapped, and vector loads like aligned weights

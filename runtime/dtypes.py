@@ -43,4 +43,5 @@ DTYPES = {
     )
 }
 WEIGHTS = ("float32", "float16", "bfloat16")
+PREFERRED = ("float16", "bfloat16", "float32")  # where all three were built: half is faster, and float16 finer than bfloat16
 PORTS = ("float32", "int64", "uint8")

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from motionrt.runtime.dtypes import DTYPES
+
 MIB = 2**20
 # Measured by benchmarks/bench_build.py: a builder process holds about 3x its engine above what it starts with, and an
 # engine is its weights and some kernels. The time is that of a 610 MB fp16 engine, 10 s on two cores, and of small ones.
 START_BYTES, KERNEL_BYTES, MEMORY_PER_ENGINE = 220 * MIB, 6 * MIB, 3.0
 START_SECONDS, SECONDS_PER_MIB = 1.0, 0.016
-_WIDTH = {"float32": 1.0, "float16": 0.5, "bfloat16": 0.5}  # of float32 weights
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def estimate(onnx_bytes: int) -> Estimate:
 
 def estimate_from_bundle(bundle_bytes: int, dtype: str) -> Estimate:
     """What building a bundle's graph of `bundle_bytes`, float32 weights included, in `dtype` will take."""
-    return estimate(int(bundle_bytes * _WIDTH[dtype]))
+    return estimate(bundle_bytes * DTYPES[dtype].bytes // DTYPES["float32"].bytes)
 
 
 def available_memory() -> int | None:

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from motionrt.runtime.digests import digest_of
+from motionrt.runtime.dtypes import WEIGHTS
 from motionrt.runtime.errors import EngineError, InputError
 from motionrt.runtime.manifest import GraphSpec
 
 FORMAT = 1
 FLAVORS = {"rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
-DTYPES = ("float32", "float16", "bfloat16")
 KERNELS = ("body", "plugin")
 _DIGESTS = ("onnx_sha256", "built_from_sha256", "recipe_sha256", "engine_sha256")
 
@@ -255,7 +255,7 @@ def _checked(path: Path, raw: Any) -> dict[str, Any]:
     for key in _DIGESTS:
         if not re.fullmatch("[0-9a-f]{64}", raw[key]):
             raise bad(f"'{key}' is {raw[key]!r:.80}; it must be 64 hex digits")
-    for key, allowed in (("flavor", tuple(FLAVORS)), ("dtype", DTYPES), ("kernel", KERNELS)):
+    for key, allowed in (("flavor", tuple(FLAVORS)), ("dtype", WEIGHTS), ("kernel", KERNELS)):
         if raw[key] not in allowed:
             raise bad(f"'{key}' is {raw[key]!r:.40}; allowed: {', '.join(allowed)}")
     if Path(raw["file"]).name != raw["file"] or not raw["file"].endswith(".engine"):

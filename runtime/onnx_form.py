@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from motionrt.runtime.digests import digest_of
+from motionrt.runtime.dtypes import PREFERRED
 from motionrt.runtime.errors import EngineError
 from motionrt.runtime.manifest import GraphSpec
 
 FORMAT = 1
 FLAVOR = "onnxruntime"
-DTYPES = ("float16", "bfloat16")  # the preferred one first: it is finer, and as fast
+DTYPES = tuple(dtype for dtype in PREFERRED if dtype != "float32")
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ from motionrt.runtime.backend import Backend, Graph
 from motionrt.runtime.backends import MODULES, TENSORRT
 from motionrt.runtime.bundle import Bundle
 from motionrt.runtime.device_memory import Cuda
+from motionrt.runtime.dtypes import PREFERRED
 from motionrt.runtime.engine_file import FLAVORS, EngineFile, Machine
 from motionrt.runtime.errors import BackendError, BackendWarning, EngineError, InputError, install
 from motionrt.runtime.tensorrt_graph import Arena, TensorRTGraph, WithFallback
 
 LOOP = ("step", "step_plain")  # what every step runs: worth a CUDA graph
-PREFERRED = ("float16", "bfloat16", "float32")  # of engines that all fit: half is faster, and finer than bfloat16
 log = logging.getLogger("motionrt")
 
 

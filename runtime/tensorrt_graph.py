@@ -19,12 +19,13 @@ import numpy as np
 from motionrt.runtime.backend import Array, Graph, check_finite, check_inputs, check_ports, describe
 from motionrt.runtime.bundle import GraphSpec
 from motionrt.runtime.device_memory import Allocation, Cuda, DeviceArray, Pool
+from motionrt.runtime.dtypes import DTYPES
 from motionrt.runtime.engine_file import FLAVORS, EngineFile
 from motionrt.runtime.errors import BackendError, BackendWarning, EngineError, InputError
 from motionrt.runtime.runtime_cache import RuntimeCache
 
 _MAX_SHAPES = 8  # sets of input shapes that a graph keeps buffers for
-_TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32", "UINT8": "uint8"}
+_TYPES = {dtype.tensorrt: dtype.name for dtype in DTYPES.values() if dtype.tensorrt}
 
 
 class Host(Protocol):
