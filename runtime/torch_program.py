@@ -45,8 +45,8 @@ def load_program(
 ) -> Loaded:
     """The program in `path`, on `device`, with the weights that it names from the safetensors file `data`.
 
-    It computes in `precision` with the islands of precision.py; its inputs are float32, or of `precision` where nothing reads
-    them in float32, and so are its results.
+    It computes in `precision` with the islands of precision.py. Inputs are float32, or of `precision` where nothing reads them
+    in float32; results are of the precision that they were computed in.
 
     Both files have the digests that bundle.json declares (`Bundle.program_path`, `Bundle.graph_path`). Raises `BundleError`
     for an archive that is none or that would run code, and for weights that are missing or of another shape; `BackendError`
@@ -84,6 +84,8 @@ def _with_weights(
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     if len(placeholders) < len(weights):
         raise BundleError(f"program '{name}' takes {len(placeholders)} values, and {len(weights)} weights. Export it again.")
+    if weights and data is None:
+        raise BundleError(f"program '{name}' takes weights, and its graph has no file of them. Export the bundle again.")
     held = {} if data is None else _read(data, set(weights), name)
     stored = {}
     for number, (key, node) in enumerate(zip(weights, placeholders, strict=False)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,10 @@ def test_memory_plans_are_of_the_same_models(model: str, frames: int) -> None:
     assert not plan["unrecorded"] and all(graph["activations"] > 0 for graph in graphs.values())
     for name in ("step", "request", "schedule"):  # tables and folded constants come on top of the parameters
         assert 1 <= graphs[name]["weights"] / counted["classes"][name]["bytes"] < 1.1
-    assert plan["request_state"] == counted["hoisted_bytes"]["request"]
-    assert plan["schedule_rows"] == plan["steps"] * counted["hoisted_bytes"]["schedule"]
+    hoisted = counted["hoisted_bytes"]  # as traced: most of it in bfloat16; ports are float32
+    assert hoisted["request"] < plan["request_state"] <= 2 * hoisted["request"]
+    assert hoisted["schedule"] < plan["schedule_rows"] / plan["steps"] <= 2 * hoisted["schedule"]
+    sizes = [(math.prod(json.loads(port.partition(" ")[2])), count) for port, count in row["state"].items()]
+    assert all(port.startswith("float32 ") for port in row["state"])
+    assert plan["request_state"] == sum(4 * size * count for size, count in sizes)
     assert [line.split(":")[0] for line in row["lines"]] == ["8 GB", "16 GB", "24 GB", "80 GB"]

@@ -614,6 +614,8 @@ def test_stream_real_checks_both_forms_and_stores_weights_once(tmp_path: Path) -
     data.write_bytes(b"none")
     with pytest.raises(BundleError, match="weights .*g.safetensors cannot be read"):
         load_program(program, "g", data, torch.device("cpu"))
+    with pytest.raises(BundleError, match="program 'g' takes weights, and its graph has no file of them"):
+        load_program(program, "g", None, torch.device("cpu"))
 
 
 def test_a_program_tells_nothing_of_the_build_machine(tmp_path: Path) -> None:
