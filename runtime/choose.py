@@ -31,12 +31,14 @@ class Choice:
 
 
 def choose(
-    bundle: Bundle, *, device: str | None = None, threads: int | None = None, graphs: Sequence[str] = (STEP,)
-) -> Choice:
+    bundle: Bundle, *, device: str | None = None, threads: int | None = None, precision: str | None = None,
+    graphs: Sequence[str] = (STEP,),
+) -> Choice:  # fmt: skip
     """The backend for `bundle` on this machine. device: None, "cpu" (which ends the search), "cuda" or "cuda:1".
 
-    graphs: those that a backend must run to be chosen; others may go to ONNX Runtime where it has not got them. With "cuda" the
-    CPU is no answer: `BackendError` says what was tried.
+    precision: what is to be computed in; None leaves it to the backend. graphs: those that a backend must run to be chosen;
+    others may go to ONNX Runtime where it has not got them. With "cuda" the CPU is no answer: `BackendError` says what was
+    tried.
     """
     if device is not None and device != "cpu" and not device.startswith("cuda"):
         raise InputError(f"device is {device!r}; with the backend auto it must be cpu, cuda, or not given.")
@@ -51,7 +53,8 @@ def choose(
             # allow_cpu: sizes of a graph are computed on the CPU by design, which ONNX Runtime's strict check cannot tell from
             # a missing kernel; that its provider itself is there is always checked
             for kind in reversed(BACKENDS.values()):
-                name, options = kind.on("cuda"), RunOptions(kind.name, device or "cuda", threads, allow_cpu=True)
+                name = kind.on("cuda")
+                options = RunOptions(kind.name, device or "cuda", threads, allow_cpu=True, precision=precision)
                 try:
                     backend, loaded = _try(kind, bundle, gpus, options, graphs)
                     return _done(backend, f"{name}: {getattr(backend, 'label', name)}", refused, loaded)
@@ -59,7 +62,7 @@ def choose(
                     refused.append(f"{name}: {str(error).rstrip('.')}")
         if device is not None:
             raise BackendError(f"nothing runs this bundle on {device}: {'; '.join(refused)}. Use --device cpu, or none.")
-    cpu = open_backend(RunOptions(threads=threads))
+    cpu = open_backend(RunOptions(threads=threads, precision=precision))
     return _done(cpu, getattr(cpu, "label", ONNXRUNTIME.name), refused, {})
 
 

@@ -115,7 +115,9 @@ def open_pipeline(
             named = f"--engines is {options.engines!r}, and the choice was left to auto"
             raise InputError(f"{named}; add --backend {TENSORRT.name}.")
         else:
-            backend = choose(Bundle.open(bundle), device=options.device, threads=options.threads, graphs=graphs)
+            backend = choose(
+                Bundle.open(bundle), device=options.device, threads=options.threads, precision=options.precision, graphs=graphs
+            )
         yield stack.enter_context(MotionPipeline.from_bundle(bundle, memory, backend=backend, low_memory=low_memory))
 
 

@@ -72,25 +72,26 @@ class MotionPipeline:
         backend: Backend | Choice | str | None = None,
         threads: int | None = None,
         device: str | None = None,
+        precision: str | None = None,
         low_memory: bool = False,
     ) -> MotionPipeline:
         """Open the bundle directory `path` and the motion memory (a directory, opened read-only, or an open memory or set).
 
         `backend`: an open one, what `choose` chose, or a name: one of `backends.BACKENDS`, the first if not given (with
-        `threads` and `device` as in `open_backend`), or "auto": the fastest that runs here, and `Result.choice` says why.
-        Graphs are loaded when they are first needed, and kept; with `low_memory` each makes room for the next: a request
-        takes no more than the largest graph needs, and longer by the time that loading takes. Raises `BundleError`,
+        `threads`, `device` and `precision` as in `RunOptions`), or "auto": the fastest that runs here, and `Result.choice`
+        says why. Graphs are loaded when they are first needed, and kept; with `low_memory` each makes room for the next: a
+        request takes no more than the largest graph needs, and longer by the time that loading takes. Raises `BundleError`,
         `MemoryStoreError` (missing, damaged, made for another bundle), `BackendError`, `InputError`.
         """
-        for given, value in (("threads", threads), ("device", device)):
+        for given, value in (("threads", threads), ("device", device), ("precision", precision)):
             if value is not None and backend is not None and not isinstance(backend, str):
                 what = "the default backend or one by name"
                 raise InputError(f"{given} is for {what}; give it to the backend that you pass instead.")
         bundle = Bundle.open(path)
         if backend == "auto":
-            backend = choose(bundle, device=device, threads=threads)
+            backend = choose(bundle, device=device, threads=threads, precision=precision)
         elif backend is None or isinstance(backend, str):
-            backend = open_backend(RunOptions(backend or RunOptions.backend, device, threads))
+            backend = open_backend(RunOptions(backend or RunOptions.backend, device, threads, precision=precision))
         choice = backend if isinstance(backend, Choice) else None
         runs = backend.backend if isinstance(backend, Choice) else backend
         if not isinstance(memory, str | Path):

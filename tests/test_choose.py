@@ -113,6 +113,20 @@ def test_auto_on_the_cpu_looks_no_further(path: Path) -> None:
         choose(Bundle.open(path), device="tpu")
 
 
+def test_auto_keeps_to_the_precision_that_was_asked_for(fake_gpu: ModuleType, path: Path, still: NDArray[np.uint8]) -> None:
+    fake_gpu.write_engine(path, "step", dtype="float16", profiles=[{"B": (1, 1, 1)}])
+    bundle = Bundle.open(path)
+    assert choose(bundle, precision="float16").backend.precision == "float16"
+    other = choose(bundle, precision="float32")
+    assert other.backend.precision == "float32" and "has no engine of graph 'step' in float32" in other.why
+    with pytest.raises(InputError, match="'bfloat16', for which ONNX Runtime has no kernels on the CPU"):
+        choose(bundle, device="cpu", precision="bfloat16")
+    with pytest.raises(InputError, match="precision is for the default backend or one by name"):
+        MotionPipeline.from_bundle(path, backend=OnnxRuntimeBackend(1), precision="float16")
+    with MotionPipeline.from_bundle(path, precision="float32") as pipeline:
+        assert pipeline.backend.precision == "float32"
+
+
 def test_command_line_says_what_was_chosen(
     run: Run, path: Path, fake_memory: Path, still: NDArray[np.uint8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
