@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from motionrt.runtime.digests import digest_of
 from motionrt.runtime.dtypes import WEIGHTS
@@ -121,17 +121,8 @@ class EngineFile:
         Without `machine` only the bundle's side is checked. Reads the whole engine file for its digest, unless it did not
         change since that was last done; with `read` in any case.
         """
-        from motionrt import __version__
-
         engine, fix = f"engine '{self.graph}' in {self.folder}", f"Rebuild: `{self.rebuild_command()}`."
-        for what, built, here in (
-            ("graph", self.graph, spec.name),
-            ("ONNX digest", self.onnx_sha256[:12], spec.sha256[:12]),
-            ("weights digest", self.weights_sha256[:12] or "none", spec.weights_sha256[:12] or "none"),
-            ("MotionRT version", self.motionrt, __version__),
-        ):
-            if built != here:
-                raise EngineError(f"{engine} was built from {what} {built}; this bundle and installation have {here}. {fix}")
+        check_origin(self, spec, engine, fix)
         self._check_ports(spec, engine, fix)
         if machine is not None:
             self._check_machine(machine, engine)
@@ -218,6 +209,33 @@ class EngineFile:
         except (OSError, ValueError, RecursionError) as error:
             raise EngineError(f"{path} cannot be read ({error}). Build the bundle's engines again.") from None
         return cls(folder=path.parent, **_checked(path, raw))
+
+
+class Made(Protocol):
+    """What was made from a graph of a bundle, and says from which."""
+
+    @property
+    def graph(self) -> str: ...
+    @property
+    def motionrt(self) -> str: ...
+    @property
+    def onnx_sha256(self) -> str: ...
+    @property
+    def weights_sha256(self) -> str: ...
+
+
+def check_origin(made: Made, spec: GraphSpec, name: str, fix: str) -> None:
+    """Raise `EngineError` unless `made`, called `name`, was made from the graph `spec` with its weights by this version."""
+    from motionrt import __version__
+
+    for what, built, here in (
+        ("graph", made.graph, spec.name),
+        ("ONNX digest", made.onnx_sha256[:12], spec.sha256[:12]),
+        ("weights digest", made.weights_sha256[:12] or "none", spec.weights_sha256[:12] or "none"),
+        ("MotionRT version", made.motionrt, __version__),
+    ):
+        if built != here:
+            raise EngineError(f"{name} was built from {what} {built}; this bundle and installation have {here}. {fix}")
 
 
 def engine_folder(bundle: Path, flavor: str, targets: Sequence[str], dtype: str) -> Path:

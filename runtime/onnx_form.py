@@ -17,6 +17,7 @@ from typing import Any
 
 from motionrt.runtime.digests import digest_of
 from motionrt.runtime.dtypes import PREFERRED
+from motionrt.runtime.engine_file import check_origin
 from motionrt.runtime.errors import EngineError
 from motionrt.runtime.manifest import GraphSpec
 
@@ -50,18 +51,9 @@ class OnnxForm:
 
     def check(self, spec: GraphSpec, *, read: bool = False) -> None:
         """Raise `EngineError` unless this is the whole form of the bundle's graph `spec`. read: whatever the stamps say."""
-        from motionrt import __version__
-
         form = f"the {self.dtype} form of graph '{self.graph}' in {self.folder}"
         fix = f"Build it again: `motionrt build {self.bundle} --flavor {FLAVOR} --dtype {self.dtype} --graphs {self.graph}`."
-        for what, built, here in (
-            ("graph", self.graph, spec.name),
-            ("ONNX digest", self.onnx_sha256[:12], spec.sha256[:12]),
-            ("weights digest", self.weights_sha256[:12] or "none", spec.weights_sha256[:12] or "none"),
-            ("MotionRT version", self.motionrt, __version__),
-        ):
-            if built != here:
-                raise EngineError(f"{form} was made from {what} {built}; this bundle and installation have {here}. {fix}")
+        check_origin(self, spec, form, fix)
         for name, expected in self.files.items():
             try:
                 got = digest_of(self.folder / name, expected, self.bundle, read=read)

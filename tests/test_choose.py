@@ -113,7 +113,7 @@ def test_auto_on_the_cpu_looks_no_further(path: Path) -> None:
         choose(Bundle.open(path), device="tpu")
 
 
-def test_auto_keeps_to_the_precision_that_was_asked_for(fake_gpu: ModuleType, path: Path, still: NDArray[np.uint8]) -> None:
+def test_auto_keeps_to_the_precision_that_was_asked_for(fake_gpu: ModuleType, path: Path) -> None:
     fake_gpu.write_engine(path, "step", dtype="float16", profiles=[{"B": (1, 1, 1)}])
     bundle = Bundle.open(path)
     assert choose(bundle, precision="float16").backend.precision == "float16"

@@ -77,9 +77,9 @@ def test_a_form_of_other_weights_or_another_version_is_refused(path: Path) -> No
     sidecar = form_folder(path, "float16") / "text.form"
     record = json.loads(sidecar.read_text())
     for change, message in (
-        ({"weights_sha256": "0" * 64}, "was made from weights digest 000000000000"),
-        ({"onnx_sha256": "1" * 64}, "was made from ONNX digest 111111111111"),
-        ({"motionrt": "0.0.1"}, "was made from MotionRT version 0.0.1"),
+        ({"weights_sha256": "0" * 64}, "was built from weights digest 000000000000"),
+        ({"onnx_sha256": "1" * 64}, "was built from ONNX digest 111111111111"),
+        ({"motionrt": "0.0.1"}, "was built from MotionRT version 0.0.1"),
         ({"format": 9}, "it is not of format 1"),
         ({"dtype": "int8"}, "a value in it is of the wrong type"),
         ({"files": {"../text.onnx": "0" * 64}}, "it must name its own files"),
