@@ -73,6 +73,7 @@ def test_block_runs_as_typed(block: Any, place: Path) -> None:
 def test_what_the_blocks_made_is_there(place: Path) -> None:
     video = read_clip(place / "waves.mp4", FRAMES, HEIGHT, WIDTH, 8)
     assert video.shape == (FRAMES, 3, HEIGHT, WIDTH) and float(video.std()) > 0.01
+    assert read_clip(place / "torch.mp4", FRAMES, HEIGHT, WIDTH, 8).shape == video.shape
     graphs = json.loads((place / "cogvideox" / "bundle.json").read_text())["graphs"]
     assert {path.stem for path in (place / "cogvideox" / "engines" / "rtx-sm_89-float16").glob("*.json")} == set(graphs)
     assert json.loads((place / "svd-motion" / "bundle.json").read_text())["model"]["frames"] == 16
