@@ -51,7 +51,6 @@ COLUMNS = (
 )  # fmt: skip
 NO_GPU, NO_KERNELS = "built; not run: no GPU", "written; not run: no GPU"
 CELLS = [(model, kind) for model in SIZES for kind in KINDS]
-QUICK = [CELLS[0], *(pytest.param(*cell, marks=pytest.mark.slow) for cell in CELLS[1:])]  # one for every run of the tests
 TABLE: dict[tuple[str, str], dict[str, str]] = {}
 Run = Callable[..., tuple[int, str, str]]
 
@@ -151,12 +150,9 @@ def _written(folder: Path, model: str, kind: str) -> Cell:
     return Cell(model, kind, folder, parts, models.release.rounded(files, torch.float32), config, still)
 
 
-@pytest.mark.parametrize(("model", "kind"), QUICK)
-def test_commands_with_their_defaults_go_from_released_files_to_a_video(
-    model: str, kind: str, cell: Callable[[str, str], Cell], run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = cell(model, kind)
-    at = made.folder
+def from_files_to_a_video(made: Cell, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command with its defaults, from released files to a video."""
+    model, kind, at = made.model, made.kind, made.folder
     size = ("--frames", "9", "--height", "16", "--width", "32") if model == "svd" else ()  # the default takes minutes a video
     monkeypatch.setattr(Stage, "add_text_query", models.packaged_text_query)  # docs/models.md's test exports it anew
     status, out, err = run(
@@ -220,17 +216,35 @@ def hold_to_the_law(made: Cell, options: RunOptions, yardstick: str) -> None:
     assert pixels[0] <= 2 * pixels[1] + 0.5, pixels  # a rounding to whole numbers is 0.29
 
 
-@pytest.mark.parametrize(("model", "kind"), QUICK)
-def test_onnxruntime_and_torch_give_what_diffusers_gives(model: str, kind: str, cell: Callable[[str, str], Cell]) -> None:
-    made = cell(model, kind)
-    assert made.memory.is_dir(), "the commands' test comes first"
+def as_near_as_diffusers(made: Cell) -> None:
+    """What runs here without a build, held to the law."""
     for column, options in (
         (COLUMNS[1], RunOptions(threads=1)),
         (COLUMNS[2], RunOptions("torch", threads=1)),
-        (COLUMNS[3], RunOptions("torch", threads=1, precision=kind)),
+        (COLUMNS[3], RunOptions("torch", threads=1, precision=made.kind)),
     ):
-        hold_to_the_law(made, options, kind)
+        hold_to_the_law(made, options, made.kind)
         made.shows(column)
+
+
+def test_one_cell_in_every_run_of_the_tests(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = _written(tmp_path, "cogvideox-5b-i2v", "bfloat16")
+    from_files_to_a_video(made, run, monkeypatch)
+    as_near_as_diffusers(made)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "kind"), CELLS)
+def test_commands_with_their_defaults_go_from_released_files_to_a_video(
+    model: str, kind: str, cell: Callable[[str, str], Cell], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from_files_to_a_video(cell(model, kind), run, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "kind"), CELLS)
+def test_onnxruntime_and_torch_give_what_diffusers_gives(model: str, kind: str, cell: Callable[[str, str], Cell]) -> None:
+    as_near_as_diffusers(cell(model, kind))
 
 
 @pytest.mark.slow
