@@ -31,12 +31,11 @@ from motionrt.runtime.dtypes import DTYPES
 from motionrt.runtime.engine_estimate import Estimate, estimate
 from motionrt.runtime.engine_file import KERNELS, EngineFile, EnginePort, engine_folder
 from motionrt.runtime.errors import EngineError, InputError
-from motionrt.runtime.manifest import sha256_of
+from motionrt.runtime.manifest import LOOP, sha256_of
 from motionrt.runtime.onnx_weights import package_weights
 from motionrt.runtime.video import replacing
 
 RECIPE = ("engine_from_onnx", "engine_graph", "engine_profiles", "precision")  # what decides an engine's bytes
-LOOP = ("step", "step_plain")  # what every step runs
 KERNEL_RECIPE = ("tensorrt_plugin", "tensorrt_entry", "motion_cross_attention_triton", "tiles")  # of a plugin's engine also
 
 
@@ -83,10 +82,7 @@ def build_engines(path: Path, options: Options, listen: Listener = lambda event:
     library = load_library(options.flavor)
     targets = check_request(library, options.flavor, options.targets, options.dtype)
     bundle = Bundle.open(path)
-    names = options.graphs or tuple(bundle.graphs)
-    for name in names:
-        if name not in bundle.graphs:
-            raise InputError(f"--graphs names '{name}'; this bundle has {', '.join(bundle.graphs)}.")
+    names = chosen_graphs(bundle, options)
     check_names(options.profiles, [bundle.graphs[name] for name in names])
     if options.kernel not in ("auto", *KERNELS):
         raise InputError(f"--kernel is {options.kernel!r}; allowed: auto, {', '.join(KERNELS)}.")
@@ -96,6 +92,14 @@ def build_engines(path: Path, options: Options, listen: Listener = lambda event:
     with locked(folder):
         for name in names:
             yield _build_one(bundle, name, folder, targets, options, str(library.__version__), listen)
+
+
+def chosen_graphs(bundle: Bundle, options: Options) -> tuple[str, ...]:
+    """The graphs that `options` name, or all; `InputError` for one that the bundle has not got."""
+    for name in options.graphs:
+        if name not in bundle.graphs:
+            raise InputError(f"--graphs names '{name}'; this bundle has {', '.join(bundle.graphs)}.")
+    return options.graphs or tuple(bundle.graphs)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 import motionrt
-from motionrt.export.engine_build import Options, locked, recipe_sha256, workplace
+from motionrt.export.engine_build import Options, chosen_graphs, locked, recipe_sha256, workplace
 from motionrt.export.engine_graph import engine_graph, save
 from motionrt.export.engine_process import Event, Listener
 from motionrt.runtime.bundle import Bundle
@@ -44,10 +44,7 @@ def build_forms(path: Path, options: Options, listen: Listener = lambda event: N
     if options.targets or options.profiles:
         raise InputError(f"--target and --profile are for engines; --flavor {FLAVOR} runs on every GPU, at every size.")
     bundle = Bundle.open(path)
-    names = options.graphs or tuple(bundle.graphs)
-    for name in names:
-        if name not in bundle.graphs:
-            raise InputError(f"--graphs names '{name}'; this bundle has {', '.join(bundle.graphs)}.")
+    names = chosen_graphs(bundle, options)
     folder = form_folder(path, options.dtype)
     with locked(folder):
         for name in names:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -40,7 +39,7 @@ from motionrt.export.onnx_functions import symbolic_forms
 from motionrt.export.onnx_rewrites import rewrite
 from motionrt.export.onnx_stored import INLINE, Computed, narrowest, store
 from motionrt.export.partition import Partition, Program
-from motionrt.export.programs import check_program, weight_names, write_program
+from motionrt.export.programs import check_program, weights_of, write_program
 from motionrt.export.structure import faked, materialise
 
 Find = Callable[[str], Lazy | None]
@@ -142,7 +141,7 @@ def stream_real(
     Graph and program are run on all examples: |ours - module| <= atol * max(1, max |module|), or `ParityError`.
     """
     module = module.eval()
-    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    state = weights_of(module)
     wanted = [outputs_of(module, example.feed) for example in examples]
 
     def find(name: str) -> Lazy | None:
@@ -214,8 +213,7 @@ def _stream(
     extra: dict[str, Lazy] = {}
     if torch_program is not None:
         entry["program"] = write_program(torch_program, module, first.feed, outputs, shapes)
-        for name in weight_names(module):
-            own = operator.attrgetter(name)(module)
+        for name, own in weights_of(module).items():
             if name not in weights:
                 extra[name] = value(name) or InMemory(own.detach())
     with _quiet(), torch._subclasses.fake_tensor.unset_fake_temporarily():

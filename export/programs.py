@@ -40,9 +40,9 @@ class _Lifted(nn.Module):
         return torch.func.functional_call(inner, dict(zip(self.names, weights, strict=True)), inputs)
 
 
-def weight_names(module: nn.Module) -> list[str]:
-    """The names of all that a program of `module` takes as weights: parameters and tables."""
-    return [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """All that a program of `module` takes as weights, in that order: parameters and tables."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def write_program(
@@ -53,9 +53,8 @@ def write_program(
     `feed`: inputs by name, real or fake like the module's weights; `dynamic_shapes` as `torch.export.export` takes them for
     these inputs alone.
     """
-    names = weight_names(module)
-    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    weights = [state[name].detach() for name in names]
+    state = weights_of(module)
+    names, weights = list(state), [value.detach() for value in state.values()]
     shapes = dynamic_shapes
     if shapes is not None:
         inner = shapes[0] if len(shapes) == 1 and isinstance(shapes[0], tuple) else shapes  # of *inputs: one tuple of them

@@ -15,6 +15,7 @@ from motionrt.runtime.dtypes import PORTS
 from motionrt.runtime.errors import BundleError
 
 FORMAT = 1
+LOOP = ("step", "step_plain")  # the graphs that every step runs: worth a CUDA graph, and never to be slow without a word
 TARGET_RANGES = ("correct", "released")
 
 

@@ -23,9 +23,9 @@ from motionrt.runtime.device_memory import Cuda
 from motionrt.runtime.dtypes import PREFERRED
 from motionrt.runtime.engine_file import FLAVORS, EngineFile, Machine
 from motionrt.runtime.errors import BackendError, BackendWarning, EngineError, InputError, install
+from motionrt.runtime.manifest import LOOP
 from motionrt.runtime.tensorrt_graph import Arena, TensorRTGraph, WithFallback
 
-LOOP = ("step", "step_plain")  # what every step runs: worth a CUDA graph
 log = logging.getLogger("motionrt")
 
 

@@ -21,9 +21,9 @@ from motionrt.runtime.backend import Array, Backend, Graph, check_finite, check_
 from motionrt.runtime.backends import ONNXRUNTIME, TORCH
 from motionrt.runtime.bundle import Bundle, GraphSpec
 from motionrt.runtime.errors import BackendError, BackendWarning, InputError
+from motionrt.runtime.manifest import LOOP
 from motionrt.runtime.torch_program import first_line, load_program
 
-LOOP = ("step", "step_plain")
 MODES = ("auto", "graph", "compile", "eager")
 WARMUPS = 3  # runs before a capture: compilation, autotuning and lazy library state must not fall into it
 
@@ -107,6 +107,7 @@ class TorchGraph:
         """
         self.spec, self.outputs, self.device = spec, tuple(outputs), device
         self.dtypes = {name: example.dtype for name, example in examples.items()}
+        self._declared = {port.name: port.dtype for port in spec.inputs}
         self._transposed = {name: example.ndim for name, example in examples.items() if _is_transposed(example)}
         self.mode = "eager"
         kinds = {port.name: getattr(torch, port.dtype) for port in spec.outputs}
@@ -180,16 +181,14 @@ class TorchGraph:
 
     def _kind(self, name: str, given: str) -> torch.dtype | None:
         """The dtype to put a host array into: the program's, where the array is what the port declares."""
-        declared = next((port.dtype for port in self.spec.inputs if port.name == name), None)
-        return self.dtypes.get(name) if given == declared else None
+        return self.dtypes.get(name) if given == self._declared.get(name) else None
 
     def _describe(self, name: str, value: Any) -> tuple[str, tuple[int, ...]]:
         """Dtype and shape as `check_ports` wants them: a value that is here already has the program's dtype."""
         if not isinstance(value, Tensor):
             return describe(value)
-        declared = next((port.dtype for port in self.spec.inputs if port.name == name), "")
         kind = str(value.dtype).removeprefix("torch.")
-        return declared if value.dtype == self.dtypes.get(name) else kind, tuple(value.shape)
+        return self._declared.get(name, "") if value.dtype == self.dtypes.get(name) else kind, tuple(value.shape)
 
     def _laid_out(self, name: str, value: Tensor) -> Tensor:
         if value.ndim != self._transposed.get(name):
