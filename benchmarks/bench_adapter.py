@@ -23,7 +23,7 @@ import numpy as np
 import harness
 from mid_graphs import FORMS, WORK, Saved, flop_shares, graphs_of
 from mid_models import MODELS, Model, known_values
-from motionrt.export.partition import partition
+from motionrt.export.compiler.partition import partition
 from onnx_graph import Arrays
 
 SAME_AS = {"base": "base", "base_ours": "base", "released": "released", "folded": "released", "scale_0": "base"}

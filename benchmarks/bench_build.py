@@ -27,13 +27,13 @@ from typing import Any
 import onnx_ir as ir
 
 import harness
-from motionrt.export.engine_checks import load_library, scan_operators
-from motionrt.export.engine_graph import count_attentions, count_motion_ops, engine_graph, save
-from motionrt.export.engine_process import run_builder
-from motionrt.export.engine_profiles import profiles_of
-from motionrt.runtime.bundle import Bundle
-from motionrt.runtime.engine_file import Profile, Span
-from motionrt.runtime.onnx_weights import package_weights
+from motionrt.export.engines.checks import load_library, scan_operators
+from motionrt.export.engines.graph import count_attentions, count_motion_ops, engine_graph, save
+from motionrt.export.engines.process import run_builder
+from motionrt.export.engines.profiles import profiles_of
+from motionrt.runtime.backends.onnx_weights import package_weights
+from motionrt.runtime.backends.tensorrt.engine_file import Profile, Span
+from motionrt.runtime.bundle.bundle import Bundle
 
 QUESTION = "bench_build"
 TARGETS = ("sm_89", "sm_120")
@@ -71,7 +71,7 @@ def cogvideox_graphs() -> Iterator[Graph]:
 def svd_graphs() -> Iterator[Graph]:
     """Schedule, request and step of two levels, for latents of 5 frames of 16x16."""
     import full_unet
-    from motionrt.export.partition import partition
+    from motionrt.export.compiler.partition import partition
 
     torch_feed = full_unet.feed(5, 16, 16)
     step = full_unet.SvdStep(levels=2, layers=1).eval()
@@ -103,8 +103,8 @@ def _onnx(program: Any, feed: Mapping[str, Any]) -> ir.Model:
     """One program as ONNX at the sizes of `feed`, with our functions in it, as the exporter of bundles makes it."""
     import torch
 
-    from motionrt.export.onnx_from_torch import OPSET
-    from motionrt.export.onnx_functions import add_functions, symbolic_forms
+    from motionrt.export.onnx.from_torch import OPSET
+    from motionrt.export.onnx.functions import add_functions, symbolic_forms
 
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

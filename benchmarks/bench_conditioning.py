@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 
 import harness
 from bench_end_to_end import read_requests
-from motionrt.runtime.memory import MotionMemory, Reference
+from motionrt.runtime.media.video import decode_clip, read_image
+from motionrt.runtime.memory.memory import MotionMemory, Reference
 from motionrt.runtime.pipeline import MotionPipeline
-from motionrt.runtime.video import decode_clip, read_image
 
 DEMO = harness.ROOT / "demo"
 K = (1, 2, 4, 8, 9, 16)

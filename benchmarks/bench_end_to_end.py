@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 
 import harness
 from motionrt.runtime.decode import to_frames
+from motionrt.runtime.loop import sample
+from motionrt.runtime.media.video import write_video
 from motionrt.runtime.noise import noise
 from motionrt.runtime.pipeline import STAGES, MotionPipeline, Request, Result
-from motionrt.runtime.sampler import sample
-from motionrt.runtime.video import write_video
 
 DEMO = harness.ROOT / "demo"
 LEVELS = 1  # of 255: rounding to pixels may fall on either side

@@ -30,8 +30,8 @@ from numpy.typing import NDArray
 import harness
 import memory_plot
 from memory_data import CHUNK, Floats, chunks, draw, leaves
-from motionrt.runtime import memory_index
-from motionrt.runtime.memory import Clip, MotionMemory
+from motionrt.runtime.memory import index as memory_index
+from motionrt.runtime.memory.memory import Clip, MotionMemory
 from report_rows import Report
 
 K, WARMUPS, RIVAL_WARMUPS = 9, 1000, 20  # a reader that has served a while; warm-up queries are others than those timed

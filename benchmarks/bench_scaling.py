@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 import harness
 from mid_graphs import WORK, graphs_of
 from mid_models import MID, TOY, Model, cogvideox_model
-from motionrt.runtime.bundle import Bundle
+from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.noise import noise
 from onnx_graph import open_graph
 

@@ -21,11 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import harness
-from motionrt.runtime.backend import Graph, OnnxRuntimeBackend
-from motionrt.runtime.bundle import Bundle, Port, sha256_of
+from motionrt.runtime.backends.onnxruntime import Graph, OnnxRuntimeBackend
+from motionrt.runtime.bundle.bundle import Bundle, Port, sha256_of
 from motionrt.runtime.by_path import load_by_path
+from motionrt.runtime.loop import sample
 from motionrt.runtime.noise import noise
-from motionrt.runtime.sampler import sample
 from onnx_graph import open_graph
 from step_rivals import compiled_step, torch_step
 

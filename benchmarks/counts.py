@@ -5,7 +5,7 @@
 
 Parts: `demo bundle` (the committed files: nodes by op and bytes of weights of each graph, bytes of the bundle), `demo step`
 (the compiler pass over the demo's checkpoint, anew), `cogvideox tiny` and `svd tiny` (the released structures at small
-widths, without weights; export/structure.py) and `kernels` (registers, spills, shared memory as compiled for each GPU).
+widths, without weights) and `kernels` (registers, spills, shared memory as compiled for each GPU).
 
 Every count is better when it is lower. A higher one fails and must be accepted with a reason, which the baseline keeps. A
 lower one fails too: were it not recorded, the next change could take it back without anybody seeing it. The counts of a
@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from motionrt.export.partition import Partition, Program
+    from motionrt.export.compiler.partition import Partition, Program
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE = ROOT / "benchmarks" / "baseline.json"
@@ -43,7 +43,7 @@ DEPENDS = {
     "svd tiny": ("torch", "diffusers"),
     "kernels": ("triton",),
 }
-# The layouts of the kernel and the targets that each is compiled for here; as tests/test_kernel_aot.py compiles them.
+# The layouts of the kernel and the targets that each is compiled for here; as tests/kernels/test_aot.py compiles them.
 KERNELS = {"padded": (80, 86, 89, 90, 100, 120), "packed": (80, 90, 100, 120)}
 SHAPE = "3072x48x25x64"  # CogVideoX-5B
 
@@ -69,7 +69,7 @@ def bundle_counts(folder: Path = ROOT / "demo" / "bundle") -> Counts:
     """The committed bundle: of each graph, nodes by op, bytes of its weights; bytes of all its files."""
     import onnx
 
-    from motionrt.runtime.bundle import Bundle
+    from motionrt.runtime.bundle.bundle import Bundle
 
     bundle = Bundle.open(folder)
     files = {"bundle.json", bundle.manifest["solvers"]["file"]}
@@ -108,9 +108,10 @@ def demo_counts() -> Counts:
 
 def tiny_partition(model: str, unconditional: Tensor | None = None) -> Partition:
     """The pass over a released structure at small widths, with motion: "cogvideox tiny" or "svd tiny"."""
-    from motionrt.export import cogvideox, svd
-    from motionrt.export.released import OUTPUTS, cogvideox_step, step_args, svd_step
-    from motionrt.export.structure import fake_partition
+    from motionrt.export.compiler.weightless import fake_partition
+    from motionrt.export.systems import cogvideox_step as cogvideox
+    from motionrt.export.systems import svd_step as svd
+    from motionrt.export.systems.published import OUTPUTS, cogvideox_step, step_args, svd_step
 
     step: Any
     if model == "svd tiny":

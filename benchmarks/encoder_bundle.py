@@ -21,16 +21,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import harness
-from motionrt.export.bundle import staged, write_manifest
-from motionrt.export.checkpoints import Lazy
-from motionrt.export.motionrag_files import SosToken, open_motionrag
-from motionrt.export.parts import Part
-from motionrt.export.real import Encoders, Sources, Stage, encoders
-from motionrt.runtime.backend import OnnxRuntimeBackend
-from motionrt.runtime.bundle import Bundle
-from motionrt.runtime.indexing import ClipEncoders, index_clips
-from motionrt.runtime.memory import MotionMemory
-from motionrt.runtime.video import write_video
+from motionrt.export.checkpoints.files import Lazy
+from motionrt.export.checkpoints.motionrag_files import SosToken, open_motionrag
+from motionrt.export.checkpoints.parts import Part
+from motionrt.export.systems.stage import Encoders, Sources, Stage, encoders
+from motionrt.export.write import staged, write_manifest
+from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from motionrt.runtime.bundle.bundle import Bundle
+from motionrt.runtime.indexing.clips import ClipEncoders, index_clips
+from motionrt.runtime.media.video import write_video
+from motionrt.runtime.memory.memory import MotionMemory
 from sparse_models import MOTIONRAG, MotionSizes, write_encoders, write_motionrag
 
 FPS, REFERENCES = 8, 9  # 9 references of 25 tokens, and the still's, are what CAMA's 256 positions hold

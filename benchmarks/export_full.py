@@ -26,14 +26,14 @@ import torch
 
 import harness
 from anonymous_memory import AnonymousMemory
-from motionrt.export import onnx_streamed
-from motionrt.export.cogvideox_bundle import export_cogvideox
-from motionrt.export.motionrag_files import SosToken
-from motionrt.export.programs import FOLDER as PROGRAMS
-from motionrt.export.programs import write_program
-from motionrt.export.real import Sources
-from motionrt.export.svd_bundle import export_svd
-from motionrt.runtime.bundle import Bundle
+from motionrt.export.checkpoints.motionrag_files import SosToken
+from motionrt.export.onnx import streamed as onnx_streamed
+from motionrt.export.onnx.torch_programs import FOLDER as PROGRAMS
+from motionrt.export.onnx.torch_programs import write_program
+from motionrt.export.systems.cogvideox import export_cogvideox
+from motionrt.export.systems.stage import Sources
+from motionrt.export.systems.svd import export_svd
+from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.dtypes import WEIGHTS
 from sparse_models import RELEASED, write_cogvideox, write_svd
 

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from motionrt.export.cogvideox_bundle import DecodeCausal, EncodeCausal, _flat, chunks
-from motionrt.export.liveness import live_bytes
-from motionrt.export.onnx_functions import symbolic_forms
-from motionrt.export.partition import Partition, Program
-from motionrt.export.parts import AppearanceTokens, Preprocess, Text
-from motionrt.export.structure import faked, meta
-from motionrt.export.svd_bundle import DecodeTemporal, EncodeStill
-from motionrt.export.text import SentenceEmbedding
-from motionrt.runtime.memory_plan import GraphSize
+from motionrt.export.checkpoints.packaged_text import SentenceEmbedding
+from motionrt.export.checkpoints.parts import AppearanceTokens, Preprocess, Text
+from motionrt.export.compiler.liveness import live_bytes
+from motionrt.export.compiler.partition import Partition, Program
+from motionrt.export.compiler.weightless import faked, meta
+from motionrt.export.onnx.functions import symbolic_forms
+from motionrt.export.systems.cogvideox import DecodeCausal, EncodeCausal, _flat, chunks
+from motionrt.export.systems.svd import DecodeTemporal, EncodeStill
+from motionrt.runtime.bundle.footprint import GraphSize
 from sparse_models import RELEASED
 
 Ports = tuple[tuple[str, str, tuple[int, ...]], ...]

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from motionrt.export.cogvideox import INPUTS, CogVideoXStep
-from motionrt.export.motionrag import install_cogvideox_adapter
-from motionrt.export.partition import Partition, partition
+from motionrt.export.compiler.partition import Partition, partition
+from motionrt.export.systems.cogvideox_step import INPUTS, CogVideoXStep
+from motionrt.export.systems.motionrag import install_cogvideox_adapter
 
 OUTPUTS = ("next_latents", "x0")
 

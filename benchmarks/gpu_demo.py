@@ -13,8 +13,8 @@ from typing import Any
 
 import bench_step
 import harness
-from motionrt.runtime.backend import Graph, OnnxRuntimeBackend
-from motionrt.runtime.bundle import Bundle
+from motionrt.runtime.backends.onnxruntime import Graph, OnnxRuntimeBackend
+from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.dtypes import DTYPES, WEIGHTS
 from motionrt.runtime.errors import MotionRTError
@@ -67,7 +67,7 @@ def onnxruntime_step(arguments: list[str], *, device: str) -> None:
 
 def programs(arguments: list[str], *, device: str) -> None:
     """The bundle's torch program of the step in each precision, as `--backend torch` runs it: on CUDA with the kernel in it."""
-    from motionrt.runtime.torch_backend import TorchBackend
+    from motionrt.runtime.backends.torch_backend import TorchBackend
 
     options = options_of(arguments)
     for precision in WEIGHTS:

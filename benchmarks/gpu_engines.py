@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 
 import bench_step
 import harness
-from motionrt.runtime.backend import Backend, DeviceGraph, Graph, OnnxRuntimeBackend, fetch, place
-from motionrt.runtime.bundle import Bundle
-from motionrt.runtime.doctor import examine
-from motionrt.runtime.engine_file import FLAVORS
+from motionrt.runtime.backends.onnxruntime import Backend, DeviceGraph, Graph, OnnxRuntimeBackend, fetch, place
+from motionrt.runtime.backends.tensorrt.engine_file import FLAVORS
+from motionrt.runtime.bundle.bundle import Bundle
+from motionrt.runtime.cli.diagnosis import examine
+from motionrt.runtime.cli.measure import bench_request
 from motionrt.runtime.errors import MotionRTError
-from motionrt.runtime.measure import bench_request
 from motionrt.runtime.pipeline import MotionPipeline, Result
 
 # Relative to ONNX Runtime's fp32 (L2, the worst output): gates against mistakes, not figures of accuracy.
@@ -176,7 +176,7 @@ def run(bundle: Path, backend: Backend, facts: Mapping[str, Mapping[str, Any]], 
 
 def build(bundle: Path, target: str, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Build the engines for `target`; graph -> what a row tells of its engine."""
-    from motionrt.export.engine_build import Options, build_engines
+    from motionrt.export.engines.build import Options, build_engines
 
     wanted = Options((target,), options.flavor, options.dtype, tuple(options.graphs))
     facts = {}
@@ -206,7 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
     if reason is not None:
         print(f"engines: not run: {reason}")
         return 0
-    from motionrt.runtime.tensorrt import TensorRTBackend
+    from motionrt.runtime.backends.tensorrt.backend import TensorRTBackend
 
     with tempfile.TemporaryDirectory(prefix="motionrt-engines-") as folder:
         bundle = options.keep or Path(folder) / "bundle"

@@ -26,10 +26,10 @@ import full_step
 import gpu_step
 import harness
 from gpu_ceilings import clock, facts
-from motionrt.export.cogvideox import INPUTS
-from motionrt.export.motionrag import Cama, Resampler
-from motionrt.export.partition import Batched
-from motionrt.export.parts import AppearanceTokens, MotionTokens, Preprocess, picked
+from motionrt.export.checkpoints.parts import AppearanceTokens, MotionTokens, Preprocess, picked
+from motionrt.export.compiler.partition import Batched
+from motionrt.export.systems.cogvideox_step import INPUTS
+from motionrt.export.systems.motionrag import Cama, Resampler
 from profile_step import step_inputs
 
 PARTS = ("conditioning", "decode", "request")

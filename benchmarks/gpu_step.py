@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 import harness
 from full_step import OUTPUTS, SIZES, Size, build_step, cut, feed
-from motionrt.export.partition import Partition
-from motionrt.runtime.bundle import Dim, GraphSpec, Port
+from motionrt.export.compiler.partition import Partition
+from motionrt.runtime.backends.torch_backend import TorchGraph
+from motionrt.runtime.bundle.bundle import Dim, GraphSpec, Port
 from motionrt.runtime.errors import BackendWarning
-from motionrt.runtime.torch_backend import TorchGraph
 from profile_step import step_inputs
 from roofline import GPUS, Work, released_of
 

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 import gpu_step
 from counts import MOTION, UNET
-from motionrt.export.motionrag import MotionAdapterCrossAttention
-from motionrt.export.partition import partition
-from motionrt.export.released import OUTPUTS, SVD_UNET, plain, step_args
-from motionrt.export.svd import INPUTS, SvdStep, install_svd_adapter
+from motionrt.export.compiler.partition import partition
+from motionrt.export.systems.motionrag import MotionAdapterCrossAttention
+from motionrt.export.systems.published import OUTPUTS, SVD_UNET, plain, step_args
+from motionrt.export.systems.svd_step import INPUTS, SvdStep, install_svd_adapter
 from profile_step import step_inputs
 
 TIME_IDS = (6.0, 127.0, 0.02)  # frames per second - 1, motion bucket, noise level

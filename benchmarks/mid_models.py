@@ -24,11 +24,13 @@ from torch import Tensor, nn
 
 import full_step
 from full_step import OUTPUTS, Size
-from motionrt.export import cogvideox, released, svd
-from motionrt.export.motionrag import MotionAdapter, MotionAdapterCogVideoX
-from motionrt.export.onnx_from_torch import Example, onnx_from_torch
-from motionrt.export.partition import Partition, partition
-from motionrt.export.structure import fake_partition
+from motionrt.export.compiler.partition import Partition, partition
+from motionrt.export.compiler.weightless import fake_partition
+from motionrt.export.onnx.from_torch import Example, onnx_from_torch
+from motionrt.export.systems import cogvideox_step as cogvideox
+from motionrt.export.systems import published as released
+from motionrt.export.systems import svd_step as svd
+from motionrt.export.systems.motionrag import MotionAdapter, MotionAdapterCogVideoX
 
 Arrays = dict[str, NDArray[Any]]
 Values = Mapping[str, Tensor]

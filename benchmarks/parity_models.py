@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 import harness
-from motionrt.export import svd
-from motionrt.export.cogvideox_bundle import export_cogvideox
-from motionrt.export.svd_bundle import export_svd
+from motionrt.export.systems import svd_step as svd
+from motionrt.export.systems.cogvideox import export_cogvideox
+from motionrt.export.systems.svd import export_svd
 from motionrt.runtime.by_path import load_by_path
-from motionrt.runtime.memory_rows import Reference
+from motionrt.runtime.memory.rows import Reference
 from motionrt.runtime.pipeline import MotionPipeline
 
 TESTS = harness.ROOT / "tests"

@@ -22,10 +22,10 @@ from typing import Any
 
 from full_sizes import STEPS, full_sizes
 from harness import RESULTS, append_row
-from motionrt.export.partition import Partition
-from motionrt.export.released import structure
-from motionrt.export.structure import weights_by_class
-from motionrt.runtime.memory_plan import plan_memory
+from motionrt.export.compiler.partition import Partition
+from motionrt.export.compiler.weightless import weights_by_class
+from motionrt.export.systems.published import structure
+from motionrt.runtime.bundle.footprint import plan_memory
 
 
 def report(model: str, frames: int, layers: int | None = None) -> tuple[dict[str, Any], Partition]:

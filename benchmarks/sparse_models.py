@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from motionrt.export.motionrag_files import CamaSize, ResamplerSize, adapter_shapes, overlay_shapes
-from motionrt.export.released import COGVIDEOX_5B_I2V, SVD_UNET
-from motionrt.export.safetensors_file import sparse_file
-from motionrt.export.structure import meta
-from motionrt.export.svd_bundle import adapter_blocks
+from motionrt.export.checkpoints.motionrag_files import CamaSize, ResamplerSize, adapter_shapes, overlay_shapes
+from motionrt.export.checkpoints.safetensors_file import sparse_file
+from motionrt.export.compiler.weightless import meta
+from motionrt.export.systems.published import COGVIDEOX_5B_I2V, SVD_UNET
+from motionrt.export.systems.svd import adapter_blocks
 
 Config = Mapping[str, Any]
 _DIFFUSERS, _TRANSFORMERS = "diffusion_pytorch_model.safetensors", "model.safetensors"

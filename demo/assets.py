@@ -115,7 +115,7 @@ def stage_clips() -> None:
 
 def stage_memories() -> None:
     """demo/memory and demo/memory_unseen, from demo/bundle and the clips; sources are relative to demo/."""
-    from motionrt.runtime.cli_memory import memory_add, memory_create
+    from motionrt.runtime.cli.memory import memory_add, memory_create
 
     os.chdir(HERE)
     for name, folder, _ in MEMORIES:

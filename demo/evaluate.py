@@ -31,9 +31,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from motionrt.runtime import report
 from motionrt.runtime.by_path import load_by_path
-from motionrt.runtime.memory import MotionMemory, Reference
+from motionrt.runtime.cli import show as report
+from motionrt.runtime.memory.memory import MotionMemory, Reference
 from motionrt.runtime.pipeline import MotionPipeline, Prepared, Request
 
 HERE = Path(__file__).resolve().parent
@@ -214,7 +214,7 @@ def int8_weights(bundle: Path) -> Iterator[Path]:
     import onnx
     from onnx import numpy_helper
 
-    from motionrt.runtime.manifest import sha256_of
+    from motionrt.runtime.bundle.manifest import sha256_of
 
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "bundle"

@@ -13,15 +13,15 @@ import torch
 from diffusers import CogVideoXDPMScheduler
 from torch import Tensor, nn
 
-from motionrt.export.bundle import digest_of, staged, write_manifest
-from motionrt.export.cogvideox import INPUTS, CogVideoXStep, solver_rows
-from motionrt.export.onnx_from_torch import Example, Range, onnx_from_torch
-from motionrt.export.onnx_streamed import stream_real
-from motionrt.export.partition import Batched, Partition, partition
-from motionrt.export.programs import FOLDER as PROGRAMS
-from motionrt.export.text import packaged_encoder
+from motionrt.export.checkpoints.packaged_text import packaged_encoder
+from motionrt.export.compiler.partition import Batched, Partition, partition
+from motionrt.export.onnx.from_torch import Example, Range, onnx_from_torch
+from motionrt.export.onnx.streamed import stream_real
+from motionrt.export.onnx.torch_programs import FOLDER as PROGRAMS
+from motionrt.export.systems.cogvideox_step import INPUTS, CogVideoXStep, solver_rows
+from motionrt.export.write import digest_of, staged, write_manifest
+from motionrt.runtime.bundle.manifest import sha256_of
 from motionrt.runtime.by_path import load_by_path
-from motionrt.runtime.manifest import sha256_of
 
 HERE = Path(__file__).resolve().parent
 RANGES = {

@@ -91,7 +91,7 @@ def stage_denoiser(steps: int, batch: int = 16) -> None:
     """
     from encoders import blur, cama_for, text_of, tokens_of_pool
 
-    from motionrt.export.cogvideox import rotary_tables
+    from motionrt.export.systems.cogvideox_step import rotary_tables
 
     pool = Pool()
     torch.manual_seed(8)
@@ -144,7 +144,7 @@ def stage_denoiser(steps: int, batch: int = 16) -> None:
 @torch.no_grad()
 def sample(model: Any, still: Tensor, text: Tensor, motion: Tensor, steps: int = 8, guidance: float = 2.0) -> Tensor:
     """Plain DDIM with guidance: image latents `[B, 5, 16, 8, 8]`, text of "" and of the prompts `[2B, 12, 64]` -> latents."""
-    from motionrt.export.cogvideox import rotary_tables
+    from motionrt.export.systems.cogvideox_step import rotary_tables
 
     solver, batch = demo.scheduler(), len(still)
     solver.set_timesteps(steps)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model, T5Config, T5EncoderModel, VideoMAEConfig, VideoMAEModel
 
-from motionrt.export.motionrag import Cama, Resampler, install_cogvideox_adapter
+from motionrt.export.systems.motionrag import Cama, Resampler, install_cogvideox_adapter
 
 FRAMES, SIZE, FPS = 17, 64, 8
 LATENTS = (5, 16, 8, 8)  # F, C, H, W

@@ -13,14 +13,14 @@ import typer
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from motionrt.runtime import report
-from motionrt.runtime.backends import RunOptions
+from motionrt.runtime.backends.open import RunOptions
 from motionrt.runtime.by_path import load_by_path
-from motionrt.runtime.cli_common import open_pipeline, run_app, with_run_options
+from motionrt.runtime.cli import show as report
+from motionrt.runtime.cli.common import open_pipeline, run_app, with_run_options
 from motionrt.runtime.errors import InputError, MediaError
-from motionrt.runtime.memory import Reference
+from motionrt.runtime.media.video import read_clip, replacing, write_video
+from motionrt.runtime.memory.memory import Reference
 from motionrt.runtime.pipeline import MotionPipeline, Result
-from motionrt.runtime.video import read_clip, replacing, write_video
 
 HERE = Path(__file__).resolve().parent
 Frames = NDArray[np.uint8]

@@ -16,9 +16,9 @@ import typer
 from motionrt.runtime.errors import BackendError, InputError, install
 
 if TYPE_CHECKING:
-    from motionrt.export.engine_build import Built
-    from motionrt.export.engine_process import Event
-    from motionrt.export.onnx_forms import Formed
+    from motionrt.export.engines.build import Built
+    from motionrt.export.engines.onnx_forms import Formed
+    from motionrt.export.engines.process import Event
 
 FRAMES = {"cogvideox-5b-i2v": 17, "svd": 16}  # the published models, and how many frames a video has unless told otherwise
 MIB = 2**20
@@ -65,8 +65,8 @@ def export(
     if absent := [name for name, folder in folders.items() if folder is None]:
         raise InputError(f"export {model} needs {', '.join(absent)}. See docs/models.md.")
     assert base is not None and motionrag is not None and videomae is not None and dinov2 is not None
-    from motionrt.export.motionrag_files import SosToken
-    from motionrt.export.real import Sources
+    from motionrt.export.checkpoints.motionrag_files import SosToken
+    from motionrt.export.systems.stage import Sources
 
     sources = Sources(
         base=base,
@@ -84,14 +84,14 @@ def export(
     )
     frames = frames or FRAMES[model]
     if model == "svd":
-        from motionrt.export.svd_bundle import export_svd
+        from motionrt.export.systems.svd import export_svd
 
         size = {"height": height or 576, "width": width or 1024}
         lines = export_svd(sources, out, frames=frames, **size, say=typer.echo)
     elif height is not None or width is not None:
         raise InputError(f"--height and --width are for svd; {model} was trained for one size, which its files say.")
     else:
-        from motionrt.export.cogvideox_bundle import export_cogvideox
+        from motionrt.export.systems.cogvideox import export_cogvideox
 
         lines = export_cogvideox(sources, out, frames=frames, say=typer.echo)
     for line in lines:
@@ -133,11 +133,11 @@ def build(
       motionrt build demo/bundle --flavor onnxruntime --dtype float16
     """
     _need("build", "onnx", "onnx_ir", "ml_dtypes")
-    from motionrt.export.engine_build import Options, build_engines
-    from motionrt.export.engine_profiles import parse_profile
-    from motionrt.export.onnx_forms import Formed, build_forms
-    from motionrt.runtime import report
-    from motionrt.runtime.onnx_form import FLAVOR
+    from motionrt.export.engines.build import Options, build_engines
+    from motionrt.export.engines.onnx_forms import Formed, build_forms
+    from motionrt.export.engines.profiles import parse_profile
+    from motionrt.runtime.backends.onnx_form import FLAVOR
+    from motionrt.runtime.cli import show as report
 
     options = Options(
         targets=tuple(_split(target or [])),
@@ -175,7 +175,7 @@ def build(
 
 def _line(item: Built | Formed) -> str:
     """What was built, in one line."""
-    from motionrt.export.onnx_forms import Formed
+    from motionrt.export.engines.onnx_forms import Formed
 
     if isinstance(item, Formed):
         rest = "; up to date" if item.cached else ""

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from motionrt.runtime.backend import Array, fetch
-from motionrt.runtime.bundle import Bundle
+from motionrt.runtime.backends.onnxruntime import Array, fetch
+from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.errors import BackendError, BundleError
 
 Call = Callable[[str, Mapping[str, Any]], dict[str, Any]]

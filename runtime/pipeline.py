@@ -12,24 +12,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from motionrt.runtime.backend import Array, Backend, Graph, call, fetch
-from motionrt.runtime.backends import RunOptions, open_backend
-from motionrt.runtime.bundle import Bundle, Solver
-from motionrt.runtime.choose import Choice, choose
+from motionrt.runtime.backends.auto import Choice, choose
+from motionrt.runtime.backends.onnxruntime import Array, Backend, Graph, call, fetch
+from motionrt.runtime.backends.open import RunOptions, open_backend
+from motionrt.runtime.bundle.bundle import Bundle, Solver
 from motionrt.runtime.decode import decode_video, to_frames
 from motionrt.runtime.errors import Cancelled, InputError, MemoryStoreError
+from motionrt.runtime.loop import sample
+from motionrt.runtime.media.video import read_image
 from motionrt.runtime.noise import check_seed, noise
 from motionrt.runtime.references import choose_references
 from motionrt.runtime.request import STAGES, Prepared, Request, Result, check_guidance, check_number
-from motionrt.runtime.sampler import sample
-from motionrt.runtime.video import read_image
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from motionrt.runtime.memory import MotionMemory, Reference
-    from motionrt.runtime.memory_search import Where
-    from motionrt.runtime.memory_set import MemorySet
+    from motionrt.runtime.memory.memory import MotionMemory, Reference
+    from motionrt.runtime.memory.search import Where
+    from motionrt.runtime.memory.set import MemorySet
 
 __all__ = ["STAGES", "MotionPipeline", "Prepared", "Request", "Result"]
 _CACHED_SCHEDULES, _CACHED_ON_DEVICE = 8, 2  # a large model's tables are hundreds of megabytes
@@ -96,7 +96,7 @@ class MotionPipeline:
         runs = backend.backend if isinstance(backend, Choice) else backend
         if not isinstance(memory, str | Path):
             return cls(bundle, runs, memory, low_memory=low_memory)._chosen(choice)
-        from motionrt.runtime.memory import MotionMemory
+        from motionrt.runtime.memory.memory import MotionMemory
 
         opened = MotionMemory.open(Path(memory), readonly=True)
         try:

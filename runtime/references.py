@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from motionrt.runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from motionrt.runtime.manifest import Model
-    from motionrt.runtime.memory import MotionMemory, Reference
-    from motionrt.runtime.memory_set import MemorySet
+    from motionrt.runtime.bundle.manifest import Model
+    from motionrt.runtime.memory.memory import MotionMemory, Reference
+    from motionrt.runtime.memory.set import MemorySet
     from motionrt.runtime.request import Prepared, Request
 
     Memory = MotionMemory | MemorySet
@@ -73,7 +73,7 @@ def choose_references(
 
 
 def _by_id(memory: Memory | None, number: int) -> Reference:
-    from motionrt.runtime.memory_set import MemorySet
+    from motionrt.runtime.memory.set import MemorySet
 
     assert memory is not None
     if isinstance(memory, MemorySet):

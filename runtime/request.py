@@ -17,8 +17,8 @@ from motionrt.runtime.errors import InputError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from motionrt.runtime.memory import Reference
-    from motionrt.runtime.memory_search import Where
+    from motionrt.runtime.memory.memory import Reference
+    from motionrt.runtime.memory.search import Where
 
 STAGES = ("text", "search", "appearance", "cama", "encode", "request", "schedule", "step", "decode")
 

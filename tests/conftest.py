@@ -30,9 +30,9 @@ CAPTIONS = (
 
 @pytest.fixture(scope="session")
 def fake() -> ModuleType:
-    """The module tests/fake_bundle.py."""
+    """The module tests/helpers/fake_bundle.py."""
     pytest.importorskip("onnx")  # a run-time environment has no onnx to write graphs with
-    return load_by_path(HERE / "fake_bundle.py")
+    return load_by_path(Path(__file__).resolve().parents[1] / "tests/helpers/fake_bundle.py")
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +89,7 @@ def large_bundle(
 @pytest.fixture(scope="session")
 def fake_clips(fake: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Four small mp4 files by caption, each of another brightness course."""
-    from motionrt.runtime.video import write_video
+    from motionrt.runtime.media.video import write_video
 
     folder = tmp_path_factory.mktemp("clips")
     clips = {}
@@ -104,10 +104,10 @@ def fake_clips(fake: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> di
 @pytest.fixture(scope="session")
 def fake_memory(fake_bundle: Path, fake_clips: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A motion memory of the four clips, made for the fake bundle."""
-    from motionrt.runtime.backend import OnnxRuntimeBackend
-    from motionrt.runtime.bundle import Bundle
-    from motionrt.runtime.indexing import ClipEncoders, index_clips
-    from motionrt.runtime.memory import MotionMemory
+    from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
+    from motionrt.runtime.bundle.bundle import Bundle
+    from motionrt.runtime.indexing.clips import ClipEncoders, index_clips
+    from motionrt.runtime.memory.memory import MotionMemory
 
     path = tmp_path_factory.mktemp("memory") / "memory"
     bundle = Bundle.open(fake_bundle)
@@ -122,12 +122,14 @@ def fake_memory(fake_bundle: Path, fake_clips: dict[str, Path], tmp_path_factory
 
 @pytest.fixture
 def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """tests/fake_engine.py, and its GPU and TensorRT in place of the real ones: every TensorRTBackend runs on them."""
-    from motionrt.runtime import backends, choose, tensorrt
-    from motionrt.runtime.device_memory import Cuda
-    from motionrt.runtime.machine import Gpu
+    """tests/helpers/fake_engine.py, and its GPU and TensorRT in place of the real ones: every TensorRTBackend runs on them."""
+    from motionrt.runtime.backends import auto as choose
+    from motionrt.runtime.backends import open as backends
+    from motionrt.runtime.backends.machine import Gpu
+    from motionrt.runtime.backends.tensorrt import backend as tensorrt
+    from motionrt.runtime.backends.tensorrt.device_memory import Cuda
 
-    module = load_by_path(HERE / "fake_engine.py")
+    module = load_by_path(Path(__file__).resolve().parents[1] / "tests/helpers/fake_engine.py")
     driver, real = module.FakeDriver(), tensorrt.TensorRTBackend
     library = module.FakeTensorRT(driver)
 

@@ -26,22 +26,22 @@ pytest.importorskip("onnxscript")
 from PIL import Image  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
-from motionrt.export import svd  # noqa: E402
-from motionrt.export.real import Stage  # noqa: E402
-from motionrt.runtime.backends import RunOptions, open_backend  # noqa: E402
-from motionrt.runtime.bundle import Bundle  # noqa: E402
+from motionrt.export.systems import svd_step as svd  # noqa: E402
+from motionrt.export.systems.stage import Stage  # noqa: E402
+from motionrt.runtime.backends.onnx_form import form_folder  # noqa: E402
+from motionrt.runtime.backends.open import RunOptions, open_backend  # noqa: E402
+from motionrt.runtime.bundle.bundle import Bundle  # noqa: E402
 from motionrt.runtime.by_path import load_by_path  # noqa: E402
 from motionrt.runtime.dtypes import DTYPES  # noqa: E402
-from motionrt.runtime.memory import MotionMemory  # noqa: E402
-from motionrt.runtime.onnx_form import form_folder  # noqa: E402
+from motionrt.runtime.media.video import read_clip, write_video  # noqa: E402
+from motionrt.runtime.memory.memory import MotionMemory  # noqa: E402
 from motionrt.runtime.pipeline import MotionPipeline, Result  # noqa: E402
-from motionrt.runtime.video import read_clip, write_video  # noqa: E402
 
 pytestmark = pytest.mark.timeout(1200)
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
-models = load_by_path(Path(__file__).parent / "real_models.py")
-plainly = load_by_path(Path(__file__).parent / "real_reference.py")
+models = load_by_path(Path(__file__).resolve().parents[1] / "tests/helpers/real_models.py")
+plainly = load_by_path(Path(__file__).resolve().parents[1] / "tests/helpers/real_reference.py")
 KINDS = ("bfloat16", "float16", "float32")
 SIZES = {"cogvideox-5b-i2v": (17, 16, 32), "svd": (9, 16, 32)}  # frames, height, width
 PROMPT, SEED, STEPS, CLIPS = "w5 w9 w30", 11, 4, 3

@@ -18,15 +18,15 @@ pytest.importorskip("tensorrt_rtx")
 
 from PIL import Image  # noqa: E402
 
-from motionrt.export import svd  # noqa: E402
+from motionrt.export.systems import svd_step as svd  # noqa: E402
 from motionrt.runtime.by_path import load_by_path  # noqa: E402
-from motionrt.runtime.video import read_clip, write_video  # noqa: E402
+from motionrt.runtime.media.video import read_clip, write_video  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 PAGE = "docs/models.md"
-models = load_by_path(Path(__file__).parent / "real_models.py")
-readme = load_by_path(Path(__file__).parent / "test_readme.py")
+models = load_by_path(Path(__file__).resolve().parents[1] / "tests/helpers/real_models.py")
+readme = load_by_path(Path(__file__).resolve().parents[1] / "tests/test_readme.py")
 BLOCKS = readme.blocks((ROOT / PAGE).read_text(encoding="utf-8"), PAGE)
 FRAMES, HEIGHT, WIDTH = 17, 16, 32
 
@@ -81,6 +81,6 @@ def test_what_the_blocks_made_is_there(place: Path) -> None:
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.excluded], ids=str)
 def test_blocks_that_are_left_out_download_or_install(block: Any) -> None:
-    allowed = ("hf download ", "ln -s ", "pip install ", "python -m motionrt.export.checkpoints ")
+    allowed = ("hf download ", "ln -s ", "pip install ", "python -m motionrt.export.checkpoints.files ")
     lines = [line for line in block.text.splitlines() if line.strip()]
     assert lines and all(line.startswith(allowed) for line in lines)

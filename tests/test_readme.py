@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PAGES = ("README.md", "docs/bring-your-own-videos.md")  # in this order, in one folder
 EXCLUDED = "<!-- not run by tests:"

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from motionrt.runtime.errors import MotionRTError
-    from motionrt.runtime.memory import MotionMemory
+    from motionrt.runtime.memory.memory import MotionMemory
     from motionrt.runtime.pipeline import MotionPipeline, Result
 
 __version__ = "0.1.0"
 __all__ = ["MotionMemory", "MotionPipeline", "MotionRTError", "Result", "__version__"]
 
 _HOME = {
-    "MotionMemory": "motionrt.runtime.memory",
+    "MotionMemory": "motionrt.runtime.memory.memory",
     "MotionPipeline": "motionrt.runtime.pipeline",
     "Result": "motionrt.runtime.pipeline",
     "MotionRTError": "motionrt.runtime.errors",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from motionrt.export.cli import build, export
-from motionrt.runtime.cli import app
-from motionrt.runtime.cli_common import run_app
+from motionrt.runtime.cli.common import run_app
+from motionrt.runtime.cli.main import app
 
 app.command()(export)
 app.command()(build)

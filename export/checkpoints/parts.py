@@ -1,0 +1,280 @@
+"""The parts of a base model around its denoiser, each as one graph's module with its preprocessing inside, weightless.
+
+A part is built with `meta`, so it costs no memory; `Part.weights` are its weights by the module's own names, in the folder
+that it was opened in. Modules are typed in float32, whatever their weights are stored in. Pictures come in as the runtime
+reads them: RGB in [-1, 1], at the size of the bundle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from motionrt.export.checkpoints.files import CheckpointError, Component, InMemory, KeyReport, Lazy, match, open_component
+from motionrt.export.compiler.weightless import meta
+from motionrt.export.onnx.stored import stored_as
+from motionrt.export.systems.motionrag import Cama, Resampler
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+ENCODED = 224  # pixels that VideoMAE and DINOv2 see
+
+# What this version of transformers calls a weight -> what the released file calls it.
+_RENAMED = (
+    (".attention.q_proj.", ".attention.attention.query."),
+    (".attention.k_proj.", ".attention.attention.key."),
+    (".attention.v_proj.", ".attention.attention.value."),
+    (".attention.o_proj.", ".attention.output.dense."),
+    (".attention.attention.query.bias", ".attention.attention.q_bias"),
+    (".attention.attention.value.bias", ".attention.attention.v_bias"),
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module without weights, where its weights are, and what became of the keys. `wide`: patterns of the names of weights
+    whose results leave the range of float16, see `GraphSpec.wide`."""
+
+    module: nn.Module
+    weights: Mapping[str, Lazy]
+    reports: tuple[KeyReport, ...]
+    wide: tuple[str, ...] = ()
+
+    def stored_as(self, dtype: torch.dtype | None) -> Part:
+        """The same part with its weights kept in `dtype`; None for each as its checkpoint has it."""
+        return replace(self, weights=stored_as(self.weights, dtype))
+
+    def loaded(self) -> nn.Module:
+        """The module with its weights in memory, float32: for parts that are small, or run once at export."""
+        state = {name: lazy.read().float() for name, lazy in self.weights.items()}
+        self.module.load_state_dict(state, strict=False, assign=True)
+        left = [name for name, value in self.module.named_parameters() if value.device.type == "meta"]
+        if left:
+            raise ValueError(f"weights are missing: {', '.join(left[:4])}")
+        return self.module.eval()
+
+
+def taken(
+    prefix: str,
+    module: nn.Module,
+    component: Component,
+    what: str,
+    *,
+    inside: str = "",
+    aliases: Mapping[str, str] | None = None,
+    optional: Callable[[str], str | None] = lambda key: None,
+) -> tuple[dict[str, Lazy], KeyReport]:
+    """The weights of `module` under `prefix`, from a component whose keys have `inside` in front.
+
+    `optional(key)`: why a key may be there and unused, or None.
+    """
+    tensors = {
+        key.removeprefix(inside): lazy for key, lazy in component.tensors.items() if key.startswith(inside) or not inside
+    }
+    outside = {key: lazy for key, lazy in component.tensors.items() if inside and not key.startswith(inside)}
+    names = {name: _file_name(name, tensors) for name in module.state_dict()}
+    wanted = {names[name]: tuple(value.shape) for name, value in module.state_dict().items()}
+    everything: dict[str, Lazy] = {**tensors, **outside}
+    ignored = {key: why for key in everything if key not in wanted and (why := optional(key)) is not None}
+    found, report = match(everything, wanted, what=what, file=component.folder, aliases=aliases, ignored=ignored)
+    return {f"{prefix}{name}": found[key] for name, key in names.items()}, report
+
+
+def _file_name(name: str, tensors: Mapping[str, Lazy]) -> str:
+    if name not in tensors:
+        for ours, theirs in _RENAMED:
+            if ours in name and name.replace(ours, theirs) in tensors:
+                return name.replace(ours, theirs)
+    return name
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+class Text(nn.Module):
+    """T5 encoder, padding attended as CogVideoX does: ids `[B, L]` int64 -> `[B, L, D]` float32."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids).last_hidden_state
+
+
+def text_part(base: Path) -> Part:
+    """`text_encoder` of a CogVideoX folder.
+
+    T5 v1.1 leaves the range of float16 in the second projection of every feed-forward, and in the residual stream from there
+    on: `wide` names those weights, and whoever computes in float16 keeps both in float32, as transformers does.
+    """
+    from transformers import T5Config, T5EncoderModel
+
+    component = open_component(base, "text_encoder", "T5EncoderModel")
+    with meta():
+        model = T5EncoderModel(T5Config(**component.config))
+    tied = {"encoder.embed_tokens.weight": "shared.weight", "shared.weight": "encoder.embed_tokens.weight"}
+    weights, report = taken("model.", model, component, "text_encoder", aliases=tied)
+    return Part(Text(model.eval()), weights, (report,), ("*.wo.weight",))
+
+
+# --- preprocessing --------------------------------------------------------------------------------------------------
+
+
+def resize_matrices(height: int, width: int, short: int, size: int, mode: str) -> tuple[Tensor, Tensor]:
+    """Resizing the short side of `[H, W]` to `short` with antialias, then the centre `[size, size]`: (rows `[size, H]`,
+    columns `[size, W]`) so that the result is rows x columns^T. Resizing is linear and separable, so this is exact.
+    """
+
+    def axis(length: int, target: int) -> Tensor:
+        picture = torch.eye(length, dtype=torch.float64)[None, None]
+        matrix = F.interpolate(picture, size=(target, length), mode=mode, antialias=True, align_corners=False)[0, 0]
+        start = int(round((target - size) / 2.0))
+        return matrix[start : start + size].float()
+
+    if height <= width:
+        return axis(height, short), axis(width, int(short * width / height))
+    return axis(height, int(short * height / width)), axis(width, short)
+
+
+class Preprocess(nn.Module):
+    """[-1, 1] pictures `[..., 3, H, W]` -> normalised `[..., 3, 224, 224]`: the release's resize and centre crop."""
+
+    def __init__(self, height: int, width: int, short: int, mode: str, size: int = ENCODED) -> None:
+        super().__init__()
+        self.rows: Tensor
+        self.columns: Tensor
+        self.mean: Tensor
+        self.std: Tensor
+        rows, columns = resize_matrices(height, width, short, size, mode)
+        self.register_buffer("rows", rows, persistent=False)
+        self.register_buffer("columns", columns.T.contiguous(), persistent=False)
+        self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(STD)[:, None, None], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.rows @ ((x + 1) / 2) @ self.columns - self.mean) / self.std
+
+
+# --- motion ---------------------------------------------------------------------------------------------------------
+
+
+class MotionTokens(nn.Module):
+    """VideoMAE and the motion Resampler: clips `[n, F, 3, H, W]` in [-1, 1] -> motion tokens `[n, M, D]` float32."""
+
+    def __init__(self, encoder: Any, proj: Resampler, picks: list[int], preprocess: Preprocess) -> None:
+        super().__init__()
+        self.encoder, self.proj, self.picks, self.preprocess = encoder, proj, picks, preprocess
+
+    def forward(self, video: Tensor) -> Tensor:
+        pixels = self.preprocess(torch.stack([video[:, i] for i in self.picks], dim=1))
+        tokens: Tensor = self.proj(self.encoder(pixel_values=pixels).last_hidden_state)
+        return tokens
+
+
+def picked(frames: int, wanted: int) -> list[int]:
+    """Which of F frames VideoMAE sees: round(linspace(0, F - 1, wanted)), half to even as torch rounds."""
+    return [int(i) for i in torch.linspace(0, frames - 1, wanted).round()]
+
+
+def motion_part(
+    folder: Path, proj: Resampler, weights: Mapping[str, Lazy], frames: int, size: tuple[int, int]
+) -> Part:
+    """VideoMAE from its folder (pretrained or finetuned), and the Resampler that MotionRAG trained on it.
+
+    There is no final norm where the config pools by the mean: the Resampler reads the raw output of the last block.
+    """
+    from transformers import VideoMAEConfig, VideoMAEModel
+
+    component = open_component(folder, "", None)
+    if component.config.get("model_type") != "videomae":
+        raise CheckpointError(f"{folder} holds a {component.config.get('model_type')} model; a videomae model is expected.")
+    config = VideoMAEConfig(**component.config)
+    with meta():
+        encoder = VideoMAEModel(config)
+    table = encoder.embeddings.__dict__.pop("position_embeddings")  # a plain attribute: a trace would lose its values
+    encoder.embeddings.register_buffer("position_embeddings", table.float(), persistent=False)
+    inside = "videomae." if any(key.startswith("videomae.") for key in component.tensors) else ""
+
+    def optional(key: str) -> str | None:
+        return "the classifier is not used" if key.startswith(("classifier.", "fc_norm.")) else None
+
+    found, report = taken("encoder.", encoder, component, "VideoMAE", inside=inside, optional=optional)
+    preprocess = Preprocess(*size, config.image_size, "bilinear", config.image_size)
+    module = MotionTokens(encoder.eval(), proj, picked(frames, config.num_frames), preprocess)
+    return Part(module.eval(), found | {f"proj.{name}": lazy for name, lazy in weights.items()}, (report,))
+
+
+# --- appearance -----------------------------------------------------------------------------------------------------
+
+
+class AppearanceTokens(nn.Module):
+    """DINOv2 and the appearance Resampler: stills `[n, 3, H, W]` in [-1, 1] -> appearance tokens `[n, M, D]` float32."""
+
+    def __init__(self, encoder: Any, proj: Resampler, preprocess: Preprocess) -> None:
+        super().__init__()
+        self.encoder, self.proj, self.preprocess = encoder, proj, preprocess
+
+    def forward(self, image: Tensor) -> Tensor:
+        tokens: Tensor = self.proj(self.encoder(pixel_values=self.preprocess(image)).last_hidden_state)
+        return tokens
+
+
+@dataclass(frozen=True)
+class Interpolated:
+    """DINOv2's positions for the grid that it sees, interpolated as transformers does on every call."""
+
+    source: Lazy
+    patches: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (1, 1 + self.patches**2, self.source.shape[-1])
+
+    def read(self) -> Tensor:
+        table = self.source.read()
+        side = round((table.shape[1] - 1) ** 0.5)
+        if side == self.patches:
+            return table
+        grid = table[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
+        grid = F.interpolate(grid, size=(self.patches, self.patches), mode="bicubic", align_corners=False)
+        return torch.cat([table[:, :1], grid.permute(0, 2, 3, 1).reshape(1, self.patches**2, -1).to(table.dtype)], dim=1)
+
+
+def appearance_part(
+    folder: Path, proj: Resampler, weights: Mapping[str, Lazy], size: tuple[int, int], short: int, crop: int
+) -> Part:
+    """DINOv2 from its folder and MotionRAG's Resampler; `short` side and `crop` of its pictures (256 and 224 as released)."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    component = open_component(folder, "", "Dinov2Model")
+    config = Dinov2Config(**component.config)
+    with meta():
+        stored = Dinov2Model(config)
+    found, report = taken("encoder.", stored, component, "DINOv2")
+    config.image_size = crop
+    with meta():
+        encoder = Dinov2Model(config)
+    name = "encoder.embeddings.position_embeddings"
+    found[name] = Interpolated(found[name], crop // config.patch_size)
+    module = AppearanceTokens(encoder.eval(), proj, Preprocess(*size, short, "bicubic", crop))
+    return Part(module.eval(), found | {f"proj.{key}": lazy for key, lazy in weights.items()}, (report,))
+
+
+def cama_part(cama: Cama, weights: Mapping[str, Lazy]) -> Part:
+    """CAMA as it is: it is small, and runs once."""
+    return Part(cama.eval(), dict(weights), ())
+
+
+def fixed(value: Tensor) -> Lazy:
+    """A tensor that was computed here, as a weight."""
+    return InMemory(value.detach())

@@ -1,0 +1,174 @@
+"""Models without their weights: built from configs alone, traced with fake tensors, counted class by class.
+
+    with meta():                                   # parameters are on the meta device: no memory, no time
+        transformer = CogVideoXTransformer3DModel(**config)
+    step = CogVideoXStep(transformer, ...)         # small tables are real
+    cut = fake_partition(step, args, INPUTS, outputs=...)
+    rows = weights_by_class(cut)                   # parameters that only this class reads
+
+Nothing of the size of the model is ever allocated; `materialise` later computes one tensor of a program at a time from
+whatever `read` gives for the weights that it needs.
+"""
+
+from __future__ import annotations
+
+import gc
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from motionrt.export.compiler.partition import Partition, Program, partition
+
+
+@contextmanager
+def meta(dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """Modules made in the block have parameters of `dtype` on the meta device, and real buffers (tables).
+
+    A parameter is replaced as it is registered, before it is drawn or its memory is touched.
+    """
+    register = nn.Module.register_parameter
+
+    def without_memory(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            kind = dtype if param.is_floating_point() else param.dtype
+            param = nn.Parameter(torch.empty(param.shape, dtype=kind, device="meta"), requires_grad=False)
+        register(self, name, param)
+
+    nn.Module.register_parameter = without_memory  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def fake_parameters(module: nn.Module, mode: FakeTensorMode) -> None:
+    """Put fake CPU tensors in the place of meta ones, in place: the exporter refuses a mix of devices."""
+    for part in module.modules():
+        stores: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+        for store in stores:
+            for name, tensor in list(store.items()):
+                if tensor is None or tensor.device.type != "meta":
+                    continue
+                with mode:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                store[name] = nn.Parameter(fake, requires_grad=False) if store is part._parameters else fake
+
+
+@contextmanager
+def faked(module: nn.Module) -> Iterator[FakeTensorMode]:
+    """Trace in the block: `module`, built with `meta`, has fake CPU parameters; real tensors may be mixed in."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    fake_parameters(module, mode)
+    with mode:
+        yield mode
+
+
+def fake_partition(
+    module: nn.Module, args: tuple[Tensor, ...], inputs: Mapping[str, str], *, outputs: tuple[str, ...]
+) -> Partition:
+    """`partition` of a module whose weights are not there; `args` give dtypes and shapes, all fixed."""
+    with faked(module.eval()):
+        fakes = tuple(torch.empty(arg.shape, dtype=arg.dtype) for arg in args)
+        cut = partition(module, fakes, inputs, outputs=outputs)
+    gc.collect()  # traces of a big model hold each other in cycles
+    return cut
+
+
+@dataclass(frozen=True)
+class ClassSize:
+    """What the released weights of one class come to: tensors, elements, bytes; FLOPs of one evaluation of the class."""
+
+    tensors: int
+    parameters: int
+    bytes: int
+    flops: int
+
+
+def weights_by_class(cut: Partition, widths: Mapping[str, int] | None = None) -> dict[str, ClassSize]:
+    """The model's weights by the class that reads them, and those that nothing reads ("dead").
+
+    widths: bytes of an element of a weight as it is stored, by name; where there is none, of the traced one.
+
+    A weight counts where it is needed most often: step before request before schedule before constant. Tables that were
+    folded from constants are no parameters.
+    """
+    programs = {"step": cut.step, "request": cut.request, "schedule": cut.schedule}
+    direct = {kind: {str(n.target) for n in p.weights.values() if n.op == "get_attr"} for kind, p in programs.items()}
+    folded = [n for program in programs.values() for n in program.weights.values() if n.op != "get_attr"]
+    direct["constant"] = {name for node in folded for name in leaves(node)}
+    everything = parameters(cut.whole)
+    sizes_of = {name: t.numel() * (widths or {}).get(name, t.element_size()) for name, t in everything.items()}
+    sizes, seen = {}, set[str]()
+
+    def size(names: set[str], flops: int) -> ClassSize:
+        return ClassSize(
+            len(names), sum(everything[name].numel() for name in names), sum(sizes_of[name] for name in names), flops
+        )
+
+    for kind in ("step", "request", "schedule", "constant"):
+        names = {name for name in direct[kind] if name in everything} - seen
+        seen |= names
+        sizes[kind] = size(names, cut.classes[kind].flops)
+    sizes["dead"] = size(everything.keys() - seen, 0)
+    sizes["model"] = size(set(everything), cut.original.flops)
+    return sizes
+
+
+def parameters(module: GraphModule) -> dict[str, Tensor]:
+    """The parameters that a traced graph reads or read: name -> tensor. Buffers (tables) are none."""
+    return dict(module.named_parameters())
+
+
+def leaves(node: Node) -> set[str]:
+    """Names of the weights that a constant node is computed from."""
+    return {str(item.target) for item in _ancestors(node) if item.op == "get_attr"}
+
+
+def _ancestors(node: Node) -> set[Node]:
+    """`node` and every node that it is computed from."""
+    todo, seen = [node], {node}
+    while todo:
+        fresh = [n for n in todo.pop().all_input_nodes if n not in seen]
+        seen.update(fresh)
+        todo += fresh
+    return seen
+
+
+def materialise(cut: Partition, program: Program, name: str, read: Callable[[str], Tensor | None]) -> Tensor:
+    """The real value of buffer `name` of a program: a weight from `read`, or a constant computed from such.
+
+    `read(weight)` returns None for what is no weight of the checkpoint: tables that the module itself holds.
+    """
+    root = program.weights[name]
+    needed = _ancestors(root)
+    values: dict[Node, Any] = {}
+    with torch.no_grad():
+        for node in cut.rewritten.graph.nodes:
+            if node not in needed:
+                continue
+            if node.op == "get_attr":
+                values[node] = _leaf(cut, node, read)
+            else:
+                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    result: Tensor = values[root]
+    return result
+
+
+def _leaf(cut: Partition, node: Node, read: Callable[[str], Tensor | None]) -> Tensor:
+    """A weight or table of the traced module, in the dtype that it was traced with."""
+    name = str(node.target)
+    found = read(name)
+    if found is None:
+        found = operator.attrgetter(name)(cut.rewritten).detach()
+        if isinstance(found, FakeTensor):
+            raise ValueError(f"weight `{name}` has no value: neither the checkpoint nor the module holds it")
+    return found.to(node.meta["val"].dtype)

@@ -1,0 +1,278 @@
+"""ONNX graphs of models that do not fit in memory: traced with fake tensors, weights streamed into a file beside the graph.
+
+    entry = stream_program(stage / "graphs" / "step.onnx", cut, cut.step, weights.get)
+    entry = stream_module(stage / "graphs" / "text.onnx", module, examples, ("text",), weights.get, ranges)
+
+One tensor at a time is in memory; `onnx_stored` says how weights are kept. What comes out passes the ONNX checker and shape
+inference, or is not published.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+
+from motionrt.export.checkpoints.files import InMemory, Lazy
+from motionrt.export.compiler.liveness import live_bytes
+from motionrt.export.compiler.partition import Partition, Program
+from motionrt.export.compiler.weightless import faked, materialise
+from motionrt.export.onnx.from_torch import (
+    OPSET,
+    Example,
+    Range,
+    bare,
+    check_parity,
+    dynamic_axes,
+    dynamic_shapes,
+    outputs_of,
+    port,
+    quick_rules,
+)
+from motionrt.export.onnx.functions import symbolic_forms
+from motionrt.export.onnx.rewrites import rewrite
+from motionrt.export.onnx.stored import INLINE, Computed, narrowest, store
+from motionrt.export.onnx.torch_programs import check_program, weights_of, write_program
+
+Find = Callable[[str], Lazy | None]
+_RESULT = "result of "
+
+
+def stream_program(
+    path: Path, cut: Partition, program: Program, find: Find, torch_program: Path | None = None
+) -> dict[str, Any]:
+    """Write one program of a partition that was traced with fake weights; its manifest entry.
+
+    `find(name)` gives the weights of the module that was cut, by its own names; None for tables that it holds itself.
+    Sizes are the traced ones. `torch_program`: where the same program goes in its torch form, without its weights; the entry
+    then has the key `program`.
+    """
+    nodes = [node for node in program.module.graph.nodes if node.op == "placeholder"]
+    mode = nodes[0].meta["val"].fake_mode if nodes else next(program.module.buffers()).fake_mode
+    with mode:
+        feed = {
+            name: torch.empty(node.meta["val"].shape, dtype=node.meta["val"].dtype)
+            for name, node in zip(program.inputs, nodes, strict=True)
+        }
+        example = Example({}, feed)
+        return _stream(
+            path, program.module, [example, example], program.outputs, {}, lambda name: _of(cut, program, name, find),
+            torch_program,
+        )  # fmt: skip
+
+
+def stream_tables(
+    path: Path, cut: Partition, module: nn.Module, find: Find, ranges: Mapping[str, Range], torch_program: Path | None = None
+) -> dict[str, Any]:
+    """Write the schedule program over all timesteps at once: `module` is `Batched(cut.schedule)`."""
+    program = cut.schedule
+    mode = next(module.buffers()).fake_mode
+    kind = next(n for n in program.module.graph.nodes if n.op == "placeholder").meta["val"].dtype
+    with mode:
+        examples = [Example({"steps": n}, {"timesteps": torch.empty(n, dtype=kind)}) for n in (5, 8)]
+        return _stream(
+            path, module, examples, program.outputs, ranges,
+            lambda name: _of(cut, program, name.removeprefix("inner."), find), torch_program,
+        )  # fmt: skip
+
+
+def _of(cut: Partition, program: Program, name: str, find: Find) -> Lazy | None:
+    """A weight of a program as it is stored: as in its checkpoint, or, for what was computed from such, as computed."""
+    if name not in program.weights:
+        return None
+    root = program.weights[name]
+    if root.op == "get_attr" and (found := find(str(root.target))) is not None:
+        return found
+
+    def read(weight: str) -> Tensor | None:
+        lazy = find(weight)
+        return None if lazy is None else lazy.read()
+
+    value = root.meta["val"]
+    return Computed(value.dtype, tuple(value.shape), lambda: materialise(cut, program, name, read))
+
+
+def stream_module(
+    path: Path,
+    module: nn.Module,
+    examples: Sequence[Example],
+    outputs: Sequence[str],
+    find: Find,
+    ranges: Mapping[str, Range] | None = None,
+) -> dict[str, Any]:
+    """Write a module that was built with `meta`; `find` knows its parameters, and buffers that it does not are its own.
+
+    Feeds of the examples give dtypes and shapes; the axes in which the first two differ are dynamic.
+    """
+    module = module.eval()
+    own = dict(module.named_buffers())
+
+    def value(name: str) -> Lazy | None:
+        found = find(name)
+        if found is None and name in own and not isinstance(own[name], FakeTensor) and own[name].device.type != "meta":
+            return InMemory(own[name])
+        return found
+
+    with faked(module):
+        fakes = [Example(e.sizes, {n: torch.empty(v.shape, dtype=v.dtype) for n, v in e.feed.items()}) for e in examples]
+        return _stream(path, module, fakes, outputs, ranges or {}, value)
+
+
+def stream_real(
+    path: Path,
+    module: nn.Module,
+    examples: Sequence[Example],
+    outputs: Sequence[str],
+    ranges: Mapping[str, Range],
+    *,
+    atol: float = 2e-5,
+    torch_program: Path | None = None,
+) -> dict[str, Any]:
+    """Write a module that is in memory; weights are stored as float16 where that loses nothing.
+
+    Graph and program are run on all examples: |ours - module| <= atol * max(1, max |module|), or `ParityError`.
+    """
+    module = module.eval()
+    state = weights_of(module)
+    wanted = [outputs_of(module, example.feed) for example in examples]
+
+    def find(name: str) -> Lazy | None:
+        return InMemory(narrowest(state[name].detach())) if name in state else None
+
+    entry = _stream(path, module, examples, outputs, ranges, find, torch_program, wanted)
+    check_parity(path, path.stem, outputs, examples, wanted, atol)
+    if torch_program is not None:
+        check_program(torch_program, entry["program"], path.with_suffix(".safetensors"), examples, wanted, atol)
+    return entry
+
+
+def _stream(
+    path: Path,
+    module: nn.Module,
+    examples: Sequence[Example],
+    outputs: Sequence[str],
+    ranges: Mapping[str, Range],
+    value: Find,
+    torch_program: Path | None = None,
+    wanted: Sequence[Sequence[Tensor]] | None = None,
+) -> dict[str, Any]:
+    """`value`: weights by the module's names. `wanted`: outputs at the first two examples, where a trace cannot tell."""
+    import onnx_ir
+    import onnxscript.optimizer
+    from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
+
+    first, second = examples[0], examples[min(1, len(examples) - 1)]
+    names = list(first.feed)
+    axes = {n: dynamic_axes(first.feed[n], second.feed[n], first.sizes, second.sizes) for n in names}
+    with torch.no_grad(), warnings.catch_warnings(), _quiet():
+        warnings.simplefilter("ignore")
+        shapes = dynamic_shapes(module, [first, second], ranges) if ranges else None
+        program = torch.export.export(module, tuple(first.feed.values()), dynamic_shapes=shapes, strict=False)
+        results = [n.meta["val"] for n in program.graph.output_node().args[0] if isinstance(n, torch.fx.Node)]
+        program = program.run_decompositions(symbolic_forms())
+        activations = live_bytes(program.graph)
+        exported = torch.onnx.export(
+            program, input_names=names, output_names=[f"{_RESULT}{n}" for n in outputs], opset_version=OPSET, dynamo=True,
+            verbose=False, optimize=False,
+        )  # fmt: skip
+    assert exported is not None
+    model = exported.model
+    weights: dict[str, Lazy] = {}
+
+    def known(name: str) -> Lazy:
+        found = value(name)
+        if found is None:
+            raise ValueError(f"graph {path.stem}: weight `{name}` is in no checkpoint and no table of the module")
+        return found
+
+    for name, initializer in model.graph.initializers.items():
+        raw = getattr(initializer.const_value, "raw", None)
+        if isinstance(raw, FakeTensor):
+            weights[name], initializer.const_value = known(name), None  # so that nothing tries to fold it
+        elif isinstance(raw, Tensor) and raw.numel() * raw.element_size() >= INLINE:
+            weights[name], initializer.const_value = value(name) or InMemory(raw), None
+    with _quiet(), torch._subclasses.fake_tensor.unset_fake_temporarily():
+        with quick_rules():
+            onnxscript.optimizer.optimize_ir(model)
+        fuse_rms_normalization(model)  # alone: its rotations repeat no tables, which ONNX Runtime refuses beyond a batch of one
+        rewrite(model, lambda name: weights[name].read().float().numpy())
+        for name, initializer in model.graph.initializers.items():
+            held = initializer.const_value
+            if held is not None and held.nbytes >= INLINE:  # tables that the rewrites made
+                weights[name], initializer.const_value = InMemory(torch.from_numpy(held.numpy())), None
+        weights = {name: lazy for name, lazy in weights.items() if name in model.graph.initializers}
+    entry: dict[str, Any] = {}
+    extra: dict[str, Lazy] = {}
+    if torch_program is not None:
+        entry["program"] = write_program(torch_program, module, first.feed, outputs, shapes)
+        for name, own in weights_of(module).items():
+            if name not in weights:
+                extra[name] = value(name) or InMemory(own.detach())
+    with _quiet(), torch._subclasses.fake_tensor.unset_fake_temporarily():
+        written = store(model, path, weights, extra)
+        proto = bare(onnx_ir.serde.serialize_model(model))
+        _check(path, proto)
+        at = wanted[:2] if wanted is not None else _shapes(examples, results)
+    entry |= {
+        "inputs": [port(n, first.feed[n], axes[n], ranges) for n in names],
+        "outputs": [
+            port(n, a, dynamic_axes(a, b, first.sizes, second.sizes), ranges) for n, a, b in zip(outputs, *at, strict=True)
+        ],
+        "activations": activations,
+    }
+    if written is not None:
+        entry["data"] = {"file": f"{path.parent.name}/{path.with_suffix('.safetensors').name}", "sha256": written.sha256}
+    return entry
+
+
+def _shapes(examples: Sequence[Example], results: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Outputs at the sizes of the first two examples, as meta tensors: shapes and dtypes are all that is asked of them."""
+    first, second = examples[0], examples[min(1, len(examples) - 1)]
+    symbols = {str(s): (first.sizes, second.sizes) for r in results for d in r.shape for s in _free(d)}
+    found: list[list[Tensor]] = [[], []]
+    for result in results:
+        for index, sizes in enumerate((first.sizes, second.sizes)):
+            if len(symbols) > 1:
+                raise ValueError("outputs may depend on one dynamic size")
+            only = next((sizes[n] for n in sizes if first.sizes[n] != second.sizes[n]), 0)
+            dims = [d if isinstance(d, int) else int(d.node.expr.subs(dict.fromkeys(_free(d), only))) for d in result.shape]
+            found[index].append(torch.empty(dims, dtype=result.dtype, device="meta"))
+    return found
+
+
+def _free(dim: Any) -> list[Any]:
+    return [] if isinstance(dim, int) else list(dim.node.expr.free_symbols)
+
+
+def _check(path: Path, model: onnx.ModelProto) -> None:
+    """Publish `model` as `path` once the ONNX checker and shape inference have nothing against it."""
+    from motionrt.export.checkpoints.files import CheckpointError
+    from motionrt.runtime.media.video import replacing
+
+    with replacing(path, CheckpointError) as partial:
+        partial.write_bytes(model.SerializeToString(deterministic=True))
+        onnx.checker.check_model(str(partial), full_check=False)
+        inferred = path.with_name(f"{partial.name}.inferred")
+        try:
+            onnx.shape_inference.infer_shapes_path(str(partial), str(inferred), check_type=True, strict_mode=True)
+        finally:
+            inferred.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter from telling, for every weight, that it has no value."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

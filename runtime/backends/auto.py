@@ -1,0 +1,88 @@
+"""`backend="auto"`: the fastest backend that really runs the bundle here, and a sentence that says why it was taken.
+
+On a GPU the backends are tried from the end of their list: TensorRT, torch, ONNX Runtime; else it is ONNX Runtime on the CPU,
+which is the same as without "auto". A candidate counts only after it has loaded (and so run) the graphs that are asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from motionrt.runtime.backends.machine import Gpu, find_gpus
+from motionrt.runtime.backends.onnxruntime import Backend, Graph
+from motionrt.runtime.backends.open import BACKENDS, ONNXRUNTIME, BackendKind, RunOptions, open_backend
+from motionrt.runtime.bundle.bundle import Bundle
+from motionrt.runtime.errors import BackendError, InputError
+
+log = logging.getLogger("motionrt")
+STEP = "step"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The `backend`, one sentence `why`, and the `graphs` that were loaded to find out."""
+
+    backend: Backend
+    why: str
+    graphs: Mapping[str, Graph] = field(default_factory=dict)
+
+
+def choose(
+    bundle: Bundle, *, device: str | None = None, threads: int | None = None, precision: str | None = None,
+    graphs: Sequence[str] = (STEP,),
+) -> Choice:  # fmt: skip
+    """The backend for `bundle` on this machine. device: None, "cpu" (which ends the search), "cuda" or "cuda:1".
+
+    precision: what is to be computed in; None leaves it to the backend. graphs: those that a backend must run to be chosen;
+    others may go to ONNX Runtime where it has not got them. With "cuda" the CPU is no answer: `BackendError` says what was
+    tried.
+    """
+    if device is not None and device != "cpu" and not device.startswith("cuda"):
+        raise InputError(f"device is {device!r}; with the backend auto it must be cpu, cuda, or not given.")
+    refused: list[str] = []
+    if device == "cpu":
+        refused.append("the device cpu was asked for")
+    else:
+        gpus = find_gpus()
+        if isinstance(gpus, str):
+            refused.append(gpus)
+        else:
+            # allow_cpu: sizes of a graph are computed on the CPU by design, which ONNX Runtime's strict check cannot tell from
+            # a missing kernel; that its provider itself is there is always checked
+            for kind in reversed(BACKENDS.values()):
+                name = kind.on("cuda")
+                options = RunOptions(kind.name, device or "cuda", threads, allow_cpu=True, precision=precision)
+                try:
+                    backend, loaded = _try(kind, bundle, gpus, options, graphs)
+                    return _done(backend, f"{name}: {getattr(backend, 'label', name)}", refused, loaded)
+                except (BackendError, InputError) as error:
+                    refused.append(f"{name}: {str(error).rstrip('.')}")
+        if device is not None:
+            raise BackendError(f"nothing runs this bundle on {device}: {'; '.join(refused)}. Use --device cpu, or none.")
+    cpu = open_backend(RunOptions(threads=threads, precision=precision))
+    return _done(cpu, getattr(cpu, "label", ONNXRUNTIME.name), refused, {})
+
+
+def _done(backend: Backend, what: str, refused: list[str], loaded: Mapping[str, Graph]) -> Choice:
+    why = f"chose {what}" + (f", because not {'; not '.join(refused)}" if refused else "")
+    log.info("%s", why)
+    return Choice(backend, why, loaded)
+
+
+def _try(
+    kind: BackendKind, bundle: Bundle, gpus: list[Gpu], options: RunOptions, graphs: Sequence[str]
+) -> tuple[Backend, dict[str, Graph]]:
+    """A backend of `kind` that has loaded `graphs`; `BackendError` says why there is none."""
+    for name in graphs:
+        if lacking := kind.lacks(bundle, name, gpus[0].target):
+            raise BackendError(f"{name}: {lacking}")
+    if why := kind.why_not("cuda", gpus):
+        raise BackendError(why)
+    backend: Any = open_backend(options)
+    loaded = {name: backend.load(bundle, name) for name in graphs}
+    if hasattr(backend, "fallback"):  # only now: with one, `load` would not have refused a graph
+        backend.fallback = open_backend(RunOptions(threads=options.threads))
+    return backend, loaded

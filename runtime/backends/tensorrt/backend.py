@@ -1,0 +1,202 @@
+"""The TensorRT backend: engines of a bundle on an NVIDIA GPU, TensorRT-RTX and full TensorRT by one adapter, no PyTorch.
+
+Only `motionrt.runtime.backends.open` imports this module, and only when it is asked for. A sidecar is
+checked before its engine is deserialised (`EngineFile.check`): nothing else protects a process from an engine of another
+machine or version. How an engine runs, and who owns what it computes, is in tensorrt_graph.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import re
+import warnings
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from motionrt.runtime.backends.onnxruntime import Backend, Graph
+from motionrt.runtime.backends.open import MODULES, TENSORRT
+from motionrt.runtime.backends.tensorrt.device_memory import Cuda
+from motionrt.runtime.backends.tensorrt.engine_file import FLAVORS, EngineFile, Machine
+from motionrt.runtime.backends.tensorrt.graph import Arena, TensorRTGraph, WithFallback
+from motionrt.runtime.bundle.bundle import Bundle
+from motionrt.runtime.bundle.manifest import LOOP
+from motionrt.runtime.dtypes import PREFERRED
+from motionrt.runtime.errors import BackendError, BackendWarning, EngineError, InputError, install
+
+log = logging.getLogger("motionrt")
+
+
+def installed() -> list[str]:
+    """The flavors whose packages are here, the preferred one first; nothing is imported."""
+    return [flavor for flavor, module in MODULES.items() if importlib.util.find_spec(module) is not None]
+
+
+def load_library(flavor: str) -> ModuleType:
+    """The TensorRT of `flavor`; `BackendError` if it is not installed or cannot be loaded."""
+    name = FLAVORS[flavor]
+    try:
+        return importlib.import_module(MODULES[flavor])
+    except (ImportError, OSError) as error:  # an OSError: its own libraries are missing
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise BackendError(f"this engine needs {name}: {install(flavor)} ({reason}).") from None
+
+
+class TensorRTBackend:
+    """Runs the engines that `motionrt build` put into a bundle.
+
+    device: "cuda" or "cuda:1". engines: the folder below engines/ to take, such as "rtx-sm_89-float16"; None takes the first
+    that fits, by `MODULES` and then `PREFERRED`. precision: only engines of this dtype. fallback: runs graphs that have no
+    engine (silently) or none that fits (with a `BackendWarning`), and inputs outside an engine's profiles; None refuses them.
+    `cuda` and `libraries` (flavor to module) are for tests. Raises `BackendError` where there is no GPU, driver or TensorRT,
+    `InputError` for bad arguments.
+    """
+
+    def __init__(
+        self,
+        device: str = "cuda",
+        *,
+        engines: str | None = None,
+        precision: str | None = None,
+        fallback: Backend | None = None,
+        cuda: Any = None,
+        libraries: Mapping[str, Any] | None = None,
+    ) -> None:
+        _, index = TENSORRT.parse(device)
+        if engines is not None and re.search(r"[/\\*?\[\]]|^\.", engines):
+            raise InputError(f"engines is {engines!r}; it must be the name of one folder below engines/ of the bundle.")
+        if libraries is None and not installed():
+            raise TENSORRT.missing()
+        self.cuda: Cuda = Cuda(index) if cuda is None else cuda
+        self.engines, self.fallback, self._asked = engines, fallback, precision
+        self.precision = precision or PREFERRED[0]  # of the engine that was loaded last
+        self.arena = Arena(self.cuda)
+        self.label = f"tensorrt {self.cuda.name} {self.cuda.target}"
+        self.used: dict[str, str] = {}  # graph -> what runs it
+        self._libraries: dict[str, Any] = dict(libraries or {})
+        self._fixed = libraries is not None
+        self._runtimes: dict[str, tuple[Any, Any]] = {}
+
+    def library(self, flavor: str) -> Any:
+        """The TensorRT of `flavor`, loaded once."""
+        if flavor not in self._libraries:
+            if self._fixed:
+                raise BackendError(f"this engine needs {FLAVORS[flavor]}: {install(flavor)}.")
+            self._libraries[flavor] = load_library(flavor)
+        return self._libraries[flavor]
+
+    def find(self, bundle: Bundle, name: str) -> EngineFile:
+        """The engine of graph `name` that this machine can run. Nothing is deserialised.
+
+        Raises `EngineError`: there is none, or the one that comes nearest is refused with its reason.
+        """
+        files, faults = [], []
+        for path in sorted((bundle.path / "engines").glob(f"{self.engines or '*'}/{name}.json")):
+            try:
+                file = EngineFile.read(path)
+            except EngineError as error:
+                faults.append(error)
+                continue
+            if self._asked in (None, file.dtype):
+                files.append(file)
+        here, order = self.cuda.target, list(MODULES)
+        flavors = list(self._libraries) if self._fixed else installed()
+
+        def rank(file: EngineFile) -> tuple[bool, bool, int, int]:
+            missing = file.flavor not in flavors
+            return here not in file.targets, missing, order.index(file.flavor), PREFERRED.index(file.dtype)
+
+        refused: list[EngineError] = []
+        for file in sorted(files, key=rank):
+            try:
+                version = str(self.library(file.flavor).__version__)
+                file.check(bundle.graph(name), Machine(file.flavor, version, here))
+                return file
+            except EngineError as error:
+                refused.append(error)
+            except BackendError as error:
+                refused.append(EngineError(f"engine '{name}' in {file.folder}: {error}"))
+        if not (refused or faults):
+            inside = f" in engines/{self.engines}" if self.engines else ""
+            inside += f" in {self._asked}" if self._asked else ""
+            dtype = f" --dtype {self._asked}" if self._asked else ""
+            raise NoEngine(
+                f"bundle {bundle.path} has no engine of graph '{name}'{inside}. Build one: `motionrt build {bundle.path} "
+                f"--target {here}{dtype}`, or allow ONNX Runtime for such graphs: --allow-onnxruntime."
+            )
+        first, *others = refused + faults
+        more = f" ({len(others)} other engines of it do not fit either: see `motionrt doctor {bundle.path}`.)" if others else ""
+        raise EngineError(f"{first}{more}")
+
+    def load(self, bundle: Bundle, name: str) -> Graph:
+        """Load graph `name`, warmed up at the first profile's `opt` shapes, so that no request pays for it.
+
+        Raises `EngineError` as `find` does, or where TensorRT refuses the engine; `BackendError` where it fails.
+        """
+        spec, fallback = bundle.graph(name), self.fallback
+        try:
+            file = self.find(bundle, name)
+            graph = TensorRTGraph(spec, file, self.deserialize(file), self, name in LOOP)
+            graph.prepare()
+        except EngineError as error:
+            if fallback is None:
+                raise
+            instead = getattr(fallback, "label", type(fallback).__name__)
+            if not isinstance(error, NoEngine):
+                warnings.warn(f"graph '{name}' runs in {instead}: {error}", BackendWarning, stacklevel=2)
+            self.used[name] = instead
+            return fallback.load(bundle, name)
+        self.precision = file.dtype
+        self.used[name] = f"{FLAVORS[file.flavor]} {file.library}, {file.folder.name}, kernel {file.kernel}"
+        if fallback is None:
+            return graph
+        return WithFallback(graph, lambda: fallback.load(bundle, name))
+
+    def deserialize(self, file: EngineFile) -> Any:
+        """The engine of a sidecar that was checked; `EngineError` with TensorRT's own words if it refuses."""
+        library = self.library(file.flavor)
+        with self.cuda.lock, self.cuda.active():
+            if file.flavor not in self._runtimes:
+                said = make_log(library)
+                self._runtimes[file.flavor] = library.Runtime(said), said
+            runtime, said = self._runtimes[file.flavor]
+            said.lines.clear()
+            engine = runtime.deserialize_cuda_engine(file.engine_path.read_bytes())
+        if engine is None:
+            raise EngineError(
+                f"{FLAVORS[file.flavor]} {library.__version__} refuses engine '{file.graph}' in {file.folder}: "
+                f"{said.text()}. Rebuild: `{file.rebuild_command()}`."
+            )
+        return engine
+
+    def said(self, flavor: str) -> Any:
+        """The log of the runtime of `flavor`."""
+        return self._runtimes[flavor][1]
+
+
+class NoEngine(EngineError):
+    """A bundle has no engine of a graph at all."""
+
+
+def make_log(library: Any) -> Any:
+    """A TensorRT logger that keeps the last errors and warnings for sentences; warnings also go to Python's log."""
+
+    class Log(library.ILogger):  # type: ignore[misc, name-defined, unused-ignore]  # the class of whichever flavor
+        def __init__(self) -> None:
+            library.ILogger.__init__(self)
+            self.lines: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (library.ILogger.INTERNAL_ERROR, library.ILogger.ERROR):
+                self.lines.append(" ".join(str(message).split()))
+                del self.lines[:-4]
+            elif severity == library.ILogger.WARNING:
+                log.info("TensorRT: %s", message)
+
+        def text(self) -> str:
+            """What was said since it was last cleared."""
+            return "; ".join(self.lines).rstrip(".")[:500] or "it says nothing more"
+
+    return Log()

@@ -1,0 +1,270 @@
+"""The torch backend: a bundle's programs on CUDA (compiled, one CUDA graph for a whole step) or on the CPU.
+
+Only `motionrt.runtime.backends.open` imports this module, and only when it is asked for: it imports torch.
+
+What runs how: the graphs of the loop (`LOOP`) by `mode`, the others, which a request calls once, eagerly. Static buffers
+belong to the graph: inputs are copied into them, one replay computes a step, results are read from them before the next.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from motionrt.runtime.backends.onnxruntime import Array, Backend, Graph, check_finite, check_inputs, check_ports, describe
+from motionrt.runtime.backends.open import ONNXRUNTIME, TORCH
+from motionrt.runtime.backends.torch_program import first_line, load_program
+from motionrt.runtime.bundle.bundle import Bundle, GraphSpec
+from motionrt.runtime.bundle.manifest import LOOP
+from motionrt.runtime.errors import BackendError, BackendWarning, InputError
+
+MODES = ("auto", "graph", "compile", "eager")
+WARMUPS = 3  # runs before a capture: compilation, autotuning and lazy library state must not fall into it
+
+Call = Callable[..., Sequence[Tensor]]
+
+
+class TorchBackend:
+    """Runs the torch programs of a bundle.
+
+    device: "cpu", "cuda" or "cuda:1". mode, for the graphs of the loop: "graph" (`torch.compile` and a CUDA graph),
+    "compile", "eager", or "auto": graph on CUDA, eager on the CPU. What fails falls back to the next, with a
+    `BackendWarning` that says why. precision: what is computed in, with the islands of precision.py: "float32", "float16",
+    "bfloat16"; None is float32 on the CPU and bfloat16 on CUDA. fallback: runs graphs that have no program; None refuses
+    them. threads: of torch, for the whole process. Raises `InputError` for bad arguments, `BackendError` where there is no
+    such device.
+    """
+
+    def __init__(
+        self, device: str = "cpu", *, mode: str = "auto", precision: str | None = None, fallback: Backend | None = None,
+        threads: int | None = None,
+    ) -> None:  # fmt: skip
+        if mode not in MODES:
+            raise InputError(f"mode is {mode!r}; it must be one of {', '.join(MODES)}.")
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+            raise InputError(f"threads is {threads!r}; it must be 1 or more, or None for torch's own choice.")
+        self.device = _device(device)
+        self.mode = mode if mode != "auto" else "graph" if self.device.type == "cuda" else "eager"
+        if self.mode == "graph" and self.device.type != "cuda":
+            raise InputError(f"mode is 'graph' on {device}; CUDA graphs need a CUDA device. Use 'compile' or 'eager'.")
+        self.precision = precision or ("bfloat16" if self.device.type == "cuda" else "float32")
+        self.fallback = fallback
+        if threads is not None:
+            torch.set_num_threads(threads)
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        self.label = f"torch {torch.__version__} {name} {self.mode} {self.precision}"
+
+    def load(self, bundle: Bundle, name: str) -> Graph:
+        """Load graph `name`, warmed up at its declared sizes (`opt`), so that no request pays for it.
+
+        Raises `BackendError` if the bundle has no program of it (and there is no fallback) or it fails, `BundleError` if
+        it is damaged, would execute code, or has not the ports that bundle.json declares.
+        """
+        spec = bundle.graph(name)
+        if name not in bundle.programs:
+            if self.fallback is not None:
+                return self.fallback.load(bundle, name)
+            raise BackendError(
+                f"bundle {bundle.path} has no torch program of graph '{name}' (it has: "
+                f"{', '.join(sorted(bundle.programs)) or 'none'}). Export it again with programs, use the backend "
+                f"{ONNXRUNTIME.name}, or allow ONNX Runtime for such graphs: --allow-onnxruntime."
+            )
+        declared = bundle.programs[name]
+        bundle.graph_path(name)  # the weights are the ONNX graph's own, and are verified as such
+        data = bundle.path / spec.data.file if spec.data is not None else None
+        program = load_program(bundle.program_path(name), name, data, self.device, getattr(torch, self.precision))
+        counts = len(program.examples), len(program.module.graph.output_node().all_input_nodes)
+        if counts[0] != len(declared.inputs) or counts[1] > len(declared.outputs):
+            raise BackendError(
+                f"program '{name}' takes {counts[0]} inputs and gives {counts[1]} outputs; bundle.json declares "
+                f"{len(declared.inputs)} and {len(declared.outputs)}. Export the bundle again."
+            )
+        examples = dict(zip(declared.inputs, program.examples, strict=True))
+        graph = TorchGraph(spec, program.module, examples, declared.outputs, self.device)
+        graph.prepare(self.mode if name in LOOP else "eager")
+        return graph
+
+
+class TorchGraph:
+    """One program behind the seam (`DeviceGraph`). Not safe to call from several threads at once."""
+
+    def __init__(
+        self,
+        spec: GraphSpec,
+        module: Callable[..., Any],
+        examples: Mapping[str, Tensor],
+        outputs: Sequence[str],
+        device: torch.device,
+    ) -> None:
+        """`examples`: tensors (fake ones do) like the program's inputs, in its order: values are given their dtype once, and
+        their layout where the axis before the last is the dense one (a kernel would copy another); results the declared dtypes.
+        """
+        self.spec, self.outputs, self.device = spec, tuple(outputs), device
+        self.dtypes = {name: example.dtype for name, example in examples.items()}
+        self._declared = {port.name: port.dtype for port in spec.inputs}
+        self._transposed = {name: example.ndim for name, example in examples.items() if _is_transposed(example)}
+        self.mode = "eager"
+        kinds = {port.name: getattr(torch, port.dtype) for port in spec.outputs}
+        finals = [kinds[name] for name in self.outputs]
+
+        def call(*values: Tensor) -> Sequence[Tensor]:
+            results = module(*values)
+            results = (results,) if isinstance(results, Tensor) else results
+            return tuple(result.to(dtype) for result, dtype in zip(results, finals, strict=True))
+
+        self._eager: Call = call
+        self._call: Call = call
+        self._static: _Static | None = None
+        self._shapes = {port.name: tuple(dim.opt for dim in port.dims) for port in spec.inputs}
+
+    def prepare(self, mode: str) -> None:
+        """Compile and capture as `mode` says, falling back with a `BackendWarning`, and run once at the declared sizes."""
+        inputs = [
+            self._laid_out(name, torch.zeros(self._shapes[name], dtype=dtype, device=self.device))
+            for name, dtype in self.dtypes.items()
+        ]
+        if mode in ("graph", "compile"):
+            compiled = torch.compile(self._eager, fullgraph=True, dynamic=False)
+            if self._attempt("torch.compile", "eager", lambda: self._execute(compiled, inputs)):
+                self._call, self.mode = compiled, "compile"
+        if mode == "graph":
+
+            def capture() -> None:
+                self._static = _Static(lambda *values: self._execute(self._call, values), inputs)
+
+            if self._attempt("CUDA graph capture", f"{self.mode} without one", capture):
+                self.mode = "graph"
+        if self.mode == "eager":
+            try:
+                self._execute(self._eager, inputs)
+            except Exception as error:
+                raise self._failed(error) from None
+        self._synchronize()
+
+    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Host arrays in and out."""
+        check_inputs(self.spec, inputs)
+        return {name: self.get(value) for name, value in self.run(inputs).items()}
+
+    def put(self, name: str, value: Any) -> Any:
+        """See `DeviceGraph`."""
+        if isinstance(value, Tensor):
+            return value.to(self.dtypes[name])
+        array = np.array(value)  # a copy: the device's value must not change with the caller's
+        check_finite(self.spec, name, array)
+        return self._laid_out(name, torch.from_numpy(array).to(self.device, self._kind(name, str(array.dtype))))
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """See `DeviceGraph`."""
+        check_ports(self.spec, {name: self._describe(name, value) for name, value in inputs.items()})
+        values = {name: self.put(name, inputs[name]) for name in self.dtypes}
+        fits = all(value.shape == self._shapes[name] for name, value in values.items())
+        try:
+            if self._static is not None and fits:
+                results = self._static.run(list(values.values()))
+            else:  # other sizes than those prepared for: nothing is compiled in the middle of a request
+                results = self._execute(self._call if fits else self._eager, list(values.values()))
+            self._synchronize()
+        except Exception as error:
+            raise self._failed(error) from None
+        return dict(zip(self.outputs, results, strict=True))
+
+    def get(self, value: Any) -> Array:
+        """See `DeviceGraph`."""
+        return np.array(value.cpu().numpy())
+
+    def _kind(self, name: str, given: str) -> torch.dtype | None:
+        """The dtype to put a host array into: the program's, where the array is what the port declares."""
+        return self.dtypes.get(name) if given == self._declared.get(name) else None
+
+    def _describe(self, name: str, value: Any) -> tuple[str, tuple[int, ...]]:
+        """Dtype and shape as `check_ports` wants them: a value that is here already has the program's dtype."""
+        if not isinstance(value, Tensor):
+            return describe(value)
+        kind = str(value.dtype).removeprefix("torch.")
+        return self._declared.get(name, "") if value.dtype == self.dtypes.get(name) else kind, tuple(value.shape)
+
+    def _laid_out(self, name: str, value: Tensor) -> Tensor:
+        if value.ndim != self._transposed.get(name):
+            return value
+        return value.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+    def _execute(self, call: Call, values: Sequence[Tensor]) -> Sequence[Tensor]:
+        # cuDNN rounds fp32 convolutions to TF32 unless told otherwise, and the results are those of ONNX Runtime
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return call(*values)
+
+    def _attempt(self, what: str, instead: str, action: Callable[[], object]) -> bool:
+        try:
+            action()
+            self._synchronize()
+        except Exception as error:  # compilers and drivers raise anything
+            message = f"graph '{self.spec.name}': {what} failed ({first_line(error)}); running {instead}, which is slower."
+            warnings.warn(message, BackendWarning, stacklevel=4)
+            return False
+        return True
+
+    def _failed(self, error: Exception) -> BackendError:
+        return BackendError(f"torch failed in graph '{self.spec.name}': {first_line(error)}")
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+
+class _Static:
+    """A captured call: fixed input and output buffers, and one replay between them."""
+
+    def __init__(self, call: Call, inputs: Sequence[Tensor]) -> None:
+        self.inputs = [value.clone() for value in inputs]
+        self.replay, self.outputs = capture(call, self.inputs)
+        self.held: list[Callable[[], Tensor | None]] = [lambda: None] * len(self.inputs)
+
+    def run(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Copy what has changed into the buffers, replay, and return the output buffers."""
+        for index, (buffer, value) in enumerate(zip(self.inputs, values, strict=True)):
+            if self.held[index]() is value:  # what every step reads is already there
+                continue
+            buffer.copy_(value)
+            own = any(value is output for output in self.outputs)  # the next replay changes it: copy it each time
+            self.held[index] = (lambda: None) if own else weakref.ref(value)
+        self.replay()
+        return self.outputs
+
+
+def capture(call: Call, inputs: Sequence[Tensor]) -> tuple[Callable[[], None], list[Tensor]]:
+    """`call(*inputs)` as a CUDA graph: (replay, outputs). A replay reads the memory of `inputs` and writes that of outputs."""
+    side: Any = torch.cuda.Stream(inputs[0].device)  # type: ignore[no-untyped-call, unused-ignore]
+    side.wait_stream(torch.cuda.current_stream(inputs[0].device))
+    with torch.cuda.stream(side):
+        for _ in range(WARMUPS):
+            call(*inputs)
+    torch.cuda.current_stream(inputs[0].device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = list(call(*inputs))
+    return graph.replay, outputs
+
+
+def _is_transposed(example: Tensor) -> bool:
+    """Whether the axis before the last is the dense one (and not because the last has one element)."""
+    if example.ndim < 2 or not all(isinstance(size, int) for size in (*example.shape[-2:], *example.stride()[-2:])):
+        return False
+    return example.stride(-2) == 1 and example.stride(-1) != 1 and example.shape[-1] > 1
+
+
+def _device(name: str) -> torch.device:
+    TORCH.parse(name)
+    device = torch.device(name)
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise BackendError(
+            f"device is {name!r}; torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices. "
+            "Use --device cpu, or install a driver and a CUDA build of torch."
+        )
+    return device

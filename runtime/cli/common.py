@@ -1,0 +1,149 @@
+"""What the commands share: options that come again, filters, a pipeline with the memories that were named, plain errors."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
+
+import typer
+
+from motionrt.runtime.backends.open import TENSORRT, RunOptions, open_backend
+from motionrt.runtime.errors import InputError, MotionRTError
+
+if TYPE_CHECKING:
+    from motionrt.runtime.backends.auto import Choice
+    from motionrt.runtime.backends.onnxruntime import Backend
+    from motionrt.runtime.memory.memory import MotionMemory
+    from motionrt.runtime.memory.set import MemorySet
+    from motionrt.runtime.pipeline import MotionPipeline
+
+BundlePath = Annotated[Path, typer.Option("--bundle", "-b", help="Bundle directory, as written by `motionrt export`.")]
+BundleArgument = Annotated[Path, typer.Argument(help="Bundle directory.")]
+MemoryPath = Annotated[Path, typer.Argument(help="Motion memory directory.")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
+Solver = Annotated[str | None, typer.Option(help="Solver, such as ddim or dpm.")]
+LowMemory = Annotated[
+    bool, typer.Option("--low-memory", help="Hold one graph at a time: for models larger than the device; loads them anew.")
+]
+Conditions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--where", metavar="KEY=VALUE", help="Only clips of this dataset or metadata; a key again: any of its values."
+    ),
+]
+MinimumScore = Annotated[float | None, typer.Option("--min-score", help="Only clips with at least this cosine.")]
+Distinct = Annotated[float | None, typer.Option(help="Leave out copies: cosine of motion tokens from which one is a copy.")]
+Diversity = Annotated[float | None, typer.Option(help="Prefer clips that differ: 0 off, up to 1.")]
+
+
+def parse_where(conditions: Sequence[str] | None) -> dict[str, list[str]] | None:
+    """`key=value` options as a filter: a key that comes again may have any of its values."""
+    where: dict[str, list[str]] = {}
+    for condition in conditions or ():
+        key, equals, value = condition.partition("=")
+        if not key or not equals:
+            raise InputError(f"--where is {condition!r}; allowed is key=value, such as dataset=mine.")
+        where.setdefault(key, []).append(value)
+    return where or None
+
+
+def open_memory(memory: Path, readonly: bool = False) -> MotionMemory:
+    from motionrt.runtime.memory.memory import MotionMemory
+
+    return MotionMemory.open(memory, readonly=readonly)
+
+
+def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with the options of `RunOptions` in place of its parameter `run_options`, which holds what was given."""
+    types = get_type_hints(RunOptions)
+    options = []
+    for field in fields(RunOptions):
+        option = typer.Option(f"--{field.name.replace('_', '-')}", help=field.metadata["help"])
+        kind, annotation = inspect.Parameter.KEYWORD_ONLY, Annotated[types[field.name], option]
+        options.append(inspect.Parameter(field.name, kind, default=field.default, annotation=annotation))
+
+    @functools.wraps(command)
+    def filled(*arguments: Any, **given: Any) -> None:
+        chosen = {option.name: given.pop(option.name) for option in options if option.name in given}
+        command(*arguments, **given, run_options=RunOptions(**chosen))
+
+    own = inspect.signature(command, eval_str=True)
+    kept = [parameter for parameter in own.parameters.values() if parameter.name != "run_options"]
+    filled.__signature__ = own.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]  # what typer reads
+    return filled
+
+
+@contextmanager
+def open_pipeline(
+    bundle: Path,
+    memories: Sequence[str],
+    options: RunOptions,
+    *,
+    graphs: Sequence[str] = ("step",),
+    low_memory: bool = False,
+) -> Iterator[MotionPipeline]:
+    """A pipeline with no memory, with one, or with several that are searched together: `directory` or `directory=weight`.
+
+    graphs: what it is opened for; where the backend is left to auto, it is one that runs these.
+    """
+    from motionrt.runtime.backends.auto import choose
+    from motionrt.runtime.bundle.bundle import Bundle
+    from motionrt.runtime.pipeline import MotionPipeline
+
+    with ExitStack() as stack:
+        memory: MotionMemory | MemorySet | None = None
+        weights = dict(_weighted(text) for text in memories)
+        if len(weights) < len(memories):
+            raise InputError("one motion memory is named twice; name each once.")
+        opened = {path: stack.enter_context(open_memory(Path(path), readonly=True)) for path in weights}
+        if list(weights.values()) == [1.0]:
+            (memory,) = opened.values()
+        elif weights:
+            from motionrt.runtime.memory.set import MemorySet
+
+            memory = MemorySet(opened, weights=weights)
+        backend: Backend | Choice
+        if options.backend != "auto":
+            backend = open_backend(options)
+        elif options.engines is not None:
+            named = f"--engines is {options.engines!r}, and the choice was left to auto"
+            raise InputError(f"{named}; add --backend {TENSORRT.name}.")
+        else:
+            backend = choose(
+                Bundle.open(bundle), device=options.device, threads=options.threads, precision=options.precision, graphs=graphs
+            )
+        yield stack.enter_context(MotionPipeline.from_bundle(bundle, memory, backend=backend, low_memory=low_memory))
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    path, _, weight = text.rpartition("=")
+    if path and not Path(text).exists():
+        try:
+            return path, float(weight)
+        except ValueError:
+            raise InputError(f"--memory is {text!r}; allowed is a directory, or directory=weight with a number.") from None
+    return text, 1.0
+
+
+def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the commands of `app` under `name`, and end the process. Every bad input is one line on standard error.
+
+    Exit status: 0 done, 1 interrupted, 2 bad input or a failure with a plain reason.
+    """
+    try:
+        app(arguments, prog_name=name)
+        sys.exit(0)
+    except MotionRTError as error:
+        message = str(error)
+    except OSError as error:  # a full disk, a missing permission: whatever had no better words nearer to it
+        message = f"{error.filename or 'input or output'}: {error.strerror or error}."
+    except MemoryError:
+        message = "out of memory. Use fewer references or a smaller bundle, or free some."
+    typer.echo(f"{name}: {' '.join(message.split())}", err=True)
+    sys.exit(2)

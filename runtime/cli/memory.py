@@ -1,0 +1,287 @@
+"""The `motionrt memory` commands, and what they share with the other commands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from motionrt.runtime.backends.open import RunOptions
+from motionrt.runtime.cli.common import (
+    BundlePath,
+    Conditions,
+    Distinct,
+    Diversity,
+    MemoryPath,
+    MinimumScore,
+    open_memory,
+    open_pipeline,
+    parse_where,
+    with_run_options,
+)  # fmt: skip
+from motionrt.runtime.errors import InputError, MemoryStoreError
+
+DEFAULT_SHOWN = 4  # clips of a search
+SHOWN = 20  # failed clips that are listed on standard error
+
+memory_app = typer.Typer(
+    help="Make, fill, search and keep a motion memory: the clips whose motion can be used.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+@memory_app.command("create")
+def memory_create(
+    memory: Annotated[Path, typer.Argument(help="Directory to make.")],
+    bundle: BundlePath,
+    tokens: Annotated[str, typer.Option(help="How tokens are kept: float16, or int8 in half the space.")] = "float16",
+) -> None:
+    """Make an empty motion memory for a bundle.
+
+    \b
+    Example:
+      motionrt memory create my-memory --bundle demo/bundle
+    """
+    from motionrt.runtime.bundle.bundle import Bundle
+    from motionrt.runtime.memory.memory import MotionMemory
+
+    opened = Bundle.open(bundle)
+    dims: dict[str, int | Sequence[int]] = {
+        "embedding": opened.port("text_query", "embedding").dims[1].max,
+        "motion": list(opened.model.motion_tokens),
+        "appearance": list(opened.model.motion_tokens),
+    }
+    MotionMemory.create(memory, digests=opened.digests, dims=dims, tokens=tokens).close()
+    typer.echo(f"{memory}: an empty motion memory. Fill it with: motionrt memory add {memory} CLIP... -b {bundle}")
+
+
+@memory_app.command("add")
+@with_run_options
+def memory_add(
+    memory: MemoryPath,
+    clips: Annotated[list[Path], typer.Argument(help="Video files, folders, .csv, .jsonl, .parquet or LanceDB tables.")],
+    bundle: BundlePath,
+    caption: Annotated[str | None, typer.Option(help="One caption for all of them.")] = None,
+    captions: Annotated[Path | None, typer.Option(help='JSON file: {"file name": "caption"}.')] = None,
+    start: Annotated[float | None, typer.Option(help="Where spans of videos begin, in seconds.")] = None,
+    span: Annotated[str, typer.Option(help="Where in its span a clip is cut: start or centre.")] = "start",
+    dataset: Annotated[str | None, typer.Option(help="Dataset of all of them; else a table's column.")] = None,
+    videos: Annotated[
+        Path | None, typer.Option(help="Folder that a table's relative paths start from; its own if not given.")
+    ] = None,
+    failed: Annotated[Path | None, typer.Option(help="CSV file for what could not be added, and why.")] = None,
+    reembed: Annotated[bool, typer.Option("--reembed", help="Leave vectors that a table brings; embed captions anew.")] = False,
+    *,
+    run_options: RunOptions,
+) -> None:
+    """Add clips to a motion memory. Their tokens are computed once, here. Called again, it goes on where it stopped.
+
+    A caption comes from --caption, --captions, the .txt file of the video's name, or a table's column motion_caption,
+    caption or text; a table's columns start_sec and end_sec are the span, `video` the file, others are kept as metadata.
+
+    \b
+    Examples:
+      motionrt memory add my-memory wave.mp4 --bundle demo/bundle --caption "a wave rolls to the left"
+      motionrt memory add my-memory folder/ --bundle demo/bundle --dataset mine --failed failed.csv
+      motionrt memory add my-memory openvid.parquet --bundle demo/bundle --videos videos/ --span centre
+    """
+    from motionrt.runtime.cli import show as report
+    from motionrt.runtime.indexing.clips import ENCODERS, ClipEncoders, index_clips
+    from motionrt.runtime.indexing.sources import open_sources, write_failed
+
+    source = open_sources(clips, caption=caption, captions=captions, start=start, videos=videos, dataset=dataset)
+    if failed is not None:
+        if failed.resolve() in [path.resolve() for path in clips]:
+            raise InputError(f"{failed} is read from; write what failed to another file.")
+        write_failed(failed, [])  # what cannot be written is said before the work
+    pipe = open_pipeline(bundle, [], run_options, graphs=ENCODERS)
+    with open_memory(memory) as opened, pipe as pipeline, report.progress() as bars:
+        opened.check(pipeline.bundle.digests)
+        task = bars.add_task("indexing", total=source.count)
+        encoders = ClipEncoders.of(pipeline.bundle, pipeline.graph)
+        advance = lambda *_: bars.advance(task)  # noqa: E731
+        outcome = index_clips(opened, encoders, source.items(), advance, span=span, reembed=reembed)
+        count = len(opened)
+    before = f"{outcome.skipped} there before, " if outcome.skipped else ""
+    typer.echo(f"{memory}: {outcome.added} added, {before}{count} clips in all.")
+    if pipeline.choice:
+        typer.echo(pipeline.choice)
+    if outcome.vectors:
+        typer.echo(f"{outcome.vectors} vectors were kept as they came: they must be of this bundle's text encoder.")
+    if outcome.failed:
+        for item, reason in outcome.failed[:SHOWN]:
+            typer.echo(f"{item.video}: {reason}", err=True)
+        rest = f" and {len(outcome.failed) - SHOWN} more" if len(outcome.failed) > SHOWN else ""
+        where = f"listed in {failed}" if failed else f"listed above{rest}; --failed failed.csv keeps them all"
+        if failed is not None:
+            write_failed(failed, outcome.failed)
+        raise InputError(f"{len(outcome.failed)} of {source.count} clips could not be added ({where}).")
+
+
+@memory_app.command("search")
+@with_run_options
+def memory_search(
+    memory: MemoryPath,
+    bundle: BundlePath,
+    prompt: Annotated[str | None, typer.Argument(help="What moves, and how.")] = None,
+    image: Annotated[Path | None, typer.Option("--image", "-i", help="Search by the looks of this still instead.")] = None,
+    video: Annotated[Path | None, typer.Option("--video", help="Search by the motion of this video instead.")] = None,
+    references: Annotated[
+        int | None, typer.Option("--references", "-k", help="How many clips; up to 4, as many as there are, if not given.")
+    ] = None,
+    where: Conditions = None,
+    minimum_score: MinimumScore = None,
+    distinct: Distinct = None,
+    diversity: Diversity = None,
+    start: Annotated[float | None, typer.Option(help="Where the span of --video begins, in seconds.")] = None,
+    exclude: Annotated[str | None, typer.Option("--exclude-source", help="Leave out clips of this source.")] = None,
+    *,
+    run_options: RunOptions,
+) -> None:
+    """Show the clips that a prompt would retrieve, or the ones that look like a still or move like a video.
+
+    \b
+    Examples:
+      motionrt memory search demo/memory "a red star moves in a circle" --bundle demo/bundle -k 3
+      motionrt memory search my-memory --video wave.mp4 --bundle demo/bundle --where dataset=sea --min-score 0.5
+    """
+    from motionrt.runtime.cli import show as report
+    from motionrt.runtime.media.video import read_clip, read_image
+
+    if sum(query is not None for query in (prompt, image, video)) != 1:
+        raise InputError("give one thing to search by: a prompt, --image or --video.")
+    # the default bends to what there is (any cosine will do, but fewer clips as well); a number that was asked for does not
+    lowest = -1.0 if references is None and minimum_score is None else minimum_score
+    count = DEFAULT_SHOWN if references is None else references
+    choice: dict[str, Any] = {
+        "where": parse_where(where), "exclude_source": exclude, "minimum_score": lowest,
+        "distinct": distinct, "diversity": diversity,
+    }  # fmt: skip
+    graph = "appearance" if image is not None else "motion" if video is not None else "text_query"
+    with open_pipeline(bundle, [str(memory)], run_options, graphs=[graph]) as pipeline:
+        assert pipeline.memory is not None
+        model = pipeline.bundle.model
+        if image is not None:
+            still = read_image(image, model.height, model.width)[None]
+            tokens = pipeline.graph(graph)({"image": still})["appearance"][0]
+            found = pipeline.memory.search_tokens("appearance", tokens, count, **choice)
+        elif video is not None:
+            clip = read_clip(video, model.frames, model.height, model.width, model.fps, start)[None]
+            tokens = pipeline.graph(graph)({"video": clip})["motion"][0]
+            found = pipeline.memory.search_tokens("motion", tokens, count, **choice)
+        else:
+            found = pipeline.memory.search(pipeline.embed(prompt or ""), count, **choice)
+    if found:
+        report.console().print(report.found_table(found))
+    else:
+        typer.echo("no clip passes --min-score; lower it.")
+    if pipeline.choice:
+        typer.echo(pipeline.choice)
+
+
+@memory_app.command("remove")
+def memory_remove(
+    memory: MemoryPath,
+    ids: Annotated[list[int] | None, typer.Argument(help="Ids, as `memory search` shows them.")] = None,
+    where: Conditions = None,
+) -> None:
+    """Remove clips by id, or all clips of a dataset or metadata value. The space is free for new clips, or `compact` it.
+
+    \b
+    Examples:
+      motionrt memory remove my-memory 3 17
+      motionrt memory remove my-memory --where dataset=mine
+    """
+    if bool(ids) == bool(where):
+        raise InputError("say what to remove: either ids, or --where key=value.")
+    with open_memory(memory) as opened:
+        removed = opened.remove(ids or opened.ids(parse_where(where)))
+        typer.echo(f"{memory}: {removed} removed, {len(opened)} clips in all.")
+
+
+@memory_app.command("verify")
+def memory_verify(memory: MemoryPath) -> None:
+    """Read everything and say what is wrong; exit status 2 if anything is.
+
+    \b
+    Example:
+      motionrt memory verify my-memory
+    """
+    with open_memory(memory, readonly=True) as opened:
+        problems, count = opened.verify(), len(opened)
+    for problem in problems:
+        typer.echo(f"{memory}: {problem}", err=True)
+    if problems:
+        raise MemoryStoreError(f"{memory} has {len(problems)} problems (listed above).")
+    typer.echo(f"{memory}: {count} clips, all sound.")
+
+
+@memory_app.command("compact")
+def memory_compact(memory: MemoryPath) -> None:
+    """Give the space of removed clips back, and bring the index up to date.
+
+    \b
+    Example:
+      motionrt memory compact my-memory
+    """
+    with open_memory(memory) as opened:
+        before = opened.stats()
+        opened.compact()
+        after = opened.stats()
+    sizes = [(s.bytes_db + s.bytes_index) / 2**20 for s in (before, after)]
+    typer.echo(f"{memory}: {sizes[0]:.1f} MiB before, {sizes[1]:.1f} MiB now.")
+
+
+@memory_app.command("export")
+def memory_export(memory: MemoryPath, file: Annotated[Path, typer.Argument(help="File to write.")]) -> None:
+    """Write a motion memory as one file, to be moved and imported elsewhere.
+
+    \b
+    Example:
+      motionrt memory export my-memory my-memory.mrtm
+    """
+    with open_memory(memory, readonly=True) as opened:
+        opened.export_file(file)
+        typer.echo(f"{file}: {len(opened)} clips, {file.stat().st_size / 2**20:.1f} MiB.")
+
+
+@memory_app.command("import")
+def memory_import(
+    file: Annotated[Path, typer.Argument(help="File that `memory export` wrote.")],
+    memory: Annotated[Path, typer.Argument(help="Directory to make.")],
+) -> None:
+    """Make a motion memory out of an exported file. It is checked before, and appears whole or not at all.
+
+    \b
+    Example:
+      motionrt memory import my-memory.mrtm my-memory
+    """
+    from motionrt.runtime.memory.memory import MotionMemory
+
+    with MotionMemory.import_file(file, memory) as opened:
+        typer.echo(f"{memory}: {len(opened)} clips.")
+
+
+@memory_app.command("stats")
+def memory_stats(
+    memory: MemoryPath, as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False
+) -> None:
+    """Show how much a motion memory holds, and of what.
+
+    \b
+    Example:
+      motionrt memory stats demo/memory
+    """
+    from motionrt.runtime.cli import show as report
+
+    with open_memory(memory, readonly=True) as opened:
+        stats = asdict(opened.stats())
+    if as_json:
+        typer.echo(json.dumps(stats, ensure_ascii=False))
+    else:
+        report.console().print(report.stats_table(str(memory), stats))

@@ -1,0 +1,100 @@
+"""A file's SHA-256, taken once: afterwards its stamp (inode, size, times of change) says whether it is still that file.
+
+Hashing the weights of a large model takes seconds at every load, and comparing a stamp takes microseconds. Whatever a program
+does to a file changes its stamp, because no program can set the time at which an inode changed (ctime). What a stamp misses is
+a disk that changes bytes by itself: `motionrt verify` reads them all.
+
+Stamps are kept in this process and, where the bundle's folder can be written, in `.stamps.json` inside it, for the next
+process. That file is only ever a saving: where it is missing, damaged, or of a copy of the bundle, files are read again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from motionrt.runtime.bundle.manifest import sha256_of
+from motionrt.runtime.errors import BundleError
+
+STAMPS = ".stamps.json"
+_FORMAT = 1
+_SETTLED = 2_000_000_000  # nanoseconds: a file that changed later than this ago may change again within its time stamp
+_lock = threading.Lock()  # graphs are loaded from several threads, and two may take their weights from one file
+_known: dict[str, list[Any]] = {}  # absolute path -> [*stamp, SHA-256 that the file had]
+
+
+def stamp_of(file: str | Path) -> tuple[int, ...]:
+    """Inode, size in bytes, and when content and inode last changed, in nanoseconds. Raises OSError."""
+    status = os.stat(file)
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def read_digest(path: Path) -> tuple[str, tuple[int, ...] | None]:
+    """The SHA-256 of the bytes of `path`, and the stamp by which they are known from now on. Raises OSError.
+
+    The stamp is None where it would promise too much: the file changed while it was read, or less than two seconds before,
+    so that it may change again and keep its time stamp.
+    """
+    stamp, started = stamp_of(path), time.time_ns()
+    sha256 = sha256_of(path)
+    settled = started - max(stamp[2:]) > _SETTLED and stamp == stamp_of(path)
+    return sha256, stamp if settled else None
+
+
+def digest_of(path: Path, expected: str, home: Path, *, read: bool = False) -> str:
+    """The SHA-256 of `path`: `expected`, unread, where a stamp says that it was that and nothing changed; else from its bytes.
+
+    home: the bundle's folder, which keeps the stamps; `path` may lie outside (weights in a package). read: read the bytes
+    whatever the stamps say, and keep or forget the stamp by what they are. Raises OSError where `path` cannot be read.
+    """
+    name, key = str(path.absolute()), _key(path, home)
+    with _lock:
+        if not read:
+            entry = [*stamp_of(path), expected]
+            if _known.get(name) == entry:
+                return expected
+            if _stored(home).get(key) == entry:
+                _known[name] = entry
+                return expected
+        sha256, stamp = read_digest(path)
+        _known.pop(name, None)
+        if sha256 == expected and stamp is not None:
+            _known[name] = [*stamp, sha256]
+        _store(home, key, _known.get(name))
+        return sha256
+
+
+def _key(path: Path, home: Path) -> str:
+    """What a stamp is stored under, such that `home / key` is the file: a bundle that is moved keeps its stamps."""
+    return path.relative_to(home).as_posix() if path.is_relative_to(home) else str(path.absolute())
+
+
+def _stored(home: Path) -> dict[str, Any]:
+    """The stamps in the bundle's folder; none where they cannot be read."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        record = json.loads((home / STAMPS).read_text(encoding="utf-8"))
+        if isinstance(record, dict) and record.get("format") == _FORMAT and isinstance(record.get("files"), dict):
+            return dict(record["files"])
+    return {}
+
+
+def _store(home: Path, key: str, entry: list[Any] | None) -> None:
+    """Store one stamp, or remove it; stamps of files that are gone go too. A folder that takes nothing is left as it is.
+
+    Of two processes that do this at once, one may undo what the other stored: that file is read once more.
+    """
+    stored = _stored(home)
+    if stored.get(key) == entry:
+        return
+    from motionrt.runtime.media.video import replacing  # brings NumPy, which nothing else here needs
+
+    kept = {name: value for name, value in stored.items() if name != key and os.path.exists(home / name)}
+    if entry is not None:
+        kept[key] = entry
+    with contextlib.suppress(BundleError), replacing(home / STAMPS, BundleError) as temporary:
+        temporary.write_text(json.dumps({"format": _FORMAT, "files": kept}, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,56 @@
+"""What a run that was cut short knew about its files, so that the next one need not read them all again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+from motionrt.runtime.errors import MediaError
+from motionrt.runtime.files import read_digest, stamp_of
+
+
+class FileHashes:
+    """SHA-256 of files, kept line by line in `journal` until `finish`.
+
+    A hash is taken from the journal only if the file has the path and the stamp that it had when it was read (digests.py); so
+    a changed file is read again.
+    """
+
+    def __init__(self, journal: Path) -> None:
+        self.journal = journal
+        self._known: dict[str, tuple[list[int], str]] = {}
+        self._new: list[str] = []
+        with contextlib.suppress(OSError):
+            for line in journal.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError, TypeError):  # a line that was cut
+                    path, stamp, sha256 = json.loads(line)
+                    self._known[path] = stamp, sha256
+
+    def sha256(self, path: Path) -> str:
+        """The SHA-256 of the bytes of `path`. Raises MediaError if it cannot be read."""
+        try:
+            name = str(path.absolute())
+            known = self._known.get(name)
+            if known is not None and known[0] == [*stamp_of(path)]:
+                return known[1]
+            sha256, stamp = read_digest(path)
+            if stamp is not None:
+                self._known[name] = [*stamp], sha256
+                self._new.append(json.dumps([name, stamp, sha256]))
+            return sha256
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise MediaError(f"the video file {path} cannot be read: {why}. Check the path.") from error
+
+    def save(self) -> None:
+        """Append what is new. A disk that takes nothing costs time in the next run, and nothing else."""
+        lines = "".join(f"\n{line}" for line in self._new)  # the line break first: the last line may have been cut
+        with contextlib.suppress(OSError), self.journal.open("a", encoding="utf-8") as file:
+            file.write(lines)
+            self._new.clear()
+
+    def finish(self) -> None:
+        """Forget everything: the run came to its end."""
+        with contextlib.suppress(OSError):
+            self.journal.unlink(missing_ok=True)

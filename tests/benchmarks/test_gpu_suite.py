@@ -1,0 +1,118 @@
+"""benchmarks/gpu_suite.py at toy size on the CPU, so that it cannot rot: every stage runs or says why not, rows come last."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def suite() -> Iterator[ModuleType]:
+    before = set(sys.modules)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield importlib.import_module("gpu_suite")
+    for name in set(sys.modules) - before:
+        if (BENCHMARKS / f"{name}.py").exists():
+            del sys.modules[name]
+
+
+def printed_rows(suite: ModuleType, out: str) -> list[dict[str, Any]]:
+    body = out.split(suite.BEGIN + "\n", 1)[1]
+    lines = body.splitlines()
+    assert lines[-1] == suite.END, "rows are the last that is printed"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # under a minute of work for one processor; CI machines are shared
+def test_every_stage_runs_on_the_cpu_or_says_why_not(
+    suite: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the CogVideoX step and the profile, whose own tests run them at this very size: of these, how they are called."""
+    for package in ("torch", "diffusers", "transformers", "triton"):
+        pytest.importorskip(package)
+    called: list[tuple[list[str], dict[str, Any]]] = []
+    for name in ("gpu_step", "profile_step"):
+        module = importlib.import_module(name)
+        monkeypatch.setattr(module, "main", lambda arguments, **more: called.append((arguments, more)))
+    code = suite.main(["--toy", "--rounds", "2", "--warmups", "1", "--results", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert code == 0, out
+    for stage in suite.STAGES:
+        assert f"== {stage.name}: done" in out, out
+    assert "kernel stages not run: no CUDA device" in out and "from fp64" in out
+    assert "engines: not run:" in out
+    rows = printed_rows(suite, out)
+    assert len(rows) == sum(len(path.read_text().splitlines()) for path in tmp_path.glob("*.jsonl"))
+    found = {(row["question"], row["backend"]) for row in rows if "backend" in row}
+    assert [(arguments[-1], more["device"]) for arguments, more in called if more] == [("toy", "cpu")] * 2
+    assert [arguments[2:] for arguments, more in called if not more] == [["--device", "cpu", "--size", "toy", "--rounds", "1"]]
+    stages = [arguments[arguments.index("--stages") + 1 : -2] for arguments, more in called if more]
+    assert stages == [["released_eager", "ours_eager"], ["base_eager"]]
+    steps = {"released_eager", "ours_eager", "base_eager"}
+    assert {backend for question, backend in found if question == "gpu_step"} == steps
+    assert {row["what"] for row in rows if row["question"] == "gpu_step"} == {"svd toy step"}
+    wanted = {"memory", "release", "cogvideox", "svd, 4 frames at once", "ours eager", "as released, eager"}
+    assert {backend for question, backend in found if question == "gpu_request"} == wanted
+    assert {"cpu_eager", "onnxruntime_cpu"} <= {backend for question, backend in found if question == "gpu_demo"}
+    assert {row["question"] for row in rows} == {"gpu_ceilings", "gpu_step", "gpu_request", "gpu_demo"}
+    for row in rows:
+        assert row["device"] == "cpu" and row["p50_ms"] > 0
+    svd = {row["backend"]: row["flops"] for row in rows if row.get("what") == "svd toy step"}
+    assert svd["ours_eager"] < svd["base_eager"] < svd["released_eager"], "with motion cheaper than the base without"
+
+
+def options(folder: Path, **changes: Any) -> argparse.Namespace:
+    given = {"results": folder, "rounds": 1, "warmups": 0, "toy": False, "here": False, "seconds": 60.0}
+    return argparse.Namespace(**{**given, "flavor": "rtx", "dtype": "float16", **changes})
+
+
+def test_a_stage_is_ended_when_its_time_is_up(suite: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    stage = next(stage for stage in suite.STAGES if stage.name == "ceilings")
+    assert suite.start(stage, options(tmp_path), 0.05).startswith("ended after its 0 s")
+
+
+def test_a_stage_without_what_it_needs_says_so(suite: ModuleType, tmp_path: Path) -> None:
+    stage = suite.Stage("x", 1, lambda given, toy: pytest.fail("must not run"), ("no_such_package",))
+    assert suite.start(stage, options(tmp_path), 1.0) == "not run: no_such_package not installed"
+
+
+def test_a_failing_stage_keeps_its_rows_and_the_next_one_runs(
+    suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "q.jsonl").write_text('{"old": 1}\n')
+
+    def failing(given: argparse.Namespace, toy: bool) -> None:
+        with (given.results / "q.jsonl").open("a") as file:
+            file.write('{"new": 1}\n')
+        raise RuntimeError("out of memory")
+
+    def fine(given: argparse.Namespace, toy: bool) -> None:
+        (given.results / "r.jsonl").write_text('{"new": 2}\n')
+
+    stages = (suite.Stage("bad", 5, failing, ()), suite.Stage("good", 5, fine, ()), suite.Stage("never", 5, failing, ()))
+    monkeypatch.setattr(suite, "STAGES", stages)
+    assert suite.main(["--toy", "--results", str(tmp_path), "--skip", "never"]) == 1
+    out = capsys.readouterr().out
+    assert "bad: failed: RuntimeError: out of memory" in out and "good: done" in out and "never" not in out
+    assert printed_rows(suite, out) == [{"new": 1}, {"new": 2}]
+
+
+def test_stages_are_in_order_of_value_and_the_needed_ones_fit_into_their_time(suite: ModuleType) -> None:
+    names = [stage.name for stage in suite.STAGES]
+    optional = [stage.optional for stage in suite.STAGES]
+    assert optional == sorted(optional), "optional stages come last"
+    assert names.index("kernels") < names.index("cogvideox_step") < names.index("svd_step") < names.index("request")
+    assert len(set(names)) == len(names)

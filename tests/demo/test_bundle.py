@@ -1,0 +1,137 @@
+"""The shipped bundle against the shipped checkpoint, end to end and graph by graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from motionrt.export.onnx.from_torch import Example, Range, onnx_from_torch
+from motionrt.export.systems.cogvideox_step import INPUTS
+from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from motionrt.runtime.bundle.bundle import Bundle, sha256_of
+from motionrt.runtime.by_path import load_by_path
+from motionrt.runtime.noise import noise
+from motionrt.runtime.pipeline import MotionPipeline
+
+DEMO = Path(__file__).resolve().parents[2] / "demo"
+CHECKPOINT = DEMO / "checkpoint.safetensors"
+
+
+@pytest.fixture(scope="module")
+def export() -> ModuleType:
+    return load_by_path(DEMO / "export.py")
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return Bundle.open(DEMO / "bundle")
+
+
+def test_bundle_was_exported_from_the_shipped_checkpoint(bundle: Bundle) -> None:
+    assert bundle.manifest["provenance"]["checkpoint"] == sha256_of(CHECKPOINT)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_rewritten_step_equals_the_plain_one_over_all_steps(bundle: Bundle, export: ModuleType, seed: int) -> None:
+    """Same noise, all steps, fp32: the shipped graphs against torch eager of the plain module, to 1e-4."""
+    backend = OnnxRuntimeBackend(threads=1)
+    request, schedule, step = (backend.load(bundle, name) for name in ("request", "schedule", "step"))
+    eager = export.eager_step(CHECKPOINT)
+    solver = bundle.solver("dpm", 8)
+    feed = {name: value.numpy() for name, value in export.step_feed(1, seed).items()}
+    feed["guidance"] = np.array(2.0, np.float32)
+    inputs = {port.name for port in bundle.graph("request").inputs}
+    state = feed | request({name: feed[name] for name in inputs})
+    tables = schedule({"timesteps": solver.timesteps})
+    wanted = {port.name for port in bundle.graph("step").inputs}
+    shape = (1, *bundle.model.latents)
+    ours = plain = noise(seed, 0, shape)
+    ours_x0 = plain_x0 = np.zeros(shape, np.float32)
+    for index, row in enumerate(solver.coefficients):
+        shared = {"coefficients": row, "noise": noise(seed, index + 1, shape)}
+        values = state | shared | {name: table[index] for name, table in tables.items()}
+        values |= {"latents": ours, "previous_x0": ours_x0}
+        result = step({name: values[name] for name in wanted})
+        ours, ours_x0 = result["next_latents"], result["x0"]
+        values = feed | shared | {"timestep": solver.timesteps[index : index + 1]}
+        result = eager(values | {"latents": plain, "previous_x0": plain_x0})
+        plain, plain_x0 = result["next_latents"], result["x0"]
+    assert np.abs(plain).max() > 0.5  # the run did something
+    np.testing.assert_allclose(ours, plain, atol=1e-4)
+
+
+def test_motion_scale_zero_is_the_base_model(bundle: Bundle, export: ModuleType) -> None:
+    """With scale 0 the motion tokens have no say at all: bit for bit the same step."""
+    backend = OnnxRuntimeBackend(threads=1)
+    request, step = backend.load(bundle, "request"), backend.load(bundle, "step")
+    feed = {name: value.numpy() for name, value in export.step_feed(1).items()} | {"motion_scale": np.array(0.0, np.float32)}
+    tables = backend.load(bundle, "schedule")({"timesteps": np.array([500])})
+    results = []
+    for factor in (1.0, -3.0):
+        changed = feed | {"motion": (feed["motion"] * factor).astype(np.float32)}
+        state = changed | request({p.name: changed[p.name] for p in bundle.graph("request").inputs})
+        state |= {name: table[0] for name, table in tables.items()}
+        results.append(step({p.name: state[p.name] for p in bundle.graph("step").inputs})["next_latents"])
+    assert np.array_equal(*results)
+
+
+def test_step_holds_no_schedule_and_no_adapter_projections(bundle: Bundle) -> None:
+    """What the pass is for: the loop carries fewer weights and FLOPs than the released form, for the right reasons."""
+    report = bundle.manifest["partition"]
+    assert report["classes"]["step"]["flops"] < report["original"]["flops"]
+    assert report["classes"]["schedule"]["parameters"] > 0.2 * report["original"]["parameters"]
+    assert sum(rule["rule"] == "reassociate" for rule in report["rules"]) == 4  # one Motion-Adapter per block
+    assert {port.name for port in bundle.graph("step").inputs}.isdisjoint({"timestep", "text", "motion"})
+
+
+def test_reexport_reproduces_the_shipped_graph(bundle: Bundle, export: ModuleType, tmp_path: Path) -> None:
+    """The decoder and the motion encoder exported anew from the checkpoint give the shipped bundle's outputs."""
+    demo = export.sibling("model")
+    model = demo.load(CHECKPOINT)
+    decode = export.Method({"autoencoder": model.autoencoder}, lambda self, x: self.autoencoder.decode(x))
+    examples = [Example({"batch": b}, {"latents": torch.randn(b, *demo.LATENTS)}) for b in (2, 3)]
+    onnx_from_torch(tmp_path / "decode.onnx", decode, examples, ("video",), {"batch": Range(1, 1, 4)})
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(tmp_path / "decode.onnx"), providers=["CPUExecutionProvider"])
+    latents = examples[0].feed["latents"].numpy()
+    shipped = OnnxRuntimeBackend(threads=1).load(bundle, "decode")({"latents": latents})["video"]
+    np.testing.assert_allclose(session.run(None, {"latents": latents})[0], shipped, atol=1e-6)
+
+
+def test_every_plain_input_is_declared(bundle: Bundle) -> None:
+    assert {port.name for port in bundle.graph("step_plain").inputs} == set(INPUTS)
+
+
+def test_retrieved_motion_moves_the_same_image_differently() -> None:
+    """From one still: a prompt's references decide the path, motion_scale 0 does not follow it, a seed repeats itself."""
+    domain = load_by_path(DEMO / "domain.py")
+    image = DEMO / "inputs" / "red_star.png"
+    with MotionPipeline.from_bundle(DEMO / "bundle", DEMO / "memory", threads=1) as pipeline:
+        drift = {}
+        for way in ("to the left", "to the right"):
+            result = pipeline(image, f"a red star slides straight {way}", seed=3)
+            assert result.frames.dtype == np.uint8 and result.frames.shape == (17, 64, 64, 3)
+            assert all(way in reference.caption for reference in result.references[:1])
+            path = domain.track(result.frames)
+            drift[way] = float(path[-1, 0] - path[0, 0])
+        again = pipeline(image, "a red star slides straight to the right", seed=3)
+    assert np.array_equal(again.frames, result.frames)
+    assert drift["to the left"] < -5 < 5 < drift["to the right"]
+
+
+@pytest.mark.parametrize("length", [1, 5, 60])
+def test_text_query_embeds_as_its_package_does(bundle: Bundle, length: int) -> None:
+    from motionrt.export.checkpoints.packaged_text import packaged_encoder
+
+    encoder = packaged_encoder()
+    ids = bundle.tokenize("text_query", " ".join(["motion"] * length))
+    ours = OnnxRuntimeBackend(threads=1).load(bundle, "text_query")(ids)["embedding"]
+    hidden = encoder.module.model(**{key: torch.from_numpy(value) for key, value in ids.items()}).last_hidden_state
+    want = torch.nn.functional.normalize(hidden.mean(dim=1), dim=-1).detach().numpy()
+    np.testing.assert_allclose(ours, want, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1, atol=1e-5)

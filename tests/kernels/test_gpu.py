@@ -1,0 +1,126 @@
+"""The kernels as compiled code on a GPU: the interpreter's cases, bf16, released sizes, torch.compile and CUDA graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from motionrt.kernels.motion_cross_attention import motion_cross_attention, motion_cross_attention_, reference
+from motionrt.kernels.plain_cross_attention import plain_cross_attention
+from motionrt.runtime.by_path import load_by_path
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+SCRIPT = Path(__file__).resolve().parents[2] / "tests/helpers/kernel_cases.py"
+
+
+def load() -> Any:
+    """The cases, by path: the tests are not a package."""
+    pytest.importorskip("triton")
+    return load_by_path(SCRIPT)
+
+
+def all_cases() -> list[Any]:
+    """The interpreter's cases, every fp16 one in bf16 too, and the sizes that are released."""
+    if importlib.util.find_spec("triton") is None:
+        return []
+    module = load()
+    found = module.cases()
+    found += [dataclasses.replace(c, dtype="bfloat16", name=f"bf16: {c.name}") for c in found if c.dtype == "float16"]
+    for layout in ("padded", "packed"):
+        for dtype in ("float16", "bfloat16"):
+            big = {"heads": 48, "width": 64, "dtype": dtype, "layout": layout}
+            found.append(module.Case(f"{dtype} cogvideox L6976, {layout}", length=6976, **big))
+            found.append(module.Case(f"{dtype} cogvideox L17776, {layout}", length=17776, batch=1, **big))
+            for heads in (5, 10, 20):
+                name = f"{dtype} dynamicrafter N{heads}, {layout}"
+                found.append(module.Case(name, length=2304, heads=heads, width=64, dtype=dtype, layout=layout))
+    found.append(module.Case("bf16 in place L6976", length=6976, heads=48, width=64, dtype="bfloat16", in_place=True))
+    found.append(module.Case("bf16 plain L6976 M77", length=6976, heads=48, width=64, tokens=77, dtype="bfloat16", plain=True))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def exact_torch() -> Any:
+    """fp32 without TF32: what the kernels are compared with."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("case", all_cases(), ids=lambda case: re.sub(r"\W+", "-", case.name))
+def test_launch_obeys_the_tolerance_law(case: Any) -> None:
+    line = load().run(case, "cuda")
+    assert line["error"] <= 2 * line["torch"] + 1e-6, line
+    assert line["unchanged"] == ("scale 0" in case.name)
+
+
+def call(length: int = 300, dtype: Any = torch.bfloat16) -> tuple[Any, ...]:
+    random = torch.Generator().manual_seed(0)
+    sizes = ((2, length, 256), (2, 4 * 25, 256), (2, 4, 25, 64))
+    hidden, rows, values = (torch.randn(size, generator=random).to("cuda", dtype) for size in sizes)
+    return hidden, rows.transpose(1, 2) / 16, values, torch.tensor(0.5, device="cuda", dtype=dtype)
+
+
+def test_motion_cross_attention_is_a_lawful_op_on_cuda() -> None:
+    torch.library.opcheck(motion_cross_attention, (*call(), True), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(motion_cross_attention_, call(), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_motion_cross_attention_under_torch_compile_equals_eager() -> None:
+    arguments = call()
+
+    def step(*tensors: Any) -> Any:
+        return motion_cross_attention(*tensors, True) * 2
+
+    compiled = torch.compile(step, fullgraph=True)
+    assert torch.equal(compiled(*arguments), step(*arguments))
+
+
+def test_motion_cross_attention_in_a_cuda_graph_follows_its_inputs() -> None:
+    """Captured once, replayed with other h, A, V and scale in the same buffers."""
+    buffers = call()
+    motion_cross_attention(*buffers, True)  # compiles: never inside a capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = motion_cross_attention(*buffers, True)
+    for factor in (1.0, -0.5):
+        for buffer in buffers:
+            buffer.mul_(factor)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, motion_cross_attention(*buffers, True))
+
+
+def test_folded_of_another_layout_gives_the_same() -> None:
+    hidden, folded, values, scale = call()
+    want = motion_cross_attention(hidden, folded, values, scale, True)
+    assert torch.equal(motion_cross_attention(hidden, folded.contiguous(), values, scale, True), want)
+
+
+def test_ops_refuse_a_mix_of_devices_and_fp64() -> None:
+    hidden, folded, values, scale = call()
+    with pytest.raises(ValueError, match=r"`scale` is on cpu; allowed: cuda:0, where `hidden` is"):
+        motion_cross_attention(hidden, folded, values, scale.cpu(), True)
+    with pytest.raises(ValueError, match=r"`hidden` is torch.float64; allowed: float16, bfloat16, float32"):
+        motion_cross_attention(*(x.double() for x in (hidden, folded, values, scale)), True)
+
+
+def test_plain_cross_attention_equals_the_folded_form() -> None:
+    random = torch.Generator().manual_seed(0)
+    hidden, query = (torch.randn(s, generator=random).cuda() for s in ((2, 77, 256), (256, 256)))
+    keys, values = (torch.randn((2, 4, 25, 64), generator=random).cuda() for _ in range(2))
+    scale = torch.tensor(0.5, device="cuda")
+    got = plain_cross_attention(hidden, query / 16, keys, values, scale, 0.125, True)
+    folded = (0.125 * keys @ (query / 16).unflatten(0, (4, 64))).flatten(1, 2).transpose(1, 2)
+    torch.testing.assert_close(got, reference(hidden, folded, values, scale, True), atol=1e-5, rtol=1e-5)

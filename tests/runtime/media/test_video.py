@@ -1,0 +1,426 @@
+"""Reading stills and clips, writing videos: sizes, modes, rates, orientation and damage, on files made here."""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import struct
+import zlib
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from motionrt.runtime.errors import InputError, MediaError
+from motionrt.runtime.media import frames as frames_module
+from motionrt.runtime.media.video import decode_clip, read_clip, read_image, write_video
+
+F, H, W = 17, 32, 48
+
+
+def grey(level: int, height: int = 36, width: int = 50) -> np.ndarray:
+    return np.full((height, width, 3), level, np.uint8)
+
+
+def encode(
+    path: Path, frames: list[np.ndarray], rate: int = 8, times_ms: list[int] | None = None,
+    rotate: int | None = None, mirror: bool = False, aspect: Fraction | None = None,
+) -> Path:  # fmt: skip
+    """A video with PyAV alone, so that reading is tested against another writer than ours."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264" if path.suffix != ".gif" else "gif", rate=rate)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = "yuv444p" if path.suffix != ".gif" else "rgb8"
+        if path.suffix != ".gif":
+            stream.options = {"crf": "1"}
+        if aspect is not None:
+            stream.codec_context.sample_aspect_ratio = aspect
+        if rotate is not None:
+            stream.set_display_rotation(rotate, hflip=mirror)
+        if times_ms is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for number, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            if times_ms is not None:
+                frame.pts, frame.time_base = times_ms[number], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def levels(video: np.ndarray) -> list[int]:
+    """The grey of each frame, 0..255."""
+    return [round(float(x)) for x in (video.mean((1, 2, 3)) + 1) * 127.5]
+
+
+def near(got: list[int], want: list[int]) -> bool:
+    return len(got) == len(want) and max(abs(a - b) for a, b in zip(got, want, strict=True)) <= 1
+
+
+# Clips
+
+
+@pytest.mark.parametrize("rate", [8, 24, 30, 60, 12, 5])
+def test_read_clip_takes_the_nearest_frame_of_any_rate(tmp_path: Path, rate: int) -> None:
+    path = encode(tmp_path / "a.mp4", [grey(2 * i) for i in range(-(-17 * rate // 8))], rate)
+    clip = decode_clip(path, F, H, W, 8)
+    # The rule by itself: the first frame at or after the target minus half a frame, of a constant rate.
+    want = [-(-(2 * i * rate - 8) // 16) for i in range(F)]
+    assert near(levels(clip.video), [2 * max(i, 0) for i in want])
+    assert clip.video.shape == (F, 3, H, W) and clip.video.dtype == np.float32 and clip.video.flags.c_contiguous
+    assert (clip.start, clip.duration, clip.fps) == (0.0, F / 8, 8.0)
+
+
+def test_read_clip_from_a_start_in_the_middle_needs_no_exact_key_frame(tmp_path: Path) -> None:
+    path = encode(tmp_path / "a.mp4", [grey(i) for i in range(200)], 24)  # key frames are far apart
+    for start in (0.0, 1.0, 2.5, 5.75):
+        assert near(levels(read_clip(path, 5, H, W, 8, start)), [round(start * 24) + 3 * i for i in range(5)])
+
+
+def test_read_clip_of_a_file_with_a_wrong_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = encode(tmp_path / "a.mp4", [grey(5 * i) for i in range(50)], 8)
+    whole = frames_module.decode_from
+
+    def late(path: Path, seek: Fraction | None) -> object:
+        return (item for item in whole(path, None) if seek is None or item[0] > seek + 1)
+
+    monkeypatch.setattr(frames_module, "decode_from", late)
+    assert near(levels(read_clip(path, 3, H, W, 8, 3.0)), [120, 125, 130])
+
+
+def test_read_clip_stretches_a_short_clip_over_its_whole_length(tmp_path: Path) -> None:
+    clip = decode_clip(encode(tmp_path / "a.mp4", [grey(10 * i) for i in range(9)], 8), F, H, W, 8)
+    assert near(levels(clip.video), [10 * round(i / 2 - 0.01) for i in range(F)])  # ties go to the earlier frame
+    assert clip.duration == pytest.approx(9 / 8) and clip.fps == pytest.approx(17 / (9 / 8))
+
+
+def test_read_clip_stretches_what_is_left_after_start(tmp_path: Path) -> None:
+    path = encode(tmp_path / "a.mp4", [grey(3 * i) for i in range(40)], 8)
+    got = levels(read_clip(path, 5, H, W, 8, 4.75))
+    assert near(got, [114, 114, 114, 117, 117])
+
+
+def test_read_clip_holds_the_frame_of_a_variable_rate(tmp_path: Path) -> None:
+    times = [0, 40, 80, 1000, 1040, 2100, 2140]
+    path = encode(tmp_path / "a.mp4", [grey(30 * i) for i in range(7)], 25, times)
+    got = levels(read_clip(path, F, H, W, 8))
+    nearest = [min(range(7), key=lambda n, t=i * 125: (abs(times[n] - t), n)) for i in range(F)]
+    assert near(got, [30 * n for n in nearest])
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3])
+def test_read_clip_repeats_when_there_are_too_few_frames(tmp_path: Path, frames: int) -> None:
+    video = read_clip(encode(tmp_path / "a.mp4", [grey(50 * i) for i in range(frames)], 8), F, H, W, 8)
+    got = levels(video)
+    assert len(got) == F and near([got[0], got[-1]], [0, 50 * (frames - 1)]) and got == sorted(got)
+
+
+def test_read_clip_of_a_gif_and_of_a_still(tmp_path: Path) -> None:
+    gif = encode(tmp_path / "a.gif", [grey(0), grey(255)] * 9, 8)
+    assert [level > 128 for level in levels(read_clip(gif, F, H, W, 8))] == [False, True] * 8 + [False]
+    Image.fromarray(grey(77)).save(tmp_path / "a.png")
+    assert near(levels(read_clip(tmp_path / "a.png", 3, H, W, 8)), [77] * 3)
+
+
+def quadrants() -> np.ndarray:
+    """Top left red, top right green, bottom left blue, bottom right white."""
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[:32, :32, 0] = picture[:32, 32:, 1] = picture[32:, :32, 2] = picture[32:, 32:] = 255
+    return picture
+
+
+@pytest.mark.parametrize("degrees", [None, 0, 90, -90, 180])
+@pytest.mark.parametrize("mirror", [False, True])
+def test_read_clip_undoes_rotation(tmp_path: Path, degrees: int | None, mirror: bool) -> None:
+    path = encode(tmp_path / "a.mp4", [quadrants()] * 2, 8, rotate=degrees, mirror=mirror)
+    video = read_clip(path, 1, 64, 64, 8)[0].transpose(1, 2, 0)
+    want = np.rot90(quadrants(), (degrees or 0) // 90)  # counter-clockwise, as FFmpeg says it, then mirrored
+    if degrees is not None and not mirror:
+        with av.open(str(path)) as container:
+            assert (next(container.decode(video=0)).rotation - degrees) % 360 == 0
+    if degrees is not None and mirror:
+        want = want[:, ::-1]
+    assert np.abs((video + 1) * 127.5 - want).mean() < 12
+
+
+def test_read_clip_honours_pixels_that_are_not_square(tmp_path: Path) -> None:
+    picture = grey(0, 64, 64)
+    picture[:, :16] = 255  # twice as wide as high when shown: a square crop loses a quarter at each side
+    plain = read_clip(encode(tmp_path / "a.mp4", [picture], 8), 1, 32, 32, 8)
+    wide = read_clip(encode(tmp_path / "b.mp4", [picture], 8, aspect=Fraction(2)), 1, 32, 32, 8)
+    assert plain.max() > 0.9 and wide.max() < -0.8
+
+
+@pytest.mark.parametrize("size", [(33, 47), (1, 1), (2, 300), (300, 2), (36, 50)])
+def test_write_and_read_any_size(tmp_path: Path, size: tuple[int, int]) -> None:
+    frames = np.stack([grey(60 * i + 20, *size) for i in range(4)])
+    write_video(tmp_path / "a.mp4", frames, 8)
+    assert near(levels(read_clip(tmp_path / "a.mp4", 4, 16, 16, 8)), [20, 80, 140, 200])
+
+
+# Writing
+
+
+@pytest.mark.parametrize("fps", [8, 7.5, 30])
+@pytest.mark.parametrize("kind", ["mp4", "gif", "webp"])
+def test_write_video_keeps_frames_colours_and_rate(tmp_path: Path, kind: str, fps: float) -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (17, 1, 1, 3), np.uint8)
+    frames = np.broadcast_to(colours, (17, 32, 48, 3))
+    path = tmp_path / f"a.{kind.upper() if fps == 30 else kind}"
+    write_video(path, frames, fps)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    if kind == "webp":  # FFmpeg cannot read animated WebP
+        image = Image.open(path)
+        shown, total = [], 0
+        for number in range(image.n_frames):
+            image.seek(number)
+            shown.append(np.asarray(image.convert("RGB"), np.float32).mean((0, 1)))
+            total += image.info["duration"]
+        got = np.stack(shown)
+        assert total == pytest.approx(17000 / fps, abs=1)
+    else:
+        clip = decode_clip(path, 17, 32, 48, fps)
+        got = (clip.video.mean((2, 3)) + 1) * 127.5
+        assert clip.duration == pytest.approx(17 / fps)
+        with av.open(str(path)) as container:
+            assert float(container.duration / 1e6) == pytest.approx(17 / fps, abs=0.011)
+    assert np.abs(got - colours[:, 0, 0]).max() < 6
+
+
+def test_write_video_mp4_says_how_its_colours_are_coded(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", np.stack([quadrants()] * 2), 8)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        frame = next(container.decode(video=0))
+        assert (frame.colorspace, frame.color_range, frame.format.name) == (1, 1, "yuv420p")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_reading_leaves_no_threads_behind(tmp_path: Path) -> None:
+    path = encode(tmp_path / "clip.mp4", [np.full((64, 64, 3), 9 * i, np.uint8) for i in range(16)])
+    gc.collect()
+    before = len(os.listdir("/proc/self/task"))
+    gc.disable()  # what is only collected later counts
+    try:
+        for _ in range(4):
+            decode_clip(path, 16, 64, 64, 8)
+        grown = len(os.listdir("/proc/self/task")) - before
+    finally:
+        gc.enable()
+    decoders = 4 * (1 + (os.cpu_count() or 1))  # may have threads until they are collected
+    assert grown <= decoders, "a conversion starts threads for every frame"
+
+
+def test_write_video_png_is_a_sheet_in_reading_order(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.png", np.stack([grey(i, 4, 8) for i in range(5)]), 8)
+    sheet = np.asarray(Image.open(tmp_path / "a.png"))
+    assert sheet.shape == (12, 16, 3)
+    assert sheet[::4, ::8, 0].tolist() == [[0, 1], [2, 3], [4, 255]]
+
+
+def test_write_video_makes_folders_and_replaces_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.gif"
+    for level in (10, 200):
+        write_video(path, np.stack([grey(level)]), 8)
+        assert near(levels(read_clip(path, 1, 8, 8, 8)), [level])
+
+
+@pytest.mark.parametrize("name", ["a.avi", "a", "a.jpg", ".mp4"])
+def test_write_video_refuses_other_extensions(tmp_path: Path, name: str) -> None:
+    with pytest.raises(MediaError, match=r"allowed are \.mp4, \.gif, \.webp, \.png"):
+        write_video(tmp_path / name, np.stack([grey(0)]), 8)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("frames", [
+    np.zeros((2, 4, 4, 3), np.float32), np.zeros((4, 4, 3), np.uint8), np.zeros((0, 4, 4, 3), np.uint8),
+    np.zeros((2, 4, 4, 4), np.uint8), np.zeros((2, 3, 4, 4), np.uint8),
+])  # fmt: skip
+def test_write_video_refuses_other_arrays(tmp_path: Path, frames: np.ndarray) -> None:
+    with pytest.raises(InputError, match=r"allowed is uint8 \[F,H,W,3\]"):
+        write_video(tmp_path / "a.mp4", frames, 8)
+
+
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), "8/0"])
+def test_rates_that_are_none_are_refused(tmp_path: Path, fps: float) -> None:
+    path = encode(tmp_path / "a.mp4", [grey(0)])
+    with pytest.raises(InputError, match="fps"):
+        write_video(tmp_path / "b.mp4", np.stack([grey(0)]), fps)
+    with pytest.raises(InputError, match="fps"):
+        read_clip(path, 1, H, W, fps)
+
+
+@pytest.mark.parametrize("kind", ["mp4", "gif", "webp", "png"])
+def test_write_video_on_a_full_disk_leaves_what_was_there(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(b"before")
+    frames = np.random.default_rng(0).integers(0, 256, (16, 128, 128, 3), np.uint8)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # a real failing write, in the middle of the file
+    try:
+        with pytest.raises(MediaError, match=r"(?s)cannot write .* Nothing was written"):
+            write_video(path, frames, 8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == b"before" and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_write_video_into_a_file_as_folder_is_a_plain_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(MediaError, match="cannot write"):
+        write_video(tmp_path / "file" / "a.mp4", np.stack([grey(0)]), 8)
+
+
+# Damage
+
+
+def test_read_clip_of_files_that_hold_no_video(tmp_path: Path) -> None:
+    sound = tmp_path / "sound.mp4"
+    with av.open(str(sound), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 44100
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "garbage.mp4").write_bytes(np.random.default_rng(0).bytes(5000))
+    whole = encode(tmp_path / "whole.mp4", [grey(i) for i in range(40)]).read_bytes()
+    (tmp_path / "half.mp4").write_bytes(whole[: len(whole) // 2])
+    with av.open(str(tmp_path / "frameless.avi"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv420p"
+        container.start_encoding()
+    for name, words in {
+        "sound.mp4": "no video stream", "empty.mp4": "cannot be decoded", "garbage.mp4": "cannot be decoded",
+        "half.mp4": "cannot be decoded",
+        "frameless.avi": "frame|decoded", "missing.mp4": "there is no video file", ".": "there is no video file",
+        "http://127.0.0.1/a.mp4": "there is no video file", "nul\0.mp4": "there is no video file",
+    }.items():  # fmt: skip
+        path = name if "/" in name else tmp_path / name
+        with pytest.raises(MediaError, match=words):
+            read_clip(path, F, H, W, 8)
+
+
+def test_read_clip_survives_flipped_bytes(tmp_path: Path) -> None:
+    whole = encode(tmp_path / "a.mp4", [quadrants() // (1 + i % 3) for i in range(20)]).read_bytes()
+    random = np.random.default_rng(1)
+    for _ in range(40):
+        data = np.frombuffer(whole, np.uint8).copy()
+        data[random.integers(0, len(data), 12)] = random.integers(0, 256, 12)
+        (tmp_path / "b.mp4").write_bytes(data.tobytes())
+        try:
+            video = read_clip(tmp_path / "b.mp4", F, H, W, 8)
+        except MediaError:
+            continue
+        assert video.shape == (F, 3, H, W) and np.isfinite(video).all()
+
+
+def test_read_clip_refuses_a_start_behind_the_end_and_impossible_sizes(tmp_path: Path) -> None:
+    path = encode(tmp_path / "a.mp4", [grey(0)] * 8)
+    for start in (1.1, 9.0):
+        with pytest.raises(MediaError, match=f"ends at 0.875 s; choose a start before {start:g} s"):
+            read_clip(path, F, H, W, 8, start)
+    for arguments in [(0, H, W, 8), (F, 0, W, 8), (F, H, -1, 8), (True, H, W, 8), (F, H, 1.5, 8)]:
+        with pytest.raises(InputError, match="whole number from 1 on"):
+            read_clip(path, *arguments)
+    for start in (-1.0, float("nan")):
+        with pytest.raises(InputError, match="start"):
+            read_clip(path, F, H, W, 8, start)
+
+
+# Stills
+
+
+@pytest.mark.parametrize("mode, colour, want", [
+    ("RGB", (200, 100, 50), (200, 100, 50)), ("L", 90, (90, 90, 90)), ("1", 1, (255, 255, 255)),
+    ("RGBA", (200, 100, 50, 255), (200, 100, 50)), ("RGBA", (200, 100, 50, 0), (255, 255, 255)),
+    ("RGBA", (0, 0, 0, 51), (204, 204, 204)), ("LA", (0, 51), (204, 204, 204)), ("CMYK", (255, 0, 0, 0), (0, 255, 255)),
+    ("I;16", 257 * 201, (201, 201, 201)), ("I", 257 * 201, (201, 201, 201)),
+    ("F", 0.2, (51, 51, 51)), ("F", 51.0, (51, 51, 51)),
+    ("La", (0, 51), (204, 204, 204)), ("RGBa", (0, 0, 0, 51), (204, 204, 204)), ("HSV", (0, 255, 255), (255, 0, 0)),
+    ("YCbCr", (90, 128, 128), (90, 90, 90)),
+])  # fmt: skip
+def test_read_image_of_any_mode(mode: str, colour: object, want: tuple[int, ...]) -> None:
+    got = (read_image(Image.new(mode, (7, 5), colour), 8, 8) + 1) * 127.5
+    assert got.shape == (3, 8, 8) and np.abs(got.mean((1, 2)) - want).max() <= 0.5
+
+
+def test_read_image_of_files(tmp_path: Path) -> None:
+    palette = Image.new("P", (6, 4), 1)
+    palette.putpalette([0, 0, 0, 10, 200, 30])
+    palette.save(tmp_path / "p.png")
+    palette.save(tmp_path / "t.png", transparency=1)
+    Image.new("I;16", (6, 4), 257 * 99).save(tmp_path / "deep.png")
+    Image.new("CMYK", (16, 16), (0, 255, 0, 0)).save(tmp_path / "c.jpg")
+    Image.new("F", (6, 4), float("nan")).save(tmp_path / "nan.tiff")
+    for name, want in {
+        "p.png": (10, 200, 30), "t.png": (255, 255, 255), "deep.png": (99, 99, 99), "c.jpg": (255, 0, 255),
+    }.items():  # fmt: skip
+        for path in (tmp_path / name, str(tmp_path / name)):
+            got = (read_image(path, 8, 8) + 1) * 127.5
+            assert np.abs(got.mean((1, 2)) - want).max() <= 4, name
+    with pytest.raises(MediaError, match="NaN"):
+        read_image(tmp_path / "nan.tiff", 8, 8)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_read_image_undoes_exif_orientation(tmp_path: Path, orientation: int) -> None:
+    upright = quadrants()[:, :48]
+    undo = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: np.rot90(a, 2), 4: lambda a: a[::-1],
+            5: lambda a: a.swapaxes(0, 1), 6: np.rot90, 7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+            8: lambda a: np.rot90(a, 3)}[orientation]  # fmt: skip
+    stored = Image.fromarray(np.ascontiguousarray(undo(upright)))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "a.png", exif=exif)
+    got = (read_image(tmp_path / "a.png", 64, 48) + 1) * 127.5
+    assert np.abs(got.transpose(1, 2, 0) - upright).max() < 1
+
+
+def test_read_image_covers_and_crops_the_centre() -> None:
+    wide = np.zeros((64, 5000, 3), np.uint8)
+    wide[:, 2468:2532] = np.arange(64, dtype=np.uint8)[:, None]
+    assert np.array_equal(np.rint((read_image(wide, 64, 64) + 1) * 127.5), wide[:, 2468:2532].transpose(2, 0, 1))
+    tall = wide.swapaxes(0, 1)
+    assert np.array_equal(np.rint((read_image(tall, 64, 64) + 1) * 127.5), tall[2468:2532].transpose(2, 0, 1))
+    assert (read_image(np.full((1, 1), 255, np.uint8), 32, 64) == 1).all()
+    assert (read_image(np.zeros((1, 60_000), np.uint8), 480, 720) == -1).all()
+
+
+def test_read_image_shrinks_without_aliasing() -> None:
+    stripes = np.zeros((512, 512), np.uint8)
+    stripes[:, ::2] = 255
+    assert np.abs(read_image(stripes, 64, 64)[:, :, 4:-4]).max() < 0.02
+
+
+@pytest.mark.parametrize("array", [
+    np.zeros((4, 4, 3), np.float32), np.full((4, 4, 3), np.nan), np.zeros((0, 4, 3), np.uint8),
+    np.zeros(4, np.uint8),
+    np.zeros((4, 4, 2), np.uint8), np.zeros((2, 4, 4, 3), np.uint8), np.zeros((4, 4), np.uint16), np.zeros((4, 4), bool),
+])  # fmt: skip
+def test_read_image_refuses_other_arrays(array: np.ndarray) -> None:
+    with pytest.raises(InputError, match=r"allowed is uint8 \[h,w\]"):
+        read_image(array, 8, 8)
+
+
+def test_read_image_of_damaged_files_is_a_media_error(tmp_path: Path) -> None:
+    good = tmp_path / "good.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(good)
+    data = good.read_bytes()
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    bomb = data[:8] + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
+    contents = {"cut.png": data[: len(data) // 2], "none.png": b"", "text.png": b"hello", "bomb.png": bomb}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(MediaError, match="cannot be read as an image"):
+            read_image(tmp_path / name, 8, 8)
+    with pytest.raises(MediaError, match="there is no image file"):
+        read_image(tmp_path / "missing.png", 8, 8)
+    with pytest.raises(InputError, match="path of a file"):
+        read_image(None, 8, 8)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="height"):
+        read_image(good, 0, 8)

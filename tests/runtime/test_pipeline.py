@@ -1,0 +1,489 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from motionrt.runtime.backends.onnxruntime import Graph, OnnxRuntimeBackend
+from motionrt.runtime.bundle.bundle import Bundle
+from motionrt.runtime.bundle.manifest import Data
+from motionrt.runtime.decode import to_frames
+from motionrt.runtime.errors import BackendError, Cancelled, InputError, MediaError, MemoryStoreError
+from motionrt.runtime.loop import sample
+from motionrt.runtime.memory.memory import Clip, MotionMemory, Reference
+from motionrt.runtime.memory.set import MemorySet
+from motionrt.runtime.noise import noise
+from motionrt.runtime.pipeline import STAGES, MotionPipeline, Prepared, Request
+
+GRAPHS = ("text", "appearance", "cama", "encode", "request", "schedule", "step", "decode")
+Edit = Callable[..., Path]
+Still = NDArray[np.uint8]
+
+
+@pytest.fixture(scope="module")
+def pipeline(fake_bundle: Path, fake_memory: Path) -> Iterator[MotionPipeline]:
+    with MotionPipeline.from_bundle(fake_bundle, fake_memory, threads=1) as opened:
+        yield opened
+
+
+def reference(seed: int, tokens: tuple[int, int] = (2, 4)) -> Reference:
+    motion, appearance = np.random.default_rng(seed).standard_normal((2, *tokens)).astype(np.float32)
+    return Reference(seed, 0.5, "by hand", "nowhere", 0.0, 1.0, motion=motion, appearance=appearance)
+
+
+def test_call_gives_frames_references_and_times(pipeline: MotionPipeline, still: Still) -> None:
+    result = pipeline(still, "a red ball moves right", seed=3)
+    assert result.frames.shape == (3, 16, 16, 3) and result.frames.dtype == np.uint8
+    assert result.frames.flags.c_contiguous
+    assert len(result.references) == 3  # the bundle's default
+    assert result.references[0].caption == "a red ball moves right"
+    scores = [found.score for found in result.references]
+    assert scores == sorted(scores, reverse=True) and scores[0] == pytest.approx(1, abs=1e-3)
+    assert set(STAGES) == set(result.seconds) and all(value >= 0 for value in result.seconds.values())
+    assert len(result.step_seconds) == 4 and result.seconds["step"] == pytest.approx(sum(result.step_seconds))
+    assert (result.seed, result.fps) == (3, 8)
+
+
+def test_call_equals_the_unrewritten_step(pipeline: MotionPipeline, still: Still) -> None:
+    """The same request through `step_plain`, all steps, with the stochastic solver: frames and latents agree."""
+    request = Request(still, "a red ball", seed=5, solver="dpm", steps=6)
+    prepared, solver = pipeline.prepare(request), pipeline.bundle.solver("dpm", 6)
+
+    def run(graph: str, tables: dict[str, Any], state: dict[str, Any]) -> NDArray[Any]:
+        return sample(
+            pipeline.graph(graph),
+            latents=noise(5, 0, (1, 2, 4, 4, 4)),
+            state=pipeline.select(graph, state),
+            tables=tables,
+            coefficients=solver.coefficients,
+            guidance=2.0,
+            noise=lambda index: noise(5, index + 1, (1, 2, 4, 4, 4)),
+        )
+
+    rewritten = run("step", pipeline.schedule(solver), prepared.state)
+    plain = run("step_plain", {"timestep": solver.timesteps[:, None]}, prepared.inputs)
+    np.testing.assert_allclose(rewritten, plain, rtol=1e-5, atol=1e-5)
+    frames = to_frames(pipeline.graph("decode")({"latents": plain})["video"])
+    result = pipeline(still, "a red ball", seed=5, solver="dpm", steps=6)
+    assert np.abs(result.frames.astype(int) - frames).max() <= 1
+
+
+@pytest.mark.parametrize("solver, steps", [("ddim", 1), ("ddim", 10), ("dpm", 2)], ids=str)
+def test_same_seed_same_frames_alone_or_in_a_batch(pipeline: MotionPipeline, still: Still, solver: str, steps: int) -> None:
+    requests = [Request(still, "the star", seed=seed, solver=solver, steps=steps) for seed in (7, 8, 7)]
+    batch = pipeline.batch(requests)
+    alone = pipeline(still, "the star", seed=7, solver=solver, steps=steps)
+    np.testing.assert_array_equal(batch[0].frames, alone.frames)
+    np.testing.assert_array_equal(batch[2].frames, alone.frames)
+    assert not np.array_equal(batch[1].frames, alone.frames)
+
+
+def test_motion_scale_0_is_the_base_model(pipeline: MotionPipeline, fake_bundle: Path, still: Still) -> None:
+    """Whatever the memory holds, and without any memory."""
+    with_memory = pipeline(still, "a red ball", motion_scale=0)
+    without = MotionPipeline.from_bundle(fake_bundle, threads=1)(still, "a red ball", motion_scale=0)
+    np.testing.assert_array_equal(with_memory.frames, without.frames)
+    assert with_memory.references == [] and with_memory.seconds["search"] == 0
+    assert not np.array_equal(pipeline(still, "a red ball").frames, with_memory.frames)
+
+
+def test_motion_follows_the_references(pipeline: MotionPipeline, still: Still) -> None:
+    one, other = (pipeline(still, "a", references=[reference(seed)]).frames for seed in (1, 2))
+    assert not np.array_equal(one, other)
+
+
+def test_references_by_id_are_those_of_the_search(pipeline: MotionPipeline, still: Still) -> None:
+    found = pipeline(still, "a red ball", references=2)
+    again = pipeline(still, "a red ball", references=[item.id for item in found.references])
+    np.testing.assert_array_equal(found.frames, again.frames)
+    np.testing.assert_array_equal(found.frames, pipeline(still, "a red ball", references=found.references).frames)
+
+
+def test_default_references_bend_to_a_small_memory(fake_bundle: Path, fake_memory: Path, still: Still, tmp_path: Path) -> None:
+    bundle = Bundle.open(fake_bundle)
+    dims = {"embedding": 8, "motion": [2, 4], "appearance": [2, 4]}
+    with MotionMemory.create(tmp_path / "empty", digests=bundle.digests, dims=dims) as memory:
+        pipeline = MotionPipeline.from_bundle(fake_bundle, memory, threads=1)
+        with pytest.raises(MemoryStoreError, match="holds no clips"):
+            pipeline(still, "a red ball")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"minimum_score": 1.0, "prompt": "and very"}, "passes minimum_score 1.0"),
+        ({"where": {"dataset": "other"}}, "passes where {'dataset': 'other'}"),
+        ({"minimum_score": 1.0, "prompt": "and very", "where": {"dataset": ""}, "references": 2}, "1.0, where {'dataset': ''}"),
+    ],
+    ids=["score", "where", "both"],
+)
+def test_without_a_clip_that_passes_it_is_the_base_model_and_says_so(
+    pipeline: MotionPipeline, still: Still, change: dict[str, Any], words: str
+) -> None:
+    request = {"image": still, "prompt": "a red ball", **change}
+    result = pipeline(**request)
+    base = pipeline(still, request["prompt"], motion_scale=0)
+    np.testing.assert_array_equal(result.frames, base.frames)
+    assert result.references == [] and result.fallback is not None and words in result.fallback
+    assert base.fallback is None and pipeline(still, "a red ball").fallback is None
+    assert pipeline.batch([Request(**request)])[0].fallback == result.fallback
+
+
+def test_a_minimum_score_leaves_the_clips_above_it(pipeline: MotionPipeline, still: Still) -> None:
+    scores = [found.score for found in pipeline(still, "a red ball", references=4).references]
+    for references in (None, 4):
+        found = pipeline(still, "a red ball", references=references, minimum_score=scores[1]).references
+        assert [item.score for item in found] == scores[:2]
+
+
+def test_requests_choose_among_clips_by_metadata_motion_and_diversity(fake_bundle: Path, still: Still, tmp_path: Path) -> None:
+    bundle = Bundle.open(fake_bundle)
+    dims = {"embedding": 8, "motion": [2, 4], "appearance": [2, 4]}
+    with MotionMemory.create(tmp_path / "m", digests=bundle.digests, dims=dims) as memory:
+        pipeline = MotionPipeline.from_bundle(fake_bundle, memory, threads=1)
+        for number, prompt in enumerate(("a red ball", "a red ball", "a blue ball", "the star")):
+            tokens = reference(number).motion
+            memory.add([Clip(prompt, "s", number, 1, 8, "0", pipeline.embed(prompt), tokens, tokens, {}, "ab"[number % 2])])
+
+        def ids(**keywords: Any) -> list[int]:
+            return [found.id for found in pipeline(still, "a red ball", references=2, **keywords).references]
+
+        motion = memory.get([1])[0].motion
+        memory.remove([2])  # the next one moves as the first does
+        memory.add([Clip("a red ball", "s", 9, 1, 8, "0", pipeline.embed("a red ball"), motion, motion, {}, "b")])
+        assert ids() == [1, 5] and ids(distinct=0.99) == [1, 3] and ids(diversity=0.9)[0] == 1 != ids(diversity=0.9)[1] != 5
+        assert ids(where={"dataset": "b"}) == [5, 4]
+        assert len(pipeline(still, "a red ball", where={"dataset": "b"}).references) == 2  # the default bends to what passes
+        with pytest.raises(MemoryStoreError, match="2 of them with"):
+            pipeline(still, "a red ball", references=3, where={"dataset": "b"})
+
+
+def test_a_set_of_memories_is_a_memory(fake_bundle: Path, fake_memory: Path, still: Still, tmp_path: Path) -> None:
+    shutil.copytree(fake_memory, tmp_path / "b")
+    with MemorySet({"a": MotionMemory.open(fake_memory, True), "b": MotionMemory.open(tmp_path / "b")}, {"b": 2.0}) as both:
+        with MotionPipeline.from_bundle(fake_bundle, both, threads=1) as pipeline:
+            found = pipeline(still, "a red ball", references=5).references
+            assert found[0].memory == "b" and {item.memory for item in found} == {"a", "b"}
+            again = pipeline(still, "a red ball", references=both.get([(item.memory, item.id) for item in found]))
+            assert [item.id for item in again.references] == [item.id for item in found]
+            with pytest.raises(InputError, match="the memory is a set"):
+                pipeline(still, "a red ball", references=[1])
+        assert len(both) == 8  # still open
+
+
+@pytest.mark.parametrize("kind", ["path", "pillow", "array", "rgba", "grey", "tiny", "wide"])
+def test_call_takes_any_image(pipeline: MotionPipeline, still: Still, tmp_path: Path, kind: str) -> None:
+    image: Any = {
+        "pillow": Image.fromarray(still),
+        "array": still,
+        "rgba": Image.fromarray(still).convert("RGBA"),
+        "grey": still[..., 0],
+        "tiny": still[:1, :1],
+        "wide": np.zeros((2, 500, 3), np.uint8),
+    }.get(kind)
+    if kind == "path":
+        image = tmp_path / "still.png"
+        Image.fromarray(still).save(image)
+    assert pipeline(image, "a").frames.shape == (3, 16, 16, 3)
+
+
+def test_callback_counts_steps_and_can_stop(pipeline: MotionPipeline, still: Still) -> None:
+    seen: list[tuple[int, int]] = []
+    pipeline(still, "a", steps=3, callback=lambda step, steps: seen.append((step, steps)))  # None goes on
+    assert seen == [(0, 3), (1, 3), (2, 3)]
+    seen.clear()
+
+    def stop(step: int, steps: int) -> bool:
+        seen.append((step, steps))
+        return step < 1
+
+    with pytest.raises(Cancelled, match="after step 2 of 9"):
+        pipeline(still, "a", steps=9, callback=stop)
+    assert seen == [(0, 9), (1, 9)]
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"prompt": "a " * 7}, InputError, "prompt is 7 tokens long"),
+        ({"prompt": None}, InputError, "must be a string"),
+        ({"negative_prompt": "a " * 7}, InputError, "prompt is 7 tokens long"),
+        ({"image": "missing.png"}, MediaError, "missing.png"),
+        ({"image": np.zeros((4, 4, 3), np.float32)}, InputError, "uint8"),
+        ({"seed": -1}, InputError, "seed is -1"),
+        ({"seed": 0.5}, InputError, "seed is 0.5"),
+        ({"steps": 11}, InputError, "steps is 11; solver 'ddim' of this bundle takes 1 to 10"),
+        ({"solver": "euler"}, InputError, "solver is 'euler'"),
+        ({"guidance": float("nan")}, InputError, "guidance is nan"),
+        ({"guidance": "2"}, InputError, "guidance is '2'"),
+        ({"motion_scale": float("inf")}, InputError, "motion_scale is inf"),
+        ({"motion_scale": True}, InputError, "motion_scale is True"),
+        ({"references": 0}, InputError, "references is 0; this bundle takes 1 to 8"),
+        ({"references": 9}, InputError, "references is 9"),
+        ({"references": True}, InputError, "references is True"),
+        ({"references": "best"}, InputError, "references is 'best'"),
+        ({"references": 1.5}, InputError, "references is 1.5"),
+        ({"references": []}, InputError, "references is 0"),
+        ({"references": 5}, MemoryStoreError, "4 clips"),
+        ({"references": [12345]}, MemoryStoreError, "12345"),
+        ({"references": [reference(1, (3, 4))]}, InputError, r"motion tokens are \(3, 4\); .* with tokens \(2, 4\)"),
+        ({"references": [reference(1), reference(2, (3, 4))]}, InputError, "motion tokens"),
+        ({"references": [object()]}, InputError, "references holds"),
+        ({"minimum_score": 2}, InputError, "minimum_score is 2; allowed"),
+        ({"where": {"dataset": 3}}, InputError, "where is"),
+        ({"diversity": -1}, InputError, "diversity is -1"),
+        ({"distinct": "no"}, InputError, "distinct is 'no'"),
+    ],
+)
+def test_call_refuses(
+    pipeline: MotionPipeline, still: Still, change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        pipeline(**{"image": still, "prompt": "a red ball", **change})
+
+
+@pytest.mark.parametrize(
+    "guidance, message",
+    [
+        ([2.0] * 3, "guidance has 3 numbers for 4 steps; give one number, or one for each step"),
+        ([2.0] * 5, "guidance has 5 numbers for 4 steps"),
+        ((), "guidance has 0 numbers for 4 steps"),
+        (np.ones(3), "guidance has 3 numbers for 4 steps"),
+        (np.ones((1, 4)), "guidance has 1 numbers for 4 steps"),
+        (np.ones((4, 1)), r"guidance of step 1 is \[1.0\]; it must be a finite number"),
+        ([1, 2, float("inf"), 4], "guidance of step 3 is inf; it must be a finite number"),
+        ([1, None, 2, 3], "guidance of step 2 is None"),
+        (np.array(np.nan), "guidance is nan; it must be a finite number"),
+        (float("-inf"), "guidance is -inf"),
+        ("2222", "guidance is '2222'"),
+        ({1, 2, 3, 4}, "guidance is {1, 2, 3, 4}"),
+    ],
+    ids=repr,
+)
+def test_guidance_is_refused_before_any_work(fake_bundle: Path, still: Still, guidance: Any, message: str) -> None:
+    class Idle:
+        def load(self, bundle: Bundle, name: str) -> Graph:
+            raise AssertionError(f"graph {name} was loaded")
+
+    pipeline = MotionPipeline.from_bundle(fake_bundle, backend=Idle())
+    with pytest.raises(InputError, match=message):
+        pipeline(still, "a", references=[reference(1)], guidance=guidance)
+    with pytest.raises(InputError, match=message):
+        pipeline.batch([Request(still, "a"), Request(still, "a", guidance=guidance)])
+    with pytest.raises(InputError, match=message):
+        pipeline.generate(Prepared({}, {}, []), guidance=guidance)
+
+
+def test_guidance_may_be_given_step_by_step(pipeline: MotionPipeline, still: Still) -> None:
+    once = pipeline(still, "a", guidance=3).frames
+    for same in ([3.0] * 4, (3, 3, 3, 3), np.full(4, 3), np.array(3.0), np.float16(3)):
+        np.testing.assert_array_equal(pipeline(still, "a", guidance=same).frames, once)
+    assert not np.array_equal(pipeline(still, "a", guidance=[3, 3, 3, 9]).frames, once)
+
+
+def test_call_refuses_nan_tokens(pipeline: MotionPipeline, still: Still) -> None:
+    bad = reference(1)
+    bad.motion[0, 0] = np.nan
+    with pytest.raises(InputError, match="`reference_motion` has 1 NaN"):
+        pipeline(still, "a", references=[bad])
+
+
+def test_call_without_a_memory_says_what_to_do(fake_bundle: Path, still: Still) -> None:
+    pipeline = MotionPipeline.from_bundle(fake_bundle, threads=1)
+    for references in (None, 2, [1, 2]):
+        with pytest.raises(InputError, match="has no motion memory"):
+            pipeline(still, "a", references=references)
+    assert pipeline(still, "a", references=[reference(1)]).references[0].caption == "by hand"
+
+
+def test_from_bundle_refuses_a_memory_of_another_bundle(fake_memory: Path, edit_bundle: Edit) -> None:
+    path = edit_bundle(lambda manifest: manifest["digests"].update(motion="0" * 64))
+    with pytest.raises(MemoryStoreError):
+        MotionPipeline.from_bundle(path, fake_memory)
+
+
+def test_from_bundle_refuses_a_missing_memory(fake_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(MemoryStoreError, match="no motion memory at"):
+        MotionPipeline.from_bundle(fake_bundle, tmp_path / "none")
+
+
+def test_from_bundle_leaves_a_memory_that_it_was_given_open(fake_bundle: Path, fake_memory: Path) -> None:
+    with MotionMemory.open(fake_memory, readonly=True) as memory:
+        with MotionPipeline.from_bundle(fake_bundle, memory):
+            pass
+        assert len(memory) == 4
+
+
+def test_from_bundle_refuses_threads_beside_a_backend(fake_bundle: Path) -> None:
+    with pytest.raises(InputError, match="threads is for the default backend"):
+        MotionPipeline.from_bundle(fake_bundle, backend=OnnxRuntimeBackend(1), threads=2)
+
+
+def test_from_bundle_runs_on_any_backend(fake_bundle: Path, still: Still) -> None:
+    """The pipeline sees only names and arrays, and runs each graph as often as the design says."""
+    calls: dict[str, int] = {}
+
+    class Counting:
+        inner = OnnxRuntimeBackend(1)
+
+        def load(self, bundle: Bundle, name: str) -> Graph:
+            graph = self.inner.load(bundle, name)
+
+            def counted(inputs: Any) -> dict[str, NDArray[Any]]:
+                calls[name] = calls.get(name, 0) + 1
+                return graph(inputs)
+
+            return counted
+
+    pipeline = MotionPipeline.from_bundle(fake_bundle, backend=Counting())
+    for _ in range(2):
+        pipeline(still, "a", references=[reference(1)], steps=6)
+    assert calls == {
+        **dict.fromkeys(("appearance", "cama", "encode", "request", "decode"), 2),
+        "text": 4,
+        "schedule": 1,
+        "step": 12,
+    }
+
+
+def test_low_memory_holds_one_graph_at_a_time_and_gives_the_same(
+    pipeline: MotionPipeline, fake_bundle: Path, fake_memory: Path, still: Still
+) -> None:
+    class Graph:
+        """What the backend gives, alive as long as somebody holds it."""
+
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+        def __call__(self, inputs: Any) -> Any:
+            return self.inner(inputs)
+
+    alive: weakref.WeakSet[Graph] = weakref.WeakSet()
+    loaded: list[str] = []
+
+    class Watching:
+        inner = OnnxRuntimeBackend(1)
+
+        def load(self, bundle: Bundle, name: str) -> Any:
+            assert not alive, f"{name} is loaded beside another graph"
+            loaded.append(name)
+            graph = Graph(self.inner.load(bundle, name))
+            alive.add(graph)
+            return graph
+
+    want = pipeline(still, "a", seed=1)
+    with MotionPipeline.from_bundle(fake_bundle, fake_memory, backend=Watching(), low_memory=True) as frugal:
+        frugal.warm()
+        assert not loaded, "nothing of it would stay"
+        for _ in range(2):
+            loaded.clear()
+            got = frugal(still, "a", seed=1)
+            assert loaded.index("step") == len(loaded) - 2 and loaded[-1] == "decode"
+    assert np.array_equal(got.frames, want.frames)
+
+
+def test_schedule_keeps_few_tables(pipeline: MotionPipeline) -> None:
+    for steps in range(1, 11):
+        tables = pipeline.schedule(pipeline.bundle.solver("ddim", steps))
+        assert tables["modulation"].shape == (steps, 4)
+    assert len(pipeline._schedules) <= 8
+
+
+def test_schedule_rows_may_keep_a_batch_of_one(edit_bundle: Edit, still: Still) -> None:
+    """Where `step` declares the row as [1, 4], the table is [T, 1, 4]: what an exporter that keeps the batch writes."""
+
+    class Shaped:
+        def load(self, bundle: Bundle, name: str) -> Graph:
+            if name == "schedule":
+                return lambda inputs: {"modulation": np.zeros((len(inputs["timesteps"]), 4), np.float32)}
+            raise AssertionError(name)
+
+    path = edit_bundle(
+        lambda manifest: next(port for port in manifest["graphs"]["step"]["inputs"] if port["name"] == "modulation").update(
+            dims=[1, 4]
+        )
+    )
+    pipeline = MotionPipeline.from_bundle(path, backend=Shaped())
+    assert pipeline.schedule(pipeline.bundle.solver("ddim", 5))["modulation"].shape == (5, 1, 4)
+
+
+def test_to_frames_rounds_clips_and_refuses_nan() -> None:
+    video = np.array([-1.5, -1, 0, 1, 2], np.float32).reshape(1, 5, 1, 1, 1).repeat(3, axis=2)
+    assert to_frames(video)[:, 0, 0, 0].tolist() == [0, 0, 128, 255, 255]
+    with pytest.raises(BackendError, match="NaN"):
+        to_frames(np.full((1, 1, 3, 2, 2), np.nan, np.float32))
+
+
+@pytest.mark.parametrize("module", ["motionrt.runtime", "motionrt.runtime.pipeline", "motionrt.runtime.cli.main"])
+def test_import_pulls_in_no_framework(module: str) -> None:
+    code = (
+        f"import sys, {module}; "
+        "print([m for m in ('torch', 'transformers', 'diffusers', 'onnx', 'motionrt.export') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_load_takes_several_graphs_at_once_and_large_ones_in_turn(
+    fake_bundle: Path, fake_memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From other threads only where the backend allows it, and never those whose weights lie beside them."""
+    with MotionPipeline.from_bundle(fake_bundle, fake_memory, threads=1) as pipeline:
+        large = replace(pipeline.bundle.graph("decode"), data=Data("graphs/decode.safetensors", "0" * 64))
+        graph = Bundle.graph
+        monkeypatch.setattr(Bundle, "graph", lambda self, name: large if name == "decode" else graph(self, name))
+        threads: dict[str, str] = {}
+
+        class Noting:
+            parallel_load = True
+
+            def load(self, bundle: Bundle, name: str) -> Graph:
+                threads[name] = threading.current_thread().name
+                return lambda inputs: {}
+
+        pipeline.backend = Noting()
+        pipeline.load(workers=2)
+        main = threading.current_thread().name
+        assert {name for name, thread in threads.items() if thread == main} == {"decode"}
+        assert set(threads) == {"text_query", *(name for name in GRAPHS if name in pipeline.bundle.graphs)}
+        seen = dict(threads)
+        pipeline.load(workers=2)
+        assert threads == seen
+        for workers, parallel in ((1, True), (2, False)):
+            pipeline._graphs.clear()
+            Noting.parallel_load = parallel
+            pipeline.load(workers=workers)
+            assert set(threads.values()) == {main}
+
+
+def test_load_of_a_damaged_graph_fails_as_it_does_alone(fake_bundle: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(fake_bundle, tmp_path / "bundle"))
+    pipeline = MotionPipeline.from_bundle(path, threads=1)
+    (path / "graphs" / "cama.onnx").write_bytes(b"no graph")
+    with pytest.raises(BackendError, match="cannot load graph 'cama'"):
+        pipeline.load(workers=2)
+
+
+def test_warm_reaches_what_the_first_request_would_wait_for(fake_bundle: Path, fake_memory: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(fake_bundle)
+    with MotionPipeline.from_bundle(fake_bundle, fake_memory, threads=1) as pipeline:
+        searched: list[int] = []
+        assert isinstance(pipeline.memory, MotionMemory)
+        search = pipeline.memory.search
+        pipeline.memory.search = lambda embedding, k: searched.append(k) or search(embedding, k)  # type: ignore
+        pipeline.warm()
+        assert searched == [1]
+    dims = {"embedding": 8, "motion": [2, 4], "appearance": [2, 4]}
+    with MotionMemory.create(tmp_path / "empty", digests=bundle.digests, dims=dims) as memory:
+        MotionPipeline.from_bundle(fake_bundle, memory, threads=1).warm()  # an empty one is the request's to refuse
