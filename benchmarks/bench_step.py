@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import harness
-from motionrt.runtime.backends.onnxruntime import Graph, OnnxRuntimeBackend
+from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from motionrt.runtime.backends.seam import Graph
 from motionrt.runtime.bundle.bundle import Bundle, Port, sha256_of
 from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.loop import sample

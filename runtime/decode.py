@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from motionrt.runtime.backends.onnxruntime import Array, fetch
+from motionrt.runtime.backends.seam import Array, fetch
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.errors import BackendError, BundleError
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from motionrt.runtime.backends.onnxruntime import Array, DeviceGraph, Graph, place
+from motionrt.runtime.backends.seam import Array, Checked, Graph
+from motionrt.runtime.backends.seam import fetch as to_host
 from motionrt.runtime.errors import InputError
 
 
@@ -35,9 +36,9 @@ def sample(
     `state`: arrays that every step reads; `tables`: arrays [T, ...], of which step t reads row t under the same name;
     `coefficients` float32 [T, 6]; `guidance` float32 [T] or one number; `noise(t)`: standard normal of the shape of
     `latents`, asked for only where c3 of step t is not 0. `on_step(t, T)` is called after step t and may raise to stop.
-    A `step` that can keep values on its device (`DeviceGraph`) is given `state` and `tables` once (or gets them as `place`
-    made them), and its results stay there until the last; any other must not write into what it has returned.
-    `fetch`: give the latents as a host array; otherwise where the last step left them, until `step` runs again.
+    A `step` that is `Checked` is given `state` and `tables` once (`put`), and its results stay where they are;
+    any other must not write into what it has returned.
+    `fetch`: give the latents as a host array; otherwise where the last step left them.
     Raises `InputError` where the lengths of tables, guidance and coefficients differ.
     """
     rows = np.asarray(coefficients, np.float32)
@@ -52,12 +53,16 @@ def sample(
     for name, table in tables.items():
         if len(table) != steps:
             raise InputError(f"schedule table `{name}` has {len(table)} rows; the solver has {steps} steps.")
-    device = step if isinstance(step, DeviceGraph) else None
-    state, tables = place(step, state), place(step, tables)
+    device = step if isinstance(step, Checked) else None
+
+    def place(arrays: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: to_host(value) if device is None else device.put(name, value) for name, value in arrays.items()}
+
+    state, tables = place(state), place(tables)
     x: Any = latents
-    x0: Any = place(step, {"previous_x0": np.zeros_like(latents)})["previous_x0"]
+    x0: Any = place({"previous_x0": np.zeros_like(latents)})["previous_x0"]
     zeros = x0
-    loop = place(step, {"coefficients": rows, "guidance": scales})
+    loop = place({"coefficients": rows, "guidance": scales})
     run: Callable[[Mapping[str, Any]], dict[str, Any]] = step if device is None else device.run
     for t in range(steps):
         outputs = run(
@@ -74,7 +79,7 @@ def sample(
         x, x0 = outputs["next_latents"], outputs["x0"]
         if on_step is not None:
             on_step(t, steps)
-    return device.get(x) if device is not None and fetch else x
+    return to_host(x) if fetch else x
 
 
 def dynamic_guidance(scale: float, timesteps: Sequence[int] | Array) -> list[float]:

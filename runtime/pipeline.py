@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motionrt.runtime.backends.auto import Choice, choose
-from motionrt.runtime.backends.onnxruntime import Array, Backend, Graph, call, fetch
 from motionrt.runtime.backends.open import RunOptions, open_backend
+from motionrt.runtime.backends.seam import Array, Backend, Checked, DeviceValue, Graph, fetch
 from motionrt.runtime.bundle.bundle import Bundle, Solver
 from motionrt.runtime.decode import decode_video, to_frames
 from motionrt.runtime.errors import Cancelled, InputError, MemoryStoreError
@@ -270,7 +270,7 @@ class MotionPipeline:
             guidance=np.asarray(guidance, np.float32),
             noise=lambda index: noise(seed, index + 1, shape),
             on_step=on_step,
-            fetch=not getattr(step, "resident", False),
+            fetch=False,
         )
         del step  # with `low_memory` the decoder takes its place
         seconds["step"] += sum(step_seconds)
@@ -343,7 +343,10 @@ class MotionPipeline:
 
     def _call(self, name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Graph `name`; results stay on its device where they may, and `fetch` brings one to the host."""
-        return call(self.graph(name), inputs)
+        graph = self.graph(name)
+        if isinstance(graph, Checked):
+            return graph.run(inputs)
+        return graph({key: fetch(value) for key, value in inputs.items()})
 
     def embed(self, prompt: str) -> NDArray[np.float32]:
         """The prompt as a search vector, float32 [E], of length 1."""
@@ -362,7 +365,7 @@ class MotionPipeline:
                 for name, table in tables.items():
                     if name in ports and len(ports[name].dims) == table.ndim:  # `step` keeps the row as a batch of one
                         tables[name] = table[:, None]
-            on_device = any(getattr(table, "resident", False) for table in tables.values())
+            on_device = any(isinstance(table, DeviceValue) for table in tables.values())
             while len(self._schedules) >= (_CACHED_ON_DEVICE if on_device else _CACHED_SCHEDULES):
                 del self._schedules[next(iter(self._schedules))]
             self._schedules[key] = tables

@@ -24,7 +24,7 @@ import numpy as np
 
 import motionrt
 from motionrt.runtime.backends.machine import find_gpus, processor
-from motionrt.runtime.backends.onnxruntime import Array, Graph, place
+from motionrt.runtime.backends.seam import Array, Checked, Graph
 from motionrt.runtime.bundle.bundle import sha256_of
 from motionrt.runtime.dtypes import DTYPES
 from motionrt.runtime.errors import BackendError, BundleError
@@ -158,7 +158,10 @@ def compare_steps(
     prepared = pipeline.prepare(bench_request(pipeline, 0, plan))
     solver = bundle.solver(plan.solver, plan.steps)
     shape = (1, *bundle.model.latents)
-    states = {name: place(graph, pipeline.select(name, prepared.state)) for name, graph in candidates.items()}  # once for all
+    states = {name: pipeline.select(name, prepared.state) for name in candidates}
+    for name, graph in candidates.items():
+        if isinstance(graph, Checked):  # placed once for all
+            states[name] = {port: graph.put(port, value) for port, value in states[name].items()}
     tables: dict[str, dict[str, Array]] = {
         name: pipeline.schedule(solver) if name == "step" else {"timestep": solver.timesteps[:, None]} for name in candidates
     }
