@@ -27,7 +27,6 @@ from motionrt.runtime.bundle.manifest import (
     ProgramSpec,
     Weights,
     read_manifest,
-    sha256_of,
 )
 from motionrt.runtime.errors import BundleError, InputError
 from motionrt.runtime.files import digest_of
@@ -35,7 +34,7 @@ from motionrt.runtime.files import digest_of
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["FORMAT", "Bundle", "Dim", "GraphSpec", "Model", "Port", "ProgramSpec", "Solver", "Weights", "sha256_of"]
+__all__ = ["FORMAT", "Bundle", "Dim", "GraphSpec", "Model", "Port", "ProgramSpec", "Solver", "Weights"]
 
 
 @dataclass(frozen=True)

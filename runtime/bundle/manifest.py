@@ -150,12 +150,6 @@ class Manifest:
     programs: Mapping[str, ProgramSpec]
 
 
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def parse_json(path: Path) -> Any:
     """bundle.json as parsed JSON; `BundleError` in plain words."""
     if not path.parent.is_dir():

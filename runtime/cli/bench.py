@@ -40,7 +40,7 @@ def bench(
     """
     from motionrt.runtime.cli import measure
     from motionrt.runtime.cli import show as report
-    from motionrt.runtime.media.video import replacing
+    from motionrt.runtime.files import replacing
 
     plan = measure.Plan(prompt or measure.PROMPT, image, steps, solver)
     with open_pipeline(bundle, memory or [], run_options) as pipeline, report.progress() as bars:

@@ -25,9 +25,9 @@ import numpy as np
 import motionrt
 from motionrt.runtime.backends.machine import find_gpus, processor
 from motionrt.runtime.backends.seam import Array, Checked, Graph
-from motionrt.runtime.bundle.bundle import sha256_of
 from motionrt.runtime.dtypes import DTYPES
 from motionrt.runtime.errors import BackendError, BundleError
+from motionrt.runtime.files import sha256_of
 from motionrt.runtime.loop import sample
 from motionrt.runtime.media.video import write_video
 from motionrt.runtime.memory.memory import Reference

@@ -38,9 +38,10 @@ from motionrt.runtime.backends.open import (  # noqa: E402
 from motionrt.runtime.backends.seam import Checked, fetch  # noqa: E402
 from motionrt.runtime.backends.torch_backend import TorchBackend, TorchExecutor  # noqa: E402
 from motionrt.runtime.backends.torch_program import load_program  # noqa: E402
-from motionrt.runtime.bundle.bundle import Bundle, Dim, GraphSpec, Port, sha256_of  # noqa: E402
+from motionrt.runtime.bundle.bundle import Bundle, Dim, GraphSpec, Port  # noqa: E402
 from motionrt.runtime.dtypes import DTYPES  # noqa: E402
 from motionrt.runtime.errors import BackendError, BackendWarning, BundleError, InputError  # noqa: E402
+from motionrt.runtime.files import sha256_of  # noqa: E402
 from motionrt.runtime.loop import sample  # noqa: E402
 from motionrt.runtime.pipeline import MotionPipeline  # noqa: E402
 
