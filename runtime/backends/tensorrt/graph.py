@@ -22,7 +22,7 @@ from motionrt.runtime.backends.tensorrt.engine_file import FLAVORS, EngineFile
 from motionrt.runtime.backends.tensorrt.runtime_cache import RuntimeCache
 from motionrt.runtime.bundle.bundle import GraphSpec, Port
 from motionrt.runtime.dtypes import DTYPES
-from motionrt.runtime.errors import BackendError, BackendWarning, EngineError, InputError
+from motionrt.runtime.errors import BackendError, BackendWarning, InputError
 
 _MAX_SHAPES = 8  # sets of input shapes that a graph keeps buffers for
 _TYPES = {dtype.tensorrt: dtype.name for dtype in DTYPES.values() if dtype.tensorrt}
@@ -92,10 +92,8 @@ class TensorRTExecutor(Executor):
         wanted |= {port.name: (False, port.dtype) for port in self.spec.outputs}
         for name in sorted(wanted.keys() | found.keys()):
             if found.get(name) != wanted.get(name):
-                raise EngineError(
-                    f"engine '{self.file.graph}' in {self.file.folder} has for `{name}` {_said(found.get(name))}; the bundle "
-                    f"declares {_said(wanted.get(name))}. Rebuild: `{self.file.rebuild_command()}`."
-                )
+                has, declares = _said(found.get(name)), _said(wanted.get(name))
+                raise self.file.refuse(f"has for `{name}` {has}; the bundle declares {declares}")
 
     def prepare(self) -> None:
         """Run once at the first profile's `opt` shapes."""
