@@ -178,8 +178,10 @@ class Checked:
 
 
 class Backend(Protocol):
-    """What turns graphs of a bundle into `Checked` ones. `precision`: the dtype that it computes in, by name."""
+    """What turns graphs of a bundle into `Checked` ones. `label`: what runs them, and where; `precision`: the dtype that it
+    computes in, by name."""
 
+    label: str
     precision: str
 
     def load(self, bundle: Bundle, name: str) -> Checked:

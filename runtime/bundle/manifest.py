@@ -65,7 +65,7 @@ class Data:
 class GraphSpec:
     """The declared interface of one graph and the file that holds it; `activations`: bytes alive at once in a call.
 
-    `wide`: patterns (as of `fnmatch`) of weights whose results leave the range of float16: see `precision.choose`.
+    `wide`: patterns (as of `fnmatch`) of weights whose results leave the range of float16: see `precision.low_ops`.
     """
 
     name: str

@@ -145,10 +145,9 @@ class TensorRTBackend:
         except EngineError as error:
             if fallback is None:
                 raise
-            instead = getattr(fallback, "label", type(fallback).__name__)
             if not isinstance(error, NoEngine):
-                warnings.warn(f"graph '{name}' runs in {instead}: {error}", BackendWarning, stacklevel=2)
-            self.used[name] = instead
+                warnings.warn(f"graph '{name}' runs in {fallback.label}: {error}", BackendWarning, stacklevel=2)
+            self.used[name] = fallback.label
             return fallback.load(bundle, name)
         self.precision = file.dtype
         self.used[name] = f"{FLAVORS[file.flavor]} {file.library}, {file.folder.name}, kernel {file.kernel}"
