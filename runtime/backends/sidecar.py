@@ -79,7 +79,7 @@ class Sidecar(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
             raise self.refuse(f"cannot be used: {name} cannot be read ({error.strerror})") from None
         if got != sha256:
             said = f"its sidecar says {sha256[:12]}…: nothing was loaded"
-            raise self.refuse(f"is damaged: {name} has SHA-256 {got[:12]}…, {said}")
+            raise self.refuse(f"is damaged: SHA-256 of {name} is {got[:12]}…, {said}")
 
     def to_json(self) -> str:
         """The sidecar's text; the same for the same contents."""

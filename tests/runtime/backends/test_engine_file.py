@@ -149,7 +149,7 @@ def test_check_refuses_one_flipped_bit(file: EngineFile, at: int) -> None:
     damaged = bytearray(CONTENT)
     damaged[at] ^= 1
     file.engine_path.write_bytes(damaged)
-    with pytest.raises(EngineError, match="is damaged: .* has SHA-256 .*nothing was loaded.*Rebuild: "):
+    with pytest.raises(EngineError, match="is damaged: SHA-256.*nothing was loaded.*Rebuild: "):
         file.check(SPEC, HERE)
 
 
