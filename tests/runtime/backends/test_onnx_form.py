@@ -67,7 +67,8 @@ def test_one_that_is_up_to_date_is_left_alone_and_a_damaged_one_is_made_again(pa
     file = form_folder(path, "float16") / "text.onnx"
     good = file.read_bytes()
     file.write_bytes(good[:-3])
-    with pytest.raises(EngineError, match=r"form of graph 'text' in .* is damaged: SHA-256 of text.onnx .*motionrt build .*--graphs text"):
+    message = r"form of graph 'text' in .* is damaged: SHA-256 of text.onnx .*motionrt build .*--graphs text"
+    with pytest.raises(EngineError, match=message):
         OnnxRuntimeBackend(1, precision="float16").load(Bundle.open(path), "text")
     assert [item.cached for item in build_forms(path, options)] == [False, True]
     assert file.read_bytes() == good, "the same bytes from the same build"
