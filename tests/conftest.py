@@ -46,7 +46,7 @@ def fake_bundle(fake: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> P
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Run the command in this process: (exit status, standard output, standard error)."""
 
-    from motionrt.cli import main
+    from motionrt.runtime.cli.main import main
 
     def call(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
