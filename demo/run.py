@@ -18,7 +18,8 @@ from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.cli import show as report
 from motionrt.runtime.cli.common import open_pipeline, run_app, with_run_options
 from motionrt.runtime.errors import InputError, MediaError
-from motionrt.runtime.media.video import read_clip, replacing, write_video
+from motionrt.runtime.files import replacing
+from motionrt.runtime.media.video import read_clip, write_video
 from motionrt.runtime.memory.memory import Reference
 from motionrt.runtime.pipeline import MotionPipeline, Result
 

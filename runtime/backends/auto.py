@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from motionrt.runtime.backends.machine import Gpu, find_gpus
-from motionrt.runtime.backends.onnxruntime import Backend, Graph
 from motionrt.runtime.backends.open import BACKENDS, ONNXRUNTIME, BackendKind, RunOptions, open_backend
+from motionrt.runtime.backends.seam import Backend, Checked
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.errors import BackendError, InputError
 
@@ -27,7 +27,7 @@ class Choice:
 
     backend: Backend
     why: str
-    graphs: Mapping[str, Graph] = field(default_factory=dict)
+    graphs: Mapping[str, Checked] = field(default_factory=dict)
 
 
 def choose(
@@ -66,7 +66,7 @@ def choose(
     return _done(cpu, getattr(cpu, "label", ONNXRUNTIME.name), refused, {})
 
 
-def _done(backend: Backend, what: str, refused: list[str], loaded: Mapping[str, Graph]) -> Choice:
+def _done(backend: Backend, what: str, refused: list[str], loaded: Mapping[str, Checked]) -> Choice:
     why = f"chose {what}" + (f", because not {'; not '.join(refused)}" if refused else "")
     log.info("%s", why)
     return Choice(backend, why, loaded)
@@ -74,7 +74,7 @@ def _done(backend: Backend, what: str, refused: list[str], loaded: Mapping[str, 
 
 def _try(
     kind: BackendKind, bundle: Bundle, gpus: list[Gpu], options: RunOptions, graphs: Sequence[str]
-) -> tuple[Backend, dict[str, Graph]]:
+) -> tuple[Backend, dict[str, Checked]]:
     """A backend of `kind` that has loaded `graphs`; `BackendError` says why there is none."""
     for name in graphs:
         if lacking := kind.lacks(bundle, name, gpus[0].target):

@@ -18,7 +18,7 @@ from motionrt.runtime.errors import InputError, MotionRTError
 
 if TYPE_CHECKING:
     from motionrt.runtime.backends.auto import Choice
-    from motionrt.runtime.backends.onnxruntime import Backend
+    from motionrt.runtime.backends.seam import Backend
     from motionrt.runtime.memory.memory import MotionMemory
     from motionrt.runtime.memory.set import MemorySet
     from motionrt.runtime.pipeline import MotionPipeline

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from motionrt.runtime.backends.onnxruntime import Backend, Graph
+from motionrt.runtime.backends.seam import Backend, Graph
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.errors import InputError, MediaError, MemoryStoreError
 from motionrt.runtime.indexing.hashes import FileHashes

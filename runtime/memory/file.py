@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motionrt.runtime.errors import InputError, MemoryStoreError
-from motionrt.runtime.media.video import replacing
+from motionrt.runtime.files import replacing
 from motionrt.runtime.memory import store
 from motionrt.runtime.memory.rows import Clip, Layout
 from motionrt.runtime.memory.search import Choice, Where

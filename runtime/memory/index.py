@@ -25,10 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from motionrt.runtime.bundle.manifest import sha256_of
 from motionrt.runtime.errors import MemoryStoreError, MotionRTError
-from motionrt.runtime.files import stamp_of
-from motionrt.runtime.media.video import replacing
+from motionrt.runtime.files import replacing, sha256_of, stamp_of
 from motionrt.runtime.memory.order import reorder
 from motionrt.runtime.memory.store import State
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motionrt.runtime.errors import MemoryStoreError
-from motionrt.runtime.media.video import replacing
+from motionrt.runtime.files import replacing
 from motionrt.runtime.memory import index as derived
 from motionrt.runtime.memory import search as choosing
 from motionrt.runtime.memory import store

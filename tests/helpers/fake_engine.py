@@ -23,7 +23,8 @@ import motionrt
 from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from motionrt.runtime.backends.tensorrt.engine_file import EngineFile, EnginePort, Span, engine_folder
 from motionrt.runtime.bundle.bundle import Bundle
-from motionrt.runtime.bundle.manifest import GraphSpec, sha256_of
+from motionrt.runtime.bundle.manifest import GraphSpec
+from motionrt.runtime.files import sha256_of
 
 VERSION = "1.7.1.116"
 SCRATCH = 4096  # bytes that an engine asks for, times the length of its graph's name

@@ -15,7 +15,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from motionrt.runtime.backends.onnxruntime import Graph, OnnxRuntimeBackend
+from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from motionrt.runtime.backends.seam import Graph
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.bundle.manifest import Data
 from motionrt.runtime.decode import to_frames

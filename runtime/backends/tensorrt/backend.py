@@ -2,7 +2,7 @@
 
 Only `motionrt.runtime.backends.open` imports this module, and only when it is asked for. A sidecar is
 checked before its engine is deserialised (`EngineFile.check`): nothing else protects a process from an engine of another
-machine or version. How an engine runs, and who owns what it computes, is in tensorrt_graph.py.
+machine or version. How an engine runs, and who owns what it computes, is in graph.py.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import logging
 import re
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from types import ModuleType
 from typing import Any
 
-from motionrt.runtime.backends.onnxruntime import Backend, Graph
 from motionrt.runtime.backends.open import MODULES, TENSORRT
+from motionrt.runtime.backends.seam import Backend, Checked
 from motionrt.runtime.backends.tensorrt.device_memory import Cuda
 from motionrt.runtime.backends.tensorrt.engine_file import FLAVORS, EngineFile, Machine
-from motionrt.runtime.backends.tensorrt.graph import Arena, TensorRTGraph, WithFallback
+from motionrt.runtime.backends.tensorrt.graph import Arena, TensorRTExecutor
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.bundle.manifest import LOOP
 from motionrt.runtime.dtypes import PREFERRED
@@ -130,7 +131,7 @@ class TensorRTBackend:
         more = f" ({len(others)} other engines of it do not fit either: see `motionrt doctor {bundle.path}`.)" if others else ""
         raise EngineError(f"{first}{more}")
 
-    def load(self, bundle: Bundle, name: str) -> Graph:
+    def load(self, bundle: Bundle, name: str) -> Checked:
         """Load graph `name`, warmed up at the first profile's `opt` shapes, so that no request pays for it.
 
         Raises `EngineError` as `find` does, or where TensorRT refuses the engine; `BackendError` where it fails.
@@ -138,8 +139,9 @@ class TensorRTBackend:
         spec, fallback = bundle.graph(name), self.fallback
         try:
             file = self.find(bundle, name)
-            graph = TensorRTGraph(spec, file, self.deserialize(file), self, name in LOOP)
-            graph.prepare()
+            otherwise = None if fallback is None else partial(fallback.load, bundle, name)
+            executor = TensorRTExecutor(spec, file, self.deserialize(file), self, name in LOOP, otherwise)
+            executor.prepare()
         except EngineError as error:
             if fallback is None:
                 raise
@@ -150,9 +152,7 @@ class TensorRTBackend:
             return fallback.load(bundle, name)
         self.precision = file.dtype
         self.used[name] = f"{FLAVORS[file.flavor]} {file.library}, {file.folder.name}, kernel {file.kernel}"
-        if fallback is None:
-            return graph
-        return WithFallback(graph, lambda: fallback.load(bundle, name))
+        return Checked(spec, executor)
 
     def deserialize(self, file: EngineFile) -> Any:
         """The engine of a sidecar that was checked; `EngineError` with TensorRT's own words if it refuses."""

@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from motionrt.runtime.backends.machine import driver_version, find_gpus
 from motionrt.runtime.backends.open import ONNXRUNTIME, TENSORRT
+from motionrt.runtime.backends.seam import DeviceValue
 from motionrt.runtime.errors import BackendError
 
 
@@ -200,31 +201,22 @@ class Pool:
 
 
 @dataclass(frozen=True, eq=False)
-class DeviceArray:
-    """A contiguous array on the GPU: read-only for everyone but the graph that made it. `np.asarray` copies it to the host."""
+class DeviceArray(DeviceValue):
+    """A contiguous array on the GPU `device`; `owner` keeps its memory."""
 
-    cuda: Cuda
+    device: Cuda
     owner: object
     address: int
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    resident: ClassVar[bool] = True  # see backend.fetch
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Of the whole array."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def __len__(self) -> int:
-        if not self.shape:
-            raise TypeError("an array of no dimensions has no length")
-        return self.shape[0]
-
     def __getitem__(self, index: Any) -> DeviceArray:
-        """Without a copy: a row, neighbouring rows, or an axis of one put in after the first (`table[:, None]`)."""
+        """See `DeviceValue`; nothing is copied."""
         if isinstance(index, tuple) and index == (slice(None), None):
             return self._view(0, (self.shape[0], 1, *self.shape[1:]))
         row = self.nbytes // max(len(self), 1)
@@ -238,18 +230,16 @@ class DeviceArray:
             return self._view(int(index) % len(self) * row, self.shape[1:])
         raise TypeError(f"a device array takes a row number, a slice of rows or [:, None], not {index!r}")
 
-    def __iter__(self) -> Iterator[DeviceArray]:
-        return (self[row] for row in range(len(self)))
-
     def _view(self, offset: int, shape: tuple[int, ...]) -> DeviceArray:
-        return DeviceArray(self.cuda, self.owner, self.address + offset, shape, self.dtype)
+        return DeviceArray(self.device, self.owner, self.address + offset, shape, self.dtype)
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+    def to_host(self) -> NDArray[Any]:
+        """See `DeviceValue`."""
         host = np.empty(self.shape, self.dtype)
-        with self.cuda.lock, self.cuda.active():
-            self.cuda.download(host, self.address)
-            self.cuda.synchronize()
-        return host if dtype is None else host.astype(dtype)
+        with self.device.lock, self.device.active():
+            self.device.download(host, self.address)
+            self.device.synchronize()
+        return host
 
 
 def _named(driver: Any, status: Any) -> str:

@@ -22,9 +22,10 @@ from motionrt.runtime.backends.tensorrt.engine_file import (
     sorted_targets,
 )  # fmt: skip
 from motionrt.runtime.bundle.bundle import Bundle
-from motionrt.runtime.bundle.manifest import Data, Dim, GraphSpec, Port, Weights, sha256_of
+from motionrt.runtime.bundle.manifest import Data, Dim, GraphSpec, Port, Weights
 from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.errors import EngineError, InputError
+from motionrt.runtime.files import sha256_of
 
 BATCH = Dim("batch", 1, 1, 4)
 SPEC = GraphSpec(
