@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
     Memory = MotionMemory | MemorySet
 
+Placed = dict[tuple[str, str], tuple[Any, Any]]  # (graph, port) -> a value, and the same on the graph's device
+
 _GRAPHS = 1 << 32  # noise streams: of loops from 0 on, of graphs from here on, by their place in the plan
 
 
@@ -78,16 +80,16 @@ class Result:
 
 
 class Job:
-    """One request on its way. An iterator: `next` runs one call of a graph with `execute` and returns it."""
+    """One request on its way. An iterator: `next` has one call of a graph run and returns it."""
 
-    def __init__(self, bundle: Bundle, memory: Memory | None, request: Request, execute: Callable[[Job], Outputs]) -> None:
+    def __init__(self, bundle: Bundle, memory: Memory | None, request: Request, run: Callable[[Call, Placed], Outputs]) -> None:
         """Every check that can be made without running a graph: `InputError`, `MediaError`, `MemoryStoreError`."""
-        self.bundle, self.request, self.execute = bundle, request, execute
+        self.bundle, self.request, self._run = bundle, request, run
         self.seconds: dict[str, float] = {}
         self.step_seconds: list[float] = []
         self.references: list[Reference] = []
         self.fallback: str | None = None
-        self.placed: dict[tuple[str, str], tuple[Any, Any]] = {}  # (graph, port) -> the value, and it on the graph's device
+        self.placed: Placed = {}
         self.seed = check_seed(request.seed)
         self.frames: NDArray[np.uint8] | None = None
         self.failure: Exception | None = None  # why it ended before its end, where a scheduler ran it
@@ -108,7 +110,7 @@ class Job:
                     raise InputError(f"`{name}` is given, and no graph of the plan of bundle '{bundle.name}' reads it.")
                 self.values[name] = value
         self._query = self._references(memory, inputs)
-        self._calls = self._run()
+        self._calls = self._walk()
 
     # --- running ------------------------------------------------------------------------------------------------------
 
@@ -127,7 +129,7 @@ class Job:
         if call is None:
             raise StopIteration
         start = time.perf_counter()
-        outputs = self.execute(self)
+        outputs = self._run(call, self.placed)
         self.send(outputs, time.perf_counter() - start)
         return call
 
@@ -174,7 +176,7 @@ class Job:
 
     # --- the plan -----------------------------------------------------------------------------------------------------
 
-    def _run(self) -> Generator[Call, Outputs, NDArray[np.uint8]]:
+    def _walk(self) -> Generator[Call, Outputs, NDArray[np.uint8]]:
         manifest, values = self.bundle.manifest, self.values
         if self._query is not None:
             assert manifest.memory is not None

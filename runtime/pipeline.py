@@ -17,7 +17,7 @@ from motionrt.runtime.backends.open import RunOptions, open_backend
 from motionrt.runtime.backends.seam import Backend, Checked
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.errors import Cancelled, InputError, MemoryStoreError
-from motionrt.runtime.job import Job, Request, Result
+from motionrt.runtime.job import Job, Placed, Request, Result
 from motionrt.runtime.loop import Call, Row
 from motionrt.runtime.memory.search import Search
 
@@ -145,7 +145,7 @@ class MotionPipeline:
 
     def start(self, request: Request) -> Job:
         """The job of `request`: everything is checked, nothing has been run. See `Job`."""
-        return Job(self.bundle, self.memory, request, self.execute)
+        return Job(self.bundle, self.memory, request, self.run)
 
     def result(self, job: Job) -> Result:
         """What a job gave; it is run to its end where it is not there yet."""
@@ -164,12 +164,7 @@ class MotionPipeline:
         """Answer several requests, one after the other; all are checked before the first is run."""
         return [self.result(job) for job in [self.start(request) for request in requests]]
 
-    def execute(self, job: Job) -> Mapping[str, Any]:
-        """Run the call that `job` waits for."""
-        assert job.call is not None
-        return self.run(job.call, job.placed)
-
-    def run(self, call: Call, placed: dict[tuple[str, str], tuple[Any, Any]]) -> Mapping[str, Any]:
+    def run(self, call: Call, placed: Placed) -> Mapping[str, Any]:
         """Run one call. What is the same in all steps of a loop is put on the graph's device once: `placed` is what was put, by
         graph and port, and is kept by whoever makes the calls."""
         if call.key is not None and call.key in self._kept:

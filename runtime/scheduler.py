@@ -97,9 +97,10 @@ class Scheduler:
         return group
 
     def _alone(self, job: Job) -> None:
-        start = time.perf_counter()
+        start, call = time.perf_counter(), job.call
+        assert call is not None
         try:
-            job.send(self.pipeline.execute(job), time.perf_counter() - start)
+            job.send(self.pipeline.run(call, job.placed), time.perf_counter() - start)
         except MotionRTError as error:
             job.failure = error
 
@@ -111,7 +112,7 @@ class Scheduler:
             parts = split(graph.spec, graph.run(merge(graph.spec, calls)), len(group))
             name = graph.spec.name
             if name not in self.same:
-                alone = [self.pipeline.execute(job) for job in group]
+                alone = [self.pipeline.run(call, job.placed) for call, job in zip(calls, group, strict=True)]
                 self.same[name] = all(
                     np.array_equal(np.asarray(one[port]), np.asarray(part[port]), equal_nan=True)
                     for one, part in zip(alone, parts, strict=True) for port in one

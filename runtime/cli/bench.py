@@ -181,6 +181,7 @@ def bench_requests(
 
 def compare_steps(pipeline: MotionPipeline, name: str, request: Request, rounds: int) -> Comparison:
     """The rewritten step of loop `name` against the graph of it before it was rewritten, where the bundle has that."""
+    from motionrt.runtime.job import Placed
     from motionrt.runtime.loop import Call, run_loop
     from motionrt.runtime.noise import noise
 
@@ -201,7 +202,7 @@ def compare_steps(pipeline: MotionPipeline, name: str, request: Request, rounds:
             comparison.notes.append(f"plain step: not run: {error}")
     else:
         comparison.notes.append(f"plain step: not run: loop '{name}' of this bundle carries none")
-    placed: dict[str, dict[tuple[str, str], tuple[Any, Any]]] = {way: {} for way in ways}
+    placed: dict[str, Placed] = {way: {} for way in ways}
     running: dict[str, Any] = {}
     waiting: dict[str, Call] = {}
 

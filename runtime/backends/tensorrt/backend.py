@@ -23,7 +23,6 @@ from motionrt.runtime.backends.tensorrt.device_memory import Cuda
 from motionrt.runtime.backends.tensorrt.engine_file import FLAVORS, EngineFile, Machine
 from motionrt.runtime.backends.tensorrt.graph import Arena, TensorRTExecutor
 from motionrt.runtime.bundle.bundle import Bundle
-from motionrt.runtime.bundle.manifest import LOOP
 from motionrt.runtime.dtypes import PREFERRED
 from motionrt.runtime.errors import BackendError, BackendWarning, EngineError, InputError, install
 
@@ -74,6 +73,7 @@ class TensorRTBackend:
         self.engines, self.fallback, self._asked = engines, fallback, precision
         self.precision = precision or PREFERRED[0]  # of the engine that was loaded last
         self.arena = Arena(self.cuda)
+        self.parallel_load = False
         self.label = f"tensorrt {self.cuda.name} {self.cuda.target}"
         self.used: dict[str, str] = {}  # graph -> what runs it
         self._libraries: dict[str, Any] = dict(libraries or {})
@@ -140,7 +140,7 @@ class TensorRTBackend:
         try:
             file = self.find(bundle, name)
             otherwise = None if fallback is None else partial(fallback.load, bundle, name)
-            executor = TensorRTExecutor(spec, file, self.deserialize(file), self, name in LOOP, otherwise)
+            executor = TensorRTExecutor(spec, file, self.deserialize(file), self, bundle.in_loop(name), otherwise)
             executor.prepare()
         except EngineError as error:
             if fallback is None:
