@@ -36,6 +36,12 @@ def fake() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def watching() -> ModuleType:
+    """The module tests/helpers/watching.py."""
+    return load_by_path(HERE / "helpers" / "watching.py")
+
+
+@pytest.fixture(scope="session")
 def fake_bundle(fake: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small valid bundle with every graph. Shared: copy it before changing it."""
     path: Path = fake.write_bundle(tmp_path_factory.mktemp("fake") / "bundle")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from motionrt.runtime.backends.seam import Checked, Executor
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.errors import BackendError, Cancelled, InputError
 from motionrt.runtime.pipeline import Job, MotionPipeline
@@ -22,29 +21,20 @@ OFF = {"motion_scale": 0}
 
 
 class Counting:
-    """ONNX Runtime, and what it was asked to run: (graph, size of the batch). `wrong`: graphs whose batches differ by a little;
-    `fails`: a seed-dependent fault: calls whose latents begin with this number."""
+    """A backend and what it was asked to run: (graph, size of the batch). `wrong`: a graph whose batches differ by a little;
+    `fails`: calls whose latents hold this number fail."""
 
-    label, precision, parallel_load = "counting", "float32", False
+    def __init__(self, watching: ModuleType, wrong: str = "", fails: float | None = None) -> None:
+        self.calls, self.wrong, self.fails = list[tuple[str, int]](), wrong, fails
+        self.backend: Any = watching.Watching(self.run)
 
-    def __init__(self, wrong: str = "", fails: float | None = None) -> None:
-        self.inner, self.calls, self.wrong, self.fails = OnnxRuntimeBackend(1), list[tuple[str, int]](), wrong, fails
-
-    def load(self, bundle: Bundle, name: str) -> Checked:
-        outer, graph = self, self.inner.load(bundle, name)
-
-        class Watched(Executor):
-            library = "counting"
-
-            def execute(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-                first = next(iter(inputs.values()))
-                outer.calls.append((name, len(first)))
-                if "latents" in inputs and outer.fails is not None and np.isclose(inputs["latents"], outer.fails).any():
-                    raise RuntimeError("a fault")
-                more = 1e-3 if name == outer.wrong and len(first) > 1 else 0
-                return {key: value + np.float32(more) for key, value in graph.run(inputs).items()}
-
-        return Checked(bundle.graph(name), Watched())
+    def run(self, name: str, inputs: Mapping[str, Any], run: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+        batch = len(next(iter(inputs.values())))
+        self.calls.append((name, batch))
+        if "latents" in inputs and self.fails is not None and np.isclose(inputs["latents"], self.fails).any():
+            raise RuntimeError("a fault")
+        more = np.float32(1e-3 if name == self.wrong and batch > 1 else 0)
+        return {key: value + more for key, value in run(inputs).items()}
 
 
 @pytest.fixture
@@ -86,9 +76,9 @@ def test_jobs_take_turns(pipeline: MotionPipeline, still: Still) -> None:
     assert short.frames is not None and len(short.step_seconds) == 2 and len(long.step_seconds) == 10
 
 
-def test_steps_share_a_batch_once_it_gave_the_same_bits(fake_bundle: Path, still: Still) -> None:
-    backend = Counting()
-    pipeline = MotionPipeline(Bundle.open(fake_bundle), backend)
+def test_steps_share_a_batch_once_it_gave_the_same_bits(fake_bundle: Path, watching: ModuleType, still: Still) -> None:
+    backend = Counting(watching)
+    pipeline = MotionPipeline(Bundle.open(fake_bundle), backend.backend)
     scheduler = Scheduler(pipeline, 2)
     jobs = [scheduler.add(pipeline.start(pipeline.request(still, "a", seed=i, steps=4 + i, **OFF))) for i in range(2)]
     scheduler.run()
@@ -99,9 +89,9 @@ def test_steps_share_a_batch_once_it_gave_the_same_bits(fake_bundle: Path, still
     assert all(job.failure is None for job in jobs)
 
 
-def test_where_a_batch_gives_other_bits_jobs_run_alone(fake_bundle: Path, still: Still) -> None:
-    backend = Counting(wrong="step")
-    pipeline = MotionPipeline(Bundle.open(fake_bundle), backend)
+def test_where_a_batch_gives_other_bits_jobs_run_alone(fake_bundle: Path, watching: ModuleType, still: Still) -> None:
+    backend = Counting(watching, wrong="step")
+    pipeline = MotionPipeline(Bundle.open(fake_bundle), backend.backend)
     alone = [pipeline(still, "a", seed=i, steps=3, **OFF).frames for i in range(2)]
     for inexact in (False, True):
         backend.calls.clear()
@@ -129,11 +119,11 @@ def test_one_that_is_aborted_leaves_the_others(pipeline: MotionPipeline, still: 
     np.testing.assert_array_equal(pipeline.result(other).frames, pipeline(still, "a", seed=1, steps=6, **OFF).frames)
 
 
-def test_one_that_fails_leaves_the_others(fake_bundle: Path, still: Still) -> None:
+def test_one_that_fails_leaves_the_others(fake_bundle: Path, watching: ModuleType, still: Still) -> None:
     from motionrt.runtime.noise import noise
 
-    backend = Counting()
-    pipeline = MotionPipeline(Bundle.open(fake_bundle), backend)
+    backend = Counting(watching)
+    pipeline = MotionPipeline(Bundle.open(fake_bundle), backend.backend)
     wanted = pipeline(still, "a", seed=1, steps=4, **OFF).frames
     backend.fails = float(noise(0, 0, 0, (1,))[0])  # the first number of seed 0's latents
     scheduler = Scheduler(pipeline, 2)
