@@ -229,6 +229,3 @@ def dots(vectors: NDArray[np.float32], query: NDArray[np.float32]) -> NDArray[np
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(float(value))
-
-
-Search = Choice  # shim
