@@ -286,8 +286,8 @@ class Job:
         assert memory is not None
         # The default bends to what there is (any cosine will do, but fewer clips as well); a number that was asked for does not.
         search = self.request.search
-        if given is None and search.minimum_score is None:
-            search = replace(search, minimum_score=-1.0)
+        if given is None:
+            search = search.lenient()
         tokens = self.bundle.tokenize(spec.tokenizer, inputs[spec.text], what=f"the {spec.text.replace('_', ' ')}")
         return _Query(memory, tokens, count, search, self.request.search)
 
