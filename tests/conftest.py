@@ -111,9 +111,7 @@ def fake_memory(fake_bundle: Path, fake_clips: dict[str, Path], tmp_path_factory
 
     path = tmp_path_factory.mktemp("memory") / "memory"
     bundle = Bundle.open(fake_bundle)
-    tokens = list(bundle.model.motion_tokens)
-    dims = {"embedding": 8, "motion": tokens, "appearance": tokens}
-    with MotionMemory.create(path, digests=bundle.digests, dims=dims) as memory:
+    with MotionMemory.for_bundle(path, bundle) as memory:
         encoders = ClipEncoders.from_bundle(bundle, OnnxRuntimeBackend(1))
         report = index_clips(memory, encoders, [(file, caption, None) for caption, file in fake_clips.items()])
     assert not report.failed, report.failed
