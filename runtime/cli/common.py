@@ -15,6 +15,7 @@ import typer
 
 from motionrt.runtime.backends.open import TENSORRT, RunOptions, open_backend
 from motionrt.runtime.errors import InputError, MotionRTError
+from motionrt.runtime.memory.search import Search
 
 if TYPE_CHECKING:
     from motionrt.runtime.backends.auto import Choice
@@ -36,14 +37,8 @@ Memories = Annotated[
     typer.Option("--memory", "-m", help="Motion memory directory; again: searched together, `directory=0.5` for a weight."),
 ]
 Conditions = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--where", metavar="KEY=VALUE", help="Only clips of this dataset or metadata; a key again: any of its values."
-    ),
+    list[str] | None, typer.Option("--where", metavar="KEY=VALUE", help=Search.__dataclass_fields__["where"].metadata["help"])
 ]
-MinimumScore = Annotated[float | None, typer.Option("--min-score", help="Only clips with at least this cosine.")]
-Distinct = Annotated[float | None, typer.Option(help="Leave out copies: cosine of motion tokens from which one is a copy.")]
-Diversity = Annotated[float | None, typer.Option(help="Prefer clips that differ: 0 off, up to 1.")]
 
 
 def parse_where(conditions: Sequence[str] | None) -> dict[str, list[str]] | None:
@@ -65,21 +60,38 @@ def open_memory(memory: Path, readonly: bool = False) -> MotionMemory:
 
 def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
     """`command` with the options of `RunOptions` in place of its parameter `run_options`, which holds what was given."""
-    types = get_type_hints(RunOptions)
+    return _with_options(command, "run_options", RunOptions, lambda given: RunOptions(**given))
+
+
+def with_search_options(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with the options of `Search` in place of its parameter `search`, which holds what was given."""
+    make = lambda given: Search(**{**given, "where": parse_where(given.get("where"))})  # noqa: E731
+    return _with_options(command, "search", Search, make, where=Conditions)
+
+
+def _with_options(
+    command: Callable[..., None], parameter: str, record: type, make: Callable[[dict[str, Any]], Any], **annotations: Any
+) -> Callable[..., None]:
+    """`command` with an option for each field of the dataclass `record` in place of `parameter`: that is what `make` makes.
+
+    annotations: of fields whose option is not of the field's type.
+    """
+    types = get_type_hints(record)
     options = []
-    for field in fields(RunOptions):
-        option = typer.Option(f"--{field.name.replace('_', '-')}", help=field.metadata["help"])
-        kind, annotation = inspect.Parameter.KEYWORD_ONLY, Annotated[types[field.name], option]
+    for field in fields(record):
+        name = field.metadata.get("option") or f"--{field.name.replace('_', '-')}"
+        option = typer.Option(name, help=field.metadata["help"])
+        kind, annotation = inspect.Parameter.KEYWORD_ONLY, annotations.get(field.name, Annotated[types[field.name], option])
         options.append(inspect.Parameter(field.name, kind, default=field.default, annotation=annotation))
 
     @functools.wraps(command)
     def filled(*arguments: Any, **given: Any) -> None:
         chosen = {option.name: given.pop(option.name) for option in options if option.name in given}
-        command(*arguments, **given, run_options=RunOptions(**chosen))
+        command(*arguments, **given, **{parameter: make(chosen)})
 
     own = inspect.signature(command, eval_str=True)
     extra = inspect.Parameter.VAR_KEYWORD  # the inputs of a bundle: `BundleCommand` makes options of them
-    kept = [parameter for parameter in own.parameters.values() if parameter.name != "run_options" and parameter.kind != extra]
+    kept = [one for one in own.parameters.values() if one.name != parameter and one.kind != extra]
     filled.__signature__ = own.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]  # what typer reads
     return filled
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from motionrt.runtime.bundle.manifest import Part
+from motionrt.runtime.bundle.manifest import MemorySpec, Part
 from motionrt.runtime.errors import BundleError, MemoryStoreError
 from motionrt.runtime.files import replacing
 from motionrt.runtime.memory import store
@@ -66,9 +66,7 @@ class MemoryFile:
         index_threshold: int = INDEX_THRESHOLD,
     ) -> Self:  # fmt: skip
         """`create` what `bundle` declares. BundleError if its requests take no clips."""
-        spec = bundle.manifest.memory
-        if spec is None:
-            raise BundleError(f"the bundle {bundle.path} takes no clips of a motion memory; use another bundle.")
+        spec = memory_spec(bundle)
         (vector,) = bundle.graph(spec.query).outputs
         return cls.create(
             path, embedding=vector.dims[1].max, record=spec.record, fingerprint=spec.fingerprint,
@@ -204,6 +202,13 @@ class MemoryFile:
                     self._db.execute("PRAGMA journal_mode=WAL")  # others can read while this writes
             with self._transaction("BEGIN IMMEDIATE" if changes else "BEGIN") as db:
                 yield db
+
+
+def memory_spec(bundle: Bundle) -> MemorySpec:
+    """What `bundle` declares for a memory; BundleError if its requests take no clips."""
+    if bundle.manifest.memory is None:
+        raise BundleError(f"the bundle {bundle.path} takes no clips of a motion memory; use another bundle.")
+    return bundle.manifest.memory
 
 
 @contextmanager

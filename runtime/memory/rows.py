@@ -117,12 +117,15 @@ class Layout:
         sizes = [self.embedding, *(size for part in self.record for size in part.dims)]
         whole = all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes)
         if not whole or not names or "" in names or len({*names}) < len(names):
-            text = f"an embedding of {self.embedding!r} and the parts {', '.join(map(_say, self.record)) or 'none'}"
-            raise InputError(f"a motion memory of {text}: allowed are parts of different names, and whole sizes from 1 on.")
+            raise InputError(f"a motion memory of {self}: allowed are parts of different names, and whole sizes from 1 on.")
         if self.tokens is not None and self.tokens not in TOKENS:
             raise InputError(f"the tokens of a motion memory are {self.tokens!r}; allowed is {' or '.join(TOKENS)}.")
         if not isinstance(self.fingerprint, str):
             raise InputError(f"the fingerprint of a motion memory is {self.fingerprint!r}; pass the one of the bundle.")
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{part.name} {part.dtype} {list(part.dims)}" for part in self.record)
+        return f"an embedding of {self.embedding} and {parts or 'no parts'}"
 
     @cached_property
     def dtype(self) -> np.dtype[np.void]:
@@ -258,10 +261,6 @@ def unit(vector: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _is_float(part: Part) -> bool:
     return np.dtype(part.dtype).kind == "f"
-
-
-def _say(part: Part) -> str:
-    return f"{part.name} {part.dtype} {list(part.dims)}"
 
 
 def _array(what: str, value: object, dims: tuple[int, ...], dtype: str) -> NDArray[Any]:
