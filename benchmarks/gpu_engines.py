@@ -46,6 +46,7 @@ class Recorder:
     inner: OnnxRuntimeBackend = field(default_factory=lambda: OnnxRuntimeBackend(1))
     seen: dict[str, dict[str, NDArray[Any]]] = field(default_factory=dict)
     precision: str = "float32"
+    label: str = "onnxruntime"
 
     def load(self, bundle: Bundle, name: str) -> Checked:
         """The graph; see `Backend`."""

@@ -57,13 +57,13 @@ def choose(
                 options = RunOptions(kind.name, device or "cuda", threads, allow_cpu=True, precision=precision)
                 try:
                     backend, loaded = _try(kind, bundle, gpus, options, graphs)
-                    return _done(backend, f"{name}: {getattr(backend, 'label', name)}", refused, loaded)
+                    return _done(backend, f"{name}: {backend.label}", refused, loaded)
                 except (BackendError, InputError) as error:
                     refused.append(f"{name}: {str(error).rstrip('.')}")
         if device is not None:
             raise BackendError(f"nothing runs this bundle on {device}: {'; '.join(refused)}. Use --device cpu, or none.")
     cpu = open_backend(RunOptions(threads=threads, precision=precision))
-    return _done(cpu, getattr(cpu, "label", ONNXRUNTIME.name), refused, {})
+    return _done(cpu, cpu.label, refused, {})
 
 
 def _done(backend: Backend, what: str, refused: list[str], loaded: Mapping[str, Checked]) -> Choice:
@@ -83,6 +83,6 @@ def _try(
         raise BackendError(why)
     backend: Any = open_backend(options)
     loaded = {name: backend.load(bundle, name) for name in graphs}
-    if hasattr(backend, "fallback"):  # only now: with one, `load` would not have refused a graph
+    if kind is not ONNXRUNTIME:  # only now: with a fallback, `load` would not have refused a graph
         backend.fallback = open_backend(RunOptions(threads=options.threads))
     return backend, loaded

@@ -181,8 +181,8 @@ class Backend(Protocol):
     """What turns graphs of a bundle into `Checked` ones. `precision`: the dtype that it computes in, by name; `label`: what it is,
     for people; `parallel_load`: whether `load` may be called from several threads at once."""
 
-    precision: str
     label: str
+    precision: str
     parallel_load: bool
 
     def load(self, bundle: Bundle, name: str) -> Checked:

@@ -90,9 +90,6 @@ class FakeDriver:
     def cuDeviceGetName(self, length: int, device: int) -> Any:
         return OK, b"Fake GPU" + bytes(length - 8)
 
-    def cuDeviceTotalMem(self, device: int) -> Any:
-        return OK, self.limit
-
     def cuDriverGetVersion(self) -> Any:
         return OK, 13020
 
@@ -109,9 +106,6 @@ class FakeDriver:
 
     def cuStreamCreate(self, flags: int) -> Any:
         return OK, 77
-
-    def cuMemGetInfo(self) -> Any:
-        return OK, self.limit - self.used(), self.limit
 
     def used(self) -> int:
         return sum(len(buffer) for buffer in self.live.values())

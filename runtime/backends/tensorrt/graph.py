@@ -12,31 +12,21 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from motionrt.runtime.backends.seam import Array, Checked, Executor
 from motionrt.runtime.backends.tensorrt.device_memory import Allocation, Cuda, DeviceArray, Pool
-from motionrt.runtime.backends.tensorrt.engine_file import FLAVORS, EngineFile
+from motionrt.runtime.backends.tensorrt.engine_file import EngineFile
+from motionrt.runtime.backends.tensorrt.library import Library
 from motionrt.runtime.backends.tensorrt.runtime_cache import RuntimeCache
 from motionrt.runtime.bundle.bundle import GraphSpec, Port
 from motionrt.runtime.dtypes import DTYPES
-from motionrt.runtime.errors import BackendError, BackendWarning, EngineError, InputError
+from motionrt.runtime.errors import BackendError, BackendWarning, InputError
 
 _MAX_SHAPES = 8  # sets of input shapes that a graph keeps buffers for
 _TYPES = {dtype.tensorrt: dtype.name for dtype in DTYPES.values() if dtype.tensorrt}
-
-
-class Host(Protocol):
-    """What a graph needs of its backend: the GPU, the scratch memory that all share, the library and its log."""
-
-    cuda: Cuda
-    arena: Arena
-
-    def library(self, flavor: str) -> Any: ...
-
-    def said(self, flavor: str) -> Any: ...
 
 
 class Arena:
@@ -67,22 +57,25 @@ class TensorRTExecutor(Executor):
     device: Cuda
 
     def __init__(
-        self, spec: GraphSpec, file: EngineFile, engine: Any, backend: Host, loop: bool, otherwise: Callable[[], Checked] | None
-    ) -> None:
-        self.spec, self.file, self.engine, self.backend, self.loop = spec, file, engine, backend, loop
-        self.library, self._tensorrt = FLAVORS[file.flavor], backend.library(file.flavor)
-        self.device = self.cuda = backend.cuda
+        self, spec: GraphSpec, file: EngineFile, tensorrt: Library, arena: Arena, *, loop: bool,
+        otherwise: Callable[[], Checked] | None,
+    ) -> None:  # fmt: skip
+        self.spec, self.file, self.tensorrt, self.arena, self.loop = spec, file, tensorrt, arena, loop
+        self.library = tensorrt.name
+        self.device = self.cuda = arena.cuda
         self._otherwise = otherwise
         self._other: Checked | None = None
         self.pool = Pool(self.cuda)
         self.capture = loop and file.flavor == "tensorrt"
         self._bound: dict[tuple[tuple[int, ...], ...], _Bound] = {}
+        with self.cuda.lock, self.cuda.active():
+            self.engine = tensorrt.deserialize(file)
         self._check_engine()
         self.cache = RuntimeCache(file, self.cuda) if file.flavor == "rtx" else None
 
     def _check_engine(self) -> None:
         """The engine's own tensors against the bundle's: names, directions, dtypes."""
-        engine, library = self.engine, self._tensorrt
+        engine, library = self.engine, self.tensorrt.module
         found: dict[str, tuple[bool, str]] = {}
         for index in range(engine.num_io_tensors):
             name = engine.get_tensor_name(index)
@@ -92,10 +85,8 @@ class TensorRTExecutor(Executor):
         wanted |= {port.name: (False, port.dtype) for port in self.spec.outputs}
         for name in sorted(wanted.keys() | found.keys()):
             if found.get(name) != wanted.get(name):
-                raise EngineError(
-                    f"engine '{self.file.graph}' in {self.file.folder} has for `{name}` {_said(found.get(name))}; the bundle "
-                    f"declares {_said(wanted.get(name))}. Rebuild: `{self.file.rebuild_command()}`."
-                )
+                has, declares = _said(found.get(name)), _said(wanted.get(name))
+                raise self.file.refuse(f"has for `{name}` {has}; the bundle declares {declares}")
 
     def prepare(self) -> None:
         """Run once at the first profile's `opt` shapes."""
@@ -153,7 +144,7 @@ class TensorRTExecutor(Executor):
 
     def new_context(self) -> Any:
         """An execution context that takes its scratch memory from us."""
-        library, engine = self._tensorrt, self.engine
+        library, engine = self.tensorrt.module, self.engine
         ours = library.ExecutionContextAllocationStrategy.USER_MANAGED
         if self.cache is None:
             context = engine.create_execution_context(ours)
@@ -170,8 +161,7 @@ class TensorRTExecutor(Executor):
 
     def failed(self, what: str) -> BackendError:
         """The error for a call of TensorRT that did not succeed, with what its log says."""
-        said = self.backend.said(self.file.flavor).text()
-        return BackendError(f"{self.library} failed in graph '{self.spec.name}': {what}: {said}.")
+        return BackendError(f"{self.library} failed in graph '{self.spec.name}': {what}: {self.tensorrt.log.text()}.")
 
 
 class _Bound:
@@ -232,7 +222,7 @@ class _Bound:
 
     def launch(self) -> None:
         """Queue the engine on what is in the input buffers: one CUDA graph where it was captured."""
-        arena = self.graph.backend.arena
+        arena = self.graph.arena
         arena.reserve(self.size)
         if self.generation != arena.generation:
             if arena.size:
@@ -253,7 +243,7 @@ class _Bound:
                 warnings.warn(message, BackendWarning, stacklevel=2)
 
     def _enqueue(self) -> None:
-        self.graph.backend.said(self.graph.file.flavor).lines.clear()
+        self.graph.tensorrt.log.lines.clear()
         self._must(self.context.execute_async_v3(self.cuda.stream), "execute_async_v3 returned False")
 
     def _must(self, done: Any, what: str) -> None:

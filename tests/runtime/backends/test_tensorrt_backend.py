@@ -290,7 +290,7 @@ def test_scratch_memory_is_shared_and_grows(make: Make, write: Any, path: Path, 
     schedule(inputs_of(path, "schedule"))
     np.testing.assert_array_equal(step(inputs)["x0"], expected["x0"])
     assert driver.calls["cuGraphLaunch"] > launches
-    contexts = backend.library("tensorrt").contexts
+    contexts = backend.library("tensorrt").module.contexts
     assert {context.scratch for context in contexts} == {(backend.arena.address, backend.arena.size)}
 
 
@@ -321,7 +321,7 @@ def test_rtx_captures_itself_and_keeps_its_compilation(make: Make, write: Any, p
     backend = make()
     step, _ = (backend.load(Bundle.open(path), name) for name in ("step", "schedule"))
     assert isinstance(step.executor, TensorRTExecutor)
-    assert [config.cuda_graph_strategy for config in backend.library("rtx").configs] == ["whole", "disabled"]
+    assert [config.cuda_graph_strategy for config in backend.library("rtx").module.configs] == ["whole", "disabled"]
     assert "cuStreamBeginCapture" not in driver.calls
     kept = cache_path(step.executor.file, backend.cuda)
     assert kept.read_bytes() == b"compiled" and "Fake_GPU_CUDA_13.2" in kept.name
@@ -329,7 +329,7 @@ def test_rtx_captures_itself_and_keeps_its_compilation(make: Make, write: Any, p
     written = kept.stat().st_mtime_ns
     again = make()
     again.load(Bundle.open(path), "step")
-    assert again.library("rtx").configs[0].cache.content == b"compiled"
+    assert again.library("rtx").module.configs[0].cache.content == b"compiled"
     assert kept.stat().st_mtime_ns == written, "an unchanged cache is not written again"
 
 
@@ -376,11 +376,11 @@ def test_what_tensorrt_refuses_is_said(make: Make, write: Any, path: Path, call:
     write("schedule", profiles=[{"T": (4, 4, 4)}, {"T": (1, 3, 3)}])
     backend = make()
     graph = backend.load(Bundle.open(path), "schedule")
-    backend.library("rtx").fails.add(call)
+    backend.library("rtx").module.fails.add(call)
     with pytest.raises(BackendError, match=f"TensorRT-RTX failed in graph 'schedule': {FAILURES[call]}") as caught:
         graph(inputs_of(path, "schedule", T=3))
     assert "\n" not in str(caught.value)
-    backend.library("rtx").fails.clear()
+    backend.library("rtx").module.fails.clear()
     inputs = inputs_of(path, "schedule", T=3)
     np.testing.assert_array_equal(graph(inputs)["modulation"], wanted(path, "schedule", inputs)["modulation"])
 
@@ -403,7 +403,7 @@ def test_profiles_are_chosen_and_shapes_outside_are_refused(make: Make, write: A
     graph = backend.load(Bundle.open(path), "schedule")
     for steps, profile in ((4, 0), (9, 1)):
         graph(inputs_of(path, "schedule", T=steps))
-        assert backend.library("rtx").contexts[-1].profile == profile
+        assert backend.library("rtx").module.contexts[-1].profile == profile
     with pytest.raises(InputError, match=r"schedule input `timesteps` is \[5\]; this engine accepts .*\[4\].*motionrt build"):
         graph(inputs_of(path, "schedule", T=5))
     with pytest.raises(InputError, match="this bundle accepts"):
@@ -426,11 +426,11 @@ def test_run_refuses_an_input(make: Make, write: Any, path: Path, change: Callab
     graph = backend.load(Bundle.open(path), "step")
     inputs = inputs_of(path, "step")
     change(inputs)
-    executed = backend.library("rtx").contexts[0].executed
+    executed = backend.library("rtx").module.contexts[0].executed
     for way in (graph, graph.run):
         with pytest.raises(InputError, match=message):
             way(inputs)
-    assert backend.library("rtx").contexts[0].executed == executed, "refused before anything ran"
+    assert backend.library("rtx").module.contexts[0].executed == executed, "refused before anything ran"
 
 
 def _edit(path: Path, **changes: Any) -> None:
@@ -466,7 +466,7 @@ def test_an_engine_that_does_not_fit_is_refused_unread(
     with pytest.raises(EngineError, match=message) as caught:
         backend.load(Bundle.open(path), "step")
     assert "uild" in str(caught.value) and "\n" not in str(caught.value)
-    assert backend.library("rtx").deserialized == 0
+    assert backend.library("rtx").module.deserialized == 0
     write("step")  # built again
     backend.load(Bundle.open(path), "step")
 
@@ -474,9 +474,9 @@ def test_an_engine_that_does_not_fit_is_refused_unread(
 def test_what_tensorrt_says_of_an_engine_is_passed_on(make: Make, write: Any, path: Path) -> None:
     write("step")
     backend = make()
-    backend.library("rtx").fails.add("deserialize_cuda_engine")
+    backend.library("rtx").module.fails.add("deserialize_cuda_engine")
     with pytest.raises(
-        EngineError, match="TensorRT-RTX 1.7.1.116 refuses engine 'step' .*: the reason in des.* Rebuild: `motion"
+        EngineError, match="engine 'step' .* is refused by TensorRT-RTX 1.7.1.116: the reason in des.* Rebuild: `motion"
     ):
         backend.load(Bundle.open(path), "step")
 
@@ -496,7 +496,7 @@ def test_an_engine_with_other_tensors_is_refused(make: Make, write: Any, path: P
         return real
 
     backend = make()
-    backend.library("rtx").ports = ports
+    backend.library("rtx").module.ports = ports
     said = {"mode": "an output of float32", "dtype": "an input of bfloat16"}.get(wrong, "nothing")
     with pytest.raises(EngineError, match=f"has for `noise?` ({said}|an input of float32); the bundle declares"):
         backend.load(Bundle.open(path), "step")
