@@ -102,7 +102,7 @@ class Job:
         manifest = bundle.manifest
         with self._stage("inputs"):
             inputs = complete(manifest, request.inputs)
-            self._rows = {name: self._schedule(name, inputs) for name in manifest.loops}
+            self.schedules = {name: self._schedule(name, inputs) for name in manifest.loops}  # what each loop runs over
             self.values: dict[str, Any] = {}
             for name, value in inputs.items():
                 self.values |= convert(bundle, name, value)
@@ -145,10 +145,6 @@ class Job:
         self._advance(outputs)
         if self._call is None and self.frames is not None:  # what was left to do behind the last call is a part of it
             self.seconds[call.graph] += self._host
-
-    def rows(self, loop: str) -> NDArray[np.float32]:
-        """The rows `[T, R]` that `loop` runs over for this request."""
-        return self._rows[loop].rows
 
     def close(self) -> None:
         """Stop: nothing more is run, and what was computed is let go of."""
@@ -202,7 +198,7 @@ class Job:
                 return noise(self.seed, stream, step, shape)
 
             if node.graph in manifest.loops:
-                schedule = self._rows[node.graph]
+                schedule = self.schedules[node.graph]
                 key = (node.graph, schedule.name, schedule.steps)
                 made = yield from run_loop(
                     node.graph, manifest.loops[node.graph], manifest.graphs, schedule.rows, values, draw, key

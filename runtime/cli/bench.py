@@ -57,6 +57,9 @@ class Row:
 class Comparison:
     """Seconds of a step by each way to compute it, by round, the rewritten one first; how far they differ; what was not run."""
 
+    loop: str
+    schedule: str
+    steps: int
     seconds: dict[str, list[float]] = field(default_factory=dict)
     differences: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -100,13 +103,15 @@ def bench(
         facts = environment(pipeline, run_options.threads)
         counted = show.counted(pipeline.bundle.manifest.partition)
     console = show.console()
-    notes = [note for comparison in compared for note in comparison.notes] + ([counted] if counted else [])
+    random = "search: not run: no --memory was given; references were random records"
+    notes = [random] if request(0).references is not None else []
+    notes += [note for comparison in compared for note in comparison.notes] + ([counted] if counted else [])
     console.print(f"{facts['bundle']}: {facts['backend']}, {facts['processor']}", markup=False)
     for item in show.bench_tables(rows, compared, notes):
         console.print(item, markup=not isinstance(item, str))
     if json_path is not None:
         document = {
-            **facts, "repeat": repeat, "notes": notes,
+            **facts, "repeat": repeat, "notes": notes, "schedules": {one.loop: [one.schedule, one.steps] for one in compared},
             "seconds": {row.what: row.seconds for row in rows},
             "percentiles_ms": {row.what: row.percentiles() for row in rows},
             "step_seconds": {name: seconds for one in compared for name, seconds in one.seconds.items()},
@@ -184,13 +189,15 @@ def compare_steps(pipeline: MotionPipeline, name: str, request: Request, rounds:
     from motionrt.runtime.loop import Call, run_loop
     from motionrt.runtime.noise import noise
 
-    bundle, comparison = pipeline.bundle, Comparison()
+    bundle = pipeline.bundle
     loop = bundle.manifest.loops[name]
     job = pipeline.start(request)
+    schedule = job.schedules[name]
+    comparison = Comparison(name, schedule.name, schedule.steps)
     job.keep = True  # the plain step reads what the rewritten one no longer does
     while job.call is not None and job.call.loop != name:
         next(job)
-    values, rows = dict(job.values), job.rows(name)
+    values, rows = dict(job.values), schedule.rows
     job.close()
     ways = {"rewritten": loop}
     if loop.plain is not None:
