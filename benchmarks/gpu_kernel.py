@@ -1,10 +1,10 @@
-"""The motion-cross-attention kernels on a GPU: parity on the chip, then times against everything else that computes the same.
+"""The motion-cross-attention kernel on a GPU: parity on the chip, then times against everything else that computes the same.
 
     .venv-dev/bin/python benchmarks/gpu_kernel.py            # all shapes, bf16; gpu_suite.py runs it too
 
 Candidates, each at its best: the released form eager and compiled, the folded form eager and compiled (with fp32 scores, which
-the kernel keeps too, and with scores rounded to the input's dtype, which is faster and less exact), our kernel padded, packed,
-in place and unfolded. `score_gemm` is cuBLAS alone on the folded score product and `copy` a copy of h: the two yardsticks.
+the kernel keeps too, and with scores rounded to the input's dtype, which is faster and less exact), our kernel padded and
+packed. `score_gemm` is cuBLAS alone on the folded score product and `copy` a copy of h: the two yardsticks.
 Times are of device events around a few calls on rotating inputs larger than the cache, in turns. Nothing is timed where parity
 fails. On a machine without a GPU only the parity of the torch forms is checked, at a tiny shape, with --cpu-check.
 """
@@ -67,24 +67,18 @@ def torch_forms(problem: Problem) -> dict[str, Form]:
 
 
 def kernel_forms(problem: Problem) -> dict[str, Form]:
-    """Our kernels; `kernel` is what the launcher chooses by itself, and `kernel_in_place` changes its argument."""
-    from motionrt.kernels import motion_cross_attention_triton as ours
-    from motionrt.kernels import plain_cross_attention_triton as unfolded
+    """Our kernel; `kernel` is the layout that the launcher chooses by itself."""
+    from motionrt.kernels.motion_cross_attention_triton import launch
 
     folded, values, scale = problem.folded, problem.values, problem.scale
 
     def run(hidden: Tensor, layout: str | None) -> Tensor:
-        return ours.launch(hidden, folded, values, scale, True, layout=layout)
-
-    def plain(hidden: Tensor) -> Tensor:
-        return unfolded.launch(hidden, problem.query, problem.keys, values, scale, problem.shape.width**-0.5, True)
+        return launch(hidden, folded, values, scale, True, layout=layout)
 
     return {
         "kernel": functools.partial(run, layout=None),
         "kernel_padded": functools.partial(run, layout="padded"),
         "kernel_packed": functools.partial(run, layout="packed"),
-        "kernel_in_place": lambda hidden: ours.launch_in_place(hidden, folded, values, scale),
-        "kernel_unfolded": plain,
     }
 
 
@@ -144,12 +138,8 @@ def measure(shape: Shape, dtype: torch.dtype, options: argparse.Namespace) -> No
     copies = max(2, -(-ROTATED_BYTES // (2 * size)))
     inputs = [problem.hidden.clone() for _ in range(copies)]
     target = torch.empty_like(problem.hidden)
-    still = problem.scale * 0  # the same work, and h stays as it is however often
-    from motionrt.kernels.motion_cross_attention_triton import launch_in_place
-
     timed = {
         **forms,
-        "kernel_in_place": lambda hidden: launch_in_place(hidden, problem.folded, problem.values, still),
         "score_gemm": lambda hidden: torch.bmm(hidden, problem.folded),
         "copy": target.copy_,
     }

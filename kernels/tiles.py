@@ -116,15 +116,6 @@ def choose_tile(
     return Tile(packed, per_tile, slot, config.rows, columns, config.depth, choose_chunk(width), warps, config.stages)
 
 
-def choose_plain_tile(capability: int, dtype: torch.dtype, heads: int, width: int) -> Tile:
-    """The plain form's tile: `heads` slots of query columns, and tokens in blocks of `chunk`."""
-    config = config_for(capability, dtype)
-    per_tile, slot = _padded(heads, width, config.columns)
-    rows = config.rows if slot <= 64 else 64  # a head's queries and output live in registers together
-    chunk = 64 if slot <= 64 and dtype != torch.float32 else 32
-    return Tile(False, per_tile, slot, rows, per_tile * slot, config.depth, chunk, config.warps, config.stages)
-
-
 def choose_chunk(width: int) -> int:
     """Columns of V per product: 64, or 32 where that pads less (d = 80: 96 instead of 128)."""
     return min((64, 32), key=lambda chunk: (-(-width // chunk) * chunk, -chunk))

@@ -46,7 +46,7 @@ def test_shipped_kernel_spills_nothing_and_fits(compiled_kernels: Any, layout: s
     [
         (("--targets", "75"), "--targets has 75; allowed: 80, 86"),
         (("--dtypes", "fp8"), "--dtypes has fp8; allowed: fp16"),
-        (("--layouts", "dense"), "--layouts has dense; allowed: padded, packed, plain"),
+        (("--layouts", "dense"), "--layouts has dense; allowed: padded, packed"),
     ],
     ids=["target", "dtype", "layout"],
 )
