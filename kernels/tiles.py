@@ -1,7 +1,7 @@
 """Which tile a motion-cross-attention kernel takes: pinned per GPU architecture and shape class, never tuned at request time.
 
 Everything here is arithmetic on the host: it needs neither Triton nor a GPU. `motionrt.kernels.aot` compiles what these rules
-choose and CI refuses spills; benchmarks/gpu_kernel.py times the alternatives on a GPU, which is what should change a number.
+choose and CI refuses spills; benchmarks/gpu/gpu_kernel.py times the alternatives on a GPU: that should change a number.
 """
 
 from __future__ import annotations

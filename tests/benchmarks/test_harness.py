@@ -12,12 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from motionrt.runtime.by_path import load_by_path
+from motionrt.benchmarks import harness
 
 PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "harness.py"
 
-
-harness: Any = load_by_path(PATH)
 
 
 def constant(value: float, calls: list[str] | None = None, name: str = "") -> Any:
