@@ -7,33 +7,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from motionrt.benchmarks import harness
 
 
-def clock(call: Callable[[], object], device: str, *, rounds: int, warmups: int) -> NDArray[np.float64]:
-    """Seconds of each of `rounds` calls [rounds], the device waited for on both sides."""
-
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    for _ in range(warmups):
-        call()
-    seconds = np.empty(rounds, np.float64)
-    for index in range(rounds):
-        wait()
-        start = perf_counter()
-        call()
-        wait()
-        seconds[index] = perf_counter() - start
-    return seconds
+def waiting(device: str) -> Callable[[], object] | None:
+    """What `harness.clock` waits with on `device`, "cuda" or "cpu"."""
+    return torch.cuda.synchronize if device == "cuda" else None
 
 
 def facts(device: str) -> dict[str, Any]:
@@ -65,7 +49,7 @@ def main(arguments: list[str] | None = None, *, device: str = "cuda", toy: bool 
         f"gemm {side}": (lambda: left @ right, "tflop_per_s", 2 * side**3 / 1e12, name),
     }
     for backend, (call, unit, amount, kind) in work.items():
-        seconds = clock(call, device, rounds=options.rounds, warmups=options.warmups)
+        seconds = harness.clock(call, rounds=options.rounds, warmups=options.warmups, wait=waiting(device))
         row = {
             "what": "ceilings", "backend": backend, **harness.summary(seconds), "warmups": options.warmups, "dtype": kind,
             unit: amount / float(np.median(seconds)), **facts(device), "note": "random data; bytes read and written count",

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from motionrt.benchmarks import harness
-from motionrt.benchmarks.questions import bench_step
+from motionrt.benchmarks.pipeline import DEMO, step_request
 from motionrt.runtime.backends.onnxruntime import Graph, OnnxRuntimeBackend
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.dtypes import DTYPES, WEIGHTS
@@ -21,7 +21,7 @@ TOLERANCE = 1e-3  # one step in fp32 on two devices, TF32 off; of a lower precis
 
 def options_of(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bundle", type=Path, default=bench_step.DEMO / "bundle")
+    parser.add_argument("--bundle", type=Path, default=DEMO / "bundle")
     parser.add_argument("--results", type=Path, default=harness.RESULTS)
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--warmups", type=int, default=10)
@@ -55,7 +55,7 @@ def _against_cpu(options: argparse.Namespace, backend: str, call: Graph, device:
     both rows."""
     bundle = Bundle.open(options.bundle)
     here = OnnxRuntimeBackend(threads=1)
-    request = bench_step.make_request(bundle, lambda name: here.load(bundle, name))
+    request = step_request(bundle, lambda name: here.load(bundle, name))
     inputs = request.one_step(request.rewritten)
     on_cpu = here.load(bundle, "step")
     candidates: dict[str, harness.Candidate] = {"cpu": lambda: on_cpu(inputs), backend: lambda: call(inputs)}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -24,14 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motionrt.benchmarks import harness
-from motionrt.benchmarks.questions import bench_step
+from motionrt.benchmarks.pipeline import DEMO, answer, any_request, open_pipeline
 from motionrt.runtime.backends.onnxruntime import Backend, DeviceGraph, Graph, OnnxRuntimeBackend, fetch, place
 from motionrt.runtime.backends.tensorrt.engine_file import FLAVORS
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.cli.diagnosis import examine
-from motionrt.runtime.cli.measure import bench_request
 from motionrt.runtime.errors import MotionRTError
-from motionrt.runtime.pipeline import MotionPipeline, Result
+from motionrt.runtime.pipeline import Result
 
 # Relative to ONNX Runtime's fp32 (L2, the worst output): gates against mistakes, not figures of accuracy.
 ALLOWED = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
@@ -73,8 +72,8 @@ def missing(flavor: str) -> tuple[str | None, str]:
 def record(bundle: Path) -> tuple[dict[str, dict[str, NDArray[Any]]], Result]:
     """(inputs of every graph that a request runs, the request's result), by ONNX Runtime on the CPU."""
     recorder = Recorder()
-    with MotionPipeline.from_bundle(bundle, backend=recorder) as pipeline:
-        result = pipeline.batch([bench_request(pipeline, 0)])[0]
+    with open_pipeline(bundle, backend=recorder) as pipeline:
+        result = answer(pipeline, any_request(pipeline))
         if "text_query" in pipeline.bundle.graphs:
             pipeline.embed("a red star moves right")
     return recorder.seen, result
@@ -88,18 +87,6 @@ def error_of(got: Arrays, want: Arrays) -> float:
         scale = max(float(np.linalg.norm(value)), 1e-30)
         worst = max(worst, float(np.linalg.norm(fetch(got[name]).astype(np.float64) - value)) / scale)
     return worst
-
-
-def seconds_of(call: Callable[[], object], rounds: int, warmups: int) -> NDArray[np.float64]:
-    """Seconds of `call`, which returns when it is done."""
-    for _ in range(warmups):
-        call()
-    seconds = np.empty(rounds)
-    for index in range(rounds):
-        start = perf_counter()
-        call()
-        seconds[index] = perf_counter() - start
-    return seconds
 
 
 def measure_graph(bundle: Bundle, name: str, backend: Backend, inputs: Arrays, options: argparse.Namespace) -> dict[str, Any]:
@@ -116,14 +103,14 @@ def measure_graph(bundle: Bundle, name: str, backend: Backend, inputs: Arrays, o
         raise harness.ParityError(f"it differs from ONNX Runtime by {error:.3g} (relative L2), allowed {allowed:g}")
     row: dict[str, Any] = {
         "what": f"{bundle.name} {name}, host to host",
-        **harness.summary(seconds_of(lambda: graph(inputs), options.rounds, options.warmups)),
+        **harness.summary(harness.clock(lambda: graph(inputs), rounds=options.rounds, warmups=options.warmups)),
         "warmups": options.warmups,
         "load_seconds": loaded,
         "error": {"relative_l2": error, "to": "onnxruntime fp32", "allowed": allowed},
     }
     if isinstance(graph, DeviceGraph):
         device, placed = graph, place(graph, inputs)
-        resident = seconds_of(lambda: device.run(placed), options.rounds, options.warmups)
+        resident = harness.clock(lambda: device.run(placed), rounds=options.rounds, warmups=options.warmups)
         row["resident"] = harness.summary(resident)
     return row
 
@@ -157,12 +144,12 @@ def run(bundle: Path, backend: Backend, facts: Mapping[str, Mapping[str, Any]], 
     if failed or not whole <= set(facts):
         print("whole request: not run: " + ("a graph failed" if failed else "only some graphs were asked for"))
         return failed
-    with MotionPipeline.from_bundle(bundle, backend=backend) as pipeline:
+    with open_pipeline(bundle, backend=backend) as pipeline:
         pipeline.warm()
-        request = bench_request(pipeline, 0)
-        got = pipeline.batch([request])[0]
+        request = any_request(pipeline)
+        got = answer(pipeline, request)
         apart = np.abs(got.frames.astype(int) - expected.frames.astype(int))
-        seconds = seconds_of(lambda: pipeline.batch([request]), max(options.rounds // 10, 1), 1)
+        seconds = harness.clock(lambda: answer(pipeline, request), rounds=max(options.rounds // 10, 1), warmups=1)
     row = {
         "what": f"{opened.name} request", **harness.summary(seconds), "warmups": 1, "backend": label, "dtype": options.dtype,
         "shape": list(got.frames.shape),
@@ -195,7 +182,7 @@ def build(bundle: Path, target: str, options: argparse.Namespace) -> dict[str, d
 def main(arguments: list[str] | None = None) -> int:
     """Build, load, check and time; 1 where a graph failed."""
     parser = argparse.ArgumentParser(description="TensorRT engines on this machine's GPU.")
-    parser.add_argument("--bundle", type=Path, default=bench_step.DEMO / "bundle")
+    parser.add_argument("--bundle", type=Path, default=DEMO / "bundle")
     parser.add_argument("--flavor", choices=list(FLAVORS), default="rtx")
     parser.add_argument("--dtype", choices=list(ALLOWED), default="float16")
     parser.add_argument("--graphs", nargs="+", default=[], help="all if not given")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from motionrt.benchmarks import harness
 from motionrt.benchmarks.gpu import gpu_step
-from motionrt.benchmarks.gpu.gpu_ceilings import clock, facts
+from motionrt.benchmarks.gpu.gpu_ceilings import facts, waiting
 from motionrt.benchmarks.models import full_step
 from motionrt.benchmarks.models.full_step import step_inputs
 from motionrt.export.checkpoints.parts import AppearanceTokens, MotionTokens, Preprocess, picked
@@ -72,7 +72,8 @@ class Bench:
         """Time `call`, print and append its row."""
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        seconds = clock(call, self.device, rounds=self.options.rounds, warmups=self.options.warmups)
+        options = self.options
+        seconds = harness.clock(call, rounds=options.rounds, warmups=options.warmups, wait=waiting(self.device))
         row = {
             "what": what, "backend": backend, **harness.summary(seconds), "warmups": self.options.warmups,
             "dtype": str(self.dtype).removeprefix("torch."), **facts(self.device), "toy": self.toy,

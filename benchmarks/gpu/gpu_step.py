@@ -140,13 +140,7 @@ class Suite:
                 raise harness.ParityError("an output is not finite")
             if stage == "released_eager":
                 self.wanted = [value.cpu() for value in got]
-            for _ in range(self.options.warmups):
-                step()
-            seconds = []
-            for _ in range(self.options.rounds):
-                begin = perf_counter()
-                step()
-                seconds.append(perf_counter() - begin)
+            seconds = harness.clock(step, rounds=self.options.rounds, warmups=self.options.warmups)
         except Exception as failure:  # out of memory, a compiler: the other stages may still run
             print(f"{stage}: failed: {type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}")
             return
@@ -154,7 +148,7 @@ class Suite:
             "what": f"{self.size.name} step",
             "backend": stage,
             "ran_as": mode,
-            **harness.summary(np.array(seconds)),
+            **harness.summary(seconds),
             "warmups": self.options.warmups,
             "layers": self.size.layers,
             "shape": [1, *self.size.latents],

@@ -22,12 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motionrt.benchmarks import harness
-from motionrt.benchmarks.questions.bench_end_to_end import read_requests
+from motionrt.benchmarks.pipeline import DEMO, open_pipeline, read_requests
 from motionrt.runtime.media.video import decode_clip, read_image
 from motionrt.runtime.memory.memory import MotionMemory, Reference
 from motionrt.runtime.pipeline import MotionPipeline
 
-DEMO = harness.ROOT / "demo"
 K = (1, 2, 4, 8, 9, 16)
 TOLERANCE = 5e-3  # of motion tokens, whose rows have unit variance: what is left of the stored tokens' rounding behind CAMA
 SLACK = 2e-5  # of a token, relative to the largest: sums in another order, as clips were indexed in batches
@@ -219,7 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         place = prepare(options.folder, 12, options.threads, lambda text: print(text, flush=True), options.videos)
         options.bundle, options.memory = options.folder / "bundle", place / "memory"
-    with MotionPipeline.from_bundle(options.bundle, options.memory, threads=options.threads) as pipeline:
+    with open_pipeline(options.bundle, options.memory, threads=options.threads) as pipeline:
         model = pipeline.bundle.model
         size = model.height, model.width
         listed = read_requests(options.prompts)

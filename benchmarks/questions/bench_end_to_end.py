@@ -11,7 +11,6 @@ and every request gives its frames again, bit for bit.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,49 +22,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motionrt.benchmarks import harness
-from motionrt.runtime.decode import to_frames
-from motionrt.runtime.loop import sample
+from motionrt.benchmarks.pipeline import DEMO, answer, open_pipeline, plain_frames, read_requests
 from motionrt.runtime.media.video import write_video
-from motionrt.runtime.noise import noise
 from motionrt.runtime.pipeline import STAGES, MotionPipeline, Request, Result
 
-DEMO = harness.ROOT / "demo"
 LEVELS = 1  # of 255: rounding to pixels may fall on either side
 ROWS = {name: "request_state" if name == "request" else name for name in STAGES}  # `request` is the whole of it here
 UNACCOUNTED = 0.05  # of the time to the first frame, at the median
 
-Frames = NDArray[np.uint8]
-
-
-def read_requests(file: Path) -> list[Request]:
-    """Requests of a list of {"prompt", "image"}; images are beside the file, or in inputs/."""
-    items = json.loads(file.read_text(encoding="utf-8"))
-    places = [(file.parent / item["image"], file.parent / "inputs" / item["image"]) for item in items]
-    return [
-        Request(beside if beside.is_file() else inside, item["prompt"], seed=seed)
-        for seed, (item, (beside, inside)) in enumerate(zip(items, places, strict=True))
-    ]
-
-
-def plain_frames(pipeline: MotionPipeline, request: Request) -> Frames:
-    """The frames of `request` by `step_plain`: the step as it was written, which computes everything in every step."""
-    prepared, solver = pipeline.prepare(request), pipeline.bundle.solver(request.solver, request.steps)
-    shape = (1, *pipeline.bundle.model.latents)
-    latents = sample(
-        pipeline.graph("step_plain"),
-        latents=noise(request.seed, 0, shape),
-        state=pipeline.select("step_plain", prepared.inputs),
-        tables={"timestep": np.array(solver.timesteps[:, None])},
-        coefficients=solver.coefficients,
-        guidance=pipeline.bundle.guidance,
-        noise=lambda index: noise(request.seed, index + 1, shape),
-    )
-    return to_frames(pipeline.graph("decode")({"latents": latents})["video"])
-
 
 def check(pipeline: MotionPipeline, requests: Sequence[Request]) -> tuple[list[Result], dict[str, Any]]:
     """What each request gives, and the gate's figures; ParityError where the plain step gives other frames."""
-    results = pipeline.batch(requests)
+    results = [answer(pipeline, request) for request in requests]
     if "step_plain" not in pipeline.bundle.graphs:
         return results, {"max_abs_difference": None, "to": "not run: the bundle has no step_plain", "allowed": LEVELS}
     worst = 0
@@ -85,7 +53,7 @@ def measure(
     for index in range(-warmups, count):
         which = index % len(requests)
         start = perf_counter()
-        result = pipeline.batch([requests[which]])[0]
+        result = answer(pipeline, requests[which])
         shown = perf_counter()
         write_video(video, result.frames, result.fps)
         end = perf_counter()
@@ -113,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder for rows")
     parser.add_argument("--note", default="")
     options = parser.parse_args(arguments)
-    opened = MotionPipeline.from_bundle(options.bundle, options.memory, threads=options.threads)
+    opened = open_pipeline(options.bundle, options.memory, threads=options.threads)
     with opened as pipeline, tempfile.TemporaryDirectory(prefix="motionrt-bench-") as folder:
         requests = [replace(request, steps=options.steps) for request in read_requests(options.prompts)]
         results, error = check(pipeline, requests)

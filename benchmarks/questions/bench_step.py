@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,83 +22,13 @@ from numpy.typing import NDArray
 from motionrt.benchmarks import harness
 from motionrt.benchmarks.models.onnx_graph import open_graph
 from motionrt.benchmarks.models.step_rivals import compiled_step, torch_step
+from motionrt.benchmarks.pipeline import DEMO, StepRequest, step_request
 from motionrt.runtime.backends.onnxruntime import Graph, OnnxRuntimeBackend
-from motionrt.runtime.bundle.bundle import Bundle, Port, sha256_of
+from motionrt.runtime.bundle.bundle import Bundle, sha256_of
 from motionrt.runtime.by_path import load_by_path
-from motionrt.runtime.loop import sample
-from motionrt.runtime.noise import noise
 
-DEMO = harness.ROOT / "demo"
 TOLERANCE = 1e-4  # of latents with unit variance, after all steps, in fp32
-OWN = ("latents", "previous_x0", "noise", "coefficients", "guidance")
-
 Arrays = dict[str, NDArray[Any]]
-
-
-@dataclass(frozen=True)
-class Request:
-    """Random inputs of one request. `rewritten` and `plain` hold what each form reads: state, and tables [T, ...]."""
-
-    latents: NDArray[np.float32]
-    coefficients: NDArray[np.float32]
-    guidance: float
-    rewritten: tuple[Arrays, Arrays]
-    plain: tuple[Arrays, Arrays]
-
-    def denoise(self, step: Graph, inputs: tuple[Arrays, Arrays]) -> Arrays:
-        """All steps, through the sampler of the runtime."""
-        state, tables = inputs
-        latents = sample(
-            step,
-            latents=self.latents,
-            state=state,
-            tables=tables,
-            coefficients=self.coefficients,
-            guidance=self.guidance,
-            noise=lambda index: noise(0, index + 1, self.latents.shape),
-        )
-        return {"latents": latents}
-
-    def one_step(self, inputs: tuple[Arrays, Arrays]) -> Arrays:
-        """The inputs of a step in the middle of the schedule."""
-        state, tables = inputs
-        index = len(self.coefficients) // 2
-        return {
-            **state,
-            **{name: table[index] for name, table in tables.items()},
-            "latents": self.latents,
-            "previous_x0": noise(1, 0, self.latents.shape),
-            "noise": noise(1, 1, self.latents.shape),
-            "coefficients": self.coefficients[index],
-            "guidance": np.asarray(self.guidance, np.float32),
-        }
-
-
-def random_input(port: Port, index: int) -> NDArray[np.float32]:
-    """Standard normal values of the port's own size; a scale is 1."""
-    shape = tuple(dim.opt for dim in port.dims)
-    return noise(2, index, shape) if shape else np.ones((), np.float32)
-
-
-def make_request(bundle: Bundle, load: Callable[[str], Graph]) -> Request:
-    """Random request inputs, put through `schedule` and `request` for the rewritten step."""
-    solver = bundle.solver()
-    ports = [port for port in bundle.graph("step_plain").inputs if port.name not in (*OWN, "timestep")]
-    inputs: Arrays = {port.name: random_input(port, index) for index, port in enumerate(ports)}
-    taken = {port.name for port in bundle.graph("request").inputs}
-    state = load("request")({name: value for name, value in inputs.items() if name in taken})
-    tables = load("schedule")({"timesteps": solver.timesteps})
-    reads = {port.name for port in bundle.graph("step").inputs}
-    return Request(
-        latents=random_input(bundle.port("step", "latents"), len(ports)),
-        coefficients=np.array(solver.coefficients),  # a copy: PyTorch warns of arrays that it may not write to
-        guidance=bundle.guidance,
-        rewritten=(
-            {name: value for name, value in {**inputs, **state}.items() if name in reads},
-            {name: value for name, value in tables.items() if name in reads},
-        ),
-        plain=(inputs, {"timestep": np.array(solver.timesteps[:, None])}),
-    )
 
 
 def check_checkpoint(bundle: Bundle, checkpoint: Path) -> None:
@@ -112,7 +41,7 @@ def check_checkpoint(bundle: Bundle, checkpoint: Path) -> None:
         )
 
 
-def demo_rivals(bundle: Bundle, checkpoint: Path, request: Request, options: argparse.Namespace) -> dict[str, Graph]:
+def demo_rivals(bundle: Bundle, checkpoint: Path, request: StepRequest, options: argparse.Namespace) -> dict[str, Graph]:
     """`eager` and `compiled` of the demo; a word why where one is not there."""
     if importlib.util.find_spec("torch") is None:
         print("eager, compiled: not run: PyTorch is not installed")
@@ -135,7 +64,7 @@ def rivals(
     return steps
 
 
-def check_schedule(request: Request, steps: Mapping[str, tuple[Graph, tuple[Arrays, Arrays]]]) -> dict[str, float]:
+def check_schedule(request: StepRequest, steps: Mapping[str, tuple[Graph, tuple[Arrays, Arrays]]]) -> dict[str, float]:
     """Denoise with every form, and return the largest difference from `plain`; ParityError above the tolerance."""
     results = {name: request.denoise(step, inputs) for name, (step, inputs) in steps.items()}
     errors = {name: harness.difference(result, results["plain"]) for name, result in results.items()}
@@ -149,7 +78,7 @@ def demo(options: argparse.Namespace) -> tuple[harness.Comparison, dict[str, Any
     """Check the demo's step over a whole schedule, then time one step: (times, what all rows say, what each one says)."""
     bundle = Bundle.open(options.bundle)
     backend = OnnxRuntimeBackend(threads=options.threads)
-    request = make_request(bundle, lambda name: backend.load(bundle, name))
+    request = step_request(bundle, lambda name: backend.load(bundle, name))
     steps: dict[str, tuple[Graph, tuple[Arrays, Arrays]]] = {
         "plain": (open_graph(bundle.graph_path("step_plain"), options.threads), request.plain),
         "rewritten": (open_graph(bundle.graph_path("step"), options.threads), request.rewritten),

@@ -90,14 +90,13 @@ def sentences(count: int) -> list[str]:
 
 def main() -> None:
     """Embed sentences, and keep both profiles as rows."""
-    from motionrt.runtime.pipeline import MotionPipeline
+    from motionrt.benchmarks.pipeline import DEMO, open_pipeline
 
     parser = argparse.ArgumentParser(description="Do the synthetic embeddings lie as those of sentences do?")
     parser.add_argument("--sentences", type=int, default=10_000)
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder for rows")
     options = parser.parse_args()
-    demo = harness.ROOT / "demo"
-    with MotionPipeline.from_bundle(demo / "bundle", memory=demo / "memory") as pipeline:
+    with open_pipeline(DEMO / "bundle", DEMO / "memory") as pipeline:
         real = np.concatenate([pipeline.embed(text).reshape(1, -1) for text in sentences(options.sentences)])
     real /= np.linalg.norm(real, axis=1, keepdims=True)
     made = np.concatenate(list(chunks(leaves(real.shape[1]), len(real))))

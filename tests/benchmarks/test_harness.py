@@ -18,6 +18,13 @@ PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "harness.py"
 
 
 
+def test_clock_waits_on_both_sides_of_each_timed_call() -> None:
+    calls: list[str] = []
+    seconds = harness.clock(lambda: calls.append("call"), rounds=2, warmups=1, wait=lambda: calls.append("wait"))
+    assert calls == ["call", *["wait", "call", "wait"] * 2]
+    assert seconds.shape == (2,) and (seconds >= 0).all()
+
+
 def constant(value: float, calls: list[str] | None = None, name: str = "") -> Any:
     def call() -> dict[str, np.ndarray]:
         if calls is not None:
