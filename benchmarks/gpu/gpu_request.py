@@ -218,7 +218,7 @@ def request(bench: Bench) -> None:
     def put(value: Tensor) -> Tensor:
         return value.to(bench.device, bench.dtype)
 
-    inputs = dict(zip(cut.step.inputs, step_inputs(cut, values), strict=True))
+    inputs = step_inputs(cut, values)
     graph = gpu_step.graph_of(cut, inputs, "graph" if bench.device == "cuda" else "eager", bench.device)
 
     def ours() -> Tensor:

@@ -183,7 +183,7 @@ def run(suite: Suite) -> None:
         before = perf_counter()
         partition = cut(size, dtype, device, module)
         print(f"{size.name}: partitioned in {perf_counter() - before:.0f} s", flush=True)
-        inputs = dict(zip(partition.step.inputs, step_inputs(partition, values), strict=True))
+        inputs = step_inputs(partition, values)
         whole, flops = partition.original.flops, partition.classes["step"].flops
         suite.stage("released_eager", whole, lambda: (plain(module, values, "eager"), "eager"))
         for mode in ("graph", "eager", "compiled"):

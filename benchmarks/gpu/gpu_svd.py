@@ -146,7 +146,7 @@ def run(suite: gpu_step.Suite, size: Size) -> None:
         step = SvdStep(unet, tokens, size.latents[0], TIME_IDS).to(device).eval()
         cut = partition(step, tuple(values.values()), INPUTS, outputs=OUTPUTS)
         print(f"{size.name}: partitioned in {perf_counter() - start:.0f} s", flush=True)
-        inputs = dict(zip(cut.step.inputs, step_inputs(cut, values), strict=True))
+        inputs = step_inputs(cut, values)
         for mode in ("graph", "eager", "compiled"):
             make = lambda mode=mode: gpu_step.ours(cut, inputs, mode, device)  # noqa: E731
             suite.stage(f"ours_{mode}", cut.classes["step"].flops, make)

@@ -110,10 +110,16 @@ def cut(size: Size, dtype: torch.dtype, device: str = "cpu", step: CogVideoXStep
     return partition(step, tuple(feed(size, dtype, device).values()), INPUTS, outputs=OUTPUTS)
 
 
-def step_inputs(partition: Partition, values: Mapping[str, Tensor]) -> list[Tensor]:
-    """What the step program reads, from what the step as it is written reads."""
+def known_values(programs: Partition, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`values` and everything that the schedule and request programs make of them: the step takes its inputs from here."""
     known = dict(values)
     with torch.no_grad():
-        for program in (partition.schedule, partition.request):
+        for program in (programs.schedule, programs.request):
             known.update(zip(program.outputs, program.module(*(known[name] for name in program.inputs)), strict=True))
-    return [known[name] for name in partition.step.inputs]
+    return known
+
+
+def step_inputs(programs: Partition, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the step program reads, by name, from what the step as it is written reads."""
+    known = known_values(programs, values)
+    return {name: known[name] for name in programs.step.inputs}

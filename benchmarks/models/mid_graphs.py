@@ -21,7 +21,8 @@ import onnx
 import torch
 
 from motionrt.benchmarks import harness
-from motionrt.benchmarks.models.mid_models import Model, arrays, export, export_step, known_values, real_shares
+from motionrt.benchmarks.models.full_step import known_values
+from motionrt.benchmarks.models.mid_models import Model, arrays, export, export_step, real_shares
 from motionrt.benchmarks.models.onnx_graph import Arrays, Graph, open_graph
 
 WORK = harness.ROOT / "out" / "mid"

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from motionrt.benchmarks.models import full_step
-from motionrt.benchmarks.models.full_step import OUTPUTS, Size
+from motionrt.benchmarks.models.full_step import OUTPUTS, Size, known_values
 from motionrt.export.compiler.partition import Partition, partition
 from motionrt.export.compiler.weightless import fake_partition
 from motionrt.export.onnx.from_torch import Example, onnx_from_torch
@@ -213,15 +213,6 @@ MODELS: Mapping[str, Model] = {
 
 
 # --- running --------------------------------------------------------------------------------------------------------
-
-
-def known_values(cut: Partition, values: Values) -> dict[str, Tensor]:
-    """`values` and everything that the schedule and request programs make of them: the step takes its inputs from here."""
-    known = dict(values)
-    with torch.no_grad():
-        for program in (cut.schedule, cut.request):
-            known.update(zip(program.outputs, program.module(*(known[name] for name in program.inputs)), strict=True))
-    return known
 
 
 def export(path: Path, module: nn.Module, values: Values, outputs: tuple[str, ...]) -> Path:

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from motionrt.benchmarks import harness
+from motionrt.benchmarks.models.full_step import known_values
 from motionrt.benchmarks.models.mid_graphs import FORMS, WORK, Saved, flop_shares, graphs_of
-from motionrt.benchmarks.models.mid_models import MODELS, Model, known_values
+from motionrt.benchmarks.models.mid_models import MODELS, Model
 from motionrt.benchmarks.models.onnx_graph import Arrays
 from motionrt.export.compiler.partition import partition
 

@@ -98,7 +98,7 @@ SECTIONS = (
         render.plain("gpu_ceilings", gpu=True), SUITE,
     ),
     Section(
-        "On a GPU: the kernels", "Motion-cross-attention against all that computes the same.",
+        "On a GPU: the kernel", "Motion-cross-attention against all that computes the same.",
         render.plain("gpu_kernel", "what", gpu=True), SUITE,
     ),
     Section(
