@@ -65,7 +65,7 @@ def kernels(options: argparse.Namespace, toy: bool) -> None:
 def _cogvideox(name: str, stages: list[str], toy_stages: list[str]) -> Callable[[argparse.Namespace, bool], None]:
     """The full-size step by gpu_step.py; rows of gpu_step. It is checked against the released form, which is always there.
 
-    Compiling on the CPU is for tests/benchmarks/test_gpu_step.py: it takes longer than everything else here.
+    Compiling on the CPU is for tests/benchmarks/gpu/test_gpu_step.py: it takes longer than everything else here.
     """
 
     def run(options: argparse.Namespace, toy: bool) -> None:
