@@ -100,10 +100,12 @@ def _still(place: Path, name: str) -> Path:
 
 def _clip(pipeline: MotionPipeline, reference: Reference) -> Frames:
     """The frames of a retrieved clip, uint8 [F, H, W, 3]: as the memory saw them."""
-    model = pipeline.bundle.model
+    memory = pipeline.bundle.manifest.memory
+    assert memory is not None
+    size = memory.clip
     source = Path(reference.source)
     path = source if source.is_absolute() else HERE / source
-    video = read_clip(path, model.frames, model.height, model.width, model.fps, start=reference.start)
+    video = read_clip(path, size.frames, size.height, size.width, size.fps, start=reference.start)
     pixels: Frames = np.rint((video + 1) * 127.5).clip(0, 255).astype(np.uint8)
     return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
 

@@ -18,7 +18,6 @@ from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.errors import BackendError, InputError
 
 log = logging.getLogger("motionrt")
-STEP = "step"
 
 
 @dataclass(frozen=True)
@@ -32,16 +31,17 @@ class Choice:
 
 def choose(
     bundle: Bundle, *, device: str | None = None, threads: int | None = None, precision: str | None = None,
-    graphs: Sequence[str] = (STEP,),
+    graphs: Sequence[str] | None = None,
 ) -> Choice:  # fmt: skip
     """The backend for `bundle` on this machine. device: None, "cpu" (which ends the search), "cuda" or "cuda:1".
 
-    precision: what is to be computed in; None leaves it to the backend. graphs: those that a backend must run to be chosen;
-    others may go to ONNX Runtime where it has not got them. With "cuda" the CPU is no answer: `BackendError` says what was
-    tried.
+    precision: what is to be computed in; None leaves it to the backend. graphs: those that a backend must run to be chosen,
+    the steps of denoising loops if not given; others may go to ONNX Runtime where it has not got them. With "cuda" the CPU is
+    no answer: `BackendError` says what was tried.
     """
     if device is not None and device != "cpu" and not device.startswith("cuda"):
         raise InputError(f"device is {device!r}; with the backend auto it must be cpu, cuda, or not given.")
+    graphs = bundle.steps if graphs is None else graphs
     refused: list[str] = []
     if device == "cpu":
         refused.append("the device cpu was asked for")

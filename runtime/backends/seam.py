@@ -178,11 +178,12 @@ class Checked:
 
 
 class Backend(Protocol):
-    """What turns graphs of a bundle into `Checked` ones. `label`: what runs them, and where; `precision`: the dtype that it
-    computes in, by name."""
+    """What turns graphs of a bundle into `Checked` ones. `precision`: the dtype that it computes in, by name; `label`: what it
+    is, for people; `parallel_load`: whether `load` may be called from several threads at once."""
 
     label: str
     precision: str
+    parallel_load: bool
 
     def load(self, bundle: Bundle, name: str) -> Checked:
         """Load graph `name`; `BackendError` or `BundleError` where that fails."""

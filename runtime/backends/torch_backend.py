@@ -2,7 +2,7 @@
 
 Only `motionrt.runtime.backends.open` imports this module, and only when it is asked for: it imports torch.
 
-What runs how: the graphs of the loop (`LOOP`) by `mode`, the others, which a request calls once, eagerly. Static buffers
+What runs how: the graphs of denoising loops by `mode`, the others, which a request calls once, eagerly. Static buffers
 belong to the executor: inputs are copied into them, one replay computes a step, and the results are copied out of them.
 """
 
@@ -21,7 +21,6 @@ from motionrt.runtime.backends.open import ONNXRUNTIME, TORCH
 from motionrt.runtime.backends.seam import Array, Backend, Checked, DeviceValue, Executor, first_line
 from motionrt.runtime.backends.torch_program import load_program
 from motionrt.runtime.bundle.bundle import Bundle, GraphSpec, Port
-from motionrt.runtime.bundle.manifest import LOOP
 from motionrt.runtime.errors import BackendError, BackendWarning, InputError
 
 MODES = ("auto", "graph", "compile", "eager")
@@ -58,6 +57,7 @@ class TorchBackend:
         if threads is not None:
             torch.set_num_threads(threads)
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        self.parallel_load = False
         self.label = f"torch {torch.__version__} {name} {self.mode} {self.precision}"
 
     def load(self, bundle: Bundle, name: str) -> Checked:
@@ -87,7 +87,7 @@ class TorchBackend:
             )
         examples = dict(zip(declared.inputs, program.examples, strict=True))
         executor = TorchExecutor(spec, program.module, examples, declared.outputs, self.device)
-        executor.prepare(self.mode if name in LOOP else "eager")
+        executor.prepare(self.mode if bundle.in_loop(name) else "eager")
         return Checked(spec, executor)
 
 

@@ -1,9 +1,9 @@
-"""Reading a bundle: a directory with `bundle.json`, ONNX graphs, solver tables and tokenizers.
+"""Reading a bundle: a directory with `bundle.json`, ONNX graphs, rows of numbers for its loops, and tokenizers.
 
-Reading never executes anything. `Bundle.open` checks the manifest's keys and version and the SHA-256 of every file of
-the bundle, so that what follows can trust it; every later check reads the one interface that the manifest declares.
-Programs, the optional part for the torch backend, and weights that lie beside a graph (large: gigabytes) are checked when
-one is asked for: nobody else pays for them. A file that did not change since it was checked is not read again (digests.py).
+Reading never executes anything. `Bundle.open` checks the manifest and the SHA-256 of every file of the bundle, so that what
+follows can trust it; every later check reads the one interface that the manifest declares. Programs, the optional part for the
+torch backend, and weights that lie beside a graph (large: gigabytes) are checked when one is asked for: nobody else pays for
+them. A file that did not change since it was checked is not read again (files.py).
 """
 
 from __future__ import annotations
@@ -17,91 +17,54 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from motionrt.runtime.bundle.manifest import (
-    FORMAT,
-    Dim,
-    GraphSpec,
-    Manifest,
-    Model,
-    Port,
-    ProgramSpec,
-    Weights,
-    read_manifest,
-)
+from motionrt.runtime.bundle.manifest import Dim, GraphSpec, Manifest, Port, Program, read_manifest
 from motionrt.runtime.errors import BundleError, InputError
 from motionrt.runtime.files import digest_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["FORMAT", "Bundle", "Dim", "GraphSpec", "Model", "Port", "ProgramSpec", "Solver", "Weights"]
+__all__ = ["Bundle", "Dim", "GraphSpec", "Port", "Schedule", "verify_file"]
 
 
 @dataclass(frozen=True)
-class Solver:
-    """One row of the solver table: `timesteps` int64 or float32 [T], `coefficients` float32 [T, 6] (see sampler.py)."""
+class Schedule:
+    """The rows of a loop, float32 `[T, R]`, one column for each of the loop's `columns`."""
 
     name: str
-    steps: int
-    timesteps: NDArray[np.int64] | NDArray[np.float32]
-    coefficients: NDArray[np.float32]
+    rows: NDArray[np.float32]
+
+    @property
+    def steps(self) -> int:
+        return len(self.rows)
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle. Frozen; `manifest` is bundle.json as read, for printing."""
+    """An opened bundle."""
 
     path: Path
-    _manifest: Manifest
-    _tables: Mapping[str, NDArray[Any]] = field(repr=False)
+    manifest: Manifest
+    _tables: Mapping[str, NDArray[np.float32]] = field(repr=False)
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
-        """Open and verify the bundle directory `path`; `BundleError` if it is missing, damaged or of a newer format."""
+        """Open and verify the bundle directory `path`; `BundleError` if it is missing, damaged or of another format."""
         path = Path(path)
         manifest = read_manifest(path / "bundle.json")
         for kind, specs in (("graph", manifest.graphs), ("tokenizer", manifest.tokenizers)):
             for name, spec in specs.items():
                 verify_file(path, spec.file, spec.sha256, f"{kind} '{name}'")
-        verify_file(path, manifest.solvers.file, manifest.solvers.sha256, "the solver tables")
-        return cls(path, manifest, _solver_tables(path / manifest.solvers.file, manifest))
-
-    @property
-    def manifest(self) -> Mapping[str, Any]:
-        """bundle.json as parsed."""
-        return self._manifest.raw
+        verify_file(path, manifest.tables.file, manifest.tables.sha256, "the tables of rows")
+        return cls(path, manifest, _read_tables(path / manifest.tables.file, manifest))
 
     @property
     def name(self) -> str:
-        return self._manifest.name
-
-    @property
-    def model(self) -> Model:
-        return self._manifest.model
+        return self.manifest.name
 
     @property
     def graphs(self) -> Mapping[str, GraphSpec]:
-        return self._manifest.graphs
-
-    @property
-    def digests(self) -> Mapping[str, str]:
-        """What a motion memory must match: the digests of `text_query`, `motion` and `appearance`."""
-        return self._manifest.digests
-
-    @property
-    def guidance(self) -> float:
-        """The default guidance scale."""
-        return self._manifest.guidance
-
-    @property
-    def target_range(self) -> str:
-        """What the appearance graph sees of a request's still: "correct", [-1, 1]; "released", [0, 1] (a quirk)."""
-        return self._manifest.target_range
-
-    @property
-    def solvers(self) -> Mapping[str, tuple[int, ...]]:
-        """The step counts of each solver."""
-        return self._manifest.solvers.entries
+        return self.manifest.graphs
 
     def graph(self, name: str) -> GraphSpec:
         """The declared interface of graph `name`; `BundleError` if the bundle has none."""
@@ -119,6 +82,18 @@ class Bundle:
                 return port
         raise BundleError(f"graph '{graph}' of bundle {self.path} has no port `{name}`.")
 
+    @property
+    def steps(self) -> list[str]:
+        """The graphs that the steps of denoising loops run: worth a CUDA graph, and never to be slow without a word.
+
+        A loop that is fed no numbers puts something together (the pictures of a decoder), and is none of these.
+        """
+        return list(dict.fromkeys(graph for loop in self.manifest.loops.values() if loop.feeds for graph in loop.graphs))
+
+    def in_loop(self, graph: str) -> bool:
+        """Whether `graph` is one of `steps`, or what one is compared with."""
+        return graph in self.steps or any(loop.plain == graph for loop in self.manifest.loops.values())
+
     def graph_path(self, name: str) -> Path:
         """The ONNX file of graph `name`; `BundleError` if the weights beside it are missing or damaged."""
         spec = self.graph(name)
@@ -127,52 +102,52 @@ class Bundle:
         return self.path / spec.file
 
     @property
-    def programs(self) -> Mapping[str, ProgramSpec]:
+    def programs(self) -> Mapping[str, Program]:
         """The graphs that the bundle also carries as torch programs."""
-        return self._manifest.programs
+        return {name: spec.program for name, spec in self.graphs.items() if spec.program is not None}
 
     def program_path(self, name: str) -> Path:
-        """The verified file of program `name`; `BundleError` if the bundle has none, or it is missing or damaged."""
-        if name not in self.programs:
+        """The verified file of the torch program of graph `name`; `BundleError` if there is none, or it is damaged."""
+        program = self.graph(name).program
+        if program is None:
             raise BundleError(f"bundle {self.path} has no torch program of graph '{name}'. Export it again, with programs.")
-        spec = self.programs[name]
-        return verify_file(self.path, spec.file, spec.sha256, f"program '{name}'")
+        return verify_file(self.path, program.file, program.sha256, f"program '{name}'")
 
-    def solver(self, name: str | None = None, steps: int | None = None) -> Solver:
-        """Timesteps and coefficients of `steps` steps of solver `name`; `InputError` for one that is not there."""
-        name = self._manifest.solvers.default if name is None else name
-        if name not in self.solvers:
-            raise InputError(f"solver is '{name}'; this bundle has {', '.join(sorted(self.solvers))}.")
-        steps = self._manifest.solvers.default_steps if steps is None else steps
-        if isinstance(steps, bool) or steps not in self.solvers[name]:
-            raise InputError(f"steps is {steps!r}; solver '{name}' of this bundle takes {_span(self.solvers[name])}.")
-        key = f"{name}/{steps}"
-        return Solver(name, int(steps), self._tables[f"{key}/timesteps"], self._tables[f"{key}/coefficients"])
+    def schedule(self, loop: str, name: str | None = None, steps: int | None = None) -> Schedule:
+        """The rows of `steps` steps of schedule `name` of a loop, the default ones if not given; `InputError` for others."""
+        spec = self.manifest.loops[loop]
+        name = spec.default[0] if name is None else name
+        if name not in spec.schedules:
+            raise InputError(f"solver is '{name}'; loop '{loop}' of this bundle has {', '.join(sorted(spec.schedules))}.")
+        if steps is None:
+            steps = spec.default[1] if spec.default[1] in spec.schedules[name] else max(spec.schedules[name])
+        if isinstance(steps, bool) or steps not in spec.schedules[name]:
+            raise InputError(f"steps is {steps!r}; solver '{name}' of this bundle takes {_span(spec.schedules[name])}.")
+        return Schedule(name, self._tables[f"{loop}/{name}/{int(steps)}"])
 
     def tokenizer(self, name: str) -> Tokenizer:
         """The `tokenizers.Tokenizer` of `name`, with its own padding and truncation switched off. Cached by file."""
-        if name not in self._manifest.tokenizers:
+        if name not in self.manifest.tokenizers:
             raise BundleError(f"bundle {self.path} has no tokenizer '{name}'. Export it again.")
-        return _load_tokenizer(str(self.path / self._manifest.tokenizers[name].file))
+        return _load_tokenizer(str(self.path / self.manifest.tokenizers[name].file))
 
-    def tokenize(self, name: str, text: str) -> dict[str, NDArray[np.int64]]:
-        """`input_ids` and `attention_mask`, int64 [1, L], of `text` for the graph `name`.
+    def tokenize(self, name: str, text: str, length: int = 0, what: str = "the prompt") -> dict[str, NDArray[np.int64]]:
+        """`input_ids` and `attention_mask`, int64 `[1, L]`, of `text`.
 
-        Padded where the graph declares a longer length; never cut: a text that is too long is an `InputError`.
+        Padded to `length`, never cut: a text that is too long is an `InputError`, which calls it `what`.
         """
-        tokenizer, spec = self.tokenizer(name), self._manifest.tokenizers[name]
+        tokenizer, spec = self.tokenizer(name), self.manifest.tokenizers[name]
         if not isinstance(text, str):
-            raise InputError(f"the prompt is of type {type(text).__name__}; it must be a string.")
+            raise InputError(f"{what} is of type {type(text).__name__}; it must be a string.")
         try:
             ids = tokenizer.encode(text).ids
         except (UnicodeEncodeError, TypeError):  # by version of the library
-            raise InputError("the prompt holds characters that are not valid Unicode text; remove them.") from None
+            raise InputError(f"{what} holds characters that are not valid Unicode text; remove them.") from None
         if len(ids) > spec.max_length:
             raise InputError(
-                f"the prompt is {len(ids)} tokens long; tokenizer '{name}' of this bundle takes {spec.max_length}. "
-                "Shorten the prompt."
+                f"{what} is {len(ids)} tokens long; tokenizer '{name}' of this bundle takes {spec.max_length}. Shorten it."
             )
-        padding = max(0, self.port(name, "input_ids").dims[1].min - len(ids))
+        padding = max(0, length - len(ids))
         return {
             "input_ids": np.array([ids + [spec.pad_id] * padding], np.int64),
             "attention_mask": np.array([[1] * len(ids) + [0] * padding], np.int64),
@@ -219,22 +194,23 @@ def verify_file(bundle: Path, file: str, expected: str, what: str, *, read: bool
     return path
 
 
-def _solver_tables(path: Path, manifest: Manifest) -> dict[str, NDArray[Any]]:
+def _read_tables(path: Path, manifest: Manifest) -> dict[str, NDArray[np.float32]]:
+    """The rows of all loops, `LOOP/SCHEDULE/STEPS` -> float32 `[T, R]`; `BundleError` if the file has not all of them."""
     from safetensors.numpy import load_file
 
     try:
         tables: dict[str, NDArray[Any]] = load_file(path)
     except Exception as error:  # safetensors raises its own error type, or OSError
-        raise BundleError(f"the solver tables {path} cannot be read ({error}). Export the bundle again.") from None
-    for name, counts in manifest.solvers.entries.items():
-        for steps in counts:
-            integers, floats = ("int64",), ("float32",)
-            for leaf, shape, dtypes in (("timesteps", (steps,), integers + floats), ("coefficients", (steps, 6), floats)):
-                table = tables.get(f"{name}/{steps}/{leaf}")
-                if table is None or table.shape != shape or str(table.dtype) not in dtypes or not np.isfinite(table).all():
-                    raise BundleError(
-                        f"the solver tables {path} hold no finite {' or '.join(dtypes)} {list(shape)} "
-                        f"'{name}/{steps}/{leaf}'. Export the bundle again."
-                    )
-                table.setflags(write=False)
+        raise BundleError(f"the tables of rows {path} cannot be read ({error}). Export the bundle again.") from None
+    for loop, spec in manifest.loops.items():
+        at = spec.columns.index("graph")
+        for name, counts in spec.schedules.items():
+            for steps in counts:
+                key, shape = f"{loop}/{name}/{steps}", (steps, len(spec.columns))
+                rows = tables.get(key)
+                if rows is None or rows.shape != shape or rows.dtype != np.float32 or not np.isfinite(rows).all():
+                    raise BundleError(f"{path} holds no finite float32 {list(shape)} '{key}'. Export the bundle again.")
+                if not np.isin(rows[:, at], range(len(spec.graphs))).all():
+                    raise BundleError(f"'{key}' of {path} names a graph that loop '{loop}' has not got. Export it again.")
+                rows.setflags(write=False)
     return tables

@@ -20,7 +20,6 @@ from motionrt.runtime.backends.tensorrt.engine_file import FLAVORS, EngineFile, 
 from motionrt.runtime.backends.tensorrt.graph import Arena, TensorRTExecutor
 from motionrt.runtime.backends.tensorrt.library import Library, installed, load_module
 from motionrt.runtime.bundle.bundle import Bundle
-from motionrt.runtime.bundle.manifest import LOOP
 from motionrt.runtime.dtypes import PREFERRED
 from motionrt.runtime.errors import BackendError, BackendWarning, EngineError, InputError, install
 
@@ -54,6 +53,7 @@ class TensorRTBackend:
         self.engines, self.fallback, self._asked = engines, fallback, precision
         self.precision = precision or PREFERRED[0]  # of the engine that was loaded last
         self.arena = Arena(self.cuda)
+        self.parallel_load = False
         self.label = f"tensorrt {self.cuda.name} {self.cuda.target}"
         self.used: dict[str, str] = {}  # graph -> what runs it
         self._modules = libraries
@@ -121,7 +121,7 @@ class TensorRTBackend:
             file = self.find(bundle, name)
             otherwise = None if fallback is None else partial(fallback.load, bundle, name)
             library = self.library(file.flavor)
-            executor = TensorRTExecutor(spec, file, library, self.arena, loop=name in LOOP, otherwise=otherwise)
+            executor = TensorRTExecutor(spec, file, library, self.arena, loop=bundle.in_loop(name), otherwise=otherwise)
             executor.prepare()
         except EngineError as error:
             if fallback is None:
