@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from motionrt.runtime.backends.open import ONNXRUNTIME, TORCH
+from motionrt.runtime.backends.kinds import ONNXRUNTIME, TORCH
 from motionrt.runtime.backends.seam import Array, Backend, Checked, DeviceValue, Executor, first_line
 from motionrt.runtime.backends.torch_program import load_program
 from motionrt.runtime.bundle.bundle import Bundle, GraphSpec, Port
