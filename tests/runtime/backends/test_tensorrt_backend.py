@@ -114,8 +114,8 @@ def test_pipeline_gives_what_onnxruntime_gives(
 
     # down: the query's embedding and the frames, nothing else
     assert driver.moved["down"] == size("text_query", "embedding") + size("decode", "video")
-    # up: the image for two graphs, the references' tokens, what the loop starts from, its noise, the zeros of both, and a few ids
-    # and numbers; neither what the request computed nor the schedule's tables, which were made there
+    # up: the image for two graphs, the references' tokens, what the loop starts from, its noise, the zeros of both, and a few
+    # ids and numbers; neither what the request computed nor the schedule's tables, which were made there
     latents = size("step", "latents")
     noisy = int((pipeline.bundle.schedule("video", "dpm", 6).rows[:, -1] != 0).sum())
     tokens = sum(4 * array.size for found in got.references for array in found.record.values())
