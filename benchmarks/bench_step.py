@@ -21,9 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import harness
-from motionrt.runtime.backends.onnxruntime import Graph, OnnxRuntimeBackend
-from motionrt.runtime.bundle.bundle import Bundle, Port, sha256_of
+from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from motionrt.runtime.backends.seam import Graph
+from motionrt.runtime.bundle.bundle import Bundle, Port
 from motionrt.runtime.by_path import load_by_path
+from motionrt.runtime.files import sha256_of
 from motionrt.runtime.loop import sample
 from motionrt.runtime.noise import noise
 from onnx_graph import open_graph

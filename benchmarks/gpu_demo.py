@@ -13,7 +13,8 @@ from typing import Any
 
 import bench_step
 import harness
-from motionrt.runtime.backends.onnxruntime import Graph, OnnxRuntimeBackend
+from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from motionrt.runtime.backends.seam import Graph
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.dtypes import DTYPES, WEIGHTS

@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 
 import bench_step
 import harness
-from motionrt.runtime.backends.onnxruntime import Backend, DeviceGraph, Graph, OnnxRuntimeBackend, fetch, place
+from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from motionrt.runtime.backends.seam import Backend, Checked, Executor, fetch
 from motionrt.runtime.backends.tensorrt.engine_file import FLAVORS
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.cli.diagnosis import examine
@@ -45,16 +46,18 @@ class Recorder:
     inner: OnnxRuntimeBackend = field(default_factory=lambda: OnnxRuntimeBackend(1))
     seen: dict[str, dict[str, NDArray[Any]]] = field(default_factory=dict)
     precision: str = "float32"
+    label: str = "onnxruntime"
 
-    def load(self, bundle: Bundle, name: str) -> Graph:
+    def load(self, bundle: Bundle, name: str) -> Checked:
         """The graph; see `Backend`."""
-        graph = self.inner.load(bundle, name)
+        graph, seen = self.inner.load(bundle, name), self.seen
 
-        def call(inputs: Arrays) -> dict[str, Any]:
-            self.seen.setdefault(name, {key: np.array(value) for key, value in inputs.items()})
-            return graph(inputs)
+        class Recorded(Executor):
+            def execute(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+                seen.setdefault(name, {key: np.array(value) for key, value in inputs.items()})
+                return graph.executor.execute(inputs)
 
-        return call
+        return Checked(graph.spec, Recorded())
 
 
 def missing(flavor: str) -> tuple[str | None, str]:
@@ -121,10 +124,9 @@ def measure_graph(bundle: Bundle, name: str, backend: Backend, inputs: Arrays, o
         "load_seconds": loaded,
         "error": {"relative_l2": error, "to": "onnxruntime fp32", "allowed": allowed},
     }
-    if isinstance(graph, DeviceGraph):
-        device, placed = graph, place(graph, inputs)
-        resident = seconds_of(lambda: device.run(placed), options.rounds, options.warmups)
-        row["resident"] = harness.summary(resident)
+    if graph.executor.device is not None:
+        placed = {key: graph.put(key, value) for key, value in inputs.items()}
+        row["resident"] = harness.summary(seconds_of(lambda: graph.run(placed), options.rounds, options.warmups))
     return row
 
 

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 import harness
 from full_step import OUTPUTS, SIZES, Size, build_step, cut, feed
 from motionrt.export.compiler.partition import Partition
-from motionrt.runtime.backends.torch_backend import TorchGraph
+from motionrt.runtime.backends.seam import Checked
+from motionrt.runtime.backends.torch_backend import TorchExecutor, TorchValue
 from motionrt.runtime.bundle.bundle import Dim, GraphSpec, Port
 from motionrt.runtime.errors import BackendWarning
 from profile_step import step_inputs
@@ -42,31 +43,34 @@ Step = Callable[[], Sequence[Tensor]]
 
 
 def spec_of(inputs: Mapping[str, Tensor]) -> GraphSpec:
-    """The interface of a step at exactly these sizes, in these dtypes."""
+    """The interface of a step at exactly these sizes, typed in float32 as a bundle's is, whatever it computes in."""
 
     def port(name: str, value: Tensor) -> Port:
-        return Port(name, str(value.dtype).removeprefix("torch."), tuple(Dim("", s, s, s) for s in value.shape))
+        dtype = "float32" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
+        return Port(name, dtype, tuple(Dim("", s, s, s) for s in value.shape))
 
     outputs = tuple(port(name, inputs["latents"]) for name in OUTPUTS)
     return GraphSpec("step", "", "", tuple(port(*item) for item in inputs.items()), outputs)
 
 
-def graph_of(partition: Partition, inputs: Mapping[str, Tensor], mode: str, device: str) -> TorchGraph:
-    """The rewritten step behind the seam, prepared as `mode` says; what it fell back from is printed."""
-    graph = TorchGraph(spec_of(inputs), partition.step.module, inputs, partition.step.outputs, torch.device(device))
+def graph_of(partition: Partition, inputs: Mapping[str, Tensor], mode: str, device: str) -> tuple[Checked, str]:
+    """The rewritten step behind the seam, prepared as `mode` says, and its mode; what it fell back from is printed."""
+    spec = spec_of(inputs)
+    executor = TorchExecutor(spec, partition.step.module, inputs, partition.step.outputs, torch.device(device))
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        graph.prepare({"compiled": "compile"}.get(mode, mode))
+        executor.prepare({"compiled": "compile"}.get(mode, mode))
     for warning in seen:
         if issubclass(warning.category, BackendWarning):
             print(f"  {warning.message}")
-    return graph
+    return Checked(spec, executor), executor.mode
 
 
 def ours(partition: Partition, inputs: Mapping[str, Tensor], mode: str, device: str) -> tuple[Step, str]:
     """One call of the rewritten step with its values on the device; and the mode that it really runs in."""
-    graph = graph_of(partition, inputs, mode, device)
-    return lambda: list(graph.run(inputs).values()), graph.mode
+    graph, mode = graph_of(partition, inputs, mode, device)
+    values = {port.name: TorchValue(inputs[port.name], port.dtype) for port in graph.spec.inputs}
+    return lambda: [value.tensor for value in graph.run(values).values()], mode
 
 
 def plain(module: nn.Module, values: Mapping[str, Tensor], mode: str) -> Step:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +15,8 @@ from safetensors.numpy import save_file
 from torch import nn
 
 import motionrt
-from motionrt.runtime.bundle.manifest import FORMAT, read_manifest, sha256_of
+from motionrt.runtime.bundle.manifest import FORMAT, read_manifest
+from motionrt.runtime.files import replacing_folder, sha256_of
 
 Solvers = Mapping[str, Mapping[int, tuple[NDArray[Any], NDArray[np.float32]]]]
 Tokenizers = Mapping[str, tuple[str, int, int]]
@@ -26,19 +25,10 @@ Tokenizers = Mapping[str, tuple[str, int, int]]
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
     """A directory to write into; it takes the place of `out` when the block ends well, and vanishes otherwise."""
-    partial, old = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.old")
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    (partial / "graphs").mkdir(parents=True)
-    (partial / "tokenizers").mkdir()
-    try:
-        yield partial
-        if out.exists():
-            os.replace(out, old)
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    with replacing_folder(out) as folder:
+        for name in ("graphs", "tokenizers"):
+            (folder / name).mkdir()
+        yield folder
 
 
 def digest_of(*modules: nn.Module) -> str:

@@ -36,6 +36,12 @@ def fake() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def watching() -> ModuleType:
+    """The module tests/helpers/watching.py."""
+    return load_by_path(HERE / "helpers" / "watching.py")
+
+
+@pytest.fixture(scope="session")
 def fake_bundle(fake: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small valid bundle with every graph. Shared: copy it before changing it."""
     path: Path = fake.write_bundle(tmp_path_factory.mktemp("fake") / "bundle")
@@ -46,7 +52,7 @@ def fake_bundle(fake: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> P
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Run the command in this process: (exit status, standard output, standard error)."""
 
-    from motionrt.cli import main
+    from motionrt.runtime.cli.main import main
 
     def call(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()

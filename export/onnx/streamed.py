@@ -255,7 +255,7 @@ def _free(dim: Any) -> list[Any]:
 def _check(path: Path, model: onnx.ModelProto) -> None:
     """Publish `model` as `path` once the ONNX checker and shape inference have nothing against it."""
     from motionrt.export.checkpoints.files import CheckpointError
-    from motionrt.runtime.media.video import replacing
+    from motionrt.runtime.files import replacing
 
     with replacing(path, CheckpointError) as partial:
         partial.write_bytes(model.SerializeToString(deterministic=True))

@@ -18,7 +18,7 @@ from motionrt.runtime.dtypes import WEIGHTS
 from motionrt.runtime.errors import BackendError, InputError, install
 
 if TYPE_CHECKING:
-    from motionrt.runtime.backends.onnxruntime import Backend
+    from motionrt.runtime.backends.seam import Backend
     from motionrt.runtime.bundle.bundle import Bundle
 
 GPU_BUILD = f"{install('gpu')} in place of motionrt[cpu]"  # of ONNX Runtime: both have one import name

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -436,11 +437,34 @@ def parse_manifest(raw: Mapping[str, Any]) -> Manifest:
     try:
         manifest: Manifest = msgspec.convert(raw, Manifest, strict=True, str_keys=True)
     except msgspec.ValidationError as error:
-        raise BundleError(f"bundle.json: {error}. Upgrade motionrt, or export the bundle again.") from None
+        raise BundleError(f"bundle.json: {_where(raw, error)}. Upgrade motionrt, or export the bundle again.") from None
     for file in _files(manifest):
         if not file or Path(file).is_absolute() or ".." in Path(file).parts:  # it must not be able to point anywhere else
             raise BundleError(f"bundle.json: the file {file!r} must lie inside its directory. Export the bundle again.")
     return manifest
+
+
+def _where(raw: Mapping[str, Any], error: msgspec.ValidationError) -> str:
+    """An error of the manifest with the name of the entry that it is in, and what stands there."""
+    kinds = (("graph", GraphSpec), ("loop", Loop), ("input", Input), ("tokenizer", Tokenizer))
+    entries = [(f"{kind} '{name}': ", entry, of) for kind, of in kinds for name, entry in dict(raw.get(f"{kind}s") or {}).items()]
+    for what, entry, of in entries:
+        try:
+            msgspec.convert(entry, of, strict=True, str_keys=True)
+        except msgspec.ValidationError as inner:
+            return what + _got(entry, str(inner))
+    return _got(raw, str(error))
+
+
+def _got(entry: Any, text: str) -> str:
+    """msgspec's sentence, with the value that it is about where its path leads to one."""
+    said, at, path = text.partition(" - at `$")
+    for name, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
+        try:
+            entry = entry[name or int(index)]
+        except (LookupError, TypeError):
+            return text
+    return f"`{path.strip('.`')}` is {entry!r:.60}: {said}" if at and "[...]" not in path else text
 
 
 def _no_number(text: str) -> None:

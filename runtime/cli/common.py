@@ -19,7 +19,7 @@ from motionrt.runtime.memory.search import Search
 
 if TYPE_CHECKING:
     from motionrt.runtime.backends.auto import Choice
-    from motionrt.runtime.backends.onnxruntime import Backend
+    from motionrt.runtime.backends.seam import Backend
     from motionrt.runtime.memory.memory import MotionMemory
     from motionrt.runtime.memory.set import MemorySet
     from motionrt.runtime.pipeline import MotionPipeline
@@ -31,6 +31,10 @@ Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
 Solver = Annotated[str | None, typer.Option(help="Solver, such as ddim or dpm.")]
 LowMemory = Annotated[
     bool, typer.Option("--low-memory", help="Hold one graph at a time: for models larger than the device; loads them anew.")
+]
+Memories = Annotated[
+    list[str] | None,
+    typer.Option("--memory", "-m", help="Motion memory directory; again: searched together, `directory=0.5` for a weight."),
 ]
 Conditions = Annotated[
     list[str] | None, typer.Option("--where", metavar="KEY=VALUE", help=Search.__dataclass_fields__["where"].metadata["help"])
@@ -86,9 +90,37 @@ def _with_options(
         command(*arguments, **given, **{parameter: make(chosen)})
 
     own = inspect.signature(command, eval_str=True)
-    kept = [one for one in own.parameters.values() if one.name != parameter]
+    extra = inspect.Parameter.VAR_KEYWORD  # the inputs of a bundle: `BundleCommand` makes options of them
+    kept = [one for one in own.parameters.values() if one.name != parameter and one.kind != extra]
     filled.__signature__ = own.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]  # what typer reads
     return filled
+
+
+class BundleCommand(typer.core.TyperCommand):
+    """A command whose options are also the inputs that the bundle among its arguments declares: nothing names them twice."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        from motionrt.runtime.bundle.manifest import NumberInput, ColumnInput, read_manifest
+
+        paths = [Path(argument.removeprefix("--bundle=")) / "bundle.json" for argument in args]
+        file = next((path for path in paths if path.is_file()), None)
+        if file is None:  # opening the bundle will say what is wrong with it
+            ctx.ignore_unknown_options = ctx.allow_extra_args = True
+            return super().parse_args(ctx, args)
+        own = [option for option in self.params if getattr(option, "of_bundle", None) is None]
+        taken = {flag for option in own for flag in (*option.opts, *option.secondary_opts)}
+        self.params = own
+        for name, spec in read_manifest(file).inputs.items():
+            flags = [f"--{name.replace('_', '-')}"]
+            if (short := f"-{name[0]}") not in taken and spec.default is None and not isinstance(spec, ColumnInput):
+                flags.append(short)
+            taken |= {*flags}
+            kind = float if isinstance(spec, NumberInput | ColumnInput) else str
+            shown = "" if spec.default in (None, "") else f" [default: {spec.default:g}]" if kind is float else f" [{spec.default}]"
+            option = typer.core.TyperOption(param_decls=[name, *flags], type=kind, help=f"{spec.help}{shown}", required=False)
+            option.of_bundle = True  # type: ignore[attr-defined]
+            self.params.append(option)
+        return super().parse_args(ctx, args)
 
 
 @contextmanager
@@ -97,12 +129,12 @@ def open_pipeline(
     memories: Sequence[str],
     options: RunOptions,
     *,
-    graphs: Sequence[str] = ("step",),
+    graphs: Sequence[str] | None = None,
     low_memory: bool = False,
 ) -> Iterator[MotionPipeline]:
     """A pipeline with no memory, with one, or with several that are searched together: `directory` or `directory=weight`.
 
-    graphs: what it is opened for; where the backend is left to auto, it is one that runs these.
+    graphs: what it is opened for, the denoising steps if not given; where the backend is left to auto, it is one that runs these.
     """
     from motionrt.runtime.backends.auto import choose
     from motionrt.runtime.bundle.bundle import Bundle

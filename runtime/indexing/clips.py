@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from motionrt.runtime.backends.onnxruntime import Backend, Graph
+from motionrt.runtime.backends.seam import Backend, Graph
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.bundle.manifest import GraphSpec, MemorySpec
 from motionrt.runtime.errors import InputError, MediaError, MemoryStoreError

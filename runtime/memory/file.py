@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from motionrt.runtime.bundle.manifest import MemorySpec, Part
 from motionrt.runtime.errors import BundleError, MemoryStoreError
-from motionrt.runtime.media.video import replacing
+from motionrt.runtime.files import replacing
 from motionrt.runtime.memory import store
 from motionrt.runtime.memory.rows import Clip, Layout
 from motionrt.runtime.memory.search import Search, Where

@@ -24,8 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motionrt.runtime.errors import MemoryStoreError, MotionRTError
-from motionrt.runtime.files import sha256_of, stamp_of
-from motionrt.runtime.media.video import replacing
+from motionrt.runtime.files import replacing, sha256_of, stamp_of
 from motionrt.runtime.memory.store import State
 
 SIDECAR = "index.json"

@@ -15,7 +15,7 @@ from typing import Any
 from motionrt.runtime.backends.tensorrt.device_memory import Cuda
 from motionrt.runtime.backends.tensorrt.engine_file import EngineFile
 from motionrt.runtime.errors import BackendError
-from motionrt.runtime.media.video import replacing
+from motionrt.runtime.files import replacing
 
 log = logging.getLogger("motionrt")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 import motionrt
 from motionrt.runtime.backends.tensorrt.engine_file import (
@@ -22,9 +23,10 @@ from motionrt.runtime.backends.tensorrt.engine_file import (
     sorted_targets,
 )  # fmt: skip
 from motionrt.runtime.bundle.bundle import Bundle
-from motionrt.runtime.bundle.manifest import Data, Dim, GraphSpec, Port, Weights, sha256_of
+from motionrt.runtime.bundle.manifest import Data, Dim, GraphSpec, Port, Weights
 from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.errors import EngineError, InputError
+from motionrt.runtime.files import sha256_of
 
 BATCH = Dim("batch", 1, 1, 4)
 SPEC = GraphSpec(
@@ -114,7 +116,7 @@ WRONG_SIDE: dict[str, tuple[dict[str, Any], GraphSpec, list[str]]] = {
 def test_check_names_both_sides_of_a_bundle_that_does_not_fit(file: EngineFile, case: str) -> None:
     changes, spec, words = WRONG_SIDE[case]
     with pytest.raises(EngineError) as refused:
-        replace(file, **changes).check(spec)
+        structs.replace(file, **changes).check(spec)
     for word in [*words, f"motionrt build {file.folder.parent.parent} --target sm_89,sm_120 --flavor rtx --dtype float16"]:
         assert word in str(refused.value)
 
@@ -147,7 +149,7 @@ def test_check_refuses_one_flipped_bit(file: EngineFile, at: int) -> None:
     damaged = bytearray(CONTENT)
     damaged[at] ^= 1
     file.engine_path.write_bytes(damaged)
-    with pytest.raises(EngineError, match="is damaged: SHA-256.*Nothing was loaded.*Rebuild: "):
+    with pytest.raises(EngineError, match="is damaged: SHA-256.*nothing was loaded.*Rebuild: "):
         file.check(SPEC, HERE)
 
 
@@ -171,16 +173,16 @@ DAMAGED: dict[str, tuple[Callable[[str], str], str]] = {
     "no object": (lambda text: "[]", "one object"),
     "newer format": (_edit(lambda raw: raw.update(format=2)), "format is 2; this version reads format 1"),
     "no format": (_edit(lambda raw: raw.pop("format")), "format is None"),
-    "missing key": (_edit(lambda raw: raw.pop("library")), "lacks library"),
-    "unknown key": (_edit(lambda raw: raw.update(color=1)), "unknown color"),
-    "wrong type": (_edit(lambda raw: raw.update(engine_bytes="1")), "wrong type"),
-    "bool for int": (_edit(lambda raw: raw.update(attentions=True)), "wrong type"),
-    "no digest": (_edit(lambda raw: raw.update(engine_sha256="xyz")), "64 hex digits"),
+    "missing key": (_edit(lambda raw: raw.pop("library")), "missing required field `library`"),
+    "unknown key": (_edit(lambda raw: raw.update(color=1)), "unknown field `color`"),
+    "wrong type": (_edit(lambda raw: raw.update(engine_bytes="1")), r"Expected `int`, got `str` - at `\$.engine_bytes`"),
+    "bool for int": (_edit(lambda raw: raw.update(attentions=True)), r"Expected `int`, got `bool` - at `\$.attentions`"),
+    "no digest": (_edit(lambda raw: raw.update(engine_sha256="xyz")), r"\{64\}.* - at `\$.engine_sha256`"),
     "flavor": (_edit(lambda raw: raw.update(flavor="onnx")), "allowed: rtx, tensorrt"),
-    "file elsewhere": (_edit(lambda raw: raw.update(file="../../x.engine")), "beside the sidecar"),
+    "file elsewhere": (_edit(lambda raw: raw.update(file="../../x.engine")), r"engine.* - at `\$.file`"),
     "target": (_edit(lambda raw: raw.update(targets=["h100"])), "h100"),
-    "profile": (_edit(lambda raw: raw["profiles"][0].update(latents={"min": [1]})), "not well formed"),
-    "shape": (_edit(lambda raw: raw["inputs"][0].update(dims=[1.5])), "not well formed"),
+    "profile": (_edit(lambda raw: raw["profiles"][0].update(latents={"min": [1]})), r"required field `opt` - at `\$.profiles"),
+    "shape": (_edit(lambda raw: raw["inputs"][0].update(dims=[1.5])), r"got `float` - at `\$.inputs\[0\].dims\[0\]`"),
 }
 
 
@@ -191,7 +193,7 @@ def test_read_refuses_in_plain_words(file: EngineFile, case: str) -> None:
     path.write_text(damage(path.read_text()))
     with pytest.raises(EngineError, match=words) as refused:
         EngineFile.read(path)
-    assert "engines again" in str(refused.value)
+    assert "Build it again with this version of motionrt: `motionrt build" in str(refused.value)
 
 
 def test_read_of_nothing_says_how_to_build(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend, external_initializers
+from motionrt.runtime.backends.onnx_weights import external_initializers
+from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from motionrt.runtime.bundle.bundle import Bundle, GraphSpec
 from motionrt.runtime.errors import BackendError, BundleError, InputError
 

@@ -9,7 +9,7 @@ import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,11 +19,12 @@ import pytest
 from numpy.typing import NDArray
 
 from motionrt.runtime.backends.machine import find_gpus
-from motionrt.runtime.backends.onnxruntime import DeviceGraph, OnnxRuntimeBackend, fetch, place
+from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from motionrt.runtime.backends.open import RunOptions, open_backend
+from motionrt.runtime.backends.seam import Checked, fetch
 from motionrt.runtime.backends.tensorrt.backend import TensorRTBackend
 from motionrt.runtime.backends.tensorrt.device_memory import Cuda, DeviceArray, Pool, load_driver
-from motionrt.runtime.backends.tensorrt.graph import TensorRTGraph
+from motionrt.runtime.backends.tensorrt.graph import TensorRTExecutor
 from motionrt.runtime.backends.tensorrt.runtime_cache import cache_path
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.by_path import load_by_path
@@ -84,6 +85,10 @@ def inputs_of(path: Path, graph: str, seed: int = 0, **sizes: int) -> dict[str, 
     return values
 
 
+def place(graph: Checked, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: graph.put(name, value) for name, value in values.items()}
+
+
 def wanted(path: Path, graph: str, inputs: dict[str, Any]) -> dict[str, NDArray[Any]]:
     return OnnxRuntimeBackend(1).load(Bundle.open(path), graph)(inputs)
 
@@ -121,7 +126,6 @@ def test_pipeline_gives_what_onnxruntime_gives(make: Make, gpu: ModuleType, flav
 def test_graph_keeps_the_device_seam(make: Make, write: Any, path: Path, driver: Any) -> None:
     write("step")
     graph = make().load(Bundle.open(path), "step")
-    assert isinstance(graph, DeviceGraph)
     inputs = inputs_of(path, "step")
     placed = place(graph, inputs)
     assert place(graph, placed) == placed, "placing twice changes nothing"
@@ -130,7 +134,7 @@ def test_graph_keeps_the_device_seam(make: Make, write: Any, path: Path, driver:
     assert driver.moved == before, "nothing crossed the bus"
     for name, value in wanted(path, "step", inputs).items():
         assert isinstance(results[name], DeviceArray)
-        np.testing.assert_array_equal(graph.get(results[name]), value)
+        np.testing.assert_array_equal(fetch(results[name]), value)
         np.testing.assert_array_equal(graph(inputs)[name], value)
     with pytest.raises(InputError, match="`noise` has 1 NaN"):
         graph.put("noise", np.full((1, 2, 4, 4, 4), np.nan, np.float32)[..., :1][:, :1, :1, :1])
@@ -141,7 +145,6 @@ def test_results_belong_to_the_caller(make: Make, write: Any, path: Path, flavor
     """Two requests that take turns: each keeps its own, whatever ran in between; results feed the next step."""
     write("step", flavor=flavor)
     graph = make(flavor).load(Bundle.open(path), "step")
-    assert isinstance(graph, DeviceGraph)
     requests = [inputs_of(path, "step", seed) for seed in (1, 2)]
     states = [place(graph, request) for request in requests]
     hosts = [dict(request) for request in requests]
@@ -189,7 +192,6 @@ def test_a_buffer_knows_whose_value_it_holds(make: Make, write: Any, path: Path)
     """A value of the device, then a host array, then the first again: what is skipped is only what is there."""
     write("step")
     graph = make().load(Bundle.open(path), "step")
-    assert isinstance(graph, DeviceGraph)
     first, second = (inputs_of(path, "step", seed) for seed in (1, 2))
     placed = place(graph, first)
     for inputs, given in ((first, placed), (second, second), (first, placed), (first, placed), (second, second)):
@@ -288,7 +290,7 @@ def test_scratch_memory_is_shared_and_grows(make: Make, write: Any, path: Path, 
     schedule(inputs_of(path, "schedule"))
     np.testing.assert_array_equal(step(inputs)["x0"], expected["x0"])
     assert driver.calls["cuGraphLaunch"] > launches
-    contexts = backend.library("tensorrt").contexts
+    contexts = backend.library("tensorrt").module.contexts
     assert {context.scratch for context in contexts} == {(backend.arena.address, backend.arena.size)}
 
 
@@ -318,16 +320,16 @@ def test_rtx_captures_itself_and_keeps_its_compilation(make: Make, write: Any, p
     write("step", "schedule")
     backend = make()
     step, _ = (backend.load(Bundle.open(path), name) for name in ("step", "schedule"))
-    assert isinstance(step, TensorRTGraph)
-    assert [config.cuda_graph_strategy for config in backend.library("rtx").configs] == ["whole", "disabled"]
+    assert isinstance(step.executor, TensorRTExecutor)
+    assert [config.cuda_graph_strategy for config in backend.library("rtx").module.configs] == ["whole", "disabled"]
     assert "cuStreamBeginCapture" not in driver.calls
-    kept = cache_path(step.file, backend.cuda)
+    kept = cache_path(step.executor.file, backend.cuda)
     assert kept.read_bytes() == b"compiled" and "Fake_GPU_CUDA_13.2" in kept.name
-    assert kept.parent == step.file.folder and not list(kept.parent.glob("*.partial"))
+    assert kept.parent == step.executor.file.folder and not list(kept.parent.glob("*.partial"))
     written = kept.stat().st_mtime_ns
     again = make()
     again.load(Bundle.open(path), "step")
-    assert again.library("rtx").configs[0].cache.content == b"compiled"
+    assert again.library("rtx").module.configs[0].cache.content == b"compiled"
     assert kept.stat().st_mtime_ns == written, "an unchanged cache is not written again"
 
 
@@ -337,13 +339,14 @@ def test_a_refused_or_unwritable_runtime_cache_is_no_error(
     write("step")
     caplog.set_level(logging.INFO, "motionrt")
     graph = make().load(Bundle.open(path), "step")
-    assert isinstance(graph, TensorRTGraph) and graph.cache is not None
-    graph.cache.path.write_bytes(b"of another driver")
+    assert isinstance(graph.executor, TensorRTExecutor) and graph.executor.cache is not None
+    kept = graph.executor.cache.path
+    kept.write_bytes(b"of another driver")
     make().load(Bundle.open(path), "step")
-    assert "refuses the runtime cache" in caplog.text and graph.cache.path.read_bytes() == b"compiled"
-    graph.cache.path.unlink()
-    graph.cache.path.mkdir()
-    (graph.cache.path / "in the way").touch()
+    assert "refuses the runtime cache" in caplog.text and kept.read_bytes() == b"compiled"
+    kept.unlink()
+    kept.mkdir()
+    (kept / "in the way").touch()
     make().load(Bundle.open(path), "step")
     assert "was not kept: cannot write" in caplog.text
 
@@ -354,7 +357,7 @@ def test_many_shapes_keep_only_so_many_buffers(make: Make, write: Any, path: Pat
     for steps in range(1, 30):
         inputs = inputs_of(path, "schedule", T=steps)
         np.testing.assert_array_equal(graph(inputs)["modulation"], wanted(path, "schedule", inputs)["modulation"])
-    assert isinstance(graph, TensorRTGraph) and len(graph._bound) == 8
+    assert isinstance(graph.executor, TensorRTExecutor) and len(graph.executor._bound) == 8
 
 
 FAILURES = {
@@ -373,11 +376,11 @@ def test_what_tensorrt_refuses_is_said(make: Make, write: Any, path: Path, call:
     write("schedule", profiles=[{"T": (4, 4, 4)}, {"T": (1, 3, 3)}])
     backend = make()
     graph = backend.load(Bundle.open(path), "schedule")
-    backend.library("rtx").fails.add(call)
+    backend.library("rtx").module.fails.add(call)
     with pytest.raises(BackendError, match=f"TensorRT-RTX failed in graph 'schedule': {FAILURES[call]}") as caught:
         graph(inputs_of(path, "schedule", T=3))
     assert "\n" not in str(caught.value)
-    backend.library("rtx").fails.clear()
+    backend.library("rtx").module.fails.clear()
     inputs = inputs_of(path, "schedule", T=3)
     np.testing.assert_array_equal(graph(inputs)["modulation"], wanted(path, "schedule", inputs)["modulation"])
 
@@ -400,7 +403,7 @@ def test_profiles_are_chosen_and_shapes_outside_are_refused(make: Make, write: A
     graph = backend.load(Bundle.open(path), "schedule")
     for steps, profile in ((4, 0), (9, 1)):
         graph(inputs_of(path, "schedule", T=steps))
-        assert backend.library("rtx").contexts[-1].profile == profile
+        assert backend.library("rtx").module.contexts[-1].profile == profile
     with pytest.raises(InputError, match=r"schedule input `timesteps` is \[5\]; this engine accepts .*\[4\].*motionrt build"):
         graph(inputs_of(path, "schedule", T=5))
     with pytest.raises(InputError, match="this bundle accepts"):
@@ -421,14 +424,13 @@ def test_run_refuses_an_input(make: Make, write: Any, path: Path, change: Callab
     write("step")
     backend = make()
     graph = backend.load(Bundle.open(path), "step")
-    assert isinstance(graph, DeviceGraph)
     inputs = inputs_of(path, "step")
     change(inputs)
-    executed = backend.library("rtx").contexts[0].executed
+    executed = backend.library("rtx").module.contexts[0].executed
     for way in (graph, graph.run):
         with pytest.raises(InputError, match=message):
             way(inputs)
-    assert backend.library("rtx").contexts[0].executed == executed, "refused before anything ran"
+    assert backend.library("rtx").module.contexts[0].executed == executed, "refused before anything ran"
 
 
 def _edit(path: Path, **changes: Any) -> None:
@@ -464,7 +466,7 @@ def test_an_engine_that_does_not_fit_is_refused_unread(
     with pytest.raises(EngineError, match=message) as caught:
         backend.load(Bundle.open(path), "step")
     assert "uild" in str(caught.value) and "\n" not in str(caught.value)
-    assert backend.library("rtx").deserialized == 0
+    assert backend.library("rtx").module.deserialized == 0
     write("step")  # built again
     backend.load(Bundle.open(path), "step")
 
@@ -472,9 +474,9 @@ def test_an_engine_that_does_not_fit_is_refused_unread(
 def test_what_tensorrt_says_of_an_engine_is_passed_on(make: Make, write: Any, path: Path) -> None:
     write("step")
     backend = make()
-    backend.library("rtx").fails.add("deserialize_cuda_engine")
+    backend.library("rtx").module.fails.add("deserialize_cuda_engine")
     with pytest.raises(
-        EngineError, match="TensorRT-RTX 1.7.1.116 refuses engine 'step' .*: the reason in des.* Rebuild: `motion"
+        EngineError, match="engine 'step' .* is refused by TensorRT-RTX 1.7.1.116: the reason in des.* Rebuild: `motion"
     ):
         backend.load(Bundle.open(path), "step")
 
@@ -494,7 +496,7 @@ def test_an_engine_with_other_tensors_is_refused(make: Make, write: Any, path: P
         return real
 
     backend = make()
-    backend.library("rtx").ports = ports
+    backend.library("rtx").module.ports = ports
     said = {"mode": "an output of float32", "dtype": "an input of bfloat16"}.get(wrong, "nothing")
     with pytest.raises(EngineError, match=f"has for `noise?` ({said}|an input of float32); the bundle declares"):
         backend.load(Bundle.open(path), "step")

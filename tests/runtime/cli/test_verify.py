@@ -13,9 +13,8 @@ import pytest
 
 from motionrt.runtime import files as digests
 from motionrt.runtime.bundle.bundle import Bundle
-from motionrt.runtime.bundle.manifest import sha256_of
 from motionrt.runtime.by_path import load_by_path
-from motionrt.runtime.files import STAMPS
+from motionrt.runtime.files import STAMPS, sha256_of
 
 Run = Callable[..., tuple[int, str, str]]
 Large = tuple[Path, Path, Path]
