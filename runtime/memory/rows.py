@@ -45,7 +45,7 @@ class Reference:
     """A retrieved clip. score: cosine with the query in [-1,1].
 
     record: the parts by name, float ones as float32, others in their dtype; empty where the memory makes records on demand
-    (`indexing.clips.make_record`). memory: its name in a `MemorySet`, where the score is multiplied by the memory's weight.
+    (`indexing.encoders.make_record`). memory: its name in a `MemorySet`, where the score is multiplied by the memory's weight.
     """
 
     id: int
