@@ -5,8 +5,9 @@ values; N heads, M motion tokens, d head width. Scores and softmax are kept in f
 them to bf16 doubles the error once the logits are sharp. Source: MotionRAG (arXiv 2509.26391) Motion-Adapter, with
 (h Wq^T) K^T reassociated to h (Wq^T K^T).
 
-Here are the reference, the checks, the ops and the choice between this form and the plain one; the kernel and its launcher
-are in motion_cross_attention_triton.py, which is imported when CUDA tensors arrive and at no other time.
+Here are the reference, the checks, the op and the choice between this form and the plain one (a projection, attention, a sum),
+which stays what the graph has. The kernel and its launcher are in motion_cross_attention_triton.py, which is imported when
+CUDA tensors arrive and at no other time.
 """
 
 from __future__ import annotations
@@ -112,26 +113,3 @@ def _(hidden: Tensor, folded: Tensor, values: Tensor, scale: Tensor, residual: b
 @motion_cross_attention.register_fake
 def _(hidden: Tensor, folded: Tensor, values: Tensor, scale: Tensor, residual: bool) -> Tensor:
     return hidden.new_empty(hidden.shape[0], hidden.shape[1], values.shape[1] * values.shape[3])
-
-
-@torch.library.custom_op("motionrt::motion_cross_attention_", mutates_args=("hidden",), device_types="cpu")
-def motion_cross_attention_(hidden: Tensor, folded: Tensor, values: Tensor, scale: Tensor) -> None:
-    """In place, for a caller who needs h no more: h += scale * concat_n softmax(h A_n) V_n; arguments as above.
-
-    Saves the output, not time: the weights [B, L, N * padded M] pass through memory, because no column of h may change while
-    another program still reads its row.
-    """
-    check(hidden, folded, values, scale, True)
-    hidden.copy_(reference(hidden, folded, values, scale, True))
-
-
-@motion_cross_attention_.register_kernel("cuda")
-def _(hidden: Tensor, folded: Tensor, values: Tensor, scale: Tensor) -> None:
-    from motionrt.kernels.motion_cross_attention_triton import launch_in_place
-
-    launch_in_place(hidden, folded, values, scale)
-
-
-@motion_cross_attention_.register_fake
-def _(hidden: Tensor, folded: Tensor, values: Tensor, scale: Tensor) -> None:
-    return None

@@ -6,7 +6,8 @@
     job.result.frames
 
 Stage times, progress, stopping (`close`), low memory, batches and benchmarks are all read off a job: there is no other way
-through the plan. A job says what it wants next (`call`) and takes what came of it (`send`); who runs the call is not its concern.
+through the plan. A job says what it wants next (`call`) and takes what came of it (`send`); who runs the call is not its
+concern.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ class Request:
     """What is asked for. `inputs`: by the names that the bundle declares; None or absent is the default.
 
     `seed`: the same one gives the same frames. `solver`, `steps`: for every denoising loop, or a mapping from loops; None takes
-    the bundle's. `references`: how many clips to retrieve, or the clips themselves (`Reference`s, or ids of clips in the memory),
-    most similar first. `search`: which clips may be retrieved. `given`: values of the plan by name, float32, in place of what
-    would compute them: only what is still needed is run.
+    the bundle's. `references`: how many clips to retrieve, or the clips themselves (`Reference`s, or ids of clips in the
+    memory), most similar first. `search`: which clips may be retrieved. `given`: values of the plan by name, float32, in place
+    of what would compute them: only what is still needed is run.
     """
 
     inputs: Mapping[str, Any]
@@ -101,7 +102,7 @@ class Job:
         manifest = bundle.manifest
         with self._stage("inputs"):
             inputs = complete(manifest, request.inputs)
-            self._rows = {name: self._schedule(name, inputs) for name in manifest.loops}
+            self.schedules = {name: self._schedule(name, inputs) for name in manifest.loops}  # what each loop runs over
             self.values: dict[str, Any] = {}
             for name, value in inputs.items():
                 self.values |= convert(bundle, name, value)
@@ -144,10 +145,6 @@ class Job:
         self._advance(outputs)
         if self._call is None and self.frames is not None:  # what was left to do behind the last call is a part of it
             self.seconds[call.graph] += self._host
-
-    def rows(self, loop: str) -> NDArray[np.float32]:
-        """The rows `[T, R]` that `loop` runs over for this request."""
-        return self._rows[loop].rows
 
     def close(self) -> None:
         """Stop: nothing more is run, and what was computed is let go of."""
@@ -201,7 +198,7 @@ class Job:
                 return noise(self.seed, stream, step, shape)
 
             if node.graph in manifest.loops:
-                schedule = self._rows[node.graph]
+                schedule = self.schedules[node.graph]
                 key = (node.graph, schedule.name, schedule.steps)
                 made = yield from run_loop(
                     node.graph, manifest.loops[node.graph], manifest.graphs, schedule.rows, values, draw, key
@@ -240,13 +237,15 @@ class Job:
         if not isinstance(value, Mapping):
             return value
         if unknown := value.keys() - self.bundle.manifest.loops.keys():
-            raise InputError(f"{what} names the loop {min(unknown)!r}; this bundle has {', '.join(self.bundle.manifest.loops)}.")
+            loops = ", ".join(self.bundle.manifest.loops)
+            raise InputError(f"{what} names the loop {min(unknown)!r}; this bundle has {loops}.")
         return value.get(loop)
 
     # --- references ---------------------------------------------------------------------------------------------------
 
     def _references(self, memory: Memory | None, inputs: Mapping[str, Any]) -> _Query | None:
-        """Check what is asked of the memory, and take the clips that are given by hand; the search that is left to do, if any."""
+        """Check what is asked of the memory, and take the clips that are given by hand; the search that is left to do, if
+        any."""
         spec, given = self.bundle.manifest.memory, self.request.references
         if spec is None:
             if given is not None or self.request.search != Search():
@@ -284,7 +283,8 @@ class Job:
                 self.references = [_by_id(memory, item) if isinstance(item, int | np.integer) else item for item in by_hand]
             return None
         assert memory is not None
-        # The default bends to what there is (any cosine will do, but fewer clips as well); a number that was asked for does not.
+        # The default bends to what there is (any cosine will do, but fewer clips as well); a number that was asked for does
+        # not.
         search = self.request.search
         if given is None:
             search = search.lenient()
@@ -299,7 +299,8 @@ class Job:
         for part in manifest.memory.record:
             name = f"reference_{part.name}"
             if (port := manifest.port(name)) is not None:
-                found[name] = np.stack([item.record[part.name] for item in self.references])[None].astype(port.dtype, copy=False)
+                stacked = np.stack([item.record[part.name] for item in self.references])
+                found[name] = stacked[None].astype(port.dtype, copy=False)
         return found
 
 
@@ -342,7 +343,8 @@ def absent(manifest: Manifest) -> dict[str, Any]:
     """What stands in for a record where there is none; `InputError` where a request must have one."""
     assert manifest.memory is not None
     if not manifest.memory.absent:
-        raise InputError(f"bundle '{manifest.name}' needs a reference; open the pipeline with a memory, or pass references=[...].")
+        how = "open the pipeline with a memory, or pass references=[...]"
+        raise InputError(f"bundle '{manifest.name}' needs a reference; {how}.")
     values: dict[str, Any] = {}
     for name, value in manifest.memory.absent.items():
         port = manifest.port(name)
@@ -359,7 +361,7 @@ def to_frames(video: NDArray[Any]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
 
 
-def _by_id(memory: Memory | None, number: int) -> Reference:
+def _by_id(memory: Memory | None, number: Any) -> Reference:
     from motionrt.runtime.memory.set import MemorySet
 
     assert memory is not None

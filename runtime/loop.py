@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,8 @@ Draw = Callable[[int, tuple[int, ...]], NDArray[np.float32]]
 Outputs = Mapping[str, Any]
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Row:
     """Row `index` of a table `[T, ...]` that every step reads one of: it is fed as `table[index : index + 1]`."""
 
     table: Any
@@ -43,8 +44,8 @@ class Row(NamedTuple):
 class Call:
     """One call of a graph: `inputs` are arrays, values that a graph left on its device, and `Row`s, by port.
 
-    `fixed`: ports whose value is the same object in every step of a loop: worth placing on a device once. `key`: equal keys, equal
-    results, whatever the request (a schedule's tables). `step` of `steps`, counted from 1, where it is a step of `loop`.
+    `fixed`: ports whose value is the same object in every step of a loop: worth placing on a device once. `key`: equal keys,
+    equal results, whatever the request (a schedule's tables). `step` of `steps`, counted from 1, where it is a step of `loop`.
     """
 
     graph: str
@@ -90,7 +91,9 @@ def run_loop(
     Raises `InputError` for rows of another number of columns, or none.
     """
     if rows.ndim != 2 or rows.shape[1] != len(loop.columns) or not len(rows):
-        raise InputError(f"the rows of loop '{name}' are {rows.shape}; they must be [T, {len(loop.columns)}] with T of 1 or more.")
+        raise InputError(
+            f"the rows of loop '{name}' are {rows.shape}; they must be [T, {len(loop.columns)}] with T of 1 or more."
+        )
     at = {column: index for index, column in enumerate(loop.columns)}
     ports = {graph: {port.name: port for port in graphs[graph].inputs} for graph in (*loop.graphs, *loop.tables)}
     feeds = {
@@ -124,9 +127,10 @@ def run_loop(
                 silent = row[at[loop.noise]] == 0
                 inputs[port] = zeros[NOISE] if silent else draw(t + 1, spec.shape)
             elif port in sliced:
-                begin = {axis: where[column] for axis, column in loop.slices[port].axes.items()}
-                cut = tuple(slice(begin[a], begin[a] + dim.opt) if a in begin else slice(None) for a, dim in enumerate(spec.dims))
-                inputs[port] = np.ascontiguousarray(sliced[port][cut])
+                cut = [slice(None)] * len(spec.dims)
+                for axis, column in loop.slices[port].axes.items():
+                    cut[axis] = slice(where[column], where[column] + spec.dims[axis].opt)
+                inputs[port] = np.ascontiguousarray(sliced[port][tuple(cut)])
             else:
                 inputs[port] = values[port]
                 fixed.add(port)
@@ -138,7 +142,8 @@ def run_loop(
 
 
 def ramp(size: int, before: int, after: int) -> NDArray[np.float32]:
-    """Weights of a part along one axis: rising over the overlap before, falling over the one after; those of two parts add to 1."""
+    """Weights of a part along one axis: rising over the overlap before, falling over the one after; those of two parts add to
+    1."""
     weight = np.ones(size, np.float32)
     weight[:before] = (np.arange(before) + 0.5) / max(1, before)
     weight[size - after :] = 1 - (np.arange(after) + 0.5) / max(1, after)
@@ -156,7 +161,8 @@ def dynamic_guidance(scale: float, timesteps: Sequence[float] | Array) -> list[f
 
 
 def _feed(columns: NDArray[np.float32], port: Port) -> Array:
-    """Columns `[T, n]` as what `port` reads a row of: `[T, n]` for `[batch, n]`, and `[T]` for `[batch]`, which has one column."""
+    """Columns `[T, n]` as what `port` reads a row of: `[T, n]` for `[batch, n]`, and `[T]` for `[batch]`, which has one
+    column."""
     return np.ascontiguousarray(columns if len(port.dims) > 1 else columns[:, 0], dtype=port.dtype)
 
 

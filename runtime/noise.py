@@ -28,7 +28,8 @@ def check_seed(seed: int) -> int:
 
 
 def noise(seed: int, stream: int, step: int, shape: Sequence[int]) -> NDArray[np.float32]:
-    """Standard normal float32 of `shape`: draw `step` of `stream` (a loop of a bundle, or a graph that reads noise), for `seed`.
+    """Standard normal float32 of `shape`: draw `step` of `stream` (a loop of a bundle, or a graph that reads noise), for
+    `seed`.
 
     A pure function of its arguments: no two draws share a number, whatever was drawn before. A longer shape begins with the
     values of a shorter one. Raises `InputError` for a seed outside [0, 2**64 - 1], or a negative stream or step.

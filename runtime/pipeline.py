@@ -1,4 +1,5 @@
-"""MotionPipeline: what a bundle declares in, frames out. The plan is walked by a job (job.py); here its calls meet the graphs."""
+"""MotionPipeline: what a bundle declares in, frames out. The plan is walked by a job (job.py); here its calls meet the
+graphs."""
 
 from __future__ import annotations
 
@@ -112,15 +113,16 @@ class MotionPipeline:
     def __call__(self, *inputs: Any, callback: Callable[[int, int], object] | None = None, **named: Any) -> Result:
         """Answer one request: `pipeline(image, prompt, seed=1, references=4)`.
 
-        inputs, named: what the bundle declares, in its order or by name (`pipeline.bundle.manifest.inputs`, `motionrt inspect`);
-        the fields of `Request` (seed, solver, steps, references, given) and of `Search` (where, minimum_score, distinct, ...);
-        another name is refused. callback(step, steps) is called after each denoising step; returning False stops with
-        `Cancelled`. Same seed, bundle and memory: the same frames. Raises `InputError`, `MediaError`, `MemoryStoreError`,
-        `BackendError`.
+        inputs, named: what the bundle declares, in its order or by name (`pipeline.bundle.manifest.inputs`, `motionrt
+        inspect`); the fields of `Request` (seed, solver, steps, references, given) and of `Search` (where, minimum_score,
+        distinct, ...); another name is refused. callback(step, steps) is called after each denoising step; returning False
+        stops with `Cancelled`. Same seed, bundle and memory: the same frames. Raises `InputError`, `MediaError`,
+        `MemoryStoreError`, `BackendError`.
         """
         job = self.start(self.request(*inputs, **named))
         for call in job:
-            if callback is not None and call.loop and self.bundle.in_loop(call.graph) and callback(call.step - 1, call.steps) is False:
+            counts = callback is not None and call.loop and self.bundle.in_loop(call.graph)
+            if counts and callback is not None and callback(call.step - 1, call.steps) is False:
                 job.close()
                 raise Cancelled(f"stopped by the callback after step {call.step} of {call.steps}.")
         return self.result(job)

@@ -5,8 +5,8 @@
     scheduler.run()
     results = [pipeline.result(job) for job in jobs]
 
-Turns are by calls: the job that waited longest has its call run, with those of others that fit beside it, and goes to the end of
-the line. So a request that comes while a long one runs waits for one call and not for the whole of it.
+Turns are by calls: the job that waited longest has its call run, with those of others that fit beside it, and goes to the end
+of the line. So a request that comes while a long one runs waits for one call and not for the whole of it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Scheduler:
     """Runs the jobs of one pipeline. Not safe to call from several threads at once.
 
     batch: most jobs in one call; 1, the default, runs each alone, which costs large models nothing (a step of theirs fills a
-    device by itself). `same`: graph -> whether it gave the same bits alone and in a batch on this backend. That is never assumed:
-    the first calls that could share a batch are run both ways, and where the results differ (or a backend takes no batch) the
-    graph's calls are run alone from then on, unless `inexact`.
+    device by itself). `same`: graph -> whether it gave the same bits alone and in a batch on this backend. That is never
+    assumed: the first calls that could share a batch are run both ways, and where the results differ (or a backend takes no
+    batch) the graph's calls are run alone from then on, unless `inexact`.
     """
 
     def __init__(self, pipeline: MotionPipeline, batch: int = 1, *, inexact: bool = False) -> None:
@@ -112,7 +112,7 @@ class Scheduler:
             parts = split(graph.spec, graph.run(merge(graph.spec, calls)), len(group))
             name = graph.spec.name
             if name not in self.same:
-                alone = [self.pipeline.run(call, job.placed) for call, job in zip(calls, group, strict=True)]
+                alone = [dict(self.pipeline.run(call, job.placed)) for call, job in zip(calls, group, strict=True)]
                 self.same[name] = all(
                     np.array_equal(np.asarray(one[port]), np.asarray(part[port]), equal_nan=True)
                     for one, part in zip(alone, parts, strict=True) for port in one

@@ -157,7 +157,9 @@ def still(fake: ModuleType) -> NDArray[np.uint8]:
 @pytest.fixture(scope="session")
 def counts() -> ModuleType:
     """The module benchmarks/counts.py; it imports nothing heavy by itself."""
-    return load_by_path(ROOT / "benchmarks" / "counts.py")
+    from motionrt.benchmarks import counts
+
+    return counts
 
 
 @pytest.fixture(scope="session")

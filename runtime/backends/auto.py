@@ -36,8 +36,8 @@ def choose(
     """The backend for `bundle` on this machine. device: None, "cpu" (which ends the search), "cuda" or "cuda:1".
 
     precision: what is to be computed in; None leaves it to the backend. graphs: those that a backend must run to be chosen,
-    the steps of denoising loops if not given; others may go to ONNX Runtime where it has not got them. With "cuda" the CPU is no answer: `BackendError` says what was
-    tried.
+    the steps of denoising loops if not given; others may go to ONNX Runtime where it has not got them. With "cuda" the CPU is
+    no answer: `BackendError` says what was tried.
     """
     if device is not None and device != "cpu" and not device.startswith("cuda"):
         raise InputError(f"device is {device!r}; with the backend auto it must be cpu, cuda, or not given.")

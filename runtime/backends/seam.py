@@ -178,8 +178,8 @@ class Checked:
 
 
 class Backend(Protocol):
-    """What turns graphs of a bundle into `Checked` ones. `precision`: the dtype that it computes in, by name; `label`: what it is,
-    for people; `parallel_load`: whether `load` may be called from several threads at once."""
+    """What turns graphs of a bundle into `Checked` ones. `precision`: the dtype that it computes in, by name; `label`: what it
+    is, for people; `parallel_load`: whether `load` may be called from several threads at once."""
 
     label: str
     precision: str

@@ -36,8 +36,9 @@ _STORED = {DTYPES[name].safetensors: name for name in WEIGHTS}
 
 @dataclass(frozen=True)
 class Roles:
-    """What serves a request: `when`: graph -> "before", "loop" or "after", in the plan's order; and the ports of the loop's graphs
-    that are `state` of the request or `rows` of a schedule. Other graphs (of indexing, or there to compare) are not counted.
+    """What serves a request: `when`: graph -> "before", "loop" or "after", in the plan's order; and the ports of the loop's
+    graphs that are `state` of the request or `rows` of a schedule. Other graphs (of indexing, or there to compare) are not
+    counted.
     """
 
     when: Mapping[str, str]
@@ -133,9 +134,9 @@ def graph_sizes(bundle: Bundle) -> tuple[GraphSize, ...]:
 
 
 def plan_memory(graphs: Sequence[GraphSize], roles: Roles, *, steps: int, dtype: str = "float32") -> MemoryPlan:
-    """The plan for one request of `steps` steps that is computed in `dtype`: weights and activations are in it, ports, state and
-    rows in the dtype of the declared interface. (The torch backend keeps the state in `dtype`.) ValueError for another dtype, or
-    where no graph is run in a loop.
+    """The plan for one request of `steps` steps that is computed in `dtype`: weights and activations are in it, ports, state
+    and rows in the dtype of the declared interface. (The torch backend keeps the state in `dtype`.) ValueError for another
+    dtype, or where no graph is run in a loop.
     """
     if dtype not in WIDTH:
         raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(WIDTH)}.")
@@ -143,18 +144,19 @@ def plan_memory(graphs: Sequence[GraphSize], roles: Roles, *, steps: int, dtype:
     loop = [name for name, when in roles.when.items() if when == "loop" and name in sizes]
     if not loop:
         raise ValueError(f"no graph is run in a loop; got {', '.join(sizes) or 'none'}.")
-    request_state = sum({port[0]: _bytes(port) for name in loop for port in sizes[name].inputs if port[0] in roles.state}.values())
-    row = sum({port[0]: _bytes(port) for name in loop for port in sizes[name].inputs if port[0] in roles.rows}.values())
-    schedule_rows = steps * row
+    read = {port[0]: _bytes(port) for name in loop for port in sizes[name].inputs}
+    request_state = sum(count for name, count in read.items() if name in roles.state)
+    schedule_rows = steps * sum(count for name, count in read.items() if name in roles.rows)
+    between_ports = roles.state | roles.rows
     plans = []
     for name, when in roles.when.items():
         if name in sizes:
             graph = sizes[name]
-            ports = sum(_bytes(port) for port in (*graph.inputs, *graph.outputs) if port[0] not in roles.state | roles.rows)
+            ports = sum(_bytes(port) for port in (*graph.inputs, *graph.outputs) if port[0] not in between_ports)
             plans.append(GraphPlan(name, when, converted(graph.weights, dtype), _activations(graph, dtype), ports))
     between = request_state + schedule_rows
     touched = {
-        name: any(port[0] in roles.state | roles.rows for port in (*graph.inputs, *graph.outputs)) for name, graph in sizes.items()
+        name: any(port[0] in between_ports for port in (*graph.inputs, *graph.outputs)) for name, graph in sizes.items()
     }
     needs = {plan.name: plan.alone + (between if touched[plan.name] else 0) for plan in plans}
     busiest = max(plan.alone - plan.weights for plan in plans)

@@ -1,8 +1,9 @@
 """`motionrt bench`: what a bundle costs here: a request call by call, and a rewritten step against the plain one in one run.
 
-Times are read off jobs, as everything is. Ratios come from interleaved rounds (each round times every candidate once, in turning
-order), because the medians of separate runs drift on a busy machine; none is given before the candidates agree on a whole
-loop. Benchmarks that need more than an installed package, and the rows that are published, are in benchmarks/ of the repository.
+Times are read off jobs, as everything is. Ratios come from interleaved rounds (each round times every candidate once, in
+turning order), because the medians of separate runs drift on a busy machine; none is given before the candidates agree on a
+whole loop. Benchmarks that need more than an installed package, and the rows that are published, are in benchmarks/ of the
+repository.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import typer
 from msgspec.structs import replace
 
 from motionrt.runtime.backends.open import RunOptions
-from motionrt.runtime.cli.common import BundleArgument, BundleCommand, Memories, Solver, Steps, open_pipeline, with_run_options
+from motionrt.runtime.cli.common import BundleArgument, Memories, Solver, Steps, open_pipeline, with_run_options
 from motionrt.runtime.dtypes import DTYPES
 from motionrt.runtime.errors import MotionRTError
 
@@ -56,6 +57,9 @@ class Row:
 class Comparison:
     """Seconds of a step by each way to compute it, by round, the rewritten one first; how far they differ; what was not run."""
 
+    loop: str
+    schedule: str
+    steps: int
     seconds: dict[str, list[float]] = field(default_factory=dict)
     differences: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -67,6 +71,7 @@ class Comparison:
 
 @with_run_options
 def bench(
+    inputs: typer.Context,
     bundle: BundleArgument,
     memory: Memories = None,
     repeat: Annotated[int, typer.Option("--repeat", "-n", min=1, help="Requests, and rounds of the comparison.")] = 20,
@@ -75,7 +80,6 @@ def bench(
     solver: Solver = None,
     *,
     run_options: RunOptions,
-    **inputs: Any,
 ) -> None:
     """Time every graph of a request, and the rewritten step against the plain one.
 
@@ -91,23 +95,23 @@ def bench(
     from motionrt.runtime.files import replacing
 
     with open_pipeline(bundle, memory or [], run_options) as pipeline, show.progress() as bars:
-        given = {name: value for name, value in inputs.items() if value is not None}
-        request = made_up(pipeline, given, steps=steps, solver=solver)
+        request = made_up(pipeline, inputs.obj, steps=steps, solver=solver)
         task = bars.add_task("requests", total=repeat + WARMUPS)
         rows = bench_requests(pipeline, request, repeat, lambda: bars.advance(task))
-        compared = [
-            compare_steps(pipeline, name, request(0), repeat) for name, loop in pipeline.bundle.manifest.loops.items() if loop.feeds
-        ]
+        loops = [name for name, loop in pipeline.bundle.manifest.loops.items() if loop.feeds]
+        compared = [compare_steps(pipeline, name, request(0), repeat) for name in loops]
         facts = environment(pipeline, run_options.threads)
         counted = show.counted(pipeline.bundle.manifest.partition)
     console = show.console()
-    notes = [note for comparison in compared for note in comparison.notes] + ([counted] if counted else [])
+    random = "search: not run: no --memory was given; references were random records"
+    notes = [random] if request(0).references is not None else []
+    notes += [note for comparison in compared for note in comparison.notes] + ([counted] if counted else [])
     console.print(f"{facts['bundle']}: {facts['backend']}, {facts['processor']}", markup=False)
     for item in show.bench_tables(rows, compared, notes):
         console.print(item, markup=not isinstance(item, str))
     if json_path is not None:
         document = {
-            **facts, "repeat": repeat, "notes": notes,
+            **facts, "repeat": repeat, "notes": notes, "schedules": {one.loop: [one.schedule, one.steps] for one in compared},
             "seconds": {row.what: row.seconds for row in rows},
             "percentiles_ms": {row.what: row.percentiles() for row in rows},
             "step_seconds": {name: seconds for one in compared for name, seconds in one.seconds.items()},
@@ -144,7 +148,7 @@ def made_up(pipeline: MotionPipeline, given: Mapping[str, Any], **options: Any) 
     return request
 
 
-def random_array(draw: np.random.Generator, part: Any) -> np.ndarray[Any, Any]:
+def random_array(draw: np.random.Generator, part: Any) -> Any:
     """A part of a record with normal floats, or whole numbers of its whole range."""
     if np.dtype(part.dtype).kind == "f":
         return draw.standard_normal(part.dims).astype(np.float32)
@@ -185,13 +189,15 @@ def compare_steps(pipeline: MotionPipeline, name: str, request: Request, rounds:
     from motionrt.runtime.loop import Call, run_loop
     from motionrt.runtime.noise import noise
 
-    bundle, comparison = pipeline.bundle, Comparison()
+    bundle = pipeline.bundle
     loop = bundle.manifest.loops[name]
     job = pipeline.start(request)
+    schedule = job.schedules[name]
+    comparison = Comparison(name, schedule.name, schedule.steps)
     job.keep = True  # the plain step reads what the rewritten one no longer does
     while job.call is not None and job.call.loop != name:
         next(job)
-    values, rows = dict(job.values), job.rows(name)
+    values, rows = dict(job.values), schedule.rows
     job.close()
     ways = {"rewritten": loop}
     if loop.plain is not None:
@@ -245,7 +251,8 @@ def compare_steps(pipeline: MotionPipeline, name: str, request: Request, rounds:
             comparison.seconds[way].append(time.perf_counter() - start)
     if len(ways) > 1:
         far = max(comparison.differences[way] for way in ways)
-        comparison.notes.append(f"largest difference between them after {len(rows)} steps: {far:.1e} ({pipeline.backend.precision})")
+        precision = pipeline.backend.precision
+        comparison.notes.append(f"largest difference between them after {len(rows)} steps: {far:.1e} ({precision})")
     return comparison
 
 

@@ -20,6 +20,7 @@ from motionrt.runtime.memory.search import Search
 if TYPE_CHECKING:
     from motionrt.runtime.backends.auto import Choice
     from motionrt.runtime.backends.seam import Backend
+    from motionrt.runtime.bundle.manifest import Manifest
     from motionrt.runtime.memory.memory import MotionMemory
     from motionrt.runtime.memory.set import MemorySet
     from motionrt.runtime.pipeline import MotionPipeline
@@ -90,8 +91,7 @@ def _with_options(
         command(*arguments, **given, **{parameter: make(chosen)})
 
     own = inspect.signature(command, eval_str=True)
-    extra = inspect.Parameter.VAR_KEYWORD  # the inputs of a bundle: `BundleCommand` makes options of them
-    kept = [one for one in own.parameters.values() if one.name != parameter and one.kind != extra]
+    kept = [one for one in own.parameters.values() if one.name != parameter]
     filled.__signature__ = own.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]  # what typer reads
     return filled
 
@@ -100,27 +100,48 @@ class BundleCommand(typer.core.TyperCommand):
     """A command whose options are also the inputs that the bundle among its arguments declares: nothing names them twice."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        from motionrt.runtime.bundle.manifest import NumberInput, ColumnInput, read_manifest
+        from motionrt.runtime.bundle.manifest import read_manifest
 
         paths = [Path(argument.removeprefix("--bundle=")) / "bundle.json" for argument in args]
         file = next((path for path in paths if path.is_file()), None)
         if file is None:  # opening the bundle will say what is wrong with it
             ctx.ignore_unknown_options = ctx.allow_extra_args = True
-            return super().parse_args(ctx, args)
-        own = [option for option in self.params if getattr(option, "of_bundle", None) is None]
-        taken = {flag for option in own for flag in (*option.opts, *option.secondary_opts)}
-        self.params = own
-        for name, spec in read_manifest(file).inputs.items():
-            flags = [f"--{name.replace('_', '-')}"]
-            if (short := f"-{name[0]}") not in taken and spec.default is None and not isinstance(spec, ColumnInput):
-                flags.append(short)
-            taken |= {*flags}
-            kind = float if isinstance(spec, NumberInput | ColumnInput) else str
-            shown = "" if spec.default in (None, "") else f" [default: {spec.default:g}]" if kind is float else f" [{spec.default}]"
-            option = typer.core.TyperOption(param_decls=[name, *flags], type=kind, help=f"{spec.help}{shown}", required=False)
-            option.of_bundle = True  # type: ignore[attr-defined]
-            self.params.append(option)
-        return super().parse_args(ctx, args)
+            return list(super().parse_args(ctx, args))
+        own = self.__dict__.setdefault("own_params", list(self.params))  # it may be used again, for another bundle
+        taken = {flag for option in own for flag in option.opts}
+        self.params = [*own, *input_options(read_manifest(file), taken)]
+        return list(super().parse_args(ctx, args))
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; `ctx.obj` is what was given for the inputs, by name."""
+        extra = [option.name for option in self.params if option not in self.__dict__.get("own_params", self.params)]
+        given = {name: ctx.params.pop(name) for name in extra}
+        ctx.obj = {name: value for name, value in given.items() if value is not None}
+        return super().invoke(ctx)
+
+
+def input_options(manifest: Manifest, taken: set[str]) -> list[Any]:
+    """An option for each declared input: `--motion-scale`, and one letter too where it must be given and no `taken` flag is it."""
+    from motionrt.runtime.bundle.manifest import ColumnInput, NumberInput
+
+    options = []
+    for name, spec in manifest.inputs.items():
+        flags = [f"--{name.replace('_', '-')}"]
+        if spec.default is None and not isinstance(spec, ColumnInput) and (short := f"-{name[0]}") not in taken:
+            flags.append(short)
+            taken.add(short)
+        kind: Any = float if isinstance(spec, NumberInput | ColumnInput) else str
+        shown = "" if spec.default in (None, "") else f" [default: {spec.default}]"
+        annotation = Annotated[kind | None, typer.Option(*flags, help=f"{spec.help}{shown}")]
+        options.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+
+    def command(**inputs: Any) -> None:
+        """Only its options are used."""
+
+    command.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]  # what typer reads
+    app = typer.Typer(add_completion=False)
+    app.command()(command)
+    return [option for option in typer.main.get_command(app).params if option.name in manifest.inputs]
 
 
 @contextmanager
@@ -134,7 +155,8 @@ def open_pipeline(
 ) -> Iterator[MotionPipeline]:
     """A pipeline with no memory, with one, or with several that are searched together: `directory` or `directory=weight`.
 
-    graphs: what it is opened for, the denoising steps if not given; where the backend is left to auto, it is one that runs these.
+    graphs: what it is opened for, the denoising steps if not given; where the backend is left to auto, it is one that runs
+    these.
     """
     from motionrt.runtime.backends.auto import choose
     from motionrt.runtime.bundle.bundle import Bundle

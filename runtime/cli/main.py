@@ -63,6 +63,7 @@ def _options(
 @with_run_options
 @with_search_options
 def generate(
+    inputs: typer.Context,
     bundle: BundlePath,
     out: Annotated[Path, typer.Option("--out", "-o", help="Video to write: .mp4, .gif, .webp or .png (a sheet).")],
     memory: Memories = None,
@@ -74,7 +75,6 @@ def generate(
     *,
     search: Search,
     run_options: RunOptions,
-    **inputs: Any,
 ) -> None:
     """Make a video. What it is made from are the inputs of the bundle, each an option: `motionrt generate -b BUNDLE --help`.
 
@@ -92,8 +92,7 @@ def generate(
         raise MediaError(f"cannot write {out}: extension {out.suffix!r} is not one of {', '.join(WRITABLE)}.")
     console = show.console()
     with open_pipeline(bundle, memory or [], run_options, low_memory=low_memory) as pipeline, show.progress() as bars:
-        given = {name: value for name, value in inputs.items() if value is not None}
-        job = pipeline.start(Request(given, seed, solver, steps, references, search))
+        job = pipeline.start(Request(inputs.obj, seed, solver, steps, references, search))
         start = time.perf_counter()
         pipeline.warm()
         load = time.perf_counter() - start
@@ -122,7 +121,8 @@ def inspect(
     bundle: BundleArgument,
     ports: Annotated[bool, typer.Option("--ports", help="Also every graph's ports, and what was hoisted.")] = False,
 ) -> None:
-    """Draw the system that a bundle holds: its inputs, the way from them to the video, loops, and what a memory keeps of a clip.
+    """Draw the system that a bundle holds: its inputs, the way from them to the video, loops, and what a memory keeps of a
+    clip.
 
     \b
     Examples:

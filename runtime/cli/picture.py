@@ -1,4 +1,5 @@
-"""A bundle's system as lines of text: what goes in, the way from there to the video, its loops, what a memory keeps of a clip."""
+"""A bundle's system as lines of text: what goes in, the way from there to the video, its loops, what a memory keeps of a
+clip."""
 
 from __future__ import annotations
 
@@ -41,8 +42,7 @@ def picture(bundle: Bundle) -> Iterator[str]:
         made = f"by {', '.join(memory.graphs)}" if memory.graphs else "as it is cut"
         yield f"  {made}; a request takes {memory.default} clips, up to {memory.max}, by the words of `{memory.text}`"
         if memory.absent:
-            without = ", ".join(f"{name} = {value if isinstance(value, str) else f'{value:g}'}" for name, value in memory.absent.items())
-            yield f"  without a clip: {without}"
+            yield f"  without a clip: {', '.join(f'{name} = {value}' for name, value in memory.absent.items())}"
     for item in manifest.approximations:
         quality = ", ".join(f"{key} {value}" for key, value in item.quality.items())
         yield f"approximation {item.name} in {', '.join(item.graphs)}: {quality}"
@@ -61,7 +61,6 @@ def _kind(manifest: Manifest, name: str) -> str:
             return f"a number{span}" + ("" if spec.default is None else f"; {spec.default:g} if not given")
         case ColumnInput() as spec:
             return "a number, or one for each step" + ("" if spec.default is None else f"; {spec.default:g} if not given")
-    return "?"
 
 
 def _node(bundle: Bundle, node: Node) -> Iterator[tuple[list[str], str, list[str]]]:
@@ -102,7 +101,7 @@ def _step_reads(manifest: Manifest, loop: Loop, graph: str) -> list[str]:
 
 def _without_tokens(names: Iterable[str]) -> list[str]:
     """`prompt.input_ids` and `prompt.attention_mask` are the prompt."""
-    return list(dict.fromkeys(name.rpartition(".")[0] if name.endswith((".input_ids", ".attention_mask")) else name for name in names))
+    return list(dict.fromkeys(name.removesuffix(".input_ids").removesuffix(".attention_mask") for name in names))
 
 
 def _names(names: Iterable[str]) -> str:

@@ -96,8 +96,8 @@ def stages_table(results: Sequence[Result], extra: Mapping[str, float] | None = 
     return table(title, ("stage", "ms", "share"), [*rows, ("total", f"{1e3 * total:.1f}", "")])
 
 
-def inspect_tables(bundle: Bundle, ports: bool) -> Iterator[Table]:
-    """What the partition did; with `ports` the hoisted tensors, the rules that fired, and every graph's ports."""
+def inspect_tables(bundle: Bundle, everything: bool) -> Iterator[Table]:
+    """What the partition did; with `everything` the hoisted tensors, the rules that fired, and every graph's ports."""
     partition = bundle.manifest.partition
     if classes := partition.get("classes"):
         original = partition.get("original") or {}
@@ -109,7 +109,7 @@ def inspect_tables(bundle: Bundle, ports: bool) -> Iterator[Table]:
             ("class", "nodes", "parameters", "bytes in float32", "FLOPs", "FLOPs of original"),
             [(name, *_counts(entry), _share(entry, original)) for name, entry in named],
         )
-    if not ports:
+    if not everything:
         return
     if hoisted := partition.get("hoisted"):
         rows = [(item["name"], item["class"], _shape(item["shape"]), f"{item['bytes']:,}") for item in hoisted]
@@ -118,11 +118,12 @@ def inspect_tables(bundle: Bundle, ports: bool) -> Iterator[Table]:
     if rules := partition.get("rules"):
         rows = [(r["rule"], r["where"], f"{r['flops_before']:,}", f"{r['flops_after']:,}") for r in rules]
         yield table("rewrite rules that fired", ("rule", "where", "FLOPs before", "after"), rows, left=2)
-    rows = []
-    for name, spec in bundle.graphs.items():
-        for direction, ports in (("in", spec.inputs), ("out", spec.outputs)):
-            rows += [(name, direction, port.name, port.dtype, _shape(port.dims)) for port in ports]
-    yield table("graphs and their ports", ("graph", "", "name", "dtype", "dims"), rows, left=5)
+    all_ports = [
+        (name, direction, port.name, port.dtype, _shape(port.dims))
+        for name, spec in bundle.graphs.items() for direction, ports in (("in", spec.inputs), ("out", spec.outputs))
+        for port in ports
+    ]  # fmt: skip
+    yield table("graphs and their ports", ("graph", "", "name", "dtype", "dims"), all_ports, left=5)
 
 
 _WHEN = {

@@ -23,8 +23,8 @@ from motionrt.runtime.bundle.manifest import File
 from motionrt.runtime.errors import BackendError, Cancelled, InputError, MediaError, MemoryStoreError
 from motionrt.runtime.job import to_frames
 from motionrt.runtime.memory.memory import Clip, MotionMemory, Reference
-from motionrt.runtime.memory.set import MemorySet
 from motionrt.runtime.memory.search import Search
+from motionrt.runtime.memory.set import MemorySet
 from motionrt.runtime.pipeline import MotionPipeline, Request
 
 GRAPHS = ("text", "appearance", "cama", "encode", "request", "schedule", "step", "decode")
