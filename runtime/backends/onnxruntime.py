@@ -11,19 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from motionrt.runtime.backends.kinds import GPU_BUILD, ONNXRUNTIME, PROVIDERS
 from motionrt.runtime.backends.onnx_form import find_form
 from motionrt.runtime.backends.onnx_weights import package_weights
-from motionrt.runtime.backends.open import GPU_BUILD, ONNXRUNTIME
 from motionrt.runtime.backends.seam import Array, Checked, DeviceValue, Executor, first_line
 from motionrt.runtime.bundle.bundle import Bundle, Port
 from motionrt.runtime.dtypes import DTYPES, PORTS
 from motionrt.runtime.errors import BackendError, BundleError, InputError
 
-PROVIDERS = {  # by device: the wanted one, and what may run what that leaves
-    "cpu": ("CPUExecutionProvider",),
-    "cuda": ("CUDAExecutionProvider",),
-    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider"),
-}
 _NO_FALLBACK = "session.disable_cpu_ep_fallback"
 
 

@@ -15,8 +15,9 @@ import pytest
 import typer.main
 
 from motionrt.cli import app
-from motionrt.runtime.backends import open as backends
-from motionrt.runtime.backends.open import BACKENDS, RunOptions, open_backend
+from motionrt.runtime.backends import kinds as backends
+from motionrt.runtime.backends.kinds import BACKENDS
+from motionrt.runtime.backends.open import RunOptions, open_backend
 from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.cli.diagnosis import examine
 from motionrt.runtime.errors import BackendError, InputError, install

@@ -25,7 +25,6 @@ from motionrt.runtime.backends.seam import Checked, fetch
 from motionrt.runtime.backends.tensorrt.backend import TensorRTBackend
 from motionrt.runtime.backends.tensorrt.device_memory import Cuda, DeviceArray, Pool, load_driver
 from motionrt.runtime.backends.tensorrt.graph import TensorRTExecutor
-from motionrt.runtime.backends.tensorrt.runtime_cache import cache_path
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.errors import BackendError, BackendWarning, EngineError, InputError
@@ -323,7 +322,8 @@ def test_rtx_captures_itself_and_keeps_its_compilation(make: Make, write: Any, p
     assert isinstance(step.executor, TensorRTExecutor)
     assert [config.cuda_graph_strategy for config in backend.library("rtx").module.configs] == ["whole", "disabled"]
     assert "cuStreamBeginCapture" not in driver.calls
-    kept = cache_path(step.executor.file, backend.cuda)
+    assert step.executor.cache is not None
+    kept = step.executor.cache.path
     assert kept.read_bytes() == b"compiled" and "Fake_GPU_CUDA_13.2" in kept.name
     assert kept.parent == step.executor.file.folder and not list(kept.parent.glob("*.partial"))
     written = kept.stat().st_mtime_ns

@@ -345,6 +345,18 @@ def test_put_copies_and_takes_any_layout(fake_programs: Path) -> None:
     assert place(OnnxRuntimeBackend(1).load(Bundle.open(fake_programs), "step"), feed) == feed
 
 
+def test_a_value_loses_nothing_where_one_of_its_graphs_computes_in_less(fake_programs: Path) -> None:
+    bundle, feed = Bundle.open(fake_programs), arrays()
+    low, full = (TorchBackend(precision=precision).load(bundle, "step") for precision in ("bfloat16", "float32"))
+    held = place(low, feed)
+    low.run(held)
+    assert place(full, held) == held
+    for name, value in full(held).items():
+        np.testing.assert_array_equal(value, full(feed)[name])
+    for name, value in feed.items():
+        np.testing.assert_array_equal(np.asarray(held[name]), value)
+
+
 def test_compiled_step_equals_eager(fake_programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without Inductor, whose C++ compiler takes a minute on a small machine: what is tested is that one graph is traced."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
