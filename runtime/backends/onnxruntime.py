@@ -209,7 +209,7 @@ class OrtArray(DeviceValue):
         if self._host is None:
             self._host = self._value.numpy()
         if isinstance(index, int | np.integer):
-            key = int(index) % len(self), -1
+            key = int(index), -1
         elif isinstance(index, slice) and index.step in (None, 1):
             start, stop, _ = index.indices(len(self))
             key = start, max(stop - start, 0)
