@@ -193,7 +193,7 @@ class OrtArray(DeviceValue):
         assert host is not None or value is not None
         self.device: OrtDevice = device
         self._host, self._value = host, value
-        self._rows: dict[int, OrtArray] = {}
+        self._rows: dict[tuple[int, int], OrtArray] = {}  # by first row and how many; -1: that row without its axis
         self.shape = host.shape if host is not None else tuple(value.shape())
         self.dtype = host.dtype if host is not None else np.dtype(_NAMES[value.data_type()])
 
@@ -208,11 +208,16 @@ class OrtArray(DeviceValue):
     def __getitem__(self, index: Any) -> OrtArray:
         if self._host is None:
             self._host = self._value.numpy()
-        if not isinstance(index, int | np.integer):
+        if isinstance(index, int | np.integer):
+            key = int(index) % len(self), -1
+        elif isinstance(index, slice) and index.step in (None, 1):
+            start, stop, _ = index.indices(len(self))
+            key = start, max(stop - start, 0)
+        else:
             return OrtArray(self.device, np.ascontiguousarray(self._host[index]))
-        if int(index) not in self._rows:
-            self._rows[int(index)] = OrtArray(self.device, np.array(self._host[index]))
-        return self._rows[int(index)]
+        if key not in self._rows:
+            self._rows[key] = OrtArray(self.device, np.array(self._host[index]))
+        return self._rows[key]
 
     def to_host(self) -> Array:
         """See `DeviceValue`."""

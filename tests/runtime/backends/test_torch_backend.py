@@ -24,7 +24,6 @@ from pytest import MonkeyPatch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from motionrt.cli import main  # noqa: E402
 from motionrt.export.onnx.from_torch import Example, ParityError, Range, dynamic_shapes  # noqa: E402
 from motionrt.export.onnx.streamed import stream_real  # noqa: E402
 from motionrt.export.onnx.torch_programs import check_program, write_program  # noqa: E402
@@ -39,6 +38,7 @@ from motionrt.runtime.backends.seam import Checked, fetch  # noqa: E402
 from motionrt.runtime.backends.torch_backend import TorchBackend, TorchExecutor  # noqa: E402
 from motionrt.runtime.backends.torch_program import load_program  # noqa: E402
 from motionrt.runtime.bundle.bundle import Bundle, Dim, GraphSpec, Port  # noqa: E402
+from motionrt.runtime.cli.main import main  # noqa: E402
 from motionrt.runtime.dtypes import DTYPES  # noqa: E402
 from motionrt.runtime.errors import BackendError, BackendWarning, BundleError, InputError  # noqa: E402
 from motionrt.runtime.files import sha256_of  # noqa: E402
