@@ -60,7 +60,7 @@ def index_clips(
     all (a full disk, a failing backend), the earlier batches are there, the last is not, and the same call goes on from
     there; files that did not change meanwhile are not even read again (`FileHashes`).
 
-    For a memory that makes records on demand only captions are encoded: what is wrong with a record is then said when it is used.
+    For a memory that makes records on demand only captions are encoded: what is wrong with a record is said when it is used.
     """
     if span not in SPANS:
         raise InputError(f"the span rule is {span!r}; allowed are {', '.join(SPANS)}.")
