@@ -59,7 +59,8 @@ def index_clips(
     progress(done, path) is called after each item. Clips are added in batches: after a kill, or an error that concerns them
     all (a full disk, a failing backend), the earlier batches are there, the last is not, and the same call goes on from
     there; files that did not change meanwhile are not even read again (`FileHashes`).
-    A memory that makes records on demand keeps captions and vectors: the other graphs do not run.
+
+    For a memory that makes records on demand only captions are encoded: what is wrong with a record is said when it is used.
     """
     if span not in SPANS:
         raise InputError(f"the span rule is {span!r}; allowed are {', '.join(SPANS)}.")

@@ -142,8 +142,12 @@ def reference_calls(bundle: Bundle, reference: Reference, folder: Path = Path())
             f"the video file {path} is not the one that clip {reference.id} ({reference.caption[:80]!r}) was indexed from: its"
             " bytes are others. Restore it, or remove the clip and add the file again."
         )
-    end = reference.metadata.get("end_sec")
-    decoded = cut(spec, path, reference.start, None if end is None else float(end))
+    text = reference.metadata.get("end_sec")
+    try:
+        end = None if text is None else float(text)
+    except ValueError:
+        raise InputError(f"`end_sec` of clip {reference.id} is {text!r}; allowed are seconds, or none.") from None
+    decoded = cut(spec, path, reference.start, end)
     made = yield from record_calls(spec, bundle.graphs, decoded.video[None])
     return Layout(1, spec.record, "").rounded({name: values[0] for name, values in made.items()}, f"the clip {path}")
 

@@ -84,7 +84,7 @@ def scan(
         if part is None:
             yield np.array(ids, np.int64), layout.embeddings(ids, blobs)
         else:
-            values = np.stack([layout.unpack(number, blob, part)[part] for number, blob in chunk])
+            values = layout.unpack(ids, blobs, part)[part]
             if not np.isfinite(values).all():
                 wrong = np.argmin(np.isfinite(values).reshape(len(ids), -1).all(axis=1))
                 raise DamagedRow(f"clip {ids[wrong]} has an impossible {part}")

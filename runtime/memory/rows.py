@@ -190,21 +190,30 @@ class Layout:
             raise DamagedRow(f"clip {ids[int(np.argmin(sound))]} has an impossible embedding")
         return np.asarray(values / np.sqrt(squares)[:, None], np.float32)
 
-    def unpack(self, number: int, blob: object, *names: str) -> dict[str, NDArray[Any]]:
-        """The named parts (all unless named) of the stored record of clip `number`; DamagedRow if it has another size."""
-        row, found = _joined([number], [blob], self.dtype, "record"), dict[str, NDArray[Any]]()
-        for part in self.record:
+    def unpack(self, ids: Sequence[int], blobs: Sequence[Any], *names: str) -> dict[str, NDArray[Any]]:
+        """The named parts (all unless named) of stored records, each [N, *dims]; DamagedRow names one of another size."""
+        rows = _joined(ids, blobs, self.dtype, "record")
+        found: dict[str, NDArray[Any]] = {}
+        for part, is_float in self._parts:
             if names and part.name not in names:
                 continue
-            values = row[part.name]
-            if self.tokens == "int8" and _is_float(part):
-                values = (values["values"] * values["scale"]).reshape(1, *part.dims)
-            found[part.name] = values.astype(np.float32 if _is_float(part) else part.dtype).reshape(part.dims)
+            values = rows[part.name]
+            if is_float and self.tokens == "int8":
+                values = (values["values"] * values["scale"]).reshape(len(blobs), *part.dims)
+            found[part.name] = values.astype(np.float32 if is_float else part.dtype)
         return found
+
+    def unpack_one(self, number: int, blob: object) -> dict[str, NDArray[Any]]:
+        """The record of clip `number`."""
+        return {name: values.reshape(values.shape[1:]) for name, values in self.unpack([number], [blob]).items()}
 
     def rounded(self, record: Mapping[str, NDArray[Any]], what: str) -> dict[str, NDArray[Any]]:
         """A record as it would come back from a memory; InputError, which calls its clip `what`, if none can hold it."""
-        return self.unpack(0, self._pack(record, what))
+        return self.unpack_one(0, self._pack(record, what))
+
+    @cached_property
+    def _parts(self) -> list[tuple[Part, bool]]:
+        return [(part, _is_float(part)) for part in self.record]
 
     def _stored(self, part: Part) -> np.dtype[Any]:
         if _is_float(part) and self.tokens == "int8":

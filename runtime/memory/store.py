@@ -180,7 +180,7 @@ def read(
         row, checksum = rows[number]
         record = _checked(number, layout, row, checksum)
         caption, source, start, duration, fps, sha256, dataset, metadata = row.told
-        facts = {"dataset": dataset, "metadata": json.loads(metadata), "fps": fps, "source_sha256": sha256}
+        facts = {"dataset": dataset, "metadata": msgspec.json.decode(metadata), "fps": fps, "source_sha256": sha256}
         clips.append(Reference(number, score, caption, source, start, duration, record, **facts))
     return clips, vectors
 
@@ -273,7 +273,7 @@ def _checked(number: int, layout: Layout, row: Row, checksum: int) -> dict[str, 
     """The record of a row that is what was written; DamagedRow."""
     if layout.on_demand != (row.record is None):
         raise DamagedRow(f"clip {number} has {'no' if row.record is None else 'a'} record, as no clip of this memory")
-    record = {} if row.record is None else layout.unpack(number, row.record)
+    record = {} if row.record is None else layout.unpack_one(number, row.record)
     if row.checksum(number) != checksum:
         raise DamagedRow(f"clip {number} is not what was written: its checksum differs")
     return record

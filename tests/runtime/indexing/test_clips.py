@@ -298,6 +298,8 @@ def test_a_record_on_demand_of_a_file_that_is_gone_or_changed_is_refused(tmp_pat
     assert np.array_equal(
         make_record(bundle, ENCODERS.load, moved, tmp_path)["motion"], make_record(bundle, ENCODERS.load, reference)["motion"]
     )
+    with pytest.raises(InputError, match="`end_sec` of clip 1 is 'late'"):
+        make_record(bundle, ENCODERS.load, replace(reference, metadata={"end_sec": "late"}))
     video(path, shift=3)
     with pytest.raises(MediaError, match=r"a.mp4 is not the one that clip 1 \('rises'\) was indexed from.*Restore it"):
         make_record(bundle, ENCODERS.load, reference)
