@@ -22,7 +22,7 @@ def _option(default: Any, words: str) -> Any:
 @dataclass(frozen=True)
 class RunOptions:
     """Which backend runs the graphs, where and how. Every command that runs a graph has these options: name, type, default
-    and help of each are those of the field (`cli_common.with_run_options`).
+    and help of each are those of the field (`with_run_options`).
     """
 
     backend: str = _option(

@@ -24,7 +24,7 @@ from motionrt.runtime.memory.store import plain_errors
 if TYPE_CHECKING:
     from motionrt.runtime.bundle.bundle import Bundle
 
-INDEX_THRESHOLD = 5_000  # clips up to which exact search is as fast as an index (benchmarks/bench_memory.py)
+INDEX_THRESHOLD = 5_000  # clips up to which exact search is as fast as an index (benchmarks/questions)
 Folder = str | os.PathLike[str]
 
 
