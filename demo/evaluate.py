@@ -214,7 +214,7 @@ def int8_weights(bundle: Path) -> Iterator[Path]:
     import onnx
     from onnx import numpy_helper
 
-    from motionrt.runtime.bundle.manifest import sha256_of
+    from motionrt.runtime.files import sha256_of
 
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "bundle"

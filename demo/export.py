@@ -20,7 +20,7 @@ from motionrt.export.onnx.streamed import stream_real
 from motionrt.export.onnx.torch_programs import FOLDER as PROGRAMS
 from motionrt.export.systems.cogvideox_step import INPUTS, CogVideoXStep, solver_rows
 from motionrt.export.write import digest_of, staged, write_manifest
-from motionrt.runtime.bundle.manifest import sha256_of
+from motionrt.runtime.files import sha256_of
 from motionrt.runtime.by_path import load_by_path
 
 HERE = Path(__file__).resolve().parent

@@ -11,6 +11,7 @@ process. That file is only ever a saving: where it is missing, damaged, or of a 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import threading
@@ -18,7 +19,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from motionrt.runtime.bundle.manifest import sha256_of
 from motionrt.runtime.errors import BundleError
 
 STAMPS = ".stamps.json"
@@ -26,6 +26,12 @@ _FORMAT = 1
 _SETTLED = 2_000_000_000  # nanoseconds: a file that changed later than this ago may change again within its time stamp
 _lock = threading.Lock()  # graphs are loaded from several threads, and two may take their weights from one file
 _known: dict[str, list[Any]] = {}  # absolute path -> [*stamp, SHA-256 that the file had]
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def stamp_of(file: str | Path) -> tuple[int, ...]:

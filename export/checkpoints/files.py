@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from motionrt.export.checkpoints.safetensors_file import CheckpointError, Entry, Stored, read_header, write_file
-from motionrt.runtime.bundle.manifest import sha256_of
+from motionrt.runtime.files import sha256_of
 
 __all__ = ["CheckpointError", "Component", "KeyReport", "Lazy", "Stored", "match", "open_component", "open_torch_file"]
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from motionrt.runtime.bundle.manifest import sha256_of
+from motionrt.runtime.files import sha256_of
 
 
 class SentenceEmbedding(nn.Module):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from motionrt.runtime.backends.torch_program import WEIGHTS, load_program
-from motionrt.runtime.bundle.manifest import sha256_of
+from motionrt.runtime.files import sha256_of
 
 FOLDER = "programs"
 

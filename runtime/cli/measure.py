@@ -25,7 +25,7 @@ import numpy as np
 import motionrt
 from motionrt.runtime.backends.machine import find_gpus, processor
 from motionrt.runtime.backends.onnxruntime import Array, Graph, place
-from motionrt.runtime.bundle.bundle import sha256_of
+from motionrt.runtime.files import sha256_of
 from motionrt.runtime.dtypes import DTYPES
 from motionrt.runtime.errors import BackendError, BundleError
 from motionrt.runtime.loop import sample

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from motionrt.runtime.bundle.manifest import sha256_of
+from motionrt.runtime.files import sha256_of
 from motionrt.runtime.errors import MemoryStoreError, MotionRTError
 from motionrt.runtime.files import stamp_of
 from motionrt.runtime.media.video import replacing

@@ -127,7 +127,7 @@ def test_a_graph_with_one_more_node_and_weight_counts_more(counts: ModuleType, f
 
     import onnx
 
-    from motionrt.runtime.bundle.manifest import sha256_of
+    from motionrt.runtime.files import sha256_of
 
     copy = tmp_path / "bundle"
     shutil.copytree(fake_bundle, copy)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from motionrt.runtime.bundle.manifest import sha256_of
+from motionrt.runtime.files import sha256_of
 from motionrt.runtime.by_path import load_by_path
 
 ROOT = Path(__file__).resolve().parents[2]

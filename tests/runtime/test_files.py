@@ -18,7 +18,7 @@ from PIL import Image
 
 from motionrt.runtime import files as digests
 from motionrt.runtime.bundle.bundle import Bundle
-from motionrt.runtime.bundle.manifest import sha256_of
+from motionrt.runtime.files import sha256_of
 from motionrt.runtime.errors import BundleError
 from motionrt.runtime.files import STAMPS, digest_of
 

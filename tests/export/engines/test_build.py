@@ -37,7 +37,7 @@ from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.backends.tensorrt.estimate import estimate
 from motionrt.runtime.backends.tensorrt.engine_file import EngineFile, EnginePort, Span, engine_folder
 from motionrt.runtime.errors import BackendError, EngineError, InputError
-from motionrt.runtime.bundle.manifest import sha256_of
+from motionrt.runtime.files import sha256_of
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: `pip install motionrt[rtx]`", exc_type=ImportError)
 

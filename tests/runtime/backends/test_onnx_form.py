@@ -116,7 +116,7 @@ def test_a_form_that_onnxruntime_cannot_load_says_what_to_do(path: Path) -> None
     folder = form_folder(path, "float16")
     (folder / "text.onnx").write_bytes(b"no graph")
     record = json.loads((folder / "text.form").read_text())
-    from motionrt.runtime.bundle.manifest import sha256_of
+    from motionrt.runtime.files import sha256_of
 
     record["files"]["text.onnx"] = sha256_of(folder / "text.onnx")
     (folder / "text.form").write_text(json.dumps(record))

@@ -13,7 +13,7 @@ import pytest
 
 from motionrt.runtime import files as digests
 from motionrt.runtime.bundle.bundle import Bundle
-from motionrt.runtime.bundle.manifest import sha256_of
+from motionrt.runtime.files import sha256_of
 from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.files import STAMPS
 
