@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,20 +23,21 @@ from typing import Any
 import msgspec
 import torch
 from safetensors.numpy import save_file
-from torch import nn
+from torch import Tensor
 
 import motionrt
 from motionrt.export.compiler.partition import Partition, Program, partition
 from motionrt.export.compiler.weightless import fake_partition, weights_by_class
-from motionrt.export.onnx.from_torch import Example, onnx_from_torch
+from motionrt.export.onnx.from_torch import Example
 from motionrt.export.onnx.streamed import stream_module, stream_program, stream_real
 from motionrt.export.onnx.torch_programs import FOLDER as PROGRAMS
 from motionrt.export.systems.system import Graph, Step, System
-from motionrt.runtime.bundle.manifest import FORMAT, MemorySpec, Node, read_manifest
+from motionrt.runtime.bundle.manifest import FORMAT, MemorySpec, read_manifest
 from motionrt.runtime.files import sha256_of
 
 Say = Callable[[str], None]
 _TABLES = "rows.safetensors"
+OVER_STEPS = ("schedule", "timeline")  # classes of the compiler whose graphs take all timesteps at once
 
 
 def silent(text: str) -> None:
@@ -83,17 +84,17 @@ class Writer:
         self.folder, self.programs, self.say = folder, programs, say
         self.graphs: dict[str, dict[str, Any]] = {}
         self.tables: dict[str, list[str]] = {}  # graph of a loop -> graphs that make tables for all of its steps
+        self.empty: set[str] = set()  # graphs that a cut left nothing for
 
     def add(self, name: str, graph: Graph) -> None:
         """Write one graph; its network stays as it is."""
         self.say(name)
         path, network, examples = self._path(name), graph.network, graph.examples()
-        if network.package is not None:
+        if graph.real:
             outside = {key: lazy.read().numpy() for key, lazy in (network.weights or {}).items()}
-            entry = onnx_from_torch(path, network.module, examples, graph.outputs, graph.sizes, external=outside)
-            entry["weights"] = msgspec.to_builtins(network.package)
-        elif network.weights is None:
-            entry = stream_real(path, network.module, examples, graph.outputs, graph.sizes)
+            entry = stream_real(path, network.module, examples, graph.outputs, graph.sizes, external=outside)
+            if network.package is not None:
+                entry["weights"] = msgspec.to_builtins(network.package)
         else:
             held = self.folder / self.graphs[graph.weights_of]["data"]["file"] if graph.weights_of else None
             module = copy.deepcopy(network.module)  # a trace uses up a module without weights
@@ -108,7 +109,38 @@ class Writer:
     def cut(self, step: Step) -> dict[str, Any]:
         """Write the graphs that a step is cut into, with their torch programs; what the manifest says of the cut."""
         self.say("partition")
-        raise NotImplementedError
+        module, weights, most = step.network.module, step.network.weights, step.sizes["batch"].max
+        feeds = step.examples()
+        if weights is None:
+            rows = torch.export.Dim("batch", min=1, max=most)
+            first = tuple(feeds[0].values())
+            cut = partition(module, first, step.changes, outputs=step.outputs, dynamic_shapes=tuple({0: rows} for _ in first))
+        else:
+            cut = fake_partition(module, tuple(feeds[-1].values()), step.changes, outputs=step.outputs, batch=most)
+        for kind, program in cut.programs.items():
+            name = f"{kind}{step.suffix}"
+            if not program.outputs:
+                self.empty.add(name)
+                continue
+            self.say(name)
+            torch_program = self.folder / PROGRAMS / f"{name}.pt2" if self.programs else None
+            if weights is None:
+                examples = _program_examples(cut, kind, feeds)
+                entry = stream_real(
+                    self._path(name), program.module, examples, program.outputs, step.sizes, torch_program=torch_program
+                )
+            else:
+                entry = stream_program(self._path(name), cut, kind, weights.get, step.sizes, torch_program)
+            self._keep(name, entry)
+            if kind in OVER_STEPS:
+                self.tables.setdefault(f"step{step.suffix}", []).append(name)
+        if step.plain:
+            examples = [Example({"batch": _rows(feed)}, feed) for feed in feeds]
+            name = f"step{step.suffix}_plain"
+            self._keep(name, stream_real(self._path(name), module, examples, step.outputs, step.sizes))
+        widths = {name: lazy.dtype.itemsize for name, lazy in (weights or {}).items()}
+        classes = {kind: asdict(size) for kind, size in weights_by_class(cut, widths).items()}
+        return {**cut.report(), "weights": classes}
 
     def _path(self, name: str) -> Path:
         return self.folder / "graphs" / f"{name}.onnx"
@@ -130,8 +162,6 @@ class Writer:
         if system.reports:
             keys = json.dumps([asdict(report) for report in system.reports], indent=1)
             (self.folder / "keys.json").write_text(f"{keys}\n", encoding="utf-8")
-        made = [graph for tables in self.tables.values() for graph in tables]
-        there = {*self.graphs, *system.loops}
         loops = {
             name: msgspec.structs.replace(loop, tables=tuple(t for graph in loop.graphs for t in self.tables.get(graph, ())))
             for name, loop in system.loops.items()
@@ -141,7 +171,7 @@ class Writer:
             "name": system.name,
             "motionrt": motionrt.__version__,
             "inputs": _sparse(system.inputs),
-            "plan": [_sparse(node) for node in system.plan if _name(node) in there and _name(node) not in made],
+            "plan": [_sparse(node) for node in system.plan if (node if isinstance(node, str) else node.graph) not in self.empty],
             "loops": _sparse(loops),
             "graphs": self.graphs,
             "tables": self._file(_TABLES),
@@ -153,10 +183,21 @@ class Writer:
             },
             "approximations": [msgspec.to_builtins(entry) for entry in system.approximations],
             "partition": partitions[0] if len(partitions) == 1 else dict(enumerate(partitions)),
-            "provenance": {**system.provenance, "torch": torch.__version__},
+            "provenance": {**system.provenance, **self._counted(system, partitions), "torch": torch.__version__},
         }
         (self.folder / "bundle.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         read_manifest(self.folder / "bundle.json")
+
+    def _counted(self, system: System, partitions: list[dict[str, Any]]) -> dict[str, Any]:
+        """Lines about the keys; bytes that each graph keeps resident, of a request's state, and of a row of the tables."""
+        files = {name: self.folder / entry["data"]["file"] for name, entry in self.graphs.items() if "data" in entry}
+        hoisted = [tensor for partition in partitions for tensor in partition["hoisted"]]
+        memory = {
+            "weights": {name: files[name].stat().st_size if name in files else 0 for name in self.graphs},
+            "request_state": sum(tensor["bytes"] for tensor in hoisted if tensor["class"] == "request"),
+            "schedule_row": sum(tensor["bytes"] for tensor in hoisted if tensor["class"] in OVER_STEPS),
+        }
+        return {"keys": [report.summary() for report in system.reports], "memory": memory}
 
     def _file(self, relative: str) -> dict[str, str]:
         return {"file": relative, "sha256": sha256_of(self.folder / relative)}
@@ -174,8 +215,34 @@ class Writer:
         return msgspec.structs.replace(memory, fingerprint=hashlib.sha256(text.encode()).hexdigest())
 
 
-def _name(node: str | Node) -> str:
-    return node if isinstance(node, str) else node.graph
+def _program_examples(cut: Partition, kind: str, feeds: Sequence[Mapping[str, Tensor]]) -> list[Example]:
+    """Inputs of a program of a real module, from inputs of the whole step and what the programs before it make of them."""
+    found = []
+    for feed in feeds:
+        values, tables = dict(feed), {name for name in cut.schedule.inputs}
+        for before, program in cut.programs.items():
+            if before == kind:
+                break
+            if before == "timeline":  # for one request at a time: each row here is a request at a step of its own
+                rows = [_run(program, {n: v[i : i + 1] for n, v in values.items()}) for i in range(_rows(feed))]
+                values |= {name: torch.cat([row[name] for row in rows]) for name in program.outputs}
+            else:
+                values |= _run(program, values)
+            tables |= set(program.outputs) if before == "schedule" else set()
+        inputs = {name: values[name] for name in cut.programs[kind].inputs}
+        if kind == "timeline":
+            inputs = {name: value if name in tables else value[:1] for name, value in inputs.items()}
+        found.append(Example({"steps" if kind in OVER_STEPS else "batch": _rows(feed)}, inputs))
+    return found
+
+
+def _run(program: Program, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return dict(zip(program.outputs, program.module(*(values[name] for name in program.inputs)), strict=True))
+
+
+def _rows(feed: Mapping[str, Tensor]) -> int:
+    return next(iter(feed.values())).shape[0]
 
 
 def _sparse(value: Any) -> Any:

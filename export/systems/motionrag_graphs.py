@@ -45,7 +45,7 @@ BATCH = Range(1, 1, 4)
 CLIPS = Range(1, 4, 32)  # of the memory, encoded at once
 VIDEO = "video"  # the loop that denoises, and the value that it makes the frames of
 COLUMNS = ("graph", "timestep", "guidance", "p0", "p1", "c0", "c1", "c2", "c3")
-STEP_OUTPUTS = ("next_latents", "x0")
+STEP_OUTPUTS, STEP_SIZES = ("next_latents", "x0"), {"batch": BATCH, "steps": Range(1, DEFAULT_STEPS, 1000)}
 PENDING = "0" * 64  # a fingerprint that the exporter fills in
 
 

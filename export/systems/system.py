@@ -105,11 +105,15 @@ class Graph:
     sizes: Mapping[str, Range] = field(default_factory=dict)
     weights_of: str | None = None
 
+    @property
+    def real(self) -> bool:
+        """Whether the module is in memory."""
+        return self.network.weights is None or self.network.package is not None
+
     def examples(self) -> list[Example]:
         """Inputs at two sizes or more; real ones where the module is in memory."""
-        real = self.network.weights is None or self.network.package is not None
-        draw = torch.Generator().manual_seed(1) if real else None
-        count = max(2, 2 + len(self.sizes)) if real else 2
+        draw = torch.Generator().manual_seed(1) if self.real else None
+        count = 2 + len(self.sizes) if self.real else 2
         found = []
         for index in range(count):
             sizes = {name: min(_EXAMPLES[name][index], span.max) for name, span in self.sizes.items()}
@@ -133,6 +137,11 @@ class Step:
     sizes: Mapping[str, Range] = field(default_factory=dict)
     suffix: str = ""
     plain: bool = False
+
+    def examples(self) -> list[dict[str, Tensor]]:
+        """Inputs for 2, 3 and 1 requests; real ones where the module is in memory."""
+        draw = torch.Generator().manual_seed(1) if self.network.weights is None else None
+        return [{name: array.drawn({"batch": rows}, draw) for name, array in self.inputs.items()} for rows in (2, 3, 1)]
 
 
 @dataclass(frozen=True)
