@@ -22,6 +22,7 @@ from motionrt.export.systems import svd_step as svd
 from motionrt.export.systems.motionrag import install_cogvideox_adapter
 
 OUTPUTS = ("next_latents", "x0")
+BATCH = 4  # the most requests that share a call of a step
 
 # THUDM/CogVideoX-5b-I2V, transformer
 COGVIDEOX_5B_I2V: Mapping[str, Any] = MappingProxyType(
@@ -97,13 +98,13 @@ def svd_step(
 def step_args(
     inputs: Mapping[str, str], config: Mapping[str, Any], latents: Latents, motion: tuple[int, int]
 ) -> dict[str, Tensor]:
-    """Inputs of a step by name, of batch 1, on the meta device: dtypes and shapes are all that a trace needs.
+    """Inputs of a step by name, of one request, on the meta device: dtypes and shapes are all that a trace needs.
 
     They are float32 whatever the weights are: guidance and solver compute in it, as the release does.
     """
     frames = (1, *latents)
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("latents", "previous_x0", "noise"), frames)
-    shapes |= {"coefficients": (6,), "guidance": (), "motion_scale": (), "motion": (1, *motion)}
+    shapes |= {"coefficients": (1, 6), "guidance": (1,), "motion_scale": (1,), "motion": (1, *motion)}
     if "image_context" in inputs:
         shapes |= {"image_context": (1, 1, config["cross_attention_dim"]), "image_latents": (1, *latents[1:])}
     else:
@@ -131,4 +132,4 @@ def structure(model: str, *, frames: int, layers: int | None = None, dtype: torc
     else:
         raise ValueError(f"model is {model!r}; allowed: cogvideox-5b-i2v, svd.")
     args = step_args(inputs, config, latents, motion)
-    return fake_partition(step, tuple(args.values()), inputs, outputs=OUTPUTS)
+    return fake_partition(step, tuple(args.values()), inputs, outputs=OUTPUTS, batch=BATCH)
