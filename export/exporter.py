@@ -91,14 +91,14 @@ class Writer:
         self.say(name)
         path, network, examples = self._path(name), graph.network, graph.examples()
         if graph.real:
-            outside = {key: lazy.read().numpy() for key, lazy in (network.weights or {}).items()}
+            outside = {k: w.read().numpy() for k, w in (network.weights or {}).items() if w.dtype.is_floating_point}
             entry = stream_real(path, network.module, examples, graph.outputs, graph.sizes, external=outside)
             if network.package is not None:
                 entry["weights"] = msgspec.to_builtins(network.package)
         else:
-            held = self.folder / self.graphs[graph.weights_of]["data"]["file"] if graph.weights_of else None
+            shared = self.folder / self.graphs[graph.weights_of]["data"]["file"] if graph.weights_of else None
             module = copy.deepcopy(network.module)  # a trace uses up a module without weights
-            entry = stream_module(path, module, examples, graph.outputs, network.weights.get, graph.sizes, held=held)
+            entry = stream_module(path, module, examples, graph.outputs, network.weights.get, graph.sizes, shared=shared)
             if graph.weights_of:
                 entry["data"] = self.graphs[graph.weights_of]["data"]
         if network.wide:
@@ -249,5 +249,5 @@ def _sparse(value: Any) -> Any:
     """A struct of the manifest as JSON, without what says nothing: null, and empty lists and objects."""
     value = msgspec.to_builtins(value, str_keys=True)
     if isinstance(value, dict):
-        return {key: _sparse(entry) for key, entry in value.items() if entry is not None and entry != {} and entry != []}
+        return {key: _sparse(entry) for key, entry in value.items() if entry not in (None, {}, [], ())}
     return [_sparse(entry) for entry in value] if isinstance(value, list | tuple) else value

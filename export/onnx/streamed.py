@@ -101,8 +101,12 @@ def stream_module(
     outputs: Sequence[str],
     find: Find,
     ranges: Mapping[str, Range] | None = None,
+    *,
+    shared: Path | None = None,
 ) -> dict[str, Any]:
     """Write a module that was built with `meta`; `find` knows its parameters, and buffers that it does not are its own.
+
+    `shared`: the file beside `path` that another graph's weights are in, and these too: none is written.
 
     Feeds of the examples give dtypes and shapes; the axes in which the first two differ are dynamic.
     """
@@ -117,7 +121,7 @@ def stream_module(
 
     with faked(module):
         fakes = [Example(e.sizes, {n: torch.empty(v.shape, dtype=v.dtype) for n, v in e.feed.items()}) for e in examples]
-        return _stream(path, module, fakes, outputs, ranges or {}, value)
+        return _stream(path, module, fakes, outputs, ranges or {}, value, shared=shared)
 
 
 def stream_real(
@@ -168,9 +172,10 @@ def _stream(
     torch_program: Path | None = None,
     wanted: Sequence[Sequence[Tensor]] | None = None,
     outside: Mapping[str, str] = MappingProxyType({}),
+    shared: Path | None = None,
 ) -> dict[str, Any]:
     """`value`: weights by the module's names. `wanted`: outputs at the first two examples, where a trace cannot tell.
-    `outside`: weights that are stored elsewhere, and their names there."""
+    `outside`: weights that are stored elsewhere, and their names there; `shared`: as of `stream_module`."""
     from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
 
     first, second = examples[0], examples[min(1, len(examples) - 1)]
@@ -220,7 +225,7 @@ def _stream(
             if name not in weights:
                 extra[name] = value(name) or InMemory(own.detach())
     with _quiet(), torch._subclasses.fake_tensor.unset_fake_temporarily():
-        written = store(model, path, weights, extra)
+        written = store(model, path, weights, extra, shared)
         proto = bare(ir.serde.serialize_model(model))
         left_outside(proto, outside)
         _publish(path, proto, checked=not outside)

@@ -65,9 +65,10 @@ class DecodeCausal(nn.Module):
         super().__init__()
         self.vae, self.caches, self.keep = vae, tuple(caches), keep
 
-    def forward(self, latents: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        """`latents [B, f, C, h, w]`, `caches` by `self.caches` -> video `[B, t, 3, H, W]` float32, about [-1, 1], and the
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """`latents [B, f, C, h, w]`, caches by `self.caches` -> video `[B, t, 3, H, W]` float32, about [-1, 1], and the
         caches for the next chunk, in the order of their names."""
+        latents, *caches = inputs
         latents = latents.permute(0, 2, 1, 3, 4) / self.vae.config.scaling_factor
         if self.vae.post_quant_conv is not None:
             latents = self.vae.post_quant_conv(latents)

@@ -123,9 +123,10 @@ def unconditional_tokens(motion: Network, frames: int, size: tuple[int, int]) ->
 
 def motionrag_graphs(
     networks: Mapping[str, Network], text_query: Graph, clip: tuple[int, int, int], tokens: tuple[int, int],
-    references: int = REFERENCES,
+    references: int = REFERENCES, most: int = REFERENCES,
 ) -> dict[str, Graph]:  # fmt: skip
-    """MotionRAG's own graphs; `clip` F, H, W; `tokens` M, D; `references` K at most.
+    """MotionRAG's own graphs; `clip` F, H, W; `tokens` M, D; `references` K, of a request
+    that says nothing, and at `most`.
 
     `motion`: `video [B, F, 3, H, W]` -> `[B, M, D]`; `appearance`: `image [B, 3, H, W]` -> `[B, M, D]`; `cama`:
     `reference_motion`, `reference_appearance` `[B, K, M, D]`, `appearance [B, M, D]` -> `motion [B, M, D]`.
@@ -140,7 +141,7 @@ def motionrag_graphs(
             networks["cama"],
             {"reference_motion": Array(pair), "reference_appearance": Array(pair), "appearance": Array(("batch", *tokens))},
             ("motion",),
-            {"batch": BATCH, "references": Range(1, min(REFERENCES, references), references)},
+            {"batch": BATCH, "references": Range(1, references, most)},
         ),
     }
 
