@@ -14,8 +14,8 @@ from diffusers import CogVideoXDPMScheduler
 from torch import Tensor, nn
 
 from motionrt.export.checkpoints.packaged_text import packaged_encoder
-from motionrt.export.compiler.partition import Batched, Partition, partition
-from motionrt.export.onnx.from_torch import Example, Range, onnx_from_torch
+from motionrt.export.compiler.partition import Partition, partition
+from motionrt.export.onnx.from_torch import Example, Range
 from motionrt.export.onnx.streamed import stream_real
 from motionrt.export.onnx.torch_programs import FOLDER as PROGRAMS
 from motionrt.export.systems.cogvideox_step import INPUTS, CogVideoXStep, solver_rows
@@ -75,14 +75,14 @@ def step_feed(batch: int, seed: int = 0) -> dict[str, Tensor]:
         "latents": normal(*frames),
         "previous_x0": normal(*frames),
         "noise": normal(*frames),
-        "coefficients": normal(6),
-        "guidance": torch.tensor(2.5),
-        "timestep": torch.tensor([500]),
+        "coefficients": normal(batch, 6),
+        "guidance": 2.5 + torch.arange(batch) / 4,
+        "timestep": 500 - 100 * torch.arange(batch),
         "text": normal(*text),
         "negative_text": normal(*text),
         "motion": normal(batch, demo.TOKENS, demo.WIDTH),
         "image_latents": normal(*frames),
-        "motion_scale": torch.tensor(1.0),
+        "motion_scale": 1 - torch.arange(batch) / 4,
     }
 
 
@@ -90,7 +90,7 @@ def partition_step(step: CogVideoXStep) -> Partition:
     """The step cut into schedule, request and step programs."""
     batch = torch.export.Dim("batch", min=1, max=RANGES["batch"].max)
     feed = step_feed(2)
-    shapes = tuple({0: batch} if value.ndim > 1 else {} for value in feed.values())
+    shapes = tuple({0: batch} for _ in feed)
     return partition(step, tuple(feed.values()), INPUTS, outputs=STEP_OUTPUTS, dynamic_shapes=shapes)
 
 
@@ -135,8 +135,6 @@ def export_demo(checkpoint: Path, out: Path) -> None:
     pair = (demo.TOKENS, demo.WIDTH)
     encoder = packaged_encoder()
     cut = partition_step(step)
-    schedule = Batched(cut.schedule)
-    schedule.check(torch.tensor([999, 500, 20]))
 
     states = []
     for batch in (2, 3, 1):
@@ -167,7 +165,7 @@ def export_demo(checkpoint: Path, out: Path) -> None:
 
         queries = [Example({"batch": b, "tokens": n}, tokens(b, n)) for b, n in ((2, 12), (3, 7), (1, 40), (1, 1))]
         path = stage / "graphs" / "text_query.onnx"
-        entry = onnx_from_torch(path, encoder.module, queries, ("embedding",), RANGES, external=encoder.tensors)
+        entry = stream_real(path, encoder.module, queries, ("embedding",), RANGES, external=encoder.tensors)
         graphs["text_query"] = {**entry, "weights": encoder.weights}
         words = [
             Example({"batch": b}, {"input_ids": torch.randint(0, demo.VOCABULARY, (b, demo.TEXT_TOKENS))})
@@ -198,8 +196,8 @@ def export_demo(checkpoint: Path, out: Path) -> None:
         add("encode", encode, sized("batch", 2, 3, 1, image=("batch", *frames[1:])), ("image_latents",))
         decode = Method({"autoencoder": model.autoencoder}, lambda self, latents: self.autoencoder.decode(latents))
         add("decode", decode, sized("batch", 2, 3, 1, latents=("batch", *demo.LATENTS)), ("video",))
-        timesteps = [Example({"steps": n}, {"timesteps": torch.arange(n) * 13}) for n in (5, 8, 1)]
-        add("schedule", schedule, timesteps, cut.schedule.outputs, loop=True)
+        timesteps = [Example({"steps": n}, {"timestep": torch.arange(n) * 13}) for n in (5, 8, 1)]
+        add("schedule", cut.schedule.module, timesteps, cut.schedule.outputs, loop=True)
         add("request", cut.request.module, program_examples(cut.request.inputs), cut.request.outputs, loop=True)
         add("step", cut.step.module, program_examples(cut.step.inputs), STEP_OUTPUTS, loop=True)
         add("step_plain", step, program_examples(tuple(INPUTS)), STEP_OUTPUTS)

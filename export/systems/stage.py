@@ -20,18 +20,21 @@ from motionrt.export.checkpoints.files import CheckpointError, KeyReport, Lazy
 from motionrt.export.checkpoints.motionrag_files import MotionRAG, SosToken
 from motionrt.export.checkpoints.packaged_text import packaged_encoder
 from motionrt.export.checkpoints.parts import Part, appearance_part, cama_part, motion_part
-from motionrt.export.compiler.partition import Batched, Partition
-from motionrt.export.compiler.weightless import fake_partition, meta, weights_by_class
+from motionrt.export.compiler.partition import Partition
+from motionrt.export.compiler.weightless import BATCH, fake_partition, meta, weights_by_class
 from motionrt.export.onnx.from_torch import Example, Range
 from motionrt.export.onnx.stored import stored_as
-from motionrt.export.onnx.streamed import stream_module, stream_program, stream_tables
+from motionrt.export.onnx.streamed import stream_module, stream_program, stream_real
 from motionrt.export.onnx.torch_programs import FOLDER as PROGRAMS
 from motionrt.export.write import Solvers, Tokenizers, write_manifest
 from motionrt.runtime.dtypes import WEIGHTS
 
 AS_STORED = "checkpoint"  # weights are kept in the dtype of their file
 GUIDANCE, DEFAULT_STEPS = 3.0, 25  # a request's where it names none; the most steps there are if 25 are not among them
-RANGES = {"clips": Range(1, 4, 32), "references": Range(1, 9, 9), "steps": Range(1, 25, 1000), "tokens": Range(1, 16, 256)}
+RANGES = {
+    "batch": Range(1, 1, BATCH), "clips": Range(1, 4, 32), "references": Range(1, 9, 9), "steps": Range(1, 25, 1000),
+    "tokens": Range(1, 16, 256),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -181,8 +184,6 @@ class Stage:
 
     def add_text_query(self) -> tuple[str, str]:
         """The packaged sentence encoder: (its tokenizer's JSON, its digest). Real weights: it is small."""
-        from motionrt.export.onnx.from_torch import onnx_from_torch
-
         encoder = packaged_encoder()
         draw = torch.Generator().manual_seed(1)
         examples = []
@@ -190,9 +191,8 @@ class Stage:
             ids = torch.randint(1, 30000, (batch, length), generator=draw)
             feed = {"input_ids": ids, "attention_mask": torch.ones(batch, length, dtype=torch.int64)}
             examples.append(Example({"batch": batch, "tokens": length}, feed))
-        ranges = {"batch": Range(1, 1, 4), "tokens": RANGES["tokens"]}
-        entry = onnx_from_torch(
-            self.path("text_query"), encoder.module, examples, ("embedding",), ranges, external=encoder.tensors
+        entry = stream_real(
+            self.path("text_query"), encoder.module, examples, ("embedding",), RANGES, external=encoder.tensors
         )
         self.graphs["text_query"] = {**entry, "weights": encoder.weights}
         return encoder.tokenizer, encoder.weights["sha256"]
@@ -204,8 +204,8 @@ class Stage:
         inputs: Mapping[str, str],
         weights: Mapping[str, Lazy],
     ) -> Partition:
-        """The graphs schedule, request and step of a step module that lies on meta, and their torch programs; `weights` by
-        the module's names."""
+        """The graphs of the loop, of a step module that lies on meta, and their torch programs; `weights` by the module's
+        names."""
         stored = stored_as(weights, self.sources.kind)
         find, self.widths = stored.get, {name: lazy.dtype.itemsize for name, lazy in stored.items()}
         self.say("partition")
@@ -214,12 +214,8 @@ class Stage:
         def program(name: str) -> Path | None:
             return self.folder / PROGRAMS / f"{name}.pt2" if self.sources.programs else None
 
-        tables = Batched(cut.schedule)
-        path = self.path("schedule")
-        made = {"schedule": stream_tables(path, cut, tables, find, {"steps": RANGES["steps"]}, program("schedule"))}
-        made["request"] = stream_program(self.path("request"), cut, cut.request, find, program("request"))
-        made["step"] = stream_program(self.path("step"), cut, cut.step, find, program("step"))
-        for name, entry in made.items():
+        for name in cut.programs:
+            entry = stream_program(self.path(name), cut, name, find, RANGES, program(name))
             if "program" in entry:
                 self.programs[name] = entry.pop("program")
             self.graphs[name] = entry

@@ -45,8 +45,8 @@ def request(inputs: Any, config: dict[str, Any], latents: Latents) -> dict[str, 
     draw = torch.Generator().manual_seed(1)
     values = {name: torch.randn(v.shape, generator=draw) for name, v in step_args(inputs, config, latents, MOTION).items()}
     time = torch.tensor([500]) if inputs is cogvideox.INPUTS else torch.tensor([0.4])
-    fixed = {"coefficients": torch.tensor([0.8, -0.6, 0.7, 0.3, 0.0, 0.0]), "guidance": torch.tensor(3.0)}
-    return {**values, **fixed, "timestep": time, "motion_scale": torch.tensor(1.0)}
+    fixed = {"coefficients": torch.tensor([[0.8, -0.6, 0.7, 0.3, 0.0, 0.0]]), "guidance": torch.tensor([3.0])}
+    return {**values, **fixed, "timestep": time, "motion_scale": torch.tensor([1.0])}
 
 
 def rewritten(cut: Partition, values: dict[str, Any]) -> list[Any]:
