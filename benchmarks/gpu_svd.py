@@ -23,7 +23,7 @@ import gpu_step
 from counts import MOTION, UNET
 from motionrt.export.compiler.partition import partition
 from motionrt.export.systems.motionrag import MotionAdapterCrossAttention
-from motionrt.export.systems.published import OUTPUTS, SVD_UNET, plain, step_args
+from motionrt.export.systems.steps import OUTPUTS, SVD_UNET, plain, step_args
 from motionrt.export.systems.svd_step import INPUTS, SvdStep, install_svd_adapter
 from profile_step import step_inputs
 

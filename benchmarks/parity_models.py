@@ -63,7 +63,7 @@ def written(options: argparse.Namespace, models: Any, folder: Path) -> tuple[dic
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    models, plainly = (load_by_path(TESTS / name) for name in ("real_models.py", "real_reference.py"))
+    models, plainly = (load_by_path(TESTS / name) for name in ("tiny_models.py", "diffusers_reference.py"))
     with tempfile.TemporaryDirectory() as temporary, models.shared_graphs(Path(temporary) / "graphs"):
         folder = Path(temporary)
         config, parts, files = written(options, models, folder)

@@ -68,15 +68,11 @@ def step_inputs() -> dict[str, Array]:
 
 
 def step_feed(batch: int, seed: int = 0) -> dict[str, Tensor]:
-    """Random inputs of the step, of `batch` requests at one step with guidance 2.5 and the whole motion."""
-    draw = torch.Generator().manual_seed(seed)
-    feed = {
-        name: torch.randn([batch, *array.dims[1:]], generator=draw)  # type: ignore[list-item]
-        for name, array in step_inputs().items()
-    }
-    return feed | {
-        "guidance": torch.full((batch,), 2.5), "timestep": torch.full((batch,), 500), "motion_scale": torch.ones(batch)
-    }  # fmt: skip
+    """Random inputs of the step, each request at a step of its own; the first with guidance 2.5, timestep 500, motion scale 1."""
+    draw, rows = torch.Generator().manual_seed(seed), torch.arange(batch)
+    chosen = {"guidance": 2.5 + rows / 4, "timestep": 500 - 100 * rows, "motion_scale": 1 - rows / 4}
+    shapes = {name: [batch, *array.dims[1:]] for name, array in step_inputs().items()}
+    return {name: chosen[name] if name in chosen else torch.randn(shapes[name], generator=draw) for name in INPUTS}  # type: ignore[arg-type]
 
 
 def partition_step(step: CogVideoXStep) -> Partition:

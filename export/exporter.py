@@ -91,7 +91,7 @@ class Writer:
         self.say(name)
         path, network, examples = self._path(name), graph.network, graph.examples()
         if graph.real:
-            outside = {k: w.read().numpy() for k, w in (network.weights or {}).items() if w.dtype.is_floating_point}
+            outside = {name: lazy.read().numpy() for name, lazy in (network.weights or {}).items()}
             entry = stream_real(path, network.module, examples, graph.outputs, graph.sizes, external=outside)
             if network.package is not None:
                 entry["weights"] = msgspec.to_builtins(network.package)

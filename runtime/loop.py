@@ -63,12 +63,12 @@ def sample(
         outputs = run(
             {
                 **state,
-                **{name: table[t] for name, table in tables.items()},
+                **{name: table[t : t + 1] for name, table in tables.items()},
                 "latents": x,
                 "previous_x0": x0,
                 "noise": noise(t) if rows[t, 5] else zeros,
-                "coefficients": loop["coefficients"][t],
-                "guidance": np.asarray(scales[t]) if device is None else loop["guidance"][t],  # [], not a NumPy scalar
+                "coefficients": loop["coefficients"][t : t + 1],
+                "guidance": loop["guidance"][t : t + 1],
             }
         )
         x, x0 = outputs["next_latents"], outputs["x0"]

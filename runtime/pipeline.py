@@ -321,7 +321,7 @@ class MotionPipeline:
             **text,
             "motion": motion,
             **encoded,
-            "motion_scale": np.asarray(request.motion_scale if prepared.references else 0, np.float32),
+            "motion_scale": np.asarray([request.motion_scale if prepared.references else 0], np.float32),
         }
         return self.condition(prepared)
 
@@ -357,11 +357,7 @@ class MotionPipeline:
         if key not in self._schedules:
             tables: dict[str, Any] = {}
             if "schedule" in self.bundle.graphs:
-                tables = self._call("schedule", {"timesteps": solver.timesteps})
-                ports = {port.name: port for port in self.bundle.graph("step").inputs}
-                for name, table in tables.items():
-                    if name in ports and len(ports[name].dims) == table.ndim:  # `step` keeps the row as a batch of one
-                        tables[name] = table[:, None]
+                tables = self._call("schedule", {"timestep": solver.timesteps})
             on_device = any(getattr(table, "resident", False) for table in tables.values())
             while len(self._schedules) >= (_CACHED_ON_DEVICE if on_device else _CACHED_SCHEDULES):
                 del self._schedules[next(iter(self._schedules))]

@@ -29,6 +29,9 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from motionrt.export.compiler.partition import Partition, Program, partition
 
 
+BATCH = 4  # the most requests that share a call, unless said otherwise
+
+
 @contextmanager
 def meta(dtype: torch.dtype = torch.float32) -> Iterator[None]:
     """Modules made in the block have parameters of `dtype` on the meta device, and real buffers (tables).
@@ -72,7 +75,7 @@ def faked(module: nn.Module) -> Iterator[FakeTensorMode]:
 
 
 def fake_partition(
-    module: nn.Module, args: tuple[Tensor, ...], inputs: Mapping[str, str], *, outputs: tuple[str, ...], batch: int = 1
+    module: nn.Module, args: tuple[Tensor, ...], inputs: Mapping[str, str], *, outputs: tuple[str, ...], batch: int = BATCH
 ) -> Partition:
     """`partition` of a module whose weights are not there; `args` give dtypes and shapes, of one request.
 

@@ -165,8 +165,10 @@ def check_parity(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if external:
-        values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in external.values()]
-        options.add_external_initializers(list(external), values)
+        held = onnx.load(path, load_external_data=False).graph.initializer
+        names = [tensor.name for tensor in held if tensor.name in external]
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(external[name])) for name in names]
+        options.add_external_initializers(names, values)
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     for example, reference_values in zip(examples, wanted, strict=True):
         got = session.run(list(outputs), {name: value.numpy() for name, value in example.feed.items()})

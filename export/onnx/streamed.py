@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
@@ -152,8 +152,7 @@ def stream_real(
 
     try:
         entry = _stream(path, module, examples, outputs, ranges, find, torch_program, wanted, outside)
-        held = {name: np.ascontiguousarray((external or {})[name]) for name in outside.values()}
-        check_parity(path, outputs, examples, wanted, atol, held)
+        check_parity(path, outputs, examples, wanted, atol, external or {})
         if torch_program is not None:
             check_program(torch_program, entry["program"], path.with_suffix(".safetensors"), examples, wanted, atol)
     except BaseException:
@@ -195,6 +194,7 @@ def _stream(
     assert exported is not None
     model = exported.model
     weights: dict[str, Lazy] = {}
+    inline = sys.maxsize if outside else INLINE  # a graph whose weights are elsewhere has no file beside it
 
     def known(name: str) -> Lazy:
         found = value(name)
@@ -206,7 +206,7 @@ def _stream(
         raw = getattr(initializer.const_value, "raw", None)
         if isinstance(raw, FakeTensor):
             weights[name], initializer.const_value = known(name), None  # so that nothing tries to fold it
-        elif isinstance(raw, Tensor) and raw.numel() * raw.element_size() >= INLINE:
+        elif isinstance(raw, Tensor) and (name in outside or raw.numel() * raw.element_size() >= inline):
             weights[name], initializer.const_value = value(name) or InMemory(raw), None
     with _quiet(), torch._subclasses.fake_tensor.unset_fake_temporarily():
         optimise(model)
@@ -214,7 +214,7 @@ def _stream(
         rewrite(model, lambda name: weights[name].read().float().numpy())
         for name, initializer in model.graph.initializers.items():
             held = initializer.const_value
-            if held is not None and held.nbytes >= INLINE:  # tables that the rewrites made
+            if held is not None and held.nbytes >= inline:  # tables that the rewrites made
                 weights[name], initializer.const_value = InMemory(torch.from_numpy(held.numpy())), None
         weights = {name: lazy for name, lazy in weights.items() if name in model.graph.initializers and name not in outside}
     entry: dict[str, Any] = {}
@@ -226,8 +226,8 @@ def _stream(
                 extra[name] = value(name) or InMemory(own.detach())
     with _quiet(), torch._subclasses.fake_tensor.unset_fake_temporarily():
         written = store(model, path, weights, extra, shared)
+        _leave_outside(model.graph, outside)
         proto = bare(ir.serde.serialize_model(model))
-        left_outside(proto, outside)
         _publish(path, proto, checked=not outside)
         at = wanted[:2] if wanted is not None else _shapes(examples, results)
     entry |= {
@@ -263,18 +263,16 @@ def _at(length: Any, size: int) -> int:
     return length if isinstance(length, int) else int(length.node.expr.subs(dict.fromkeys(_symbols(length), size)))
 
 
-def left_outside(model: onnx.ModelProto, names: Mapping[str, str]) -> None:
+def _leave_outside(graph: ir.Graph, names: Mapping[str, str]) -> None:
     """Give initializers the names that they have where they are stored, and no data, in place."""
-    for tensor in model.graph.initializer:
-        if tensor.name in names:
-            shell = onnx.TensorProto(
-                name=names[tensor.name], data_type=tensor.data_type, dims=tensor.dims, data_location=onnx.TensorProto.EXTERNAL
+    for name, there in names.items():
+        if (value := graph.initializers.pop(name, None)) is not None:
+            assert value.dtype is not None and value.shape is not None
+            value.const_value = ir.ExternalTensor(
+                "weights-stay-in-their-package", None, None, value.dtype, shape=value.shape, name=there
             )
-            shell.external_data.add(key="location", value="weights-stay-in-their-package")
-            tensor.CopyFrom(shell)
-    for node in model.graph.node:
-        for index, name in enumerate(node.input):
-            node.input[index] = names.get(name, name)
+            value.name = there
+            graph.register_initializer(value)
 
 
 def _publish(path: Path, model: onnx.ModelProto, checked: bool) -> None:

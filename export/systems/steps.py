@@ -22,7 +22,6 @@ from motionrt.export.systems import svd_step as svd
 from motionrt.export.systems.motionrag import install_cogvideox_adapter
 
 OUTPUTS = ("next_latents", "x0")
-BATCH = 4  # the most requests that share a call of a step
 
 # THUDM/CogVideoX-5b-I2V, transformer
 COGVIDEOX_5B_I2V: Mapping[str, Any] = MappingProxyType(
@@ -132,4 +131,4 @@ def structure(model: str, *, frames: int, layers: int | None = None, dtype: torc
     else:
         raise ValueError(f"model is {model!r}; allowed: cogvideox-5b-i2v, svd.")
     args = step_args(inputs, config, latents, motion)
-    return fake_partition(step, tuple(args.values()), inputs, outputs=OUTPUTS, batch=BATCH)
+    return fake_partition(step, tuple(args.values()), inputs, outputs=OUTPUTS)
