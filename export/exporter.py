@@ -98,7 +98,8 @@ class Writer:
         else:
             shared = self.folder / self.graphs[graph.weights_of]["data"]["file"] if graph.weights_of else None
             module = copy.deepcopy(network.module)  # a trace uses up a module without weights
-            entry = stream_module(path, module, examples, graph.outputs, network.weights.get, graph.sizes, shared=shared)
+            find = (network.weights or {}).get
+            entry = stream_module(path, module, examples, graph.outputs, find, graph.sizes, shared=shared)
             if graph.weights_of:
                 entry["data"] = self.graphs[graph.weights_of]["data"]
         if network.wide:

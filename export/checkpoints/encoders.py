@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from motionrt.export.checkpoints.files import CheckpointError, Component, KeyReport, Lazy, check_keys, open_component
 from motionrt.export.checkpoints.motionrag_files import MotionRAG
 from motionrt.export.compiler.weightless import meta
+from motionrt.export.systems.motionrag import Resampler
 from motionrt.export.systems.system import Network
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -38,6 +38,8 @@ from motionrt.export.systems.system import Array, Graph, Network, Schedules, Ste
 from motionrt.runtime.bundle.manifest import Loop, Output
 
 FPS = 8
+# tests/export/systems/test_decoding.py holds the second half of it
+TILES_ERROR = "not measured with released weights; with random ones, RMS below 5 % of the video's spread, as diffusers' own tiles"
 
 
 class EncodeCausal(nn.Module):
@@ -233,7 +235,7 @@ def cogvideox_system(sources: Sources, *, frames: int = 17, say: Callable[[str],
     made = (text, networks["motion"], networks["appearance"], encode, query.network)
     released = sources.target_range == "released"
     clip = (frames, *size)
-    ids = {"input_ids": Array(("batch", length), torch.int64, text.module.model.config.vocab_size)}
+    ids = {"input_ids": Array(("batch", length), torch.int64)}
     still = {"image": Array(("batch", 3, *size)), "noise": Array(("batch", *latents[1:]))}
     args = {name: Array(("batch", *v.shape[1:]), v.dtype) for name, v in step_args(INPUTS, config, latents, tokens).items()}
     solvers = {
@@ -256,7 +258,7 @@ def cogvideox_system(sources: Sources, *, frames: int = 17, say: Callable[[str],
         output=Output("video", *clip, float(FPS)),
         memory=motionrag.motionrag_memory(clip, FPS, tokens),
         tokenizers={"text": TokenizerText(words, length, pad), "text_query": query.tokenizer},
-        approximations=tiles_quality(tuple(decoding.graphs), sources.tiles),
+        approximations=tiles_quality(tuple(decoding.graphs), sources.tiles, TILES_ERROR),
         provenance={
             "dtype": sources.dtype, "positions": sources.positions, "sos_token": dict(files.sos),
             "target_range": sources.target_range, "overlay": "17_frames" if overlay else None,

@@ -1,7 +1,7 @@
 """Latents to pictures in parts that bound memory, as the rows of a loop: chunks of frames, and tiles of the picture.
 
-    shape = tile_shape((60, 90), tiles=2)                    # sizes that the decoder's graphs are exported at
-    loop, rows = decoding_loop(Chunks(...), ...)
+    shape = (tile_size(60, 2), tile_size(90, 2))             # latents of a tile, where there are 2 along each side
+    loop, rows = decoding_loop(("decode", "decode_next"), [(3, 9), (2, 8)], (5, 16, 60, 90), shape, 8, caches)
 
 Chunks are exact where the decoder hands on what its convolutions read of the frames before (`caches`): there is no seam. Tiles
 overlap and are blended linearly: a tile's group norms see the tile alone, so tiles are an approximation that an export opts into.
@@ -95,9 +95,6 @@ def decoding_loop(
     return loop, schedules
 
 
-def tiles_quality(graphs: Sequence[str], tiles: int) -> tuple[Approximation, ...]:
-    """What a bundle says of tiles; nothing for the whole picture."""
-    if tiles == 1:
-        return ()
-    known = "not measured with released weights; with random ones at 24x40 latents, the RMS error is below 5 % of the video's spread"
-    return (Approximation("tiles", tuple(graphs), {"tiles along a side": tiles, "error": known}),)
+def tiles_quality(graphs: Sequence[str], tiles: int, known: str = "not measured") -> tuple[Approximation, ...]:
+    """What a bundle says of tiles, with what is `known` of their error; nothing for the whole picture."""
+    return (Approximation("tiles", tuple(graphs), {"tiles along a side": tiles, "error": known}),) if tiles > 1 else ()

@@ -32,7 +32,7 @@ from motionrt.export.systems.decoding import PICTURES, decoding_loop, tile_size,
 from motionrt.export.systems.motionrag_graphs import BATCH, GUIDANCE, VIDEO, Sources
 from motionrt.export.systems.steps import plain, step_args, svd_step
 from motionrt.export.systems.svd_step import INPUTS, euler_rows, spatial_attentions
-from motionrt.export.systems.system import Array, Graph, Network, Step, System
+from motionrt.export.systems.system import Array, Graph, Network, Schedules, Step, System
 from motionrt.runtime.bundle.manifest import Output
 
 FIRST_GUIDANCE, FPS = 1.0, 7
@@ -195,7 +195,7 @@ def svd_system(
     count = frames if frames % DECODED else DECODED
     tile = (tile_size(latents[2], sources.tiles), tile_size(latents[3], sources.tiles))
     loops = {VIDEO: motionrag.denoising_loop({"euler": euler}, ("euler", motionrag.default_steps(sources)))}
-    schedules = {VIDEO: {"euler": euler}}
+    schedules: dict[str, Schedules] = {VIDEO: {"euler": euler}}
     if count < frames or tile != latents[2:]:
         loops[PICTURES], schedules[PICTURES] = decoding_loop(
             ("decode",), [(count, count)] * (frames // count), latents, tile, factor
