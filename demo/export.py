@@ -68,7 +68,7 @@ def step_inputs() -> dict[str, Array]:
 
 
 def step_feed(batch: int, seed: int = 0) -> dict[str, Tensor]:
-    """Random inputs of the step, each request at a step of its own; the first with guidance 2.5, timestep 500, motion scale 1."""
+    """Random inputs of the step, each request at a step of its own: the first at 500, with guidance 2.5 and the whole motion."""
     draw, rows = torch.Generator().manual_seed(seed), torch.arange(batch)
     chosen = {"guidance": 2.5 + rows / 4, "timestep": 500 - 100 * rows, "motion_scale": 1 - rows / 4}
     shapes = {name: [batch, *array.dims[1:]] for name, array in step_inputs().items()}
@@ -107,9 +107,7 @@ def demo_system(checkpoint: Path) -> System:
     )
     encode = Method({"autoencoder": model.autoencoder}, lambda self, image: self.autoencoder.encode_image(image))
     decode = Method({"autoencoder": model.autoencoder}, lambda self, latents: self.autoencoder.decode(latents))
-    networks = {
-        "motion": Network(motion.eval(), None), "appearance": Network(appearance.eval(), None), "cama": Network(model.cama, None)
-    }  # fmt: skip
+    networks = {name: Network(m.eval()) for name, m in {"motion": motion, "appearance": appearance, "cama": model.cama}.items()}
     query = packaged_encoder()
     ids = {"input_ids": Array(("batch", demo.TEXT_TOKENS), torch.int64, demo.VOCABULARY)}
     step = CogVideoXStep(model.denoiser, model.uncond_motion, demo.LATENTS).eval()
@@ -124,18 +122,18 @@ def demo_system(checkpoint: Path) -> System:
         "demo",
         inputs=motionrag.motionrag_inputs(clip[1:], GUIDANCE),
         graphs={
-            "text": Graph(Network(model.text, None), ids, ("text",), {"batch": BATCH}),
+            "text": Graph(Network(model.text), ids, ("text",), {"batch": BATCH}),
             **motionrag.motionrag_graphs(networks, query.graph(), clip, tokens, REFERENCES, MOST_REFERENCES),
             "encode": Graph(
-                Network(encode.eval(), None), {"image": Array(("batch", 3, *clip[1:]))}, ("image_latents",), {"batch": BATCH}
+                Network(encode.eval()), {"image": Array(("batch", 3, *clip[1:]))}, ("image_latents",), {"batch": BATCH}
             ),
             "decode": Graph(
-                Network(decode.eval(), None), {"latents": Array(("batch", *demo.LATENTS))}, ("video",), {"batch": BATCH}
+                Network(decode.eval()), {"latents": Array(("batch", *demo.LATENTS))}, ("video",), {"batch": BATCH}
             ),
         },
         steps=(
             Step(
-                Network(step, None), INPUTS, step_inputs(), STEP_OUTPUTS, {"batch": BATCH, "steps": Range(1, 8, 1000)}, plain=True
+                Network(step), INPUTS, step_inputs(), STEP_OUTPUTS, {"batch": BATCH, "steps": Range(1, 8, 1000)}, plain=True
             ),
         ),
         plan=motionrag.motionrag_plan(),

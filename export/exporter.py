@@ -2,8 +2,8 @@
 
     lines = export_system(system, out, say=print)     # what became of the keys of its files, a line each
 
-Weights of published models are streamed: the largest thing in memory is one tensor. A module that is in memory is checked against
-its graph. bundle.json is filled in from the structs that the run side reads it by, and read once more before it is published.
+Weights of published models are streamed: the largest thing in memory is one tensor. Of a module that is in memory, graphs are
+checked against it. bundle.json is filled in from the structs that the run side reads, and read before it is published.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def silent(text: str) -> None:
 def export_system(system: System, out: Path, *, programs: bool = True, say: Say = silent) -> list[str]:
     """Write the bundle `out`, whole or not at all; what became of the keys of its files, one line per file.
 
-    `programs`: with the torch programs of the loops' graphs; `say` is told which graph is next. Nothing but weights is read from
-    here on: `system` was checked when it was made. Raises `ParityError` for a graph that does not give what its module gives.
+    `programs`: with the torch programs of the loops' graphs; `say` is told which graph is next. Nothing but weights is read
+    here: `system` was checked when it was made. Raises `ParityError` for a graph that does not give what its module gives.
     """
     with staged(out) as folder:
         writer = Writer(folder, programs, say)
@@ -136,6 +136,7 @@ class Writer:
             if kind in OVER_STEPS:
                 self.tables.setdefault(f"step{step.suffix}", []).append(name)
         if step.plain:
+            self.say(f"step{step.suffix}_plain")
             examples = [Example({"batch": _rows(feed)}, feed) for feed in feeds]
             name = f"step{step.suffix}_plain"
             self._keep(name, stream_real(self._path(name), module, examples, step.outputs, step.sizes))
@@ -172,7 +173,7 @@ class Writer:
             "name": system.name,
             "motionrt": motionrt.__version__,
             "inputs": _sparse(system.inputs),
-            "plan": [_sparse(node) for node in system.plan if (node if isinstance(node, str) else node.graph) not in self.empty],
+            "plan": [_sparse(node) for node in system.plan if node not in self.empty],
             "loops": _sparse(loops),
             "graphs": self.graphs,
             "tables": self._file(_TABLES),
@@ -220,7 +221,7 @@ def _program_examples(cut: Partition, kind: str, feeds: Sequence[Mapping[str, Te
     """Inputs of a program of a real module, from inputs of the whole step and what the programs before it make of them."""
     found = []
     for feed in feeds:
-        values, tables = dict(feed), {name for name in cut.schedule.inputs}
+        values, tables = dict(feed), set(cut.schedule.inputs)
         for before, program in cut.programs.items():
             if before == kind:
                 break

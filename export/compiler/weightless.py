@@ -28,7 +28,6 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from motionrt.export.compiler.partition import Partition, Program, partition
 
-
 BATCH = 4  # the most requests that share a call, unless said otherwise
 
 

@@ -38,8 +38,8 @@ from motionrt.export.systems.system import Array, Graph, Network, Schedules, Ste
 from motionrt.runtime.bundle.manifest import Loop, Output
 
 FPS = 8
-# tests/export/systems/test_decoding.py holds the second half of it
-TILES_ERROR = "not measured with released weights; with random ones, RMS below 5 % of the video's spread, as diffusers' own tiles"
+# what is known of tiles; tests/export/systems/test_decoding.py holds it
+TILES_ERROR = "not measured with released weights; with random ones, RMS below 5 % of the video's spread, and below diffusers'"
 
 
 class EncodeCausal(nn.Module):
@@ -204,7 +204,7 @@ def step_weights(transformer: Component, files: MotionRAG, step: CogVideoXStep) 
 def cogvideox_system(sources: Sources, *, frames: int = 17, say: Callable[[str], None] = lambda text: None) -> System:
     """The system of the files that `sources` names: every file is opened and every key checked, and nothing is written.
 
-    `CheckpointError` names what does not fit. `say` is told what takes its time: VideoMAE, for the one clip that is encoded here.
+    `CheckpointError` names what does not fit. `say` is told what takes its time.
     """
     base = sources.base
     check_pipeline(base, "CogVideoXImageToVideoPipeline")

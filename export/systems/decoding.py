@@ -4,7 +4,7 @@
     loop, rows = decoding_loop(("decode", "decode_next"), [(3, 9), (2, 8)], (5, 16, 60, 90), shape, 8, caches)
 
 Chunks are exact where the decoder hands on what its convolutions read of the frames before (`caches`): there is no seam. Tiles
-overlap and are blended linearly: a tile's group norms see the tile alone, so tiles are an approximation that an export opts into.
+overlap and are blended linearly. A tile's group norms see the tile alone: tiles are an approximation that an export opts into.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def decoding_loop(
     caches, the others by the last of `graphs`.
 
     `chunks`: (latent frames, pictures) of each; `latents` F, C, H, W; `tile`: height and width of the graphs' latents; `scale`:
-    pixels per latent along a side; `caches`: inputs `NAME` of the second graph that output `next_NAME` of the step before gives.
+    pixels per latent along a side; `caches`: inputs `NAME` of the second graph, which output `next_NAME` of the step before gives.
     """
     tiled = tile != latents[2:]
     columns = ("graph", "frame", "top", "left", "out_frame", "out_top", "out_left")

@@ -1,4 +1,4 @@
-"""What all bundles of MotionRAG share: its own graphs, the inputs that a request gives, the record of a clip, the denoising loop.
+"""What all bundles of MotionRAG share: its own graphs, what a request gives, the record of a clip, the denoising loop.
 
     files = open_motionrag(...)
     networks = motionrag_networks(sources, files, frames, (480, 720))
@@ -149,8 +149,8 @@ def motionrag_graphs(
 def motionrag_inputs(
     size: tuple[int, int], guidance: float, *, prompted: bool = True, released_range: bool = False
 ) -> dict[str, Input]:
-    """What a request gives. `prompted`: the base model reads the prompt too, not the search alone; `released_range`: DINOv2 sees
-    the still in [0, 1] (A14.1)."""
+    """What a request gives. `prompted`: the base model reads the prompt too, not the search alone; `released_range`: DINOv2
+    sees the still in [0, 1] (A14.1)."""
     gives = {"image": (-1.0, 1.0), **({"appearance_image": (0.0, 1.0)} if released_range else {})}
     prompt = "What the video shows and how it moves; clips of the memory are found by it."
     search = "How it is to move: clips of the memory are found by it, and the model itself reads no text."

@@ -158,7 +158,7 @@ def svd_system(
 ) -> System:
     """The system of the files that `sources` names: every file is opened and every key checked, and nothing is written.
 
-    `CheckpointError` names what does not fit. `say` is told what takes its time: VideoMAE, for the one clip that is encoded here.
+    `CheckpointError` names what does not fit. `say` is told what takes its time.
     """
     base, size = sources.base, (height, width)
     check_pipeline(base, "StableVideoDiffusionPipeline")
