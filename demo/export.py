@@ -68,7 +68,7 @@ def step_inputs() -> dict[str, Array]:
 
 
 def step_feed(batch: int, seed: int = 0) -> dict[str, Tensor]:
-    """Random inputs of the step, each request at a step of its own: the first at 500, with guidance 2.5 and the whole motion."""
+    """Random inputs of the step, each request at a step of its own, the first at 500 with guidance 2.5 and all motion."""
     draw, rows = torch.Generator().manual_seed(seed), torch.arange(batch)
     chosen = {"guidance": 2.5 + rows / 4, "timestep": 500 - 100 * rows, "motion_scale": 1 - rows / 4}
     shapes = {name: [batch, *array.dims[1:]] for name, array in step_inputs().items()}

@@ -178,7 +178,7 @@ class Writer:
             "graphs": self.graphs,
             "tables": self._file(_TABLES),
             "output": _sparse(system.output),
-            "memory": None if system.memory is None else _sparse(self._fingerprinted(system, system.memory)),
+            "memory": None if system.memory is None else _sparse(self.fingerprinted(system, system.memory)),
             "tokenizers": {
                 name: {**self._file(f"tokenizers/{name}.json"), "max_length": text.max_length, "pad_id": text.pad_id}
                 for name, text in system.tokenizers.items()
@@ -204,7 +204,7 @@ class Writer:
     def _file(self, relative: str) -> dict[str, str]:
         return {"file": relative, "sha256": sha256_of(self.folder / relative)}
 
-    def _fingerprinted(self, system: System, memory: MemorySpec) -> MemorySpec:
+    def fingerprinted(self, system: System, memory: MemorySpec) -> MemorySpec:
         """`memory` with the SHA-256 of all that made its vectors and records: networks, tokenizer, clip size and record."""
         networks = {name: system.graphs[name].network.digest() for name in (memory.query, *memory.graphs)}
         made = {

@@ -57,7 +57,7 @@ def decoding_loop(
     caches, the others by the last of `graphs`.
 
     `chunks`: (latent frames, pictures) of each; `latents` F, C, H, W; `tile`: height and width of the graphs' latents; `scale`:
-    pixels per latent along a side; `caches`: inputs `NAME` of the second graph, which output `next_NAME` of the step before gives.
+    pixels per latent along a side; `caches`: inputs `NAME` of the second graph, given by output `next_NAME` of the step before.
     """
     tiled = tile != latents[2:]
     columns = ("graph", "frame", "top", "left", "out_frame", "out_top", "out_left")
