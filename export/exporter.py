@@ -173,7 +173,7 @@ class Writer:
             "name": system.name,
             "motionrt": motionrt.__version__,
             "inputs": _sparse(system.inputs),
-            "plan": [_sparse(node) for node in system.plan if node not in self.empty],
+            "plan": [_sparse(node) for node in system.plan if getattr(node, "graph", node) not in self.empty],
             "loops": _sparse(loops),
             "graphs": self.graphs,
             "tables": self._file(_TABLES),

@@ -166,7 +166,7 @@ def write_svd(folder: Path, config: dict[str, Any] = UNET, dtype: torch.dtype = 
 def sources(folder: Path, seed: int, steps: tuple[int, ...], encoders: Path | None = None) -> Any:
     """What an export of the files in `folder` is told, `encoders` being elsewhere if given; `seed`: of the sos token."""
     from motionrt.export.checkpoints.motionrag_files import SosToken
-    from motionrt.export.systems.motionrag_graphs import Sources
+    from motionrt.export.systems.motionrag_system import Sources
 
     where = encoders or folder
     return Sources(

@@ -100,7 +100,8 @@ def given(run: Any, request: dict[str, Any], prompt: str, negative: str, scale: 
     """The values of a request that the plan reads."""
     image = request["image"].numpy()
     texts = {"prompt": prompt, "negative_prompt": negative}
-    ids = {f"{key}.input_ids": run.bundle.tokenize("text", text, models.TEXT_TOKENS)["input_ids"] for key, text in texts.items()}
+    tokens = {key: run.bundle.tokenize("text", text, models.TEXT_TOKENS) for key, text in texts.items()}
+    ids = {f"{key}.input_ids": found["input_ids"] for key, found in tokens.items()}
     ranges = run.bundle.manifest.inputs["image"].gives
     stills = {name: ((image + 1) / 2 * (high - low) + low).astype(np.float32) for name, (low, high) in ranges.items()}
     return {**stills, **ids, **request["references"], "motion_scale": np.array([scale], np.float32)}

@@ -15,11 +15,12 @@ pytest.importorskip("diffusers")
 from PIL import Image  # noqa: E402
 
 from motionrt.export.checkpoints.encoders import picked  # noqa: E402
-from motionrt.export.checkpoints.files import CheckpointError, open_component  # noqa: E402
+from motionrt.export.checkpoints.files import CheckpointError  # noqa: E402
 from motionrt.export.systems import cogvideox as cogvideox_system  # noqa: E402
 from motionrt.export.systems import svd as svd_system  # noqa: E402
-from motionrt.export.systems.decoding import OVERLAP, decoding_loop, tile_size, tiles_of  # noqa: E402
-from motionrt.export.systems.motionrag_graphs import Sources  # noqa: E402
+from motionrt.export.systems.decoding import OVERLAP, decoding, tile_size, tiles_of  # noqa: E402
+from motionrt.export.systems.motionrag_system import Sources  # noqa: E402
+from motionrt.export.systems.system import Array, Graph, Network  # noqa: E402
 from motionrt.runtime.by_path import load_by_path  # noqa: E402
 
 models = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/tiny_models.py")
@@ -40,17 +41,12 @@ def svd(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return folder, pipe
 
 
-def svd_vae(folder: Path) -> Any:
-    return open_component(folder, "vae", "AutoencoderKLTemporalDecoder")
-
-
 @torch.no_grad()
 def test_svd_reads_the_still_as_diffusers_does(svd: tuple[Path, Any]) -> None:
     folder, pipe = svd
     still = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
     noise = torch.randn(1, 3, HEIGHT, WIDTH)
-    still_encoder = open_component(folder, "image_encoder", "CLIPVisionModelWithProjection")
-    part = svd_system.encode_network(still_encoder, svd_vae(folder), (HEIGHT, WIDTH))
+    part = svd_system.still_encoder(folder, *svd_system.open_vae(folder), (HEIGHT, WIDTH))
     assert [report.what for report in part.reports] == ["image_encoder", "vae"]
     image = torch.from_numpy(still).permute(2, 0, 1)[None].float() / 127.5 - 1
     context, latents = part.loaded()(image, noise)
@@ -63,7 +59,8 @@ def test_svd_reads_the_still_as_diffusers_does(svd: tuple[Path, Any]) -> None:
 def test_svd_decodes_in_chunks_as_diffusers_does(svd: tuple[Path, Any]) -> None:
     folder, pipe = svd
     latents = torch.randn(1, 9, 4, HEIGHT // 2, WIDTH // 2)
-    video = svd_system.decode_network(svd_vae(folder)).loaded()(latents)
+    vae, network = svd_system.open_vae(folder)
+    video = Network(svd_system.DecodeTemporal(vae), network.weights).loaded()(latents)
     want = pipe.decode_latents(latents, 9, 8).transpose(1, 2)
     torch.testing.assert_close(video, want, atol=1e-4, rtol=1e-4)
     whole = pipe.decode_latents(latents, 9, 9).transpose(1, 2)
@@ -80,8 +77,7 @@ def causal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 @torch.no_grad()
 def decoded(folder: Path, latents: Any, tiles: int) -> Any:
     """Video of the decoder's graphs as torch modules, by the plan's loop where there is one."""
-    component = open_component(folder, "vae", "AutoencoderKLCogVideoX")
-    made = cogvideox_system.decoder(component, tuple(latents.shape[1:]), tiles)
+    made = cogvideox_system.decoder(*cogvideox_system.open_vae(folder), tuple(latents.shape[1:]), tiles)
     modules = {name: graph.network.loaded() for name, graph in made.graphs.items()}
     ports = {
         name: {port: ("float32", (1, *array.dims[1:])) for port, array in graph.inputs.items()}
@@ -140,14 +136,21 @@ def test_tiles_cover_a_side_with_weights_that_sum_to_1(length: int) -> None:
 
 
 def test_each_tile_has_all_its_chunks_in_turn_and_its_first_one_has_a_graph_of_its_own() -> None:
-    loop, schedules = decoding_loop(("decode", "decode_next"), [(3, 9), (2, 8)], (5, 16, 6, 4), (6, 3), 8, ("cache.a",))
-    (rows,) = schedules["chunks"].values()
+    graph = Graph(Network(torch.nn.Identity()), {"latents": Array(("batch", 3, 16, 6, 3))}, ("video",))
+    graphs = {"decode": graph, "decode_next": graph}
+    made = decoding(graphs, [(3, 9), (2, 8)], (5, 16, 6, 4), 8, caches=("cache.a",), tiles_error="small")
+    assert made.name == "pictures" and [(a.name, a.quality) for a in made.approximations] == [
+        ("tiles", {"tiles": 2, "error": "small"})
+    ]
+    loop, (rows,) = made.loops["pictures"], made.schedules["pictures"]["chunks"].values()
     assert rows.dtype == np.float32 and loop.schedules == {"chunks": (4,)} and loop.carry == {"next_cache.a": "cache.a"}
     named = [dict(zip(loop.columns, row.tolist(), strict=True)) for row in rows]
     assert [row["graph"] for row in named] == [0, 1, 0, 1] and [row["frame"] for row in named] == [0, 3, 0, 3]
     assert [row["out_frame"] for row in named] == [0, 9, 0, 9] and [row["out_left"] for row in named] == [0, 0, 8, 8]
     assert [row["left_after"] for row in named] == [16, 16, 0, 0] and {row["top_before"] for row in named} == {0}
     assert loop.collect["video"].dims == (17, 3, 48, 32)
+    with pytest.raises(ValueError, match="do not make up 6 latent frames"):
+        decoding(graphs, [(3, 9), (2, 8)], (6, 16, 6, 4), 8)
 
 
 def test_svd_sizes_that_the_unet_cannot_halve_are_refused(svd: tuple[Path, Any], tmp_path: Path) -> None:

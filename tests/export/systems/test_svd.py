@@ -81,7 +81,8 @@ def test_the_step_has_no_cross_attention_left_and_there_is_no_text_graph(world: 
     manifest = world["run"].bundle.manifest
     assert "text" not in manifest.graphs and manifest.provenance["first_guidance"] == 1.0
     assert [node.graph for node in manifest.nodes] == ["appearance", "cama", "encode", "request", "video", "decode"]
-    assert list(manifest.inputs) == ["image", "prompt", "motion_scale", "guidance"] and manifest.inputs["prompt"].tokenizer is None
+    assert list(manifest.inputs) == ["image", "prompt", "motion_scale", "guidance"]
+    assert manifest.inputs["prompt"].tokenizer is None
     assert manifest.graphs["schedule"].inputs[0].dtype == "float32" and list(manifest.loops) == ["video"]
     with safe_open(world["folder"] / "bundle" / "graphs" / "step.safetensors", framework="numpy") as step:
         names = list(step.keys())
