@@ -97,8 +97,8 @@ def frontier(
     """Nodes of `early` whose values `late` ones read: a minimum cut, with capacity the bytes of each tensor.
 
     Each early node n is on the early side (source) or, computed where it is read, on the late one (sink). Reading what stands
-    on the early side costs its bytes, twice if it mixes schedule and request. Only two sorts of node may be on the late side: free ones, and those that mix
-    schedule and request, which cost 1 / `FLOPS_PER_BYTE` bytes for each of their FLOPs there. Among equal cuts, early inputs
+    on the early side costs its bytes, twice if it mixes schedule and request. Only two sorts of node may be on the late side:
+    free ones, and those that mix, which cost there a byte for `FLOPS_PER_BYTE` of their FLOPs. Among equal cuts, early inputs
     win for schedule and request (fewer nodes in the step), and the weights themselves for constants (views stay at the place
     of use).
     """
