@@ -5,7 +5,7 @@ Graphs are aten level (`torch.export`, `run_decompositions({})`), with parameter
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,19 @@ def prune(graph: torch.fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if node.op in ("call_function", "get_attr") and not node.users:
             graph.erase_node(node)
+
+
+def ancestors(nodes: Iterable[Node], stop: Set[Node] = frozenset()) -> set[Node]:
+    """`nodes` and all that they are computed from, nothing behind those of `stop`; what only gives sizes is not followed."""
+    found, todo = set[Node](), list(nodes)
+    while todo:
+        node = todo.pop()
+        if node in found:
+            continue
+        found.add(node)
+        if node not in stop and not isinstance(node.meta.get("val"), torch.SymInt):
+            todo += node.all_input_nodes
+    return found
 
 
 def size_arg(graph: torch.fx.Graph, size: Any) -> Any:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from motionrt.export.compiler.broadcasts import sink_broadcasts
+from motionrt.export.compiler.broadcasts import pack_tables, sink_broadcasts
 from motionrt.export.compiler.classify import MIXED, bytes_of, depends_on, floating, flops, frontier
-from motionrt.export.compiler.graph_edit import Fired, emit, fake_mode, prune, sizes, value
+from motionrt.export.compiler.graph_edit import Fired, ancestors, emit, fake_mode, prune, sizes, value
 from motionrt.export.compiler.rewrites import reassociate, softmax_of_one
 
 aten = torch.ops.aten
@@ -139,6 +139,7 @@ def partition(
 
     fired = softmax_of_one(whole) + sink_broadcasts(whole)
     fired += reassociate(whole, depends_on(whole, inputs), known)
+    pack_tables(whole, depends_on(whole, inputs))
     whole.recompile()
     depends = depends_on(whole, inputs)
     programs, hoisted = _split(whole, depends, inputs, outputs, known)
@@ -192,7 +193,7 @@ def _split(
     cut = frontier(depends, known, [n for n in nodes if n not in late], late)
     constants = {n for n in cut if not depends[n] and n.op != "get_attr"}
     into_step = [n for n in nodes if n in cut and depends[n]]
-    mixed = {n for n in _ancestors([n for n in into_step if depends[n] == MIXED]) if depends[n] == MIXED}
+    mixed = {n for n in ancestors([n for n in into_step if depends[n] == MIXED]) if depends[n] == MIXED}
     early = [n for n in nodes if n not in late and depends[n] and depends[n] != MIXED]
     cut = frontier(depends, known, early, mixed)
     into_timeline = [n for n in nodes if n in cut]
@@ -294,7 +295,7 @@ class _Builder:
             return new
 
         # in the graph's order, so that `get` finds what a node reads: it must not go as deep as the network is
-        needed = _ancestors(wanted, {*env, *self.constants})
+        needed = ancestors(wanted, {*env, *self.constants})
         for node in self.whole.graph.nodes:
             if node in needed:
                 get(node)
@@ -306,19 +307,6 @@ class _Builder:
                     graph.erase_node(given.pop(node))
         kept = tuple(self.names[n] for n in given)
         return Program(GraphModule(root, graph).eval(), kept, outputs or tuple(self.names[n] for n in wanted), weights)
-
-
-def _ancestors(nodes: list[Node], stop: Set[Node] = frozenset()) -> set[Node]:
-    """`nodes` and all that they are computed from, sizes not followed, nothing of `stop` nor behind it."""
-    found, todo = set[Node](), list(nodes)
-    while todo:
-        node = todo.pop()
-        if node in found or (node in stop and node not in nodes):
-            continue
-        found.add(node)
-        if node not in stop and not isinstance(node.meta.get("val"), torch.SymInt):
-            todo += node.all_input_nodes
-    return found
 
 
 def _batch(node: Node) -> Any:
