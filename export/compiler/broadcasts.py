@@ -90,8 +90,8 @@ def pack_tables(module: GraphModule, depends: Mapping[Node, frozenset[str]]) -> 
     graph, groups = module.graph, dict[tuple[Any, ...], list[tuple[Node, Node]]]()
     for node in graph.nodes:
         wide: Any = node.args[0] if node.target == aten.reshape.default else None
-        source = wide.args[0] if isinstance(wide, Node) and wide.target == aten.expand.default else None
-        if source is None or depends.get(source) != {"schedule"}:
+        source: Any = wide.args[0] if isinstance(wide, Node) and wide.target == aten.expand.default else None
+        if source is None or depends.get(source) != frozenset({"schedule"}):
             continue
         shape, times = value(source).shape, wide.args[1]
         axis = next((d for d, size in enumerate(shape) if d and not is_one(size)), 0)

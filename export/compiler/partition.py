@@ -12,7 +12,7 @@ and casts may be recomputed on either side (free); what else is invariant must s
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from motionrt.export.compiler.broadcasts import pack_tables, sink_broadcasts
 from motionrt.export.compiler.classify import MIXED, bytes_of, depends_on, floating, flops, frontier
-from motionrt.export.compiler.graph_edit import Fired, ancestors, emit, fake_mode, prune, sizes, value
+from motionrt.export.compiler.graph_edit import Fired, ancestors, emit, fake_mode, prune, read_size, sizes, value
 from motionrt.export.compiler.rewrites import reassociate, softmax_of_one
 
 aten = torch.ops.aten
@@ -38,14 +38,6 @@ class Counts:
     parameters: int = 0
     weight_bytes: int = 0
     flops: int = 0
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            self.nodes + other.nodes,
-            self.parameters + other.parameters,
-            self.weight_bytes + other.weight_bytes,
-            self.flops + other.flops,
-        )
 
 
 @dataclass(frozen=True)
@@ -285,9 +277,11 @@ class _Builder:
                 new = weight(str(node.target), _weight(self.whole, node), node)
             elif node in self.constants:
                 new = weight(f"constant_{node.name}", self.evaluate(node), node)
-            elif isinstance(seen, torch.SymInt):
-                new = _size(graph, env, available, node, get)
+            elif isinstance(seen, torch.SymInt) and (size := read_size(graph, seen)) is not None:
+                new = size
             else:
+                if node.op == "placeholder" or node.target == aten.sym_size.int:
+                    raise ValueError(f"partition: {node} is not known to the program that needs it")
                 args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), get)
                 new = graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
             new.meta["val"] = seen
@@ -326,25 +320,11 @@ def _for_each(graph: Graph, steps: Node, one: Node) -> Node:
     return emit(graph, aten.reshape.default, (wide, [-1, *rows[1:]]))
 
 
-def _size(graph: Graph, env: dict[Node, Node], available: list[Node], node: Node, get: Callable[[Node], Node]) -> Node:
-    """A dynamic size, read from an input of this program where one has it."""
-    expression = node.meta["val"].node.expr
-    for source in available:
-        for dim, size in enumerate(getattr(value(source), "shape", ())):
-            if isinstance(size, torch.SymInt) and size.node.expr == expression:
-                return graph.call_function(aten.sym_size.int, (env[source], dim))
-    if node.target == aten.sym_size.int:
-        raise ValueError(f"partition: size {expression} is not known to the program that needs it")
-    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), get)
-    return graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
-
-
 def _count(module: GraphModule, nodes: list[Node], known: dict[str, int], weights: bool = True) -> Counts:
-    total = Counts(nodes=sum(n.op == "call_function" for n in nodes), flops=sum(flops(n, known) for n in nodes))
-    if weights:
-        tensors = {n.target: _weight(module, n) for n in module.graph.nodes if n.op == "get_attr"}
-        total += Counts(
-            parameters=sum(t.numel() for t in tensors.values()),
-            weight_bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
-        )
-    return total
+    tensors = {n.target: _weight(module, n) for n in module.graph.nodes if n.op == "get_attr" and weights}
+    return Counts(
+        sum(n.op == "call_function" for n in nodes),
+        sum(t.numel() for t in tensors.values()),
+        sum(t.numel() * t.element_size() for t in tensors.values()),
+        sum(flops(n, known) for n in nodes),
+    )

@@ -52,25 +52,19 @@ def meta(dtype: torch.dtype = torch.float32) -> Iterator[None]:
         hook.remove()
 
 
-def fake_parameters(module: nn.Module, mode: FakeTensorMode) -> None:
-    """Put fake CPU tensors in the place of meta ones, in place: the exporter refuses a mix of devices."""
-    for part in module.modules():
-        stores: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
-        for store in stores:
-            for name, tensor in list(store.items()):
-                if tensor is None or tensor.device.type != "meta":
-                    continue
-                with mode:
-                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                store[name] = nn.Parameter(fake, requires_grad=False) if store is part._parameters else fake
-
-
 @contextmanager
 def faked(module: nn.Module) -> Iterator[FakeTensorMode]:
-    """Trace in the block: `module`, built with `meta`, has fake CPU parameters; real tensors may be mixed in."""
+    """Trace in the block: `module`, built with `meta`, has fake CPU parameters (the exporter refuses a mix of devices), in
+    place; real tensors may be mixed in."""
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-    fake_parameters(module, mode)
     with mode:
+        for part in module.modules():
+            stores: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+            for store in stores:
+                for name, tensor in store.items():
+                    if tensor is not None and tensor.device.type == "meta":
+                        fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                        store[name] = nn.Parameter(fake, requires_grad=False) if store is part._parameters else fake
         yield mode
 
 

@@ -21,7 +21,6 @@ from motionrt.export.checkpoints.parts import Part, taken, text_part
 from motionrt.export.checkpoints.sentence import add_text_query, sentence_encoder
 from motionrt.export.checkpoints.tokenizers import tokenizer_json
 from motionrt.export.compiler.weightless import meta
-from motionrt.export.onnx.from_torch import Example
 from motionrt.export.systems.cogvideox_step import INPUTS, CogVideoXStep, solver_rows
 from motionrt.export.systems.published import cogvideox_step, plain, step_args
 from motionrt.export.systems.stage import Sources, Stage, encoders, unconditional_tokens
@@ -115,11 +114,10 @@ def add_decoder(stage: Stage, base: Path, latents: tuple[int, int, int, int], ti
         kept = _flat(module.vae.decoder(chunk(first).transpose(1, 2))[1])
     outputs = ("video", *(f"next_{name}" for name in kept))
     if not after:
-        stage.add("decode", part(keep=False), [Example({}, {"latents": chunk(first)})] * 2, outputs[:1])
+        stage.add_batched("decode", part(keep=False), {"latents": chunk(first)}, outputs[:1])
         return
-    stage.add("decode", part(), [Example({}, {"latents": chunk(first)})] * 2, outputs)
-    feed = {"latents": chunk(after), **kept}
-    stage.add("decode_next", part(tuple(kept)), [Example({}, feed)] * 2, outputs)
+    stage.add_batched("decode", part(), {"latents": chunk(first)}, outputs)
+    stage.add_batched("decode_next", part(tuple(kept)), {"latents": chunk(after), **kept}, outputs)
 
 
 def vae_part(base: Path, make: Callable[[Any], nn.Module], half: str) -> Part:
@@ -221,13 +219,13 @@ def export_cogvideox(
 
     with staged(out) as folder:
         stage = Stage(folder, say, sources)
-        ids = Example({}, {"input_ids": torch.empty(1, tokens, dtype=torch.int64, device="meta")})
-        stage.add("text", text, [ids, ids], ("text",))
+        ids = {"input_ids": torch.empty(1, tokens, dtype=torch.int64, device="meta")}
+        stage.add_batched("text", text, ids, ("text",))
         query_tokenizer, query_digest = add_text_query(stage, query)
         digests = stage.add_encoders(made, model)
         still = {"image": torch.empty(1, 3, *size, device="meta"), "noise": torch.empty(1, *latents[1:], device="meta")}
         part = vae_part(base, lambda vae: EncodeCausal(vae, latents[0]), "encoder")
-        stage.add("encode", part, [Example({}, still)] * 2, ("image_latents",))
+        stage.add_batched("encode", part, still, ("image_latents",))
         add_decoder(stage, base, latents, sources.tiles)
         cut = stage.add_step(step, step_args(INPUTS, config, latents, motion), INPUTS, weights)
         return stage.finish(

@@ -154,6 +154,15 @@ class Stage:
         self.reports += part.reports
         gc.collect()
 
+    def add_batched(self, name: str, part: Part, feed: Mapping[str, Tensor], outputs: Sequence[str]) -> None:
+        """Stream a part that takes several requests in a call; `feed`: its inputs for one, of which axis 0 is the batch."""
+
+        def of(batch: int) -> Example:
+            wide = {key: torch.empty((batch, *x.shape[1:]), dtype=x.dtype, device="meta") for key, x in feed.items()}
+            return Example({"batch": batch}, wide)
+
+        self.add(name, part, [of(2), of(3)], outputs, batch=RANGES["batch"])
+
     def add_encoders(self, made: Encoders, model: Mapping[str, Any]) -> dict[str, str]:
         """The graphs motion, appearance and cama; digests of the first two."""
         frames, size = model["frames"], (model["height"], model["width"])
@@ -170,16 +179,16 @@ class Stage:
             del part
         stacked = [
             Example(
-                {"references": n},
+                {"batch": batch, "references": n},
                 {
-                    "reference_motion": torch.empty(1, n, *pair, device="meta"),
-                    "reference_appearance": torch.empty(1, n, *pair, device="meta"),
-                    "appearance": torch.empty(1, *pair, device="meta"),
+                    "reference_motion": torch.empty(batch, n, *pair, device="meta"),
+                    "reference_appearance": torch.empty(batch, n, *pair, device="meta"),
+                    "appearance": torch.empty(batch, *pair, device="meta"),
                 },
             )
-            for n in (4, 7)
+            for batch, n in ((2, 4), (3, 7))
         ]
-        self.add("cama", made.cama(), stacked, ("motion",), references=RANGES["references"])
+        self.add("cama", made.cama(), stacked, ("motion",), batch=RANGES["batch"], references=RANGES["references"])
         return digests
 
     def add_text_query(self) -> tuple[str, str]:

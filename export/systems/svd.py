@@ -20,7 +20,6 @@ from motionrt.export.checkpoints.motionrag_files import MotionRAG, convert_folde
 from motionrt.export.checkpoints.parts import Part, taken
 from motionrt.export.checkpoints.sentence import add_text_query, sentence_encoder
 from motionrt.export.compiler.weightless import meta
-from motionrt.export.onnx.from_torch import Example
 from motionrt.export.systems.published import plain, step_args, svd_step
 from motionrt.export.systems.stage import Sources, Stage, encoders, unconditional_tokens
 from motionrt.export.systems.svd_step import INPUTS, euler_rows, spatial_attentions
@@ -202,15 +201,13 @@ def export_svd(
         query_tokenizer, query_digest = add_text_query(stage, query)
         digests = stage.add_encoders(made, model)
         picture = torch.empty(1, 3, *size, device="meta")
-        stage.add(
-            "encode", encode_part(base, size), [Example({}, {"image": picture, "noise": picture})] * 2,
-            ("image_context", "image_latents"),
-        )  # fmt: skip
+        feed = {"image": picture, "noise": picture}
+        stage.add_batched("encode", encode_part(base, size), feed, ("image_context", "image_latents"))
         # chunks of one size are one graph, run for each (`motionrt.runtime.decode`); a rest is a chunk inside the graph
         tile = (tile_size(length, sources.tiles) for length in latents[2:])
         shape = (1, frames if frames % DECODED else DECODED, latents[1], *tile)
         feed = {"latents": torch.empty(shape, device="meta")}
-        stage.add("decode", decode_part(base), [Example({}, feed)] * 2, ("video",))
+        stage.add_batched("decode", decode_part(base), feed, ("video",))
 
         cut = stage.add_step(step, step_args(INPUTS, config, latents, motion), INPUTS, weights)
         return stage.finish(
