@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from motionrt.export.compiler.graph_edit import Fired, emit, is_one, is_tensor, prune, size_arg, value
+from motionrt.export.compiler.graph_edit import Fired, ancestors, emit, is_one, is_tensor, prune, size_arg, value
 
 aten = torch.ops.aten
 
@@ -78,6 +79,44 @@ def sink_broadcasts(module: GraphModule) -> list[Fired]:
                 node.target = aten.reshape.default
     prune(graph)
     return fired
+
+
+def pack_tables(module: GraphModule, depends: Mapping[Node, frozenset[str]]) -> None:
+    """Join the schedule's tables whose rows the step repeats: one table, repeated by one node and then split.
+
+    A denoiser reads dozens of tables `[B, 1, D]`, each for both halves of guidance; one by one they would be as many inputs of
+    the step and two nodes each. Exact: only where values lie changes.
+    """
+    graph, groups = module.graph, dict[tuple[Any, ...], list[tuple[Node, Node]]]()
+    for node in graph.nodes:
+        wide: Any = node.args[0] if node.target == aten.reshape.default else None
+        source: Any = wide.args[0] if isinstance(wide, Node) and wide.target == aten.expand.default else None
+        if source is None or depends.get(source) != frozenset({"schedule"}):
+            continue
+        shape, times = value(source).shape, wide.args[1]
+        axis = next((d for d, size in enumerate(shape) if d and not is_one(size)), 0)
+        ones = axis and all(is_one(size) for d, size in enumerate(shape) if d not in (0, axis))
+        if ones and len(times) > 1 and {*times[:1], *times[2:]} == {-1} and node.args[1][0] == -1:
+            groups.setdefault((times[1], axis, len(shape), value(node).ndim, value(node).dtype), []).append((node, source))
+    for (times, axis, rank, left, _), found in groups.items():
+        if len(found) == 1:
+            continue
+        first = next(n for n in graph.nodes if n.op == "call_function" and "step" in depends.get(n, ()))
+        early = ancestors([source for _, source in found])
+        for node in list(graph.nodes):
+            if node in early and node.op != "placeholder":
+                first.prepend(node)
+        widths = [value(source).shape[axis] for _, source in found]
+        with graph.inserting_before(first):
+            table = emit(graph, aten.cat.default, ([source for _, source in found], axis))
+            table._rename("tables")
+            wide = emit(graph, aten.expand.default, (table, [-1, times, *[-1] * (rank - 2)]))
+            flat = [sum(widths) if d == axis else 1 for d in range(rank - left + 1, rank)]
+            rows = emit(graph, aten.reshape.default, (wide, [-1, *flat]))
+            pieces = emit(graph, aten.split_with_sizes.default, (rows, widths, axis - (rank - left)))
+            for number, (node, _) in enumerate(found):
+                node.replace_all_uses_with(emit(graph, operator.getitem, (pieces, number)))
+    prune(graph)
 
 
 def _spread(graph: Graph, found: Broadcast, shape: Any, keep: Broadcast | None = None) -> Node:
@@ -142,12 +181,13 @@ def _through(node: Node, known: dict[Node, Broadcast], graph: Graph) -> Broadcas
     nodes = [n for n in node.all_input_nodes if n in known]
     if not nodes:
         return None
-    target, args, kwargs = node.target, node.args, node.kwargs
+    target: Any = node.target
+    args: Any = node.args
     if target in POINTWISE:
         return _through_pointwise(node, known, graph)
     if target in (aten.cat.default, aten.stack.default):
         return _through_join(node, known, graph)
-    source: Any = args[0]
+    source = args[0]
     if not isinstance(source, Node) or source not in known or any(n in known for n in nodes if n is not source):
         return None
     have = known[source]
@@ -160,31 +200,29 @@ def _through(node: Node, known: dict[Node, Broadcast], graph: Graph) -> Broadcas
             keep = replace(keep, outer=1, inner=1)
         if not keep:
             return None
-        new = emit(graph, target, (_partial(source, keep, known, graph), *args[1:]), dict(kwargs))
+        new = emit(graph, target, (_partial(source, keep, known, graph), *args[1:]), dict(node.kwargs))
         return replace(keep, base=new, dims=frozenset(after(d) for d in keep.dims))
 
     if target == aten.linear.default:
         return same([rank - 1])
     if target == aten.layer_norm.default:
-        normalised: Any = args[1]
-        return same(range(rank - len(normalised), rank))
+        return same(range(rank - len(args[1]), rank))
     if target in (aten.slice.Tensor, aten.softmax.int, aten.split.Tensor, aten.split_with_sizes.default):
         position = 2 if target in (aten.split.Tensor, aten.split_with_sizes.default) else 1
-        where: Any = args[position] if len(args) > position else 0
-        return same([where % rank])
+        return same([(args[position] if len(args) > position else 0) % rank])
     if target.__name__ == "getitem":
         return same()
     if target == aten.unsqueeze.default:
-        new_axis = args[1] % (rank + 1)  # type: ignore[operator]
+        new_axis = args[1] % (rank + 1)
         return same(after=lambda d: d + (d >= new_axis))
     if target == aten.select.int:
-        axis = args[1] % rank  # type: ignore[operator]
+        axis = args[1] % rank
         return same([axis], lambda d: d - (d > axis))
     if target == aten.transpose.int:
-        a, b = (x % rank for x in args[1:3])  # type: ignore[operator]
+        a, b = (x % rank for x in args[1:3])
         return same(after=lambda d: b if d == a else a if d == b else d)
     if target == aten.permute.default:
-        order: Any = [x % rank for x in args[1]]  # type: ignore[union-attr]
+        order = [x % rank for x in args[1]]
         return same(after=lambda d: order.index(d))
     if target in VIEWS:
         return _through_view(node, source, have, known, graph)
@@ -298,7 +336,8 @@ def kept_by_view(before: Sequence[Any], after: Sequence[Any], have: Broadcast) -
 
 def _laid(sizes: Sequence[Any], axes: Sequence[int], after: Sequence[Any]) -> tuple[frozenset[int], Any] | None:
     """(axes that the product of `sizes` fills, what is left of it inside axis 0), from one end; None where it does not fit."""
-    rest, full = math.prod(_number(size) for size in sizes), set()
+    full: set[int] = set()
+    rest = math.prod(_number(size) for size in sizes)
     for axis in axes:
         size = _number(after[axis])
         if rest == 1:
