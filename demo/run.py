@@ -18,7 +18,8 @@ from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.cli import show as report
 from motionrt.runtime.cli.common import open_pipeline, run_app, with_run_options
 from motionrt.runtime.errors import InputError, MediaError
-from motionrt.runtime.media.video import read_clip, replacing, write_video
+from motionrt.runtime.files import replacing
+from motionrt.runtime.media.video import read_clip, write_video
 from motionrt.runtime.memory.memory import Reference
 from motionrt.runtime.pipeline import MotionPipeline, Result
 
@@ -99,10 +100,12 @@ def _still(place: Path, name: str) -> Path:
 
 def _clip(pipeline: MotionPipeline, reference: Reference) -> Frames:
     """The frames of a retrieved clip, uint8 [F, H, W, 3]: as the memory saw them."""
-    model = pipeline.bundle.model
+    memory = pipeline.bundle.manifest.memory
+    assert memory is not None
+    size = memory.clip
     source = Path(reference.source)
     path = source if source.is_absolute() else HERE / source
-    video = read_clip(path, model.frames, model.height, model.width, model.fps, start=reference.start)
+    video = read_clip(path, size.frames, size.height, size.width, size.fps, start=reference.start)
     pixels: Frames = np.rint((video + 1) * 127.5).clip(0, 255).astype(np.uint8)
     return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
 

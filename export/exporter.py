@@ -12,10 +12,7 @@ import copy
 import gc
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,7 +30,7 @@ from motionrt.export.onnx.streamed import stream_module, stream_program, stream_
 from motionrt.export.onnx.torch_programs import FOLDER as PROGRAMS
 from motionrt.export.systems.system import Graph, Step, System
 from motionrt.runtime.bundle.manifest import FORMAT, MemorySpec, read_manifest
-from motionrt.runtime.files import sha256_of
+from motionrt.runtime.files import replacing_folder, sha256_of
 
 Say = Callable[[str], None]
 _TABLES = "rows.safetensors"
@@ -50,7 +47,7 @@ def export_system(system: System, out: Path, *, programs: bool = True, say: Say 
     `programs`: with the torch programs of the loops' graphs; `say` is told which graph is next. Nothing but weights is read
     here: `system` was checked when it was made. Raises `ParityError` for a graph that does not give what its module gives.
     """
-    with staged(out) as folder:
+    with replacing_folder(out) as folder:
         writer = Writer(folder, programs, say)
         for name, graph in system.graphs.items():
             writer.add(name, graph)
@@ -59,29 +56,13 @@ def export_system(system: System, out: Path, *, programs: bool = True, say: Say 
     return [report.summary() for report in system.reports]
 
 
-@contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A directory to write into; it takes the place of `out` when the block ends well, and vanishes otherwise."""
-    partial, old = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.old")
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    (partial / "graphs").mkdir(parents=True)
-    (partial / "tokenizers").mkdir()
-    try:
-        yield partial
-        if out.exists():
-            os.replace(out, old)
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
 class Writer:
     """The files of one bundle in the making: graphs are added one after the other, then `finish`. `graphs`: their entries."""
 
     def __init__(self, folder: Path, programs: bool, say: Say) -> None:
         self.folder, self.programs, self.say = folder, programs, say
+        for inside in ("graphs", "tokenizers"):
+            (folder / inside).mkdir(parents=True, exist_ok=True)
         self.graphs: dict[str, dict[str, Any]] = {}
         self.tables: dict[str, list[str]] = {}  # graph of a loop -> graphs that make tables for all of its steps
         self.empty: set[str] = set()  # graphs that a cut left nothing for

@@ -1,4 +1,4 @@
-"""Compile the motion-cross-attention kernels ahead of time, for GPUs that are not here.
+"""Compile the motion-cross-attention kernel ahead of time, for GPUs that are not here.
 
     python kernels/aot.py                          # table: registers, shared memory, spills for every target
     python kernels/aot.py --out DIR --targets 80,90 --dtypes bf16 --shapes 3072x48x25x64
@@ -28,10 +28,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from motionrt.kernels import motion_cross_attention_triton as forward
-from motionrt.kernels import plain_cross_attention_triton as plain
 from motionrt.kernels.launching import OPTIONS
-from motionrt.kernels.tiles import LAYOUTS, SHARED_LIMIT, Tile, choose_plain_tile, choose_tile
+from motionrt.kernels.motion_cross_attention_triton import constants, motion_cross_attention_kernel
+from motionrt.kernels.tiles import LAYOUTS, SHARED_LIMIT, Tile, choose_tile
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # The oldest PTX that knows the target: a driver loads PTX no newer than itself (8.0: CUDA 12.0; 8.6: 12.7; 8.7: 12.8).
@@ -41,7 +40,7 @@ PTX_VERSION = {80: 80, 86: 80, 89: 80, 90: 80, 100: 86, 120: 87}
 
 @dataclass(frozen=True)
 class Shape:
-    """What a kernel is compiled for: D, N heads, M tokens, head width d, and whether h is added."""
+    """What the kernel is compiled for: D, N heads, M tokens, head width d, and whether h is added."""
 
     inner: int
     heads: int
@@ -75,51 +74,54 @@ class Report:
         return faults + ([f"{self.shared} bytes of shared memory; sm_{self.target} has {limit}"] if self.shared > limit else [])
 
 
-def compile_one(target: int, dtype: str, shape: Shape, layout: str | None = None) -> tuple[Report, str, bytes]:
-    """(report, PTX, cubin) for one target, such as 90, and one shape; `layout` padded, packed, plain, or the rule's choice."""
-    if layout == "plain":
-        return _compile_plain(target, dtype, shape)
-    return _compile_folded(target, dtype, shape, layout)
+def compile_kernel(
+    target: int, dtype: str, shape: Shape, *, layout: str | None = None, scale: str = "", ptx_version: int | None = None
+) -> tuple[Tile, Any]:
+    """(tile, compiled kernel of Triton) for compute capability `target` (89), `dtype` of `DTYPES`, and one shape.
 
-
-def _compile_folded(target: int, dtype: str, shape: Shape, layout: str | None) -> tuple[Report, str, bytes]:
-    kind = DTYPES[dtype]
+    `layout`: padded, packed, or the rule's choice; `scale`: the dtype of that input, else `dtype`; `ptx_version`: the newest
+    PTX that the drivers load, such as 80 (CUDA 12.0), else the oldest that knows the target. The tensors are contiguous and
+    begin where an allocator puts them. ValueError for a target that has no tile, or PTX that is too old for it.
+    """
+    if target not in PTX_VERSION:
+        raise ValueError(f"the kernel is asked for sm_{target}; allowed: {', '.join(f'sm_{known}' for known in PTX_VERSION)}.")
+    version = PTX_VERSION[target] if ptx_version is None else ptx_version
+    if version < PTX_VERSION[target]:  # said here: Triton would abort the process
+        raise ValueError(f"ptx_version is {version}; sm_{target} needs {PTX_VERSION[target]} or newer (a newer driver).")
+    kernel, kind = motion_cross_attention_kernel, DTYPES[dtype]
     tile = choose_tile(target, kind, shape.inner, shape.heads, shape.tokens, shape.width, layout)
-    fixed = forward.constants(tile, shape.tokens, shape.width, shape.inner, kind)
-    fixed |= {"RESIDUAL": shape.residual, "WEIGHTS_ONLY": False}
+    fixed = constants(tile, shape.tokens, shape.width, shape.inner, kind, shape.residual)
+
+    def type_of(name: str) -> str:
+        if name in fixed:
+            return "constexpr"
+        return f"*{scale or dtype}" if name == "p_scale" else f"*{dtype}" if name.startswith("p_") else "i32"
+
+    # A load of several numbers at once needs to know what is a multiple of 16: pointers, and strides as far as the sizes are.
+    sizes = dict.fromkeys(("inner", "s_hidden_l", "s_hidden_b", "s_folded_c", "s_folded_b"), shape.inner)
+    sizes |= dict.fromkeys(("s_values_m", "s_values_n", "s_values_b"), shape.width)
+    sizes |= dict.fromkeys(("s_out_l", "s_out_b"), shape.heads * shape.width)
+    sizes |= {name: 16 for name in kernel.arg_names if name.startswith("p_") and name != "p_scale"}
+    source = ASTSource(
+        fn=kernel,
+        signature={name: type_of(name) for name in kernel.arg_names},
+        constexprs={(kernel.arg_names.index(name),): value for name, value in fixed.items()},
+        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name, size in sizes.items() if size % 16 == 0},
+    )
+    options = {**OPTIONS, "num_warps": tile.warps, "num_stages": tile.stages, "ptx_version": version}
+    return tile, triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+
+
+def compile_one(target: int, dtype: str, shape: Shape, layout: str | None = None) -> tuple[Report, str, bytes]:
+    """(report, PTX, cubin) for one target, such as 90, and one shape; `layout` padded, packed, or the rule's choice."""
+    tile, compiled = compile_kernel(target, dtype, shape, layout=layout)
     name = f"motion_cross_attention_{'packed' if tile.packed else 'padded'}_{dtype}"
     name += f"_D{shape.inner}_N{shape.heads}_M{shape.tokens}_d{shape.width}_sm{target}"
-    return _compile(name, forward.motion_cross_attention_kernel, target, dtype, fixed, tile)
-
-
-def _compile_plain(target: int, dtype: str, shape: Shape) -> tuple[Report, str, bytes]:
-    kind = DTYPES[dtype]
-    tile = choose_plain_tile(target, kind, shape.heads, shape.width)
-    fixed = plain.constants(tile, shape.width, shape.inner, kind) | {"RESIDUAL": shape.residual}
-    name = f"plain_cross_attention_{dtype}_D{shape.inner}_N{shape.heads}_d{shape.width}_sm{target}"
-    return _compile(name, plain.plain_cross_attention_kernel, target, dtype, fixed, tile)
-
-
-def _compile(name: str, kernel: Any, target: int, dtype: str, fixed: dict[str, Any], tile: Tile) -> tuple[Report, str, bytes]:
-    def kind(argument: str) -> str:
-        if argument in fixed:
-            return "constexpr"
-        return f"*{dtype}" if argument.startswith("p_") else "fp32" if argument == "factor" else "i32"
-
-    signature = {argument: kind(argument) for argument in kernel.arg_names}
-    # What torch's allocator and a D of whole cache lines give; without it every load is of single numbers.
-    aligned = [a for a in kernel.arg_names if a == "inner" or a.startswith(("p_", "s_"))]
-    divisible = {(kernel.arg_names.index(a),): [["tt.divisibility", 16]] for a in aligned if a != "p_scale"}
-    constexprs = {(kernel.arg_names.index(k),): v for k, v in fixed.items()}
-    options = {**OPTIONS, "num_warps": tile.warps, "num_stages": tile.stages, "ptx_version": PTX_VERSION[target]}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=divisible)
-    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
-    ptx = compiled.asm["ptx"]
+    ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
     version = re.search(r"\.version (\S+)", ptx)
-    registers, spills = _resources(compiled.asm["cubin"])
-    shared = int(compiled.metadata.shared)
-    report = Report(name, target, registers, shared, spills, tile.warps, version[1] if version else "?", compiled.metadata.name)
-    return report, ptx, compiled.asm["cubin"]
+    registers, spills = _resources(cubin)
+    shared, entry = int(compiled.metadata.shared), compiled.metadata.name
+    return Report(name, target, registers, shared, spills, tile.warps, version[1] if version else "?", entry), ptx, cubin
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -157,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compile the kernels for GPUs that are not here.")
     parser.add_argument("--targets", default=",".join(map(str, SHARED_LIMIT)), help="compute capabilities: 80,90")
     parser.add_argument("--dtypes", default="bf16", help="of " + ", ".join(DTYPES))
-    parser.add_argument("--layouts", default=",".join(LAYOUTS), help="of padded, packed, plain")
+    parser.add_argument("--layouts", default=",".join(LAYOUTS), help="of " + ", ".join(LAYOUTS))
     released = ",".join(f"{s.inner}x{s.heads}x{s.tokens}x{s.width}" for s in SHAPES)
     parser.add_argument("--shapes", default=released, help="DxNxMxd, by default the released models'")
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
@@ -168,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, got, allowed in (
         ("--targets", targets, SHARED_LIMIT),
         ("--dtypes", options.dtypes.split(","), DTYPES),
-        ("--layouts", options.layouts.split(","), (*LAYOUTS, "plain")),
+        ("--layouts", options.layouts.split(","), LAYOUTS),
     ):
         if unknown := set(got) - set(allowed):
             parser.error(f"{name} has {', '.join(map(str, unknown))}; allowed: {', '.join(map(str, allowed))}")

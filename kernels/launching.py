@@ -37,14 +37,3 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
 
 def batch_stride(tensor: Tensor) -> int:
     return 0 if tensor.shape[0] == 1 else tensor.stride(0)
-
-
-def overlap(one: Tensor, other: Tensor) -> bool:
-    """Whether the spans of memory that two tensors reach over have a byte in common."""
-
-    def span(tensor: Tensor) -> tuple[int, int]:
-        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
-
-    (first, last), (start, end) = span(one), span(other)
-    return one.numel() > 0 and other.numel() > 0 and first < end and start < last

@@ -22,15 +22,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from motionrt.kernels.launching import OPTIONS, batch_stride, capability, k_major, on_device, overlap, precision
-from motionrt.kernels.motion_cross_attention import check
+from motionrt.kernels.launching import OPTIONS, batch_stride, capability, k_major, on_device, precision
+from motionrt.kernels.motion_cross_attention_limits import check
 from motionrt.kernels.tiles import Tile, choose_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def product(
+def _scores(
     p_hidden, p_folded, o_l, length, inner, s_hidden_l, s_folded_c, o_row, m_row,
     BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -81,7 +81,7 @@ def _softmax_packed(b_s, o_slot, HEADS: tl.constexpr):
 
 
 @triton.jit
-def write_head(
+def _write_head(
     b_w, p_v, m_v, head, heads, scale, p_hidden, p_out, o_l, length, s_hidden_l, s_out_l,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -108,7 +108,7 @@ def _write_padded(
     if HEADS == 1:
         o_m = tl.arange(0, SLOT)
         m_m = (o_m < TOKENS) & (o_m + head * TOKENS < heads * TOKENS)
-        write_head(
+        _write_head(
             b_w, p_values + head * s_values_n + o_m * s_values_m, m_m, head, heads, scale, p_hidden, p_out, o_l, length,
             s_hidden_l, s_out_l, WIDTH, BLOCK_D, RESIDUAL, PRECISION,
         )  # fmt: skip
@@ -127,13 +127,13 @@ def _write_padded(
 
 @triton.jit
 def motion_cross_attention_kernel(
-    p_hidden, p_folded, p_values, p_scale, p_out, length, inner, heads, groups,
-    s_hidden_b, s_hidden_l, s_folded_b, s_folded_c, s_values_b, s_values_n, s_values_m, s_out_b, s_out_l,
+    p_hidden, p_folded, p_values, p_scale, length, inner, heads, groups,
+    s_hidden_b, s_hidden_l, s_folded_b, s_folded_c, s_values_b, s_values_n, s_values_m, s_out_b, s_out_l, p_out,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, PACKED: tl.constexpr, HEADS: tl.constexpr, SLOT: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_K: tl.constexpr,
-    RESIDUAL: tl.constexpr, WEIGHTS_ONLY: tl.constexpr, PRECISION: tl.constexpr,
+    RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (row tile, group of heads; batch). WEIGHTS_ONLY writes softmax(h A), [B, L, groups * BLOCK_N], to p_out."""
+    """Program (row tile, group of heads; batch). Arguments in TensorRT's order: inputs, numbers, the output."""
     group = tl.program_id(0) % groups
     first = (tl.program_id(0) // groups).to(tl.int64) * BLOCK_L  # 64 bits: long videos pass 2^31 elements
     batch = tl.program_id(1).to(tl.int64)
@@ -148,7 +148,7 @@ def motion_cross_attention_kernel(
     o_token = o_column % SLOT
     o_head = group * HEADS + o_slot
     m_row = (o_slot < HEADS) & (o_token < TOKENS) & (o_head < heads)
-    b_s = product(
+    b_s = _scores(
         p_hidden, p_folded, o_l, length, inner, s_hidden_l, s_folded_c, o_head * TOKENS + o_token, m_row,
         BLOCK_L, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
     )  # fmt: skip
@@ -158,73 +158,28 @@ def motion_cross_attention_kernel(
     else:
         b_p = _softmax_padded(b_s, BLOCK_L, HEADS, SLOT)
     b_w = b_p.to(p_hidden.dtype.element_ty)
-    if WEIGHTS_ONLY:
-        o_weight = group * BLOCK_N + o_column
-        tl.store(p_out + o_l[:, None] * s_out_l + o_weight[None, :], b_w, mask=(o_l < length)[:, None])
-    else:
-        scale = tl.load(p_scale).to(tl.float32)
-        if PACKED:
-            p_v = p_values + o_head * s_values_n + o_token * s_values_m
-            for slot in tl.static_range(HEADS):
-                write_head(
-                    tl.where((o_slot == slot)[None, :], b_w, 0.0).to(b_w.dtype), p_v, m_row, group * HEADS + slot, heads,
-                    scale, p_hidden, p_out, o_l, length, s_hidden_l, s_out_l, WIDTH, BLOCK_D, RESIDUAL, PRECISION,
-                )  # fmt: skip
-        else:
-            _write_padded(
-                b_w, p_values, group * HEADS, heads, scale, p_hidden, p_out, o_l, length, s_hidden_l, s_out_l,
-                s_values_n, s_values_m, BLOCK_L, HEADS, SLOT, TOKENS, WIDTH, BLOCK_D, RESIDUAL, PRECISION,
+    scale = tl.load(p_scale).to(tl.float32)
+    if PACKED:
+        p_v = p_values + o_head * s_values_n + o_token * s_values_m
+        for slot in tl.static_range(HEADS):
+            _write_head(
+                tl.where((o_slot == slot)[None, :], b_w, 0.0).to(b_w.dtype), p_v, m_row, group * HEADS + slot, heads,
+                scale, p_hidden, p_out, o_l, length, s_hidden_l, s_out_l, WIDTH, BLOCK_D, RESIDUAL, PRECISION,
             )  # fmt: skip
+    else:
+        _write_padded(
+            b_w, p_values, group * HEADS, heads, scale, p_hidden, p_out, o_l, length, s_hidden_l, s_out_l,
+            s_values_n, s_values_m, BLOCK_L, HEADS, SLOT, TOKENS, WIDTH, BLOCK_D, RESIDUAL, PRECISION,
+        )  # fmt: skip
 
 
-@triton.jit
-def apply_weights_kernel(
-    p_hidden, p_weights, p_values, p_scale, length, heads, s_hidden_b, s_hidden_l, s_weights_b, s_weights_l,
-    s_values_b, s_values_n, s_values_m,
-    TOKENS: tl.constexpr, WIDTH: tl.constexpr, SLOT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The second half of the in-place form: h += scale * weights V, program (row tile, head; batch)."""
-    head = tl.program_id(0) % heads
-    first = (tl.program_id(0) // heads).to(tl.int64) * BLOCK_L
-    batch = tl.program_id(1).to(tl.int64)
-    p_hidden += batch * s_hidden_b + first * s_hidden_l
-    length = (length - first).to(tl.int32)
-    o_l = tl.arange(0, BLOCK_L)
-    o_m = tl.arange(0, SLOT)
-    p_w = p_weights + batch * s_weights_b + first * s_weights_l + o_l[:, None] * s_weights_l + (head * SLOT + o_m)[None, :]
-    b_w = tl.load(p_w, mask=(o_l < length)[:, None], other=0.0)
-    write_head(
-        b_w, p_values + batch * s_values_b + head * s_values_n + o_m * s_values_m, o_m < TOKENS, head, heads,
-        tl.load(p_scale).to(tl.float32), p_hidden, p_hidden, o_l, length, s_hidden_l, s_hidden_l,
-        WIDTH, BLOCK_D, True, PRECISION,
-    )  # fmt: skip
-
-
-def constants(tile: Tile, tokens: int, width: int, inner: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Compile-time constants that the kernel takes from a tile and a shape; shared with aot.py."""
+def constants(tile: Tile, tokens: int, width: int, inner: int, dtype: torch.dtype, residual: bool) -> dict[str, Any]:
+    """The kernel's compile-time constants for a tile and a shape; shared with aot.py."""
     return {
         "TOKENS": tokens, "WIDTH": width, "PACKED": tile.packed, "HEADS": tile.heads, "SLOT": tile.slot,
         "BLOCK_L": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth, "BLOCK_D": tile.chunk,
-        "EVEN_K": inner % tile.depth == 0, "PRECISION": precision(dtype),
+        "EVEN_K": inner % tile.depth == 0, "RESIDUAL": residual, "PRECISION": precision(dtype),
     }  # fmt: skip
-
-
-def _run(
-    hidden: Tensor, folded: Tensor, values: Tensor, scale: Tensor, residual: bool, out: Tensor, tile: Tile, only: bool
-) -> None:
-    batch, length, inner = hidden.shape
-    heads, tokens, width = values.shape[1:]
-    rows = k_major(folded)
-    groups = triton.cdiv(heads, tile.heads)
-    grid = (triton.cdiv(length, tile.rows) * groups, batch)
-    motion_cross_attention_kernel[grid](
-        hidden, rows, values, scale, out, length, inner, heads, groups,
-        hidden.stride(0), hidden.stride(1), batch_stride(rows), rows.stride(1),
-        batch_stride(values), values.stride(1), values.stride(2), out.stride(0), out.stride(1),
-        **constants(tile, tokens, width, inner, hidden.dtype), RESIDUAL=residual, WEIGHTS_ONLY=only,
-        num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
-    )  # fmt: skip
 
 
 def launch(
@@ -235,51 +190,25 @@ def launch(
     residual: bool,
     *,
     layout: str | None = None,
-    out: Tensor | None = None,
 ) -> Tensor:
-    """Run the kernel on checked arguments -> `out` [B, L, N*d]; `layout` "padded", "packed", or None for the rule's choice.
+    """Run the kernel -> a new tensor [B, L, N*d]; `layout` "padded", "packed", or None for the rule's choice.
 
-    `out`, where given, is the caller's buffer, overwritten; it must not overlap `hidden` (see `launch_in_place`).
+    ValueError as `check` says: it is called first.
     """
     check(hidden, folded, values, scale, residual)
     batch, length, inner = hidden.shape
     heads, tokens, width = values.shape[1:]
-    shape = (batch, length, heads * width)
-    if out is None:
-        out = hidden.new_empty(shape)
-    elif tuple(out.shape) != shape or out.dtype != hidden.dtype or out.device != hidden.device or out.stride(2) != 1:
-        raise ValueError(
-            f"motion_cross_attention: `out` is {tuple(out.shape)} {out.dtype} of strides {out.stride()} on {out.device}; "
-            f"allowed: {shape} {hidden.dtype} with a last stride of 1 on {hidden.device}."
-        )
-    elif overlap(out, hidden):
-        raise ValueError("motion_cross_attention: `out` overlaps `hidden`; allowed: a buffer of its own, or launch_in_place.")
+    out = hidden.new_empty(batch, length, heads * width)
     if batch and length:
         tile = choose_tile(capability(hidden), hidden.dtype, inner, heads, tokens, width, layout)
+        rows = k_major(folded)
+        groups = triton.cdiv(heads, tile.heads)
         with on_device(hidden):
-            _run(hidden, folded, values, scale, residual, out, tile, False)
+            motion_cross_attention_kernel[(triton.cdiv(length, tile.rows) * groups, batch)](
+                hidden, rows, values, scale, length, inner, heads, groups,
+                hidden.stride(0), hidden.stride(1), batch_stride(rows), rows.stride(1),
+                batch_stride(values), values.stride(1), values.stride(2), out.stride(0), out.stride(1), out,
+                **constants(tile, tokens, width, inner, hidden.dtype, residual),
+                num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
+            )  # fmt: skip
     return out
-
-
-def launch_in_place(hidden: Tensor, folded: Tensor, values: Tensor, scale: Tensor) -> Tensor:
-    """h += scale * concat_n softmax(h A_n) V_n; returns `hidden`. Two kernels, with the weights [B, L, N * slot] between."""
-    check(hidden, folded, values, scale, True)
-    batch, length, inner = hidden.shape
-    heads, tokens, width = values.shape[1:]
-    if not batch or not length:
-        return hidden
-    if any(size > 1 and stride == 0 for size, stride in zip(hidden.shape, hidden.stride(), strict=True)):
-        raise ValueError("motion_cross_attention_: `hidden` repeats its memory (a stride of 0); allowed: call .contiguous().")
-    tile = choose_tile(capability(hidden), hidden.dtype, inner, heads, tokens, width, "padded")
-    weights = hidden.new_empty(batch, length, triton.cdiv(heads, tile.heads) * tile.columns)
-    with on_device(hidden):
-        _run(hidden, folded, values, scale, False, weights, tile, True)
-        rows = min(tile.rows, 64)
-        apply_weights_kernel[(triton.cdiv(length, rows) * heads, batch)](
-            hidden, weights, values, scale, length, heads, hidden.stride(0), hidden.stride(1), weights.stride(0),
-            weights.stride(1), batch_stride(values), values.stride(1), values.stride(2),
-            TOKENS=tokens, WIDTH=width, SLOT=tile.slot, BLOCK_L=rows, BLOCK_D=tile.chunk,
-            PRECISION=precision(hidden.dtype), num_warps=4, num_stages=2,
-            **OPTIONS,
-        )  # fmt: skip
-    return hidden

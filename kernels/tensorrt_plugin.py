@@ -7,8 +7,8 @@
 ahead of time: entry name, PTX, launch parameters, extra scalars. The engine keeps the PTX, so that running it needs neither
 Triton nor Python. TensorRT-RTX has no such plugins: `available` says so, and a build takes the operation's standard body.
 
-TensorRT passes a kernel its inputs, then the extra scalars, then its outputs, and nothing else: the entry here has that
-order, and `strip_scratch` removes the two pointers that Triton adds at the end for memory which this kernel does not use.
+TensorRT passes a kernel its inputs, then the extra scalars, then its outputs, and nothing else: the kernel has that order,
+and `strip_scratch` removes the two pointers that Triton adds at the end for memory which this kernel does not use.
 It takes A as [B or 1, N*M, D], D contiguous; `use_plugin` puts the transpose before it.
 
 Not tried on a GPU: whether TensorRT allows the kernel more than 48 KiB of shared memory per program, as its tiles for sm_80
@@ -80,47 +80,18 @@ def compile_kernel(
     `ptx_version`: the newest PTX that the drivers load which will run the engine, such as 80 (CUDA 12.0); None: the oldest
     that knows the target. ValueError for a target that the kernel has no tile for, or PTX that is too old for it.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from motionrt.kernels import aot
 
-    from motionrt.kernels import motion_cross_attention_triton as forward
-    from motionrt.kernels.aot import DTYPES, PTX_VERSION
-    from motionrt.kernels.launching import OPTIONS
-    from motionrt.kernels.tensorrt_entry import motion_cross_attention_tensorrt as kernel
-    from motionrt.kernels.tiles import choose_tile
-
-    if target not in PTX_VERSION:
-        raise ValueError(f"the kernel is asked for sm_{target}; allowed: {', '.join(f'sm_{known}' for known in PTX_VERSION)}.")
-    version = PTX_VERSION[target] if ptx_version is None else ptx_version
-    if version < PTX_VERSION[target]:  # said here: Triton would abort the process
-        raise ValueError(f"ptx_version is {version}; sm_{target} needs {PTX_VERSION[target]} or newer (a newer driver).")
     inner, heads, tokens, width = shape
-    tile = choose_tile(target, DTYPES[hidden], inner, heads, tokens, width)
-    fixed = forward.constants(tile, tokens, width, inner, DTYPES[hidden]) | {"RESIDUAL": residual, "WEIGHTS_ONLY": False}
-    pointers = {"p_scale": f"*{scale}"}
-    signature = {
-        name: "constexpr" if name in fixed else pointers.get(name, f"*{hidden}") if name.startswith("p_") else "i32"
-        for name in kernel.arg_names
-    }
-    # Memory of TensorRT begins at 256 bytes; strides are aligned as far as the sizes are.
-    even = {"inner": inner, "s_hidden_l": inner, "s_hidden_b": inner, "s_folded_c": inner, "s_folded_b": inner}
-    even |= {"s_values_m": width, "s_values_n": width, "s_values_b": width, "s_out_l": heads * width, "s_out_b": heads * width}
-    aligned = [name for name in signature if (name[:2] == "p_" and name != "p_scale") or even.get(name, 1) % 16 == 0]
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(kernel.arg_names.index(name),): value for name, value in fixed.items()},
-        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
-    options = {**OPTIONS, "num_warps": tile.warps, "num_stages": tile.stages, "ptx_version": version}
-    made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    sizes = aot.Shape(inner, heads, tokens, width, residual)
+    tile, made = aot.compile_kernel(target, hidden, sizes, scale=scale, ptx_version=ptx_version)
     if getattr(made.metadata, "global_scratch_size", 0):
         raise ValueError("this kernel asks for scratch memory, which a TensorRT plugin cannot give it.")
     ptx = strip_scratch(made.asm["ptx"], made.metadata.name, 4 + len(SCALARS) + 1)
     found = re.search(r"\.version (\d+)\.(\d+)", ptx)
-    if found is None or int(found[1]) * 10 + int(found[2]) > version:
-        raise ValueError(f"the kernel became PTX {found and found[0]}; allowed is at most {version // 10}.{version % 10}.")
+    newest = aot.PTX_VERSION[target] if ptx_version is None else ptx_version
+    if found is None or int(found[1]) * 10 + int(found[2]) > newest:
+        raise ValueError(f"the kernel became PTX {found and found[0]}; allowed is at most {newest // 10}.{newest % 10}.")
     return Compiled(made.metadata.name, ptx, tile.warps, int(made.metadata.shared), tile.rows, tile.heads)
 
 

@@ -1,7 +1,7 @@
 """Which tile a motion-cross-attention kernel takes: pinned per GPU architecture and shape class, never tuned at request time.
 
 Everything here is arithmetic on the host: it needs neither Triton nor a GPU. `motionrt.kernels.aot` compiles what these rules
-choose and CI refuses spills; benchmarks/gpu_kernel.py times the alternatives on a GPU, which is what should change a number.
+choose and CI refuses spills; benchmarks/gpu/gpu_kernel.py times the alternatives on a GPU: that should change a number.
 """
 
 from __future__ import annotations
@@ -114,15 +114,6 @@ def choose_tile(
     # fewer columns leave registers unused: fewer warps then, so that more programs share the processor
     warps = config.warps if columns > 128 or dtype == torch.float32 else min(config.warps, 4 if columns <= 64 else 8)
     return Tile(packed, per_tile, slot, config.rows, columns, config.depth, choose_chunk(width), warps, config.stages)
-
-
-def choose_plain_tile(capability: int, dtype: torch.dtype, heads: int, width: int) -> Tile:
-    """The plain form's tile: `heads` slots of query columns, and tokens in blocks of `chunk`."""
-    config = config_for(capability, dtype)
-    per_tile, slot = _padded(heads, width, config.columns)
-    rows = config.rows if slot <= 64 else 64  # a head's queries and output live in registers together
-    chunk = 64 if slot <= 64 and dtype != torch.float32 else 32
-    return Tile(False, per_tile, slot, rows, per_tile * slot, config.depth, chunk, config.warps, config.stages)
 
 
 def choose_chunk(width: int) -> int:

@@ -1,6 +1,10 @@
-"""The denoising loop: maths on arrays. It knows no model and no file, and of devices only that a graph may keep values on one.
+"""A loop as data: which graph a step runs, what it is given, what is carried to the next. It knows no backend and no system.
 
-The network and the solver are both inside `step`: with rows (p0, p1, c0, c1, c2, c3) taken from a scheduler,
+    calls = run_loop(loop, graphs, rows, values, draw)      # a generator
+    call = next(calls)                                      # Call(graph, inputs): run it, and
+    call = calls.send(outputs)                              # give back what it gave; StopIteration holds the values at the end
+
+Network and solver are both inside a step graph. MotionRAG's rows are taken from a scheduler (p0, p1, c0, c1, c2, c3):
 
     x0     = p0 x + p1 v                                   (v: the guided output of the network)
     x_next = c0 x + c1 x0 + c2 x0_previous + c3 noise      (DDIM: Song 2021, eq. 12; DPM-Solver++: Lu 2022)
@@ -9,75 +13,144 @@ The network and the solver are both inside `step`: with rows (p0, p1, c0, c1, c2
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from motionrt.runtime.backends.onnxruntime import Array, DeviceGraph, Graph, place
+from motionrt.runtime.bundle.manifest import NOISE, Collect, GraphSpec, Loop, Port
 from motionrt.runtime.errors import InputError
 
+Array = NDArray[Any]
+Draw = Callable[[int, tuple[int, ...]], NDArray[np.float32]]
+Outputs = Mapping[str, Any]
 
-def sample(
-    step: Graph,
-    *,
-    latents: Array,
-    state: Mapping[str, Any],
-    tables: Mapping[str, Any],
-    coefficients: Array,
-    guidance: Array | float,
-    noise: Callable[[int], Array],
-    on_step: Callable[[int, int], None] | None = None,
-    fetch: bool = True,
-) -> Any:
-    """Denoise `latents` float32 [B, F, C, H, W] in T steps and return them, same shape and dtype.
 
-    `state`: arrays that every step reads; `tables`: arrays [T, ...], of which step t reads row t under the same name;
-    `coefficients` float32 [T, 6]; `guidance` float32 [T] or one number; `noise(t)`: standard normal of the shape of
-    `latents`, asked for only where c3 of step t is not 0. `on_step(t, T)` is called after step t and may raise to stop.
-    A `step` that can keep values on its device (`DeviceGraph`) is given `state` and `tables` once (or gets them as `place`
-    made them), and its results stay there until the last; any other must not write into what it has returned.
-    `fetch`: give the latents as a host array; otherwise where the last step left them, until `step` runs again.
-    Raises `InputError` where the lengths of tables, guidance and coefficients differ.
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Row `index` of a table `[T, ...]` that every step reads one of: it is fed as `table[index : index + 1]`."""
+
+    table: Any
+    index: int
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        value = np.asarray(self.table[self.index : self.index + 1])
+        return value if dtype is None else value.astype(dtype)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a graph: `inputs` are arrays, values that a graph left on its device, and `Row`s, by port.
+
+    `fixed`: ports whose value is the same object in every step of a loop: worth placing on a device once. `key`: equal keys,
+    equal results, whatever the request (a schedule's tables). `step` of `steps`, counted from 1, where it is a step of `loop`.
     """
-    rows = np.asarray(coefficients, np.float32)
-    if rows.ndim != 2 or rows.shape[1] != 6 or not len(rows):
-        raise InputError(f"solver coefficients are {rows.shape}; they must be [T, 6] with T of 1 or more.")
-    steps = len(rows)
-    scales = np.asarray(guidance, np.float32)
-    if scales.ndim == 0:
-        scales = np.full(steps, scales)
-    if scales.shape != (steps,):
-        raise InputError(f"guidance is {scales.shape} for {steps} steps; give one number, or one for each step.")
-    for name, table in tables.items():
-        if len(table) != steps:
-            raise InputError(f"schedule table `{name}` has {len(table)} rows; the solver has {steps} steps.")
-    device = step if isinstance(step, DeviceGraph) else None
-    state, tables = place(step, state), place(step, tables)
-    x: Any = latents
-    x0: Any = place(step, {"previous_x0": np.zeros_like(latents)})["previous_x0"]
-    zeros = x0
-    loop = place(step, {"coefficients": rows, "guidance": scales})
-    run: Callable[[Mapping[str, Any]], dict[str, Any]] = step if device is None else device.run
-    for t in range(steps):
-        outputs = run(
-            {
-                **state,
-                **{name: table[t : t + 1] for name, table in tables.items()},
-                "latents": x,
-                "previous_x0": x0,
-                "noise": noise(t) if rows[t, 5] else zeros,
-                "coefficients": loop["coefficients"][t : t + 1],
-                "guidance": loop["guidance"][t : t + 1],
-            }
+
+    graph: str
+    inputs: Mapping[str, Any]
+    fixed: frozenset[str] = frozenset()
+    key: Hashable = None
+    loop: str = ""
+    step: int = 0
+    steps: int = 0
+
+
+@dataclass
+class _Sum:
+    """An output that is put together: `total` so far, float32 `[1, *dims]`."""
+
+    spec: Collect
+    total: NDArray[np.float32] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.total = np.zeros((1, *self.spec.dims), np.float32)
+
+    def add(self, part: Array, at: Mapping[str, int]) -> None:
+        """Put in the part of a step; `at`: the step's columns."""
+        place: list[slice] = [slice(None)] * part.ndim
+        for axis, column in self.spec.axes.items():
+            place[axis] = slice(at[column], at[column] + part.shape[axis])
+        weight: Any = 1
+        for axis, (before, after) in self.spec.ramps.items():
+            shape = [1] * part.ndim
+            shape[axis] = -1
+            weight = weight * ramp(part.shape[axis], at[before], at[after]).reshape(shape)
+        self.total[tuple(place)] += part * weight
+
+
+def run_loop(
+    name: str, loop: Loop, graphs: Mapping[str, GraphSpec], rows: NDArray[np.float32], values: Mapping[str, Any], draw: Draw,
+    key: Hashable = None,
+) -> Generator[Call, Outputs, dict[str, Any]]:  # fmt: skip
+    """Run `loop`, called `name`, over `rows` `[T, R]`; the values that it gives. `graphs`: interfaces, by name.
+
+    `values`: what the step graphs read that the loop does not make. `draw(i, shape)`: standard normal float32, draw 0 for what
+    starts as noise and t + 1 for step t, asked for only where column `loop.noise` is not 0. `key`: of the rows, see `Call`.
+    Raises `InputError` for rows of another number of columns, or none.
+    """
+    if rows.ndim != 2 or rows.shape[1] != len(loop.columns) or not len(rows):
+        raise InputError(
+            f"the rows of loop '{name}' are {rows.shape}; they must be [T, {len(loop.columns)}] with T of 1 or more."
         )
-        x, x0 = outputs["next_latents"], outputs["x0"]
-        if on_step is not None:
-            on_step(t, steps)
-    return device.get(x) if device is not None and fetch else x
+    at = {column: index for index, column in enumerate(loop.columns)}
+    ports = {graph: {port.name: port for port in graphs[graph].inputs} for graph in (*loop.graphs, *loop.tables)}
+    feeds = {
+        port.name: _feed(rows[:, [at[column] for column in loop.feeds[port.name]]], port)
+        for taken in ports.values() for port in taken.values() if port.name in loop.feeds
+    }  # fmt: skip
+    tables: dict[str, Any] = {}
+    for graph in loop.tables:
+        given = {port: feeds[port] if port in feeds else tables.get(port, values.get(port)) for port in ports[graph]}
+        own = key if all(port in feeds for port in given) else None
+        tables |= yield Call(graph, given, key=None if own is None else (graph, own))
+    carried: dict[str, Any] = {}
+    zeros: dict[str, Array] = {}
+    for port, start in loop.start.items():
+        spec = _port(ports, loop.graphs, port)
+        zeros[port] = np.zeros(spec.shape, spec.dtype)
+        carried[port] = draw(0, spec.shape) if start == NOISE else zeros[port] if start == "zeros" else values[start]
+    if loop.noise is not None:
+        zeros[NOISE] = np.zeros(_port(ports, loop.graphs, NOISE).shape, np.float32)
+    sliced = {port: np.asarray(values[part.value]) for port, part in loop.slices.items()}
+    sums = {output: _Sum(part) for output, part in loop.collect.items()}
+    for t, row in enumerate(rows):
+        graph, inputs, fixed = loop.graphs[int(row[at["graph"]])], dict[str, Any](), set[str]()
+        where = {column: int(row[index]) for column, index in at.items()} if sliced or sums else {}
+        for port, spec in ports[graph].items():
+            if port in carried:
+                inputs[port] = carried[port]
+            elif port in feeds or port in tables:
+                inputs[port] = Row(feeds[port] if port in feeds else tables[port], t)
+            elif port == NOISE and loop.noise is not None:
+                silent = row[at[loop.noise]] == 0
+                inputs[port] = zeros[NOISE] if silent else draw(t + 1, spec.shape)
+            elif port in sliced:
+                cut = [slice(None)] * len(spec.dims)
+                for axis, column in loop.slices[port].axes.items():
+                    cut[axis] = slice(where[column], where[column] + spec.dims[axis].opt)
+                inputs[port] = np.ascontiguousarray(sliced[port][tuple(cut)])
+            else:
+                inputs[port] = values[port]
+                fixed.add(port)
+        outputs = yield Call(graph, inputs, frozenset(fixed), loop=name, step=t + 1, steps=len(rows))
+        carried |= {port: outputs[output] for output, port in loop.carry.items() if output in outputs}
+        for output, total in sums.items():
+            total.add(np.asarray(outputs[output]), where)
+    return {loop.gives[port]: carried[port] for port in loop.gives} | {s.spec.value: s.total for s in sums.values()}
 
 
-def dynamic_guidance(scale: float, timesteps: Sequence[int] | Array) -> list[float]:
+def ramp(size: int, before: int, after: int) -> NDArray[np.float32]:
+    """Weights of a part along one axis: rising over the overlap before, falling over the one after; those of two parts add to
+    1."""
+    weight = np.ones(size, np.float32)
+    weight[:before] = (np.arange(before) + 0.5) / max(1, before)
+    weight[size - after :] = 1 - (np.arange(after) + 0.5) / max(1, after)
+    return weight
+
+
+def dynamic_guidance(scale: float, timesteps: Sequence[float] | Array) -> list[float]:
     """CogVideoX's `use_dynamic_cfg`: one guidance scale for each step, to be given as `guidance`.
 
     g_t = 1 + scale (1 - cos(pi ((T - t) / T)^5)) / 2 with T the number of steps and t the timestep, as diffusers has it
@@ -85,3 +158,14 @@ def dynamic_guidance(scale: float, timesteps: Sequence[int] | Array) -> list[flo
     """
     steps = len(timesteps)
     return [1 + scale * (1 - math.cos(math.pi * ((steps - float(t)) / steps) ** 5)) / 2 for t in timesteps]
+
+
+def _feed(columns: NDArray[np.float32], port: Port) -> Array:
+    """Columns `[T, n]` as what `port` reads a row of: `[T, n]` for `[batch, n]`, and `[T]` for `[batch]`, which has one
+    column."""
+    return np.ascontiguousarray(columns if len(port.dims) > 1 else columns[:, 0], dtype=port.dtype)
+
+
+def _port(ports: Mapping[str, Mapping[str, Port]], graphs: Sequence[str], name: str) -> Port:
+    """The port `name` of the first step graph that has it."""
+    return next(ports[graph][name] for graph in graphs if name in ports[graph])

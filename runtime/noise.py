@@ -27,14 +27,16 @@ def check_seed(seed: int) -> int:
     return int(seed)
 
 
-def noise(seed: int, index: int, shape: Sequence[int]) -> NDArray[np.float32]:
-    """Standard normal float32 of `shape`: draw `index` (0: initial latents, i + 1: step i) of the request `seed`.
+def noise(seed: int, stream: int, step: int, shape: Sequence[int]) -> NDArray[np.float32]:
+    """Standard normal float32 of `shape`: draw `step` of `stream` (a loop of a bundle, or a graph that reads noise), for
+    `seed`.
 
-    A pure function of its arguments. A longer shape begins with the values of a shorter one.
-    Raises `InputError` for a seed outside [0, 2**64 - 1] or a negative index.
+    A pure function of its arguments: no two draws share a number, whatever was drawn before. A longer shape begins with the
+    values of a shorter one. Raises `InputError` for a seed outside [0, 2**64 - 1], or a negative stream or step.
     """
-    if index < 0:
-        raise InputError(f"noise index is {index}; it must be 0 or more.")
+    if stream < 0 or step < 0:
+        raise InputError(f"draw {step} of noise stream {stream} was asked for; both must be 0 or more.")
+    index = stream << 64 | step
     count = math.prod(shape)
     pairs = (count + 1) // 2
     # Two 64-bit words a pair; the counter's high half is the draw, its low half counts the words of the draw.

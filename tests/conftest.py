@@ -36,6 +36,12 @@ def fake() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def watching() -> ModuleType:
+    """The module tests/helpers/watching.py."""
+    return load_by_path(HERE / "helpers" / "watching.py")
+
+
+@pytest.fixture(scope="session")
 def fake_bundle(fake: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small valid bundle with every graph. Shared: copy it before changing it."""
     path: Path = fake.write_bundle(tmp_path_factory.mktemp("fake") / "bundle")
@@ -46,7 +52,7 @@ def fake_bundle(fake: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> P
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Run the command in this process: (exit status, standard output, standard error)."""
 
-    from motionrt.cli import main
+    from motionrt.runtime.cli.main import main
 
     def call(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -111,9 +117,7 @@ def fake_memory(fake_bundle: Path, fake_clips: dict[str, Path], tmp_path_factory
 
     path = tmp_path_factory.mktemp("memory") / "memory"
     bundle = Bundle.open(fake_bundle)
-    tokens = list(bundle.model.motion_tokens)
-    dims = {"embedding": 8, "motion": tokens, "appearance": tokens}
-    with MotionMemory.create(path, digests=bundle.digests, dims=dims) as memory:
+    with MotionMemory.for_bundle(path, bundle) as memory:
         encoders = ClipEncoders.from_bundle(bundle, OnnxRuntimeBackend(1))
         report = index_clips(memory, encoders, [(file, caption, None) for caption, file in fake_clips.items()])
     assert not report.failed, report.failed
@@ -124,7 +128,7 @@ def fake_memory(fake_bundle: Path, fake_clips: dict[str, Path], tmp_path_factory
 def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """tests/helpers/fake_engine.py, and its GPU and TensorRT in place of the real ones: every TensorRTBackend runs on them."""
     from motionrt.runtime.backends import auto as choose
-    from motionrt.runtime.backends import open as backends
+    from motionrt.runtime.backends import kinds as backends
     from motionrt.runtime.backends.machine import Gpu
     from motionrt.runtime.backends.tensorrt import backend as tensorrt
     from motionrt.runtime.backends.tensorrt.device_memory import Cuda
@@ -153,7 +157,9 @@ def still(fake: ModuleType) -> NDArray[np.uint8]:
 @pytest.fixture(scope="session")
 def counts() -> ModuleType:
     """The module benchmarks/counts.py; it imports nothing heavy by itself."""
-    return load_by_path(ROOT / "benchmarks" / "counts.py")
+    from motionrt.benchmarks import counts
+
+    return counts
 
 
 @pytest.fixture(scope="session")

@@ -162,7 +162,7 @@ def test_installed_commands_need_no_repository(
     assert wrong == [], done.stderr
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("folder", (*FOLDERS, "benchmarks"))
 def test_link_is_relative_and_leads_to_the_root_folder(folder: str) -> None:
     link = ROOT / "src/motionrt" / folder
     assert link.is_symlink(), f"src/motionrt/{folder} is not a link: clone with symbolic links on (git core.symlinks)"
@@ -170,7 +170,7 @@ def test_link_is_relative_and_leads_to_the_root_folder(folder: str) -> None:
     assert link.resolve() == ROOT / folder
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("folder", (*FOLDERS, "benchmarks"))
 def test_no_folder_is_crowded(folder: str) -> None:
     """A folder per concept, of about a dozen files: more hide what belongs together."""
     files = Counter(path.parent.relative_to(ROOT) for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py")

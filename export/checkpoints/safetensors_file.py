@@ -23,7 +23,7 @@ from torch import Tensor
 
 from motionrt.runtime import dtypes
 from motionrt.runtime.errors import MotionRTError
-from motionrt.runtime.media.video import replacing
+from motionrt.runtime.files import replacing
 
 DTYPES = {kind.safetensors: getattr(torch, name) for name, kind in dtypes.DTYPES.items()}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}

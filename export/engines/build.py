@@ -31,12 +31,12 @@ from motionrt.runtime.dtypes import DTYPES
 from motionrt.runtime.backends.tensorrt.estimate import Estimate, estimate
 from motionrt.runtime.backends.tensorrt.engine_file import KERNELS, EngineFile, EnginePort, engine_folder
 from motionrt.runtime.errors import EngineError, InputError
-from motionrt.runtime.bundle.manifest import LOOP, sha256_of
+from motionrt.runtime.files import sha256_of
 from motionrt.runtime.backends.onnx_weights import package_weights
-from motionrt.runtime.media.video import replacing
+from motionrt.runtime.files import replacing
 
 RECIPE = ("from_onnx", "graph", "profiles", "precision")  # what decides an engine's bytes
-KERNEL_RECIPE = ("tensorrt_plugin", "tensorrt_entry", "motion_cross_attention_triton", "tiles")  # of a plugin's engine also
+KERNEL_RECIPE = ("tensorrt_plugin", "aot", "motion_cross_attention_triton", "tiles")  # of a plugin's engine also
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def _build_one(
             "profiles": [{key: asdict(span) for key, span in profile.items()} for profile in profiles],
             "operators": operators,
             "onnx": "graph.onnx",
-            "once": name not in LOOP,
+            "once": not bundle.in_loop(name),
             "full": options.dtype == "float32" or bool(spec.wide),
             "dtypes": {kind.tensorrt: kind.name for kind in DTYPES.values() if kind.tensorrt},
         }

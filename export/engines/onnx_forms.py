@@ -19,10 +19,11 @@ from motionrt.export.engines.process import Event, Listener
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.backends.tensorrt.engine_file import Span
 from motionrt.runtime.errors import EngineError, InputError
-from motionrt.runtime.bundle.manifest import GraphSpec, sha256_of
+from motionrt.runtime.bundle.manifest import GraphSpec
+from motionrt.runtime.files import sha256_of
 from motionrt.runtime.backends.onnx_form import DTYPES, FLAVOR, OnnxForm, form_folder
 from motionrt.runtime.backends.onnx_weights import package_weights
-from motionrt.runtime.media.video import replacing
+from motionrt.runtime.files import replacing
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from motionrt.runtime.dtypes import DTYPES
-from motionrt.runtime.backends.precision import Op, choose
+from motionrt.runtime.backends.precision import Op, low_ops
 
 LOW = {name: ir.DataType(DTYPES[name].onnx) for name in ("float16", "bfloat16")}
 FULL = ir.DataType.FLOAT
@@ -42,7 +42,7 @@ def to_precision(model: ir.Model, dtype: str, wide: Sequence[str] = ()) -> ir.Mo
     _drop_casts_between_floats(graph, nodes)
     nodes = list(graph)
     ops = [_op(node) for node in nodes]
-    lows = choose(ops, ports, wide if dtype == "float16" else ())
+    lows = low_ops(ops, ports, wide if dtype == "float16" else ())
     precision: dict[ir.Value, ir.DataType] = {value: FULL for value in graph.inputs if _is_float(value)}
     caster = _Caster(graph)
     for node, here in zip(nodes, lows, strict=True):

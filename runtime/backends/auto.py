@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from motionrt.runtime.backends.kinds import BACKENDS, ONNXRUNTIME, BackendKind
 from motionrt.runtime.backends.machine import Gpu, find_gpus
-from motionrt.runtime.backends.onnxruntime import Backend, Graph
-from motionrt.runtime.backends.open import BACKENDS, ONNXRUNTIME, BackendKind, RunOptions, open_backend
+from motionrt.runtime.backends.open import RunOptions, open_backend
+from motionrt.runtime.backends.seam import Backend, Checked
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.errors import BackendError, InputError
 
 log = logging.getLogger("motionrt")
-STEP = "step"
 
 
 @dataclass(frozen=True)
@@ -27,21 +27,22 @@ class Choice:
 
     backend: Backend
     why: str
-    graphs: Mapping[str, Graph] = field(default_factory=dict)
+    graphs: Mapping[str, Checked] = field(default_factory=dict)
 
 
 def choose(
     bundle: Bundle, *, device: str | None = None, threads: int | None = None, precision: str | None = None,
-    graphs: Sequence[str] = (STEP,),
+    graphs: Sequence[str] | None = None,
 ) -> Choice:  # fmt: skip
     """The backend for `bundle` on this machine. device: None, "cpu" (which ends the search), "cuda" or "cuda:1".
 
-    precision: what is to be computed in; None leaves it to the backend. graphs: those that a backend must run to be chosen;
-    others may go to ONNX Runtime where it has not got them. With "cuda" the CPU is no answer: `BackendError` says what was
-    tried.
+    precision: what is to be computed in; None leaves it to the backend. graphs: those that a backend must run to be chosen,
+    the steps of denoising loops if not given; others may go to ONNX Runtime where it has not got them. With "cuda" the CPU is
+    no answer: `BackendError` says what was tried.
     """
     if device is not None and device != "cpu" and not device.startswith("cuda"):
         raise InputError(f"device is {device!r}; with the backend auto it must be cpu, cuda, or not given.")
+    graphs = bundle.steps if graphs is None else graphs
     refused: list[str] = []
     if device == "cpu":
         refused.append("the device cpu was asked for")
@@ -57,16 +58,16 @@ def choose(
                 options = RunOptions(kind.name, device or "cuda", threads, allow_cpu=True, precision=precision)
                 try:
                     backend, loaded = _try(kind, bundle, gpus, options, graphs)
-                    return _done(backend, f"{name}: {getattr(backend, 'label', name)}", refused, loaded)
+                    return _done(backend, f"{name}: {backend.label}", refused, loaded)
                 except (BackendError, InputError) as error:
                     refused.append(f"{name}: {str(error).rstrip('.')}")
         if device is not None:
             raise BackendError(f"nothing runs this bundle on {device}: {'; '.join(refused)}. Use --device cpu, or none.")
     cpu = open_backend(RunOptions(threads=threads, precision=precision))
-    return _done(cpu, getattr(cpu, "label", ONNXRUNTIME.name), refused, {})
+    return _done(cpu, cpu.label, refused, {})
 
 
-def _done(backend: Backend, what: str, refused: list[str], loaded: Mapping[str, Graph]) -> Choice:
+def _done(backend: Backend, what: str, refused: list[str], loaded: Mapping[str, Checked]) -> Choice:
     why = f"chose {what}" + (f", because not {'; not '.join(refused)}" if refused else "")
     log.info("%s", why)
     return Choice(backend, why, loaded)
@@ -74,7 +75,7 @@ def _done(backend: Backend, what: str, refused: list[str], loaded: Mapping[str, 
 
 def _try(
     kind: BackendKind, bundle: Bundle, gpus: list[Gpu], options: RunOptions, graphs: Sequence[str]
-) -> tuple[Backend, dict[str, Graph]]:
+) -> tuple[Backend, dict[str, Checked]]:
     """A backend of `kind` that has loaded `graphs`; `BackendError` says why there is none."""
     for name in graphs:
         if lacking := kind.lacks(bundle, name, gpus[0].target):
@@ -83,6 +84,6 @@ def _try(
         raise BackendError(why)
     backend: Any = open_backend(options)
     loaded = {name: backend.load(bundle, name) for name in graphs}
-    if hasattr(backend, "fallback"):  # only now: with one, `load` would not have refused a graph
+    if kind is not ONNXRUNTIME:  # only now: with a fallback, `load` would not have refused a graph
         backend.fallback = open_backend(RunOptions(threads=options.threads))
     return backend, loaded

@@ -1,150 +1,24 @@
-"""The backend seam: a graph is one callable, named arrays in, named arrays out. Here: ONNX Runtime, on the CPU or a GPU.
+"""ONNX Runtime behind the seam: on the CPU, or on a GPU, where what a request computed is bound to the next run's inputs.
 
-    Graph = (mapping of input name to array) -> dict of output name to array
-
-A graph may also be a `DeviceGraph`, which can keep values where it computes: the loop then copies nothing per step.
-
-Every call is checked against the interface that the bundle declares, so that a wrong array is a plain sentence and
-not a message from inside an engine. Outputs belong to the caller: a backend never writes into what it has returned.
+Ownership: ONNX Runtime allocates the outputs of every run anew, so nothing writes into what was returned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from motionrt.runtime.backends.kinds import GPU_BUILD, ONNXRUNTIME, PROVIDERS
 from motionrt.runtime.backends.onnx_form import find_form
-from motionrt.runtime.backends.onnx_weights import external_initializers, package_weights
-from motionrt.runtime.backends.open import GPU_BUILD, ONNXRUNTIME
-from motionrt.runtime.bundle.bundle import Bundle, GraphSpec
+from motionrt.runtime.backends.onnx_weights import package_weights
+from motionrt.runtime.backends.seam import Array, Checked, DeviceValue, Executor, first_line
+from motionrt.runtime.bundle.bundle import Bundle, Port
+from motionrt.runtime.dtypes import DTYPES, PORTS
 from motionrt.runtime.errors import BackendError, BundleError, InputError
 
-__all__ = [
-    "PROVIDERS", "Array", "Backend", "DeviceGraph", "Graph", "OnnxRuntimeBackend", "call", "check_finite", "check_inputs",
-    "check_ports", "describe", "external_initializers", "fetch", "first_line", "place",
-]  # fmt: skip
-
-Array = NDArray[Any]
-Graph = Callable[[Mapping[str, Array]], dict[str, Array]]
-
-
-class Backend(Protocol):
-    """Anything that turns a graph of a bundle into a callable. `precision`: the dtype that it computes in, by name."""
-
-    precision: str
-
-    def load(self, bundle: Bundle, name: str) -> Graph:
-        """Load graph `name`; the result checks its inputs (`InputError`) and runs it (`BackendError` if that fails)."""
-
-
-@runtime_checkable
-class DeviceGraph(Protocol):
-    """A graph that can keep values on its device: `put` what every step reads once, `run`, and `get` the last result."""
-
-    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Host arrays in and out, as for any graph; the outputs belong to the caller."""
-
-    def put(self, name: str, value: Any) -> Any:
-        """`value` (an array for input `name`, or a table of them) on the device; one that is there already, as it is.
-
-        The result is read-only for the caller; indexing it gives its rows. `InputError` for values that are not finite.
-        """
-
-    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """As a call, with host arrays, values from `put` and results of `run` in any mix; the results stay on the device.
-
-        Returns when they are computed. They hold until the next `run`, which may take them as inputs.
-        """
-
-    def get(self, value: Any) -> Array:
-        """A result of `run` as a host array that belongs to the caller."""
-
-
-def place(graph: Graph, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """`arrays` where `graph` computes, if it can keep them there; otherwise as they are. Placing twice changes nothing."""
-    if not isinstance(graph, DeviceGraph):
-        return {name: fetch(value) for name, value in arrays.items()}
-    return {name: graph.put(name, value) for name, value in arrays.items()}
-
-
-def call(graph: Graph, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """`graph` on host arrays or values of a device: results stay there where they are the caller's to keep, else on the host.
-
-    They are where a graph says that it is `resident` (TensorRT): the next graph takes them without a way over the host.
-    """
-    if isinstance(graph, DeviceGraph) and getattr(graph, "resident", False):
-        return graph.run(inputs)
-    return graph({name: fetch(value) for name, value in inputs.items()})
-
-
-def fetch(value: Any) -> Any:
-    """A value of a device (`resident`) as a host array; anything else as it is."""
-    return np.asarray(value) if getattr(value, "resident", False) else value
-
-
-def check_inputs(spec: GraphSpec, inputs: Mapping[str, Array]) -> None:
-    """Raise `InputError` unless `inputs` has the names, dtypes, ranks and sizes of `spec`, and only finite numbers."""
-    check_ports(spec, {name: describe(value) for name, value in inputs.items()})
-    for name, value in inputs.items():
-        check_finite(spec, name, value)
-
-
-def describe(value: Any) -> tuple[str, tuple[int, ...]]:
-    """Dtype and shape of an array; what else it is goes where the dtype would."""
-    if not isinstance(value, np.ndarray):
-        return f"{type(value).__name__}, not an array", ()
-    return str(value.dtype), value.shape
-
-
-def check_finite(spec: GraphSpec, name: str, value: Array) -> None:
-    """Raise `InputError` if a floating-point array holds NaN or infinite values."""
-    if value.dtype.kind == "f" and not np.isfinite(value).all():
-        bad = int(value.size - np.isfinite(value).sum())
-        raise InputError(f"{spec.name} input `{name}` has {bad} NaN or infinite values of {value.size}; all must be finite.")
-
-
-def check_ports(spec: GraphSpec, inputs: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-    """Raise `InputError` unless `inputs`, name -> (dtype, shape), are those of `spec`."""
-    missing = [port.name for port in spec.inputs if port.name not in inputs]
-    unknown = sorted(inputs.keys() - {port.name for port in spec.inputs})
-    if missing or unknown:
-        raise InputError(
-            f"{spec.name}: missing inputs: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}; "
-            f"this graph takes {', '.join(port.name for port in spec.inputs)}."
-        )
-    sizes: dict[str, tuple[int, str]] = {}
-    for port in spec.inputs:
-        dtype, shape = inputs[port.name]
-        accepts = f"this bundle accepts {port.dtype} [{', '.join(map(str, port.dims))}]"
-        if dtype != port.dtype:
-            raise InputError(f"{spec.name} input `{port.name}` is {dtype}; {accepts}. Convert it with .astype.")
-        in_range = len(shape) == len(port.dims) and all(
-            dim.min <= size <= dim.max for size, dim in zip(shape, port.dims, strict=True)
-        )
-        if not in_range:
-            raise InputError(
-                f"{spec.name} input `{port.name}` is {list(shape)}; {accepts}. "
-                "Change the array, or export a bundle with these sizes."
-            )
-        for size, dim in zip(shape, port.dims, strict=True):
-            if not dim.name:
-                continue
-            other, where = sizes.setdefault(dim.name, (size, port.name))
-            if size != other:
-                raise InputError(
-                    f"{spec.name} input `{port.name}` has {dim.name} = {size} but `{where}` has {dim.name} = {other}; "
-                    "they must be equal."
-                )
-
-
-PROVIDERS = {  # by device: the wanted one, and what may run what that leaves
-    "cpu": ("CPUExecutionProvider",),
-    "cuda": ("CUDAExecutionProvider",),
-    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider"),
-}
 _NO_FALLBACK = "session.disable_cpu_ep_fallback"
 
 
@@ -180,7 +54,7 @@ class OnnxRuntimeBackend:
         if device != "cpu":
             self._providers(_onnxruntime())
 
-    def load(self, bundle: Bundle, name: str) -> Graph:
+    def load(self, bundle: Bundle, name: str) -> Checked:
         """Load graph `name` of `bundle`.
 
         Raises `BackendError` if ONNX Runtime, its provider or a package that holds weights is missing, or the graph cannot
@@ -232,21 +106,9 @@ class OnnxRuntimeBackend:
                 f"{sorted(declared[0])} and {sorted(declared[1])}. Export the bundle again."
             )
 
-        if self.device != "cpu":
-            from motionrt.runtime.backends.onnx_device import OrtGraph
-
-            return OrtGraph(spec, session, "cuda", self._index)
-
-        def graph(inputs: Mapping[str, Array]) -> dict[str, Array]:
-            check_inputs(spec, inputs)
-            feed = {name: np.ascontiguousarray(value).reshape(value.shape) for name, value in inputs.items()}
-            try:
-                results = session.run(outputs, feed)
-            except Exception as error:
-                raise BackendError(f"ONNX Runtime failed in graph '{spec.name}': {first_line(error)}") from None
-            return dict(zip(outputs, results, strict=True))
-
-        return graph
+        if self.device == "cpu":
+            return Checked(spec, OrtExecutor(session, outputs))
+        return Checked(spec, BoundExecutor(session, outputs, OrtDevice("cuda", self._index)))
 
     def _providers(self, onnxruntime: Any) -> list[Any]:
         """What the session is asked for; `BackendError` where this build of ONNX Runtime has not got it."""
@@ -264,14 +126,108 @@ class OnnxRuntimeBackend:
         return [(name, settings[name]) for name in self._wanted if name in available]
 
 
+class OrtExecutor(Executor):
+    """A session on the CPU."""
+
+    library = "ONNX Runtime"
+
+    def __init__(self, session: Any, outputs: Sequence[str]) -> None:
+        self.session, self.outputs = session, list(outputs)
+
+    def execute(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Executor`."""
+        return dict(zip(self.outputs, self.session.run(self.outputs, inputs), strict=True))
+
+
+@dataclass(frozen=True)
+class OrtDevice:
+    """A device by ONNX Runtime's name and number, such as "cuda", 0."""
+
+    kind: str
+    index: int
+
+    def upload(self, array: Array) -> Any:
+        """A C-contiguous host array as an `OrtValue` there."""
+        return _onnxruntime().OrtValue.ortvalue_from_numpy(array, self.kind, self.index)
+
+
+class BoundExecutor(OrtExecutor):
+    """A session on a device: its inputs and outputs are bound there instead of copied."""
+
+    device: OrtDevice
+
+    def __init__(self, session: Any, outputs: Sequence[str], device: OrtDevice) -> None:
+        super().__init__(session, outputs)
+        self.device = device
+
+    def place(self, port: Port, array: Array) -> OrtArray:
+        """See `Executor`. The array is copied: what is on the device must not change with the caller's."""
+        return OrtArray(self.device, host=array.copy())
+
+    def execute(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Executor`."""
+        binding = self.session.io_binding()
+        for name, value in inputs.items():
+            if isinstance(value, OrtArray):
+                binding.bind_ortvalue_input(name, value.value)
+            else:
+                binding.bind_cpu_input(name, value)
+        for name in self.outputs:
+            binding.bind_output(name, self.device.kind, self.device.index)
+        self.session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        values = zip(self.outputs, binding.get_outputs(), strict=True)
+        return {name: OrtArray(self.device, value=value) for name, value in values}
+
+
+_NAMES = {DTYPES[name].ort: name for name in PORTS}
+
+
+class OrtArray(DeviceValue):
+    """An array on the device, or one that goes there when a graph first reads it.
+
+    Rows of a table become values of their own, each once: ONNX Runtime cannot bind a part of a value.
+    """
+
+    def __init__(self, device: OrtDevice, host: Array | None = None, value: Any = None) -> None:
+        assert host is not None or value is not None
+        self.device: OrtDevice = device
+        self._host, self._value = host, value
+        self._rows: dict[tuple[int, int], OrtArray] = {}  # by first row and how many; -1: that row without its axis
+        self.shape = host.shape if host is not None else tuple(value.shape())
+        self.dtype = host.dtype if host is not None else np.dtype(_NAMES[value.data_type()])
+
+    @property
+    def value(self) -> Any:
+        """The `OrtValue` on the device."""
+        if self._value is None:
+            assert self._host is not None
+            self._value = self.device.upload(self._host)
+        return self._value
+
+    def __getitem__(self, index: Any) -> OrtArray:
+        if self._host is None:
+            self._host = self._value.numpy()
+        if isinstance(index, int | np.integer):
+            key = int(index) % len(self), -1
+        elif isinstance(index, slice) and index.step in (None, 1):
+            start, stop, _ = index.indices(len(self))
+            key = start, max(stop - start, 0)
+        else:
+            return OrtArray(self.device, np.ascontiguousarray(self._host[index]))
+        if key not in self._rows:
+            self._rows[key] = OrtArray(self.device, np.array(self._host[index]))
+        return self._rows[key]
+
+    def to_host(self) -> Array:
+        """See `DeviceValue`."""
+        host: Array = self._value.numpy() if self._host is None else self._host.copy()
+        return host
+
+
 def _onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError:
         raise ONNXRUNTIME.missing() from None
     return onnxruntime
-
-
-def first_line(error: BaseException) -> str:
-    """An exception's first line, for a sentence."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

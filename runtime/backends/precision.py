@@ -53,7 +53,7 @@ class Op:
     widens: bool = False
 
 
-def choose(ops: Sequence[Op], outputs: Sequence[Hashable], wide: Sequence[str] = ()) -> list[bool]:
+def low_ops(ops: Sequence[Op], outputs: Sequence[Hashable], wide: Sequence[str] = ()) -> list[bool]:
     """For each of `ops`, in an order in which a graph can run, whether it computes in the low precision.
 
     `outputs`: the values that the graph gives. `wide`: patterns (`fnmatch`) of weights whose results overflow the low

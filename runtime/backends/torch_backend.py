@@ -2,8 +2,8 @@
 
 Only `motionrt.runtime.backends.open` imports this module, and only when it is asked for: it imports torch.
 
-What runs how: the graphs of the loop (`LOOP`) by `mode`, the others, which a request calls once, eagerly. Static buffers
-belong to the graph: inputs are copied into them, one replay computes a step, results are read from them before the next.
+What runs how: the graphs of denoising loops by `mode`, the others, which a request calls once, eagerly. Static buffers
+belong to the executor: inputs are copied into them, one replay computes a step, and the results are copied out of them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from motionrt.runtime.backends.onnxruntime import Array, Backend, Graph, check_finite, check_inputs, check_ports, describe
-from motionrt.runtime.backends.open import ONNXRUNTIME, TORCH
-from motionrt.runtime.backends.torch_program import first_line, load_program
-from motionrt.runtime.bundle.bundle import Bundle, GraphSpec
-from motionrt.runtime.bundle.manifest import LOOP
+from motionrt.runtime.backends.kinds import ONNXRUNTIME, TORCH
+from motionrt.runtime.backends.seam import Array, Backend, Checked, DeviceValue, Executor, first_line
+from motionrt.runtime.backends.torch_program import load_program
+from motionrt.runtime.bundle.bundle import Bundle, GraphSpec, Port
 from motionrt.runtime.errors import BackendError, BackendWarning, InputError
 
 MODES = ("auto", "graph", "compile", "eager")
@@ -58,9 +57,10 @@ class TorchBackend:
         if threads is not None:
             torch.set_num_threads(threads)
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        self.parallel_load = False
         self.label = f"torch {torch.__version__} {name} {self.mode} {self.precision}"
 
-    def load(self, bundle: Bundle, name: str) -> Graph:
+    def load(self, bundle: Bundle, name: str) -> Checked:
         """Load graph `name`, warmed up at its declared sizes (`opt`), so that no request pays for it.
 
         Raises `BackendError` if the bundle has no program of it (and there is no fallback) or it fails, `BundleError` if
@@ -86,13 +86,38 @@ class TorchBackend:
                 f"{len(declared.inputs)} and {len(declared.outputs)}. Export the bundle again."
             )
         examples = dict(zip(declared.inputs, program.examples, strict=True))
-        graph = TorchGraph(spec, program.module, examples, declared.outputs, self.device)
-        graph.prepare(self.mode if name in LOOP else "eager")
-        return graph
+        executor = TorchExecutor(spec, program.module, examples, declared.outputs, self.device)
+        executor.prepare(self.mode if bundle.in_loop(name) else "eager")
+        return Checked(spec, executor)
 
 
-class TorchGraph:
-    """One program behind the seam (`DeviceGraph`). Not safe to call from several threads at once."""
+class TorchValue(DeviceValue):
+    """A tensor on `device`, of the port's `dtype`; a graph that computes in less converts it, and others may read it too."""
+
+    def __init__(self, tensor: Tensor, dtype: np.dtype[Any] | str) -> None:
+        self.tensor, self.device = tensor, tensor.device
+        self.shape, self.dtype = tuple(tensor.shape), np.dtype(dtype)
+        self._converted: dict[torch.dtype, Tensor] = {tensor.dtype: tensor}
+
+    def __getitem__(self, index: Any) -> TorchValue:
+        return TorchValue(self.tensor[index], self.dtype)
+
+    def to_host(self) -> Array:
+        """See `DeviceValue`."""
+        return np.array(self.tensor.cpu().to(getattr(torch, str(self.dtype))).numpy())
+
+    def converted(self, dtype: torch.dtype) -> Tensor:
+        """The tensor in `dtype`; converted once, however many steps read it."""
+        if dtype not in self._converted:
+            self._converted[dtype] = self.tensor.to(dtype)
+        return self._converted[dtype]
+
+
+class TorchExecutor(Executor):
+    """One program. Not safe to call from several threads at once."""
+
+    library = "torch"
+    device: torch.device
 
     def __init__(
         self,
@@ -102,26 +127,27 @@ class TorchGraph:
         outputs: Sequence[str],
         device: torch.device,
     ) -> None:
-        """`examples`: tensors (fake ones do) like the program's inputs, in its order: values are given their dtype once, and
-        their layout where the axis before the last is the dense one (a kernel would copy another); results the declared dtypes.
+        """`examples`: tensors (fake ones do) like the program's inputs, in its order. Values are converted to their dtypes
+        once, and given their layout where the axis before the last is the dense one (a kernel would copy another). Results
+        have the declared dtypes.
         """
-        self.spec, self.outputs, self.device = spec, tuple(outputs), device
+        self.spec, self.outputs, self.device = spec, tuple(outputs), torch.zeros((), device=device).device  # with its number
         self.dtypes = {name: example.dtype for name, example in examples.items()}
-        self._declared = {port.name: port.dtype for port in spec.inputs}
         self._transposed = {name: example.ndim for name, example in examples.items() if _is_transposed(example)}
+        self._ports = {port.name: port for port in spec.inputs}
+        self._shapes = {port.name: tuple(dim.opt for dim in port.dims) for port in spec.inputs}
         self.mode = "eager"
-        kinds = {port.name: getattr(torch, port.dtype) for port in spec.outputs}
-        finals = [kinds[name] for name in self.outputs]
+        declared = {port.name: port.dtype for port in spec.outputs}
+        self._kinds = [declared[name] for name in self.outputs]
 
         def call(*values: Tensor) -> Sequence[Tensor]:
             results = module(*values)
             results = (results,) if isinstance(results, Tensor) else results
-            return tuple(result.to(dtype) for result, dtype in zip(results, finals, strict=True))
+            return tuple(result.to(getattr(torch, kind)) for result, kind in zip(results, self._kinds, strict=True))
 
         self._eager: Call = call
         self._call: Call = call
         self._static: _Static | None = None
-        self._shapes = {port.name: tuple(dim.opt for dim in port.dims) for port in spec.inputs}
 
     def prepare(self, mode: str) -> None:
         """Compile and capture as `mode` says, falling back with a `BackendWarning`, and run once at the declared sizes."""
@@ -131,71 +157,48 @@ class TorchGraph:
         ]
         if mode in ("graph", "compile"):
             compiled = torch.compile(self._eager, fullgraph=True, dynamic=False)
-            if self._attempt("torch.compile", "eager", lambda: self._execute(compiled, inputs)):
+            if self._attempt("torch.compile", "eager", lambda: self._compute(compiled, inputs)):
                 self._call, self.mode = compiled, "compile"
         if mode == "graph":
 
             def capture() -> None:
-                self._static = _Static(lambda *values: self._execute(self._call, values), inputs)
+                self._static = _Static(lambda *values: self._compute(self._call, values), inputs)
 
             if self._attempt("CUDA graph capture", f"{self.mode} without one", capture):
                 self.mode = "graph"
         if self.mode == "eager":
             try:
-                self._execute(self._eager, inputs)
+                self._compute(self._eager, inputs)
             except Exception as error:
-                raise self._failed(error) from None
+                raise BackendError(f"torch failed in graph '{self.spec.name}': {first_line(error)}") from None
         self._synchronize()
 
-    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Host arrays in and out."""
-        check_inputs(self.spec, inputs)
-        return {name: self.get(value) for name, value in self.run(inputs).items()}
+    def place(self, port: Port, array: Array) -> TorchValue:
+        """See `Executor`. The array is copied: what is on the device must not change with the caller's."""
+        return TorchValue(self._laid_out(port.name, torch.from_numpy(array.copy()).to(self.device)), port.dtype)
 
-    def put(self, name: str, value: Any) -> Any:
-        """See `DeviceGraph`."""
-        if isinstance(value, Tensor):
-            return value.to(self.dtypes[name])
-        array = np.array(value)  # a copy: the device's value must not change with the caller's
-        check_finite(self.spec, name, array)
-        return self._laid_out(name, torch.from_numpy(array).to(self.device, self._kind(name, str(array.dtype))))
-
-    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """See `DeviceGraph`."""
-        check_ports(self.spec, {name: self._describe(name, value) for name, value in inputs.items()})
-        values = {name: self.put(name, inputs[name]) for name in self.dtypes}
+    def execute(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Executor`."""
+        values = {
+            name: value if isinstance(value, TorchValue) else self.place(self._ports[name], value)
+            for name, value in ((name, inputs[name]) for name in self.dtypes)
+        }
         fits = all(value.shape == self._shapes[name] for name, value in values.items())
-        try:
-            if self._static is not None and fits:
-                results = self._static.run(list(values.values()))
-            else:  # other sizes than those prepared for: nothing is compiled in the middle of a request
-                results = self._execute(self._call if fits else self._eager, list(values.values()))
-            self._synchronize()
-        except Exception as error:
-            raise self._failed(error) from None
-        return dict(zip(self.outputs, results, strict=True))
-
-    def get(self, value: Any) -> Array:
-        """See `DeviceGraph`."""
-        return np.array(value.cpu().numpy())
-
-    def _kind(self, name: str, given: str) -> torch.dtype | None:
-        """The dtype to put a host array into: the program's, where the array is what the port declares."""
-        return self.dtypes.get(name) if given == self._declared.get(name) else None
-
-    def _describe(self, name: str, value: Any) -> tuple[str, tuple[int, ...]]:
-        """Dtype and shape as `check_ports` wants them: a value that is here already has the program's dtype."""
-        if not isinstance(value, Tensor):
-            return describe(value)
-        kind = str(value.dtype).removeprefix("torch.")
-        return self._declared.get(name, "") if value.dtype == self.dtypes.get(name) else kind, tuple(value.shape)
+        if self._static is not None and fits:
+            results = self._static.run(list(values.values()))
+        else:  # other sizes than those prepared for: nothing is compiled in the middle of a request
+            tensors = [value.converted(self.dtypes[name]) for name, value in values.items()]
+            results = self._compute(self._call if fits else self._eager, tensors)
+        self._synchronize()
+        named = zip(self.outputs, results, self._kinds, strict=True)
+        return {name: TorchValue(result, kind) for name, result, kind in named}
 
     def _laid_out(self, name: str, value: Tensor) -> Tensor:
         if value.ndim != self._transposed.get(name):
             return value
         return value.transpose(-1, -2).contiguous().transpose(-1, -2)
 
-    def _execute(self, call: Call, values: Sequence[Tensor]) -> Sequence[Tensor]:
+    def _compute(self, call: Call, values: Sequence[Tensor]) -> Sequence[Tensor]:
         # cuDNN rounds fp32 convolutions to TF32 unless told otherwise, and the results are those of ONNX Runtime
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return call(*values)
@@ -210,9 +213,6 @@ class TorchGraph:
             return False
         return True
 
-    def _failed(self, error: Exception) -> BackendError:
-        return BackendError(f"torch failed in graph '{self.spec.name}': {first_line(error)}")
-
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
@@ -224,18 +224,16 @@ class _Static:
     def __init__(self, call: Call, inputs: Sequence[Tensor]) -> None:
         self.inputs = [value.clone() for value in inputs]
         self.replay, self.outputs = capture(call, self.inputs)
-        self.held: list[Callable[[], Tensor | None]] = [lambda: None] * len(self.inputs)
+        self.held: list[Callable[[], TorchValue | None]] = [lambda: None] * len(self.inputs)
 
-    def run(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Copy what has changed into the buffers, replay, and return the output buffers."""
+    def run(self, values: Sequence[TorchValue]) -> Sequence[Tensor]:
+        """Copy what has changed into the buffers, replay, and copy the results out of theirs, for the caller to keep."""
         for index, (buffer, value) in enumerate(zip(self.inputs, values, strict=True)):
-            if self.held[index]() is value:  # what every step reads is already there
-                continue
-            buffer.copy_(value)
-            own = any(value is output for output in self.outputs)  # the next replay changes it: copy it each time
-            self.held[index] = (lambda: None) if own else weakref.ref(value)
+            if self.held[index]() is not value:  # what every step reads is already there
+                buffer.copy_(value.tensor)
+                self.held[index] = weakref.ref(value)
         self.replay()
-        return self.outputs
+        return [output.clone() for output in self.outputs]
 
 
 def capture(call: Call, inputs: Sequence[Tensor]) -> tuple[Callable[[], None], list[Tensor]]:

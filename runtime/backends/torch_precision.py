@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from motionrt.runtime.backends.precision import Op, choose
+from motionrt.runtime.backends.precision import Op, low_ops
 
 FULL = torch.float32
 _aten = torch.ops.aten
@@ -33,7 +33,7 @@ def to_precision(graph: Graph, low: torch.dtype) -> None:
     calls = [node for node in graph.nodes if node.op == "call_function" and _is_float(node)]
     ops = [_op(node) for node in calls]
     end = graph.output_node()
-    chosen = {node: low if here else FULL for node, here in zip(calls, choose(ops, list(end.all_input_nodes)), strict=True)}
+    chosen = {node: low if here else FULL for node, here in zip(calls, low_ops(ops, list(end.all_input_nodes)), strict=True)}
     for node in calls:  # one of several results is what they are
         if node.target is operator.getitem:
             chosen[node] = chosen.get(node.args[0], FULL)

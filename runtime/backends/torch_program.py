@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import motionrt.kernels.motion_cross_attention  # noqa: F401  # its operators are in the programs
+from motionrt.runtime.backends.seam import first_line
 from motionrt.runtime.backends.torch_precision import to_precision
 from motionrt.runtime.errors import BackendError, BundleError
 
@@ -125,11 +126,6 @@ def _read(path: Path, names: set[str], program: str) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise BundleError(f"the weights {path} cannot be read ({error}). Copy or export the bundle again.") from None
-
-
-def first_line(error: BaseException) -> str:
-    """An exception in one line, for a sentence."""
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]
 
 
 def _vet(archive: zipfile.ZipFile) -> list[str]:

@@ -82,9 +82,17 @@ class Bundle:
                 return port
         raise BundleError(f"graph '{graph}' of bundle {self.path} has no port `{name}`.")
 
+    @property
+    def steps(self) -> list[str]:
+        """The graphs that the steps of denoising loops run: worth a CUDA graph, and never to be slow without a word.
+
+        A loop that is fed no numbers puts something together (the pictures of a decoder), and is none of these.
+        """
+        return list(dict.fromkeys(graph for loop in self.manifest.loops.values() if loop.feeds for graph in loop.graphs))
+
     def in_loop(self, graph: str) -> bool:
-        """Whether every step of a denoising loop runs `graph`: worth a CUDA graph, and never to be slow without a word."""
-        return any(graph in (*loop.graphs, loop.plain) and loop.feeds for loop in self.manifest.loops.values())
+        """Whether `graph` is one of `steps`, or what one is compared with."""
+        return graph in self.steps or any(loop.plain == graph for loop in self.manifest.loops.values())
 
     def graph_path(self, name: str) -> Path:
         """The ONNX file of graph `name`; `BundleError` if the weights beside it are missing or damaged."""

@@ -1,12 +1,12 @@
 """What a bundle keeps in a device's memory: weights, request state and activations, graph by graph, and what fits where.
 
-    plan = plan_memory(graph_sizes(bundle), steps=25, dtype="bfloat16")
+    plan = plan_memory(graph_sizes(bundle), roles(bundle.manifest), steps=25, dtype="bfloat16")
     for fit in plan.fits: print(fit)
 
 Arithmetic on the declared interface and the sizes of files; nothing is loaded. What it says is a plan, not a measurement:
 
 - *weights*: the bytes of the tensors in each graph's file, converted to the dtype that is computed in.
-- *request state*: what the graph `request` hands to the loop, and the rows of `schedule`: ports of `step` with their names.
+- *request state*: what graphs of the plan hand to a denoising loop; *rows*: what its tables hold for every step.
 - *activations*: the most bytes of values that live at once inside one call, in the order of the exported graph, nothing fused
   and attention as one operation; recorded by the exporter. A runtime that writes in place needs less, one that picks
   convolutions with a workspace more. Where a bundle does not record them, the ports alone are counted, and it is said.
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from motionrt.runtime.bundle.bundle import Bundle
-from motionrt.runtime.bundle.manifest import GraphSpec, Port
+from motionrt.runtime.bundle.manifest import GraphSpec, Manifest, Port
 from motionrt.runtime.dtypes import DTYPES, WEIGHTS
 from motionrt.runtime.errors import BundleError
 
@@ -32,9 +32,37 @@ DEVICES = (8, 16, 24, 80)  # GiB, as cards are sold
 RESERVE = GIB // 2
 WIDTH = {name: DTYPES[name].bytes for name in WEIGHTS}  # what may be converted into each other
 _STORED = {DTYPES[name].safetensors: name for name in WEIGHTS}
-LOOP, AFTER = "step", ("decode", "decode_next")
-BEFORE = ("text_query", "text", "appearance", "cama", "encode", "request", "schedule")
-# `motion` encodes reference clips when they are indexed, `step_plain` is there to compare: neither serves a request
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What serves a request: `when`: graph -> "before", "loop" or "after", in the plan's order; and the ports of the loop's
+    graphs that are `state` of the request or `rows` of a schedule. Other graphs (of indexing, or there to compare) are not
+    counted.
+    """
+
+    when: Mapping[str, str]
+    state: frozenset[str]
+    rows: frozenset[str]
+
+
+def roles(manifest: Manifest) -> Roles:
+    """The roles of a bundle's graphs."""
+    when: dict[str, str] = {}
+    state, rows, made = set[str](), set[str](), set[str]()
+    if manifest.memory is not None:
+        when[manifest.memory.query] = "before"
+    for node in manifest.nodes:
+        loop = manifest.loops.get(node.graph)
+        if loop is not None and loop.feeds:
+            when |= dict.fromkeys(loop.tables, "before") | dict.fromkeys(loop.graphs, "loop")
+            state |= manifest.reads(node) & made
+            rows |= {port.name for table in loop.tables for port in manifest.graphs[table].outputs}
+        else:
+            kind = "after" if "loop" in when.values() else "before"
+            when |= {graph: kind for graph in ((node.graph,) if loop is None else loop.graphs) if graph not in when}
+        made |= manifest.gives(node)
+    return Roles(when, frozenset(state), frozenset(rows))
 
 
 @dataclass(frozen=True)
@@ -105,43 +133,43 @@ def graph_sizes(bundle: Bundle) -> tuple[GraphSize, ...]:
     )
 
 
-def plan_memory(graphs: Sequence[GraphSize], *, steps: int, dtype: str = "float32") -> MemoryPlan:
-    """The plan for one request of `steps` steps that is computed in `dtype`: weights and activations are in it, ports and the
-    state between `request`, `schedule` and `step` in the dtype of the declared interface. (The torch backend keeps the state
-    in `dtype`.) ValueError for another dtype, or without a graph `step`.
+def plan_memory(graphs: Sequence[GraphSize], roles: Roles, *, steps: int, dtype: str = "float32") -> MemoryPlan:
+    """The plan for one request of `steps` steps that is computed in `dtype`: weights and activations are in it, ports, state
+    and rows in the dtype of the declared interface. (The torch backend keeps the state in `dtype`.) ValueError for another
+    dtype, or where no graph is run in a loop.
     """
     if dtype not in WIDTH:
         raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(WIDTH)}.")
     sizes = {graph.name: graph for graph in graphs}
-    if LOOP not in sizes:
-        raise ValueError(f"there is no graph {LOOP!r}; got {', '.join(sizes) or 'none'}.")
-    made = {kind: {name for name, _, _ in sizes[kind].outputs} for kind in ("request", "schedule") if kind in sizes}
-    state = made.get("request", set()) - made.get("schedule", set())
-    rows = made.get("schedule", set())
-    request_state = _sum(sizes[LOOP].inputs, only=state)
-    schedule_rows = steps * _sum(sizes[LOOP].inputs, only=rows)
+    loop = [name for name, when in roles.when.items() if when == "loop" and name in sizes]
+    if not loop:
+        raise ValueError(f"no graph is run in a loop; got {', '.join(sizes) or 'none'}.")
+    read = {port[0]: _bytes(port) for name in loop for port in sizes[name].inputs}
+    request_state = sum(count for name, count in read.items() if name in roles.state)
+    schedule_rows = steps * sum(count for name, count in read.items() if name in roles.rows)
+    between_ports = roles.state | roles.rows
     plans = []
-    for name in (*BEFORE, LOOP, *AFTER):
-        if name not in sizes:
-            continue
-        graph = sizes[name]
-        inner = state | rows if name in ("request", "schedule", LOOP) else set()
-        ports = sum(_bytes(port) for port in (*graph.inputs, *graph.outputs) if port[0] not in inner)
-        when = "loop" if name == LOOP else "after" if name in AFTER else "before"
-        plans.append(GraphPlan(name, when, converted(graph.weights, dtype), _activations(graph, dtype), ports))
+    for name, when in roles.when.items():
+        if name in sizes:
+            graph = sizes[name]
+            ports = sum(_bytes(port) for port in (*graph.inputs, *graph.outputs) if port[0] not in between_ports)
+            plans.append(GraphPlan(name, when, converted(graph.weights, dtype), _activations(graph, dtype), ports))
     between = request_state + schedule_rows
-    needs = {plan.name: plan.alone + (between if plan.name in ("request", "schedule", LOOP) else 0) for plan in plans}
+    touched = {
+        name: any(port[0] in between_ports for port in (*graph.inputs, *graph.outputs)) for name, graph in sizes.items()
+    }
+    needs = {plan.name: plan.alone + (between if touched[plan.name] else 0) for plan in plans}
     busiest = max(plan.alone - plan.weights for plan in plans)
     resident = sum(plan.weights for plan in plans) + between + busiest
     largest = max(needs, key=lambda name: needs[name])
     return MemoryPlan(
-        dtype, tuple(plans), request_state, schedule_rows, steps, resident, needs[LOOP], needs[largest],
-        tuple(_fit(gib, resident, needs) for gib in DEVICES),
+        dtype, tuple(plans), request_state, schedule_rows, steps, resident, max(needs[name] for name in loop), needs[largest],
+        tuple(_fit(gib, resident, needs, roles.when) for gib in DEVICES),
         tuple(plan.name for plan in plans if plan.activations is None),
     )  # fmt: skip
 
 
-def _fit(gib: int, resident: int, needs: Mapping[str, int]) -> Fit:
+def _fit(gib: int, resident: int, needs: Mapping[str, int], when: Mapping[str, str]) -> Fit:
     """All graphs resident; else one after the other; else those that do not fit on the host; else not at all."""
     room = gib * GIB - RESERVE
     if resident <= room:
@@ -149,7 +177,7 @@ def _fit(gib: int, resident: int, needs: Mapping[str, int]) -> Fit:
     largest = max(needs.values())
     if largest <= room:
         return Fit(gib, "fits with request modules dropped before the loop, one graph at a time", room - largest)
-    served = [name for name in needs if name in (LOOP, *AFTER)]
+    served = [name for name in needs if when[name] != "before"]
     over = [name for name, need in needs.items() if need > room]
     if not set(over) & set(served):
         most = max(need for name, need in needs.items() if name not in over)
@@ -169,10 +197,6 @@ def converted(weights: Mapping[str, int], dtype: str) -> int:
 
 def _bytes(port: tuple[str, str, tuple[int, ...]]) -> int:
     return DTYPES[port[1]].bytes * math.prod(port[2])
-
-
-def _sum(ports: Sequence[tuple[str, str, tuple[int, ...]]], only: set[str]) -> int:
-    return sum(_bytes(port) for port in ports if port[0] in only)
 
 
 def _port(port: Port) -> tuple[str, str, tuple[int, ...]]:

@@ -1,16 +1,18 @@
-"""bundle.json, format 2: a system as data. Inputs, graphs, a plan of names, loops, and the record that a memory keeps of a clip.
+"""bundle.json, format 2: a system as data. Inputs, graphs, a plan of names, loops, and the record that a memory keeps of a
+clip.
 
     manifest = read_manifest(bundle / "bundle.json")
 
-Values have names. Inputs give the first ones; a *node* of the plan (a graph or a loop) takes those that its ports name and gives
-those of its outputs. What a name means is nowhere else: the run side knows no system. `BundleError` in plain words for whatever
-this version does not understand, and for a plan in which a value is read that nothing gives.
+Values have names. Inputs give the first ones; a *node* of the plan (a graph or a loop) takes those that its ports name and
+gives those of its outputs. What a name means is nowhere else: the run side knows no system. `BundleError` in plain words for
+whatever this version does not understand, and for a plan in which a value is read that nothing gives.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -35,8 +37,9 @@ class _Strict(Struct, frozen=True, forbid_unknown_fields=True):
     """A record of bundle.json: keys that it does not declare are refused."""
 
 
-class Dim(_Strict):
-    """One dimension: sizes from `min` to `max`; equal `name`s are equal sizes within a call. In JSON a fixed one is its size."""
+class Dim(_Strict, frozen=True):
+    """One dimension: sizes from `min` to `max`; equal `name`s are equal sizes within a call. In JSON a fixed one is its
+    size."""
 
     name: str
     min: int
@@ -57,7 +60,7 @@ else:
     Dims = tuple[Dim | Annotated[int, Meta(ge=0)], ...]
 
 
-class Port(_Strict):
+class Port(_Strict, frozen=True):
     """One input or output of a graph. `dtype` is one of `dtypes.PORTS`."""
 
     name: str
@@ -83,14 +86,14 @@ class Port(_Strict):
         return f"{self.name}: {self.dtype} [{', '.join(map(str, self.dims))}]"
 
 
-class File(_Strict):
+class File(_Strict, frozen=True):
     """A file inside the bundle, and its SHA-256."""
 
     file: str
     sha256: Digest
 
 
-class Weights(_Strict):
+class Weights(_Strict, frozen=True):
     """Weights that stay in an installed package: import name `package`, `file` inside it, its digest."""
 
     package: Annotated[str, Meta(pattern=r"^[A-Za-z_]\w*$")]
@@ -98,7 +101,7 @@ class Weights(_Strict):
     sha256: Digest
 
 
-class Program(_Strict):
+class Program(_Strict, frozen=True):
     """The torch form of a graph: `file` from `torch.export.save` by version `torch`; ports, each in the program's order.
 
     Its weights lie in the graph's own `data` file.
@@ -111,7 +114,7 @@ class Program(_Strict):
     outputs: tuple[str, ...]
 
 
-class GraphSpec(_Strict):
+class GraphSpec(_Strict, frozen=True):
     """The declared interface of one graph and the file that holds it; `activations`: bytes alive at once in a call.
 
     `weights`, `data`: where its weights are if not inside: in a package, in a safetensors file of the bundle (which several
@@ -130,8 +133,10 @@ class GraphSpec(_Strict):
     program: Program | None = None
 
     def __post_init__(self) -> None:
-        for got, ports in ((self.program and self.program.inputs, self.inputs), (self.program and self.program.outputs, self.outputs)):
-            if got is not None and sorted(got) != sorted(port.name for port in ports):
+        if self.program is None:
+            return
+        for got, ports in ((self.program.inputs, self.inputs), (self.program.outputs, self.outputs)):
+            if sorted(got) != sorted(port.name for port in ports):
                 raise ValueError(f"the program of graph '{self.name}' has the ports {list(got)}, which are not the graph's")
 
     @property
@@ -141,7 +146,7 @@ class GraphSpec(_Strict):
         return "".join(digests) if len(digests) < 2 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-class Tokenizer(_Strict):
+class Tokenizer(_Strict, frozen=True):
     """A tokenizers JSON file; texts of more than `max_length` tokens are refused, shorter ones may be padded."""
 
     file: str
@@ -150,7 +155,7 @@ class Tokenizer(_Strict):
     pad_id: int = 0
 
 
-class ImageInput(_Strict, tag_field="kind", tag="image"):
+class ImageInput(_Strict, frozen=True, tag_field="kind", tag="image"):
     """A still: fitted to `height` x `width` pixels; `gives`: value name -> the range of its numbers, `[1, 3, H, W]` float32."""
 
     height: Count
@@ -160,7 +165,7 @@ class ImageInput(_Strict, tag_field="kind", tag="image"):
     default: None = None
 
 
-class TextInput(_Strict, tag_field="kind", tag="text"):
+class TextInput(_Strict, frozen=True, tag_field="kind", tag="text"):
     """A text. With a `tokenizer` it gives `NAME.input_ids` and `NAME.attention_mask`, int64 `[1, L]`; without, nothing but
     what the memory is searched by. No `default`: it must be given."""
 
@@ -169,7 +174,7 @@ class TextInput(_Strict, tag_field="kind", tag="text"):
     help: str = ""
 
 
-class NumberInput(_Strict, tag_field="kind", tag="number"):
+class NumberInput(_Strict, frozen=True, tag_field="kind", tag="number"):
     """A finite number from `min` to `max`; it gives a value of its name, float32 in the shape of the port that reads it."""
 
     default: float | None = None
@@ -178,7 +183,7 @@ class NumberInput(_Strict, tag_field="kind", tag="number"):
     help: str = ""
 
 
-class ColumnInput(_Strict, tag_field="kind", tag="column"):
+class ColumnInput(_Strict, frozen=True, tag_field="kind", tag="column"):
     """A finite number for all steps, or one for each: it takes the place of `column` in the rows of `loop`.
 
     Not given, the rows stay as they were exported; `default` says what they hold, for people.
@@ -193,7 +198,7 @@ class ColumnInput(_Strict, tag_field="kind", tag="column"):
 Input = ImageInput | TextInput | NumberInput | ColumnInput
 
 
-class Part(_Strict):
+class Part(_Strict, frozen=True):
     """One array of a record: `dtype` (NumPy's name) and sizes. It reaches the plan as `reference_NAME`, `[1, K, *dims]`."""
 
     name: str
@@ -205,7 +210,7 @@ class Part(_Strict):
             raise ValueError(f"part '{self.name}' of the record is {self.dtype}, which NumPy does not have")
 
 
-class ClipSize(_Strict):
+class ClipSize(_Strict, frozen=True):
     """What is cut out of a video for the memory: `frames` pictures of `height` x `width` at `fps`."""
 
     frames: Count
@@ -214,14 +219,15 @@ class ClipSize(_Strict):
     fps: Rate
 
 
-class MemorySpec(_Strict):
+class MemorySpec(_Strict, frozen=True):
     """What the memory keeps of a clip, and how a request finds clips.
 
     Captions, and the text input `text` of a request, are tokenized by `tokenizer` and made vectors by graph `query`. A clip's
-    record: `graphs`, run in order on `video [K, F, 3, H, W]` (float32, [-1, 1]), `image` (its first pictures `[K, 3, H, W]`) and
-    `pixels` (uint8 `[K, F, H, W, 3]`), give `record`, by name. `default` and `max`: how many clips a request takes. `absent`:
-    what stands in for a record where there is none: value -> "zeros", or a number, which is also how a request says that it wants
-    none; empty where a request must have one. `fingerprint`: of what made vectors and records: a memory fits that has the same.
+    record: `graphs`, run in order on `video [K, F, 3, H, W]` (float32, [-1, 1]), `image` (its first pictures `[K, 3, H, W]`)
+    and `pixels` (uint8 `[K, F, H, W, 3]`), give `record`, by name. `default` and `max`: how many clips a request takes.
+    `absent`: what stands in for a record where there is none: value -> "zeros", or a number, which is also how a request says
+    that it wants none; empty where a request must have one. `fingerprint`: of what made vectors and records: a memory fits
+    that has the same.
     """
 
     text: str
@@ -236,7 +242,7 @@ class MemorySpec(_Strict):
     absent: Mapping[str, float | str] = {}
 
 
-class Node(_Strict):
+class Node(_Strict, frozen=True):
     """One graph in the plan whose ports are not named like the values: `reads`: port -> value, `writes`: port -> value."""
 
     graph: str
@@ -244,14 +250,14 @@ class Node(_Strict):
     writes: Mapping[str, str] = {}
 
 
-class Slice(_Strict):
+class Slice(_Strict, frozen=True):
     """A port that is given a part of `value` in each step: `axes`: axis -> the column that says where the part begins."""
 
     value: str
     axes: Mapping[int, str]
 
 
-class Collect(_Strict):
+class Collect(_Strict, frozen=True):
     """An output that is put together from all steps, as the value `value` of `dims`: `axes` as of `Slice`.
 
     `ramps`: axis -> columns with how far a part overlaps the one before and after it there: they are blended linearly.
@@ -263,7 +269,7 @@ class Collect(_Strict):
     ramps: Mapping[int, tuple[str, str]] = {}
 
 
-class Loop(_Strict):
+class Loop(_Strict, frozen=True):
     """Step graphs, what is carried from step to step, and rows of numbers `[T, R]`, whose `columns` have names.
 
     Column `graph` says which of `graphs` a step runs. In step t a port is given, by its name: what is carried; a feed, the
@@ -289,7 +295,7 @@ class Loop(_Strict):
     plain: str | None = None
 
 
-class Output(_Strict):
+class Output(_Strict, frozen=True):
     """The value that is the video, float32 `[1, F, 3, H, W]` in [-1, 1], and its sizes; `fps`: pictures a second."""
 
     value: str
@@ -299,7 +305,7 @@ class Output(_Strict):
     fps: Rate
 
 
-class Approximation(_Strict):
+class Approximation(_Strict, frozen=True):
     """What `graphs` do not compute exactly, by name, and what that costs in quality, as measured."""
 
     name: str
@@ -307,7 +313,7 @@ class Approximation(_Strict):
     quality: Mapping[str, Any]
 
 
-class Manifest(_Strict, kw_only=True):
+class Manifest(_Strict, frozen=True, kw_only=True):
     """bundle.json. `tables`: the file of all loops' rows; `partition`, `provenance`: what the exporter says, for people."""
 
     format: int
@@ -371,12 +377,14 @@ def _faults(manifest: Manifest) -> Iterator[str]:
             if graph not in graphs:
                 yield f"loop '{name}' runs '{graph}', which is no graph of the bundle"
         columns = [column for feed in loop.feeds.values() for column in feed] + [loop.noise or "graph"]
-        columns += [c for part in (*loop.slices.values(), *loop.collect.values()) for c in part.axes.values()]
-        columns += [column for part in loop.collect.values() for pair in part.ramps.values() for column in pair]
+        columns += [column for part in loop.slices.values() for column in part.axes.values()]
+        for collected in loop.collect.values():
+            columns += [*collected.axes.values(), *(column for pair in collected.ramps.values() for column in pair)]
         if unknown := {"graph", *columns} - {*loop.columns}:
             yield f"loop '{name}' has no column '{min(unknown)}'; it has {', '.join(loop.columns)}"
         if loop.default[1] not in loop.schedules.get(loop.default[0], ()):
-            yield f"the default schedule of loop '{name}', {loop.default[0]} with {loop.default[1]} steps, is not among its schedules"
+            wanted = f"{loop.default[0]} with {loop.default[1]} steps"
+            yield f"the default schedule of loop '{name}', {wanted}, is not among its schedules"
     for node in manifest.nodes:
         if node.graph not in graphs and node.graph not in loops:
             yield f"the plan runs '{node.graph}', which is no graph and no loop of the bundle"
@@ -436,11 +444,34 @@ def parse_manifest(raw: Mapping[str, Any]) -> Manifest:
     try:
         manifest: Manifest = msgspec.convert(raw, Manifest, strict=True, str_keys=True)
     except msgspec.ValidationError as error:
-        raise BundleError(f"bundle.json: {error}. Upgrade motionrt, or export the bundle again.") from None
+        raise BundleError(f"bundle.json: {_where(raw, error)}. Upgrade motionrt, or export the bundle again.") from None
     for file in _files(manifest):
         if not file or Path(file).is_absolute() or ".." in Path(file).parts:  # it must not be able to point anywhere else
             raise BundleError(f"bundle.json: the file {file!r} must lie inside its directory. Export the bundle again.")
     return manifest
+
+
+def _where(raw: Mapping[str, Any], error: msgspec.ValidationError) -> str:
+    """An error of the manifest with the name of the entry that it is in, and what stands there."""
+    kinds = (("graph", GraphSpec), ("loop", Loop), ("input", Input), ("tokenizer", Tokenizer))
+    named = [(kind, of, raw[f"{kind}s"]) for kind, of in kinds if isinstance(raw.get(f"{kind}s"), Mapping)]
+    for what, entry, of in ((f"{kind} '{name}': ", entry, of) for kind, of, some in named for name, entry in some.items()):
+        try:
+            msgspec.convert(entry, of, strict=True, str_keys=True)
+        except msgspec.ValidationError as inner:
+            return what + _got(entry, str(inner))
+    return _got(raw, str(error))
+
+
+def _got(entry: Any, text: str) -> str:
+    """msgspec's sentence, with the value that it is about where its path leads to one."""
+    said, at, path = text.partition(" - at `$")
+    for name, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
+        try:
+            entry = entry[name or int(index)]
+        except (LookupError, TypeError):
+            return text
+    return f"`{path.strip('.`')}` is {entry!r:.60}: {said}" if at and "[...]" not in path else text
 
 
 def _no_number(text: str) -> None:

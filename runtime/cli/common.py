@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 import typer
 
-from motionrt.runtime.backends.open import TENSORRT, RunOptions, open_backend
+from motionrt.runtime.backends.kinds import TENSORRT
+from motionrt.runtime.backends.open import RunOptions, open_backend
 from motionrt.runtime.errors import InputError, MotionRTError
+from motionrt.runtime.memory.search import Search
 
 if TYPE_CHECKING:
     from motionrt.runtime.backends.auto import Choice
-    from motionrt.runtime.backends.onnxruntime import Backend
+    from motionrt.runtime.backends.seam import Backend
+    from motionrt.runtime.bundle.manifest import Manifest
     from motionrt.runtime.memory.memory import MotionMemory
     from motionrt.runtime.memory.set import MemorySet
     from motionrt.runtime.pipeline import MotionPipeline
@@ -31,15 +34,13 @@ Solver = Annotated[str | None, typer.Option(help="Solver, such as ddim or dpm.")
 LowMemory = Annotated[
     bool, typer.Option("--low-memory", help="Hold one graph at a time: for models larger than the device; loads them anew.")
 ]
-Conditions = Annotated[
+Memories = Annotated[
     list[str] | None,
-    typer.Option(
-        "--where", metavar="KEY=VALUE", help="Only clips of this dataset or metadata; a key again: any of its values."
-    ),
+    typer.Option("--memory", "-m", help="Motion memory directory; again: searched together, `directory=0.5` for a weight."),
 ]
-MinimumScore = Annotated[float | None, typer.Option("--min-score", help="Only clips with at least this cosine.")]
-Distinct = Annotated[float | None, typer.Option(help="Leave out copies: cosine of motion tokens from which one is a copy.")]
-Diversity = Annotated[float | None, typer.Option(help="Prefer clips that differ: 0 off, up to 1.")]
+Conditions = Annotated[
+    list[str] | None, typer.Option("--where", metavar="KEY=VALUE", help=Search.__dataclass_fields__["where"].metadata["help"])
+]
 
 
 def parse_where(conditions: Sequence[str] | None) -> dict[str, list[str]] | None:
@@ -61,22 +62,87 @@ def open_memory(memory: Path, readonly: bool = False) -> MotionMemory:
 
 def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
     """`command` with the options of `RunOptions` in place of its parameter `run_options`, which holds what was given."""
-    types = get_type_hints(RunOptions)
+    return _with_options(command, "run_options", RunOptions, lambda given: RunOptions(**given))
+
+
+def with_search_options(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with the options of `Search` in place of its parameter `search`, which holds what was given."""
+    make = lambda given: Search(**{**given, "where": parse_where(given.get("where"))})  # noqa: E731
+    return _with_options(command, "search", Search, make, where=Conditions)
+
+
+def _with_options(
+    command: Callable[..., None], parameter: str, record: type, make: Callable[[dict[str, Any]], Any], **annotations: Any
+) -> Callable[..., None]:
+    """`command` with an option for each field of the dataclass `record` in place of `parameter`: that is what `make` makes.
+
+    annotations: of fields whose option is not of the field's type.
+    """
+    types = get_type_hints(record)
     options = []
-    for field in fields(RunOptions):
-        option = typer.Option(f"--{field.name.replace('_', '-')}", help=field.metadata["help"])
-        kind, annotation = inspect.Parameter.KEYWORD_ONLY, Annotated[types[field.name], option]
+    for field in fields(record):
+        name = field.metadata.get("option") or f"--{field.name.replace('_', '-')}"
+        option = typer.Option(name, help=field.metadata["help"])
+        kind, annotation = inspect.Parameter.KEYWORD_ONLY, annotations.get(field.name, Annotated[types[field.name], option])
         options.append(inspect.Parameter(field.name, kind, default=field.default, annotation=annotation))
 
     @functools.wraps(command)
     def filled(*arguments: Any, **given: Any) -> None:
         chosen = {option.name: given.pop(option.name) for option in options if option.name in given}
-        command(*arguments, **given, run_options=RunOptions(**chosen))
+        command(*arguments, **given, **{parameter: make(chosen)})
 
     own = inspect.signature(command, eval_str=True)
-    kept = [parameter for parameter in own.parameters.values() if parameter.name != "run_options"]
+    kept = [one for one in own.parameters.values() if one.name != parameter]
     filled.__signature__ = own.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]  # what typer reads
     return filled
+
+
+class BundleCommand(typer.core.TyperCommand):
+    """A command whose options are also the inputs that the bundle among its arguments declares: nothing names them twice."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        from motionrt.runtime.bundle.manifest import read_manifest
+
+        paths = [Path(argument.removeprefix("--bundle=")) / "bundle.json" for argument in args]
+        file = next((path for path in paths if path.is_file()), None)
+        if file is None:  # opening the bundle will say what is wrong with it
+            ctx.ignore_unknown_options = ctx.allow_extra_args = True
+            return list(super().parse_args(ctx, args))
+        own = self.__dict__.setdefault("own_params", list(self.params))  # it may be used again, for another bundle
+        taken = {flag for option in own for flag in option.opts}
+        self.params = [*own, *input_options(read_manifest(file), taken)]
+        return list(super().parse_args(ctx, args))
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; `ctx.obj` is what was given for the inputs, by name."""
+        extra = [option.name for option in self.params if option not in self.__dict__.get("own_params", self.params)]
+        given = {name: ctx.params.pop(name) for name in extra}
+        ctx.obj = {name: value for name, value in given.items() if value is not None}
+        return super().invoke(ctx)
+
+
+def input_options(manifest: Manifest, taken: set[str]) -> list[Any]:
+    """An option for each declared input: `--motion-scale`, and one letter too where it must be given and no `taken` flag is it."""
+    from motionrt.runtime.bundle.manifest import ColumnInput, NumberInput
+
+    options = []
+    for name, spec in manifest.inputs.items():
+        flags = [f"--{name.replace('_', '-')}"]
+        if spec.default is None and not isinstance(spec, ColumnInput) and (short := f"-{name[0]}") not in taken:
+            flags.append(short)
+            taken.add(short)
+        kind: Any = float if isinstance(spec, NumberInput | ColumnInput) else str
+        shown = "" if spec.default in (None, "") else f" [default: {spec.default}]"
+        annotation = Annotated[kind | None, typer.Option(*flags, help=f"{spec.help}{shown}")]
+        options.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+
+    def command(**inputs: Any) -> None:
+        """Only its options are used."""
+
+    command.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]  # what typer reads
+    app = typer.Typer(add_completion=False)
+    app.command()(command)
+    return [option for option in typer.main.get_command(app).params if option.name in manifest.inputs]
 
 
 @contextmanager
@@ -85,12 +151,13 @@ def open_pipeline(
     memories: Sequence[str],
     options: RunOptions,
     *,
-    graphs: Sequence[str] = ("step",),
+    graphs: Sequence[str] | None = None,
     low_memory: bool = False,
 ) -> Iterator[MotionPipeline]:
     """A pipeline with no memory, with one, or with several that are searched together: `directory` or `directory=weight`.
 
-    graphs: what it is opened for; where the backend is left to auto, it is one that runs these.
+    graphs: what it is opened for, the denoising steps if not given; where the backend is left to auto, it is one that runs
+    these.
     """
     from motionrt.runtime.backends.auto import choose
     from motionrt.runtime.bundle.bundle import Bundle

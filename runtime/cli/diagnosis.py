@@ -15,17 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import motionrt
+from motionrt.runtime.backends.kinds import BACKENDS, ONNXRUNTIME, TENSORRT, TORCH, onnxruntime_facts, tensorrt_facts
 from motionrt.runtime.backends.machine import Gpu, find_gpus
-from motionrt.runtime.backends.open import BACKENDS, ONNXRUNTIME, TENSORRT, TORCH, onnxruntime_facts, tensorrt_facts
 from motionrt.runtime.backends.tensorrt.engine_file import FLAVORS, EngineFile, Machine
 from motionrt.runtime.backends.tensorrt.estimate import available_memory, estimate_from_bundle
 from motionrt.runtime.bundle.bundle import Bundle
-from motionrt.runtime.bundle.footprint import WIDTH, converted, graph_sizes, plan_memory, weights_of
+from motionrt.runtime.bundle.footprint import WIDTH, converted, graph_sizes, plan_memory, roles, weights_of
 from motionrt.runtime.errors import BundleError, EngineError
 
 PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "torch", "cuda-bindings", "tensorrt", "tensorrt-rtx", "usearch", "av")
 DTYPE = "float16"  # what a build is predicted for
-NEEDED = "step"  # a backend that cannot run the loop is none
 
 
 def examine(path: Path | None = None) -> dict[str, Any]:
@@ -72,9 +71,8 @@ def _bundle(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
     for backend, why in found["backends"].items():
         kind = backend.split()[0]
         if why is None:
-            why = f"the bundle has no graph {NEEDED}"
-            if NEEDED in graphs:
-                why = graphs[NEEDED][kind] and f"{NEEDED}: {graphs[NEEDED][kind]}"
+            # a backend that cannot run the loops is none
+            why = next((f"{name}: {graphs[name][kind]}" for name in bundle.steps if graphs[name][kind]), None)
         backends[backend] = {"why": why, "graphs": [name for name in graphs if graphs[name][kind] is None] if not why else []}
     return {
         "path": str(path), "name": bundle.name, "why": None, "graphs": graphs, "backends": backends, "memory": _memory(bundle),
@@ -83,13 +81,14 @@ def _bundle(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _memory(bundle: Bundle) -> dict[str, Any]:
     """The memory plan of a request by precision; {} for a bundle without a loop, or `why` it cannot be told."""
-    if NEEDED not in bundle.graphs:
+    if not bundle.steps:
         return {}
     try:
-        sizes, steps = graph_sizes(bundle), bundle.solver().steps
+        sizes = graph_sizes(bundle)
     except BundleError as error:
         return {"why": str(error)}
-    plans = [plan_memory(sizes, steps=steps, dtype=dtype) for dtype in WIDTH]
+    steps = max(bundle.schedule(name).steps for name, loop in bundle.manifest.loops.items() if loop.feeds)
+    plans = [plan_memory(sizes, roles(bundle.manifest), steps=steps, dtype=dtype) for dtype in WIDTH]
     return {plan.dtype: asdict(plan) | {"lines": [str(fit) for fit in plan.fits]} for plan in plans}
 
 

@@ -1,10 +1,11 @@
-"""The run side's commands of `motionrt`; src/motionrt/cli.py puts those of the build side beside them."""
+"""The `motionrt` command: the run side's commands, and those that other parts register."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,25 +13,23 @@ from motionrt.runtime.backends.open import RunOptions
 from motionrt.runtime.cli.bench import bench
 from motionrt.runtime.cli.common import (
     BundleArgument,
+    BundleCommand,
     BundlePath,
-    Conditions,
-    Distinct,
-    Diversity,
     LowMemory,
-    MinimumScore,
+    Memories,
     Solver,
     Steps,
     open_pipeline,
-    parse_where,
+    run_app,
     with_run_options,
+    with_search_options,
 )  # fmt: skip
 from motionrt.runtime.cli.doctor import doctor
 from motionrt.runtime.cli.memory import memory_app
 from motionrt.runtime.cli.verify import verify
 from motionrt.runtime.errors import MediaError
-
-if TYPE_CHECKING:
-    from motionrt.runtime.pipeline import MotionPipeline
+from motionrt.runtime.job import Request
+from motionrt.runtime.memory.search import Search
 
 app = typer.Typer(
     name="motionrt",
@@ -60,33 +59,24 @@ def _options(
     """Options of every command."""
 
 
-@app.command()
+@app.command(cls=BundleCommand)
 @with_run_options
+@with_search_options
 def generate(
+    inputs: typer.Context,
     bundle: BundlePath,
-    image: Annotated[Path, typer.Option("--image", "-i", help="The still: any size, mode and orientation.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What moves, and how.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Video to write: .mp4, .gif, .webp or .png (a sheet).")],
-    memory: Annotated[
-        list[str] | None,
-        typer.Option("--memory", "-m", help="Motion memory directory; again: searched together, `directory=0.5` for a weight."),
-    ] = None,
-    negative_prompt: Annotated[str, typer.Option(help="What to keep away from.")] = "",
+    memory: Memories = None,
     seed: Annotated[int, typer.Option(help="Same seed, bundle and memory: same video.")] = 0,
     steps: Steps = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
-    motion_scale: Annotated[float, typer.Option(help="Strength of the retrieved motion; 0 is the base model.")] = 1.0,
-    references: Annotated[int | None, typer.Option("--references", "-k", help="How many clips to retrieve.")] = None,
-    where: Conditions = None,
-    minimum_score: MinimumScore = None,
-    distinct: Distinct = None,
-    diversity: Diversity = None,
     solver: Solver = None,
+    references: Annotated[int | None, typer.Option("--references", "-k", help="How many clips to retrieve.")] = None,
     low_memory: LowMemory = False,
     *,
+    search: Search,
     run_options: RunOptions,
 ) -> None:
-    """Make a video from a still image and a prompt.
+    """Make a video. What it is made from are the inputs of the bundle, each an option: `motionrt generate -b BUNDLE --help`.
 
     \b
     Examples:
@@ -95,68 +85,74 @@ def generate(
       motionrt generate -b demo/bundle -i star.png -p "a red star" --motion-scale 0 -o still.gif --steps 20
       motionrt generate -b demo/bundle -m demo/memory -i star.png -p "a red star" -o star.mp4 --backend auto
     """
-    from motionrt.runtime.cli import show as report
+    from motionrt.runtime.cli import show
     from motionrt.runtime.media.video import WRITABLE, write_video
 
     if out.suffix.lower() not in WRITABLE:  # said before the work, not after it
         raise MediaError(f"cannot write {out}: extension {out.suffix!r} is not one of {', '.join(WRITABLE)}.")
-    console = report.console()
-    opened = open_pipeline(bundle, memory or [], run_options, low_memory=low_memory)
-    with opened as pipeline, report.progress() as bars:
-        load = _warm(pipeline)
-        task = bars.add_task("denoising", total=pipeline.bundle.solver(solver, steps).steps)
-        result = pipeline(
-            image,
-            prompt,
-            seed=seed,
-            steps=steps,
-            guidance=guidance,
-            motion_scale=motion_scale,
-            references=references,
-            negative_prompt=negative_prompt,
-            where=parse_where(where),
-            minimum_score=minimum_score,
-            distinct=distinct,
-            diversity=diversity,
-            solver=solver,
-            callback=lambda step, steps: bars.update(task, completed=step + 1),
-        )
+    console = show.console()
+    with open_pipeline(bundle, memory or [], run_options, low_memory=low_memory) as pipeline, show.progress() as bars:
+        job = pipeline.start(Request(inputs.obj, seed, solver, steps, references, search))
+        start = time.perf_counter()
+        pipeline.warm()
+        load = time.perf_counter() - start
+        tasks: dict[str, Any] = {}
+        for call in job:
+            if call.loop and call.loop not in tasks:
+                tasks[call.loop] = bars.add_task(f"{call.loop}: {call.graph}", total=call.steps)
+            if call.loop:
+                bars.update(tasks[call.loop], completed=call.step)
+        result = pipeline.result(job)
     start = time.perf_counter()
     write_video(out, result.frames, result.fps)
     if result.references:
-        console.print(report.references_table(result.references))
+        console.print(show.references_table(result.references))
     for note in (result.fallback, result.choice):
         if note is not None:
             console.print(note, markup=False)
-    console.print(report.stages_table([result], {"write": time.perf_counter() - start, "load": load}))
+    console.print(show.stages_table([result], {"write": time.perf_counter() - start, "load": load}))
     frames, height, width, _ = result.frames.shape
     told = f"{out}: {frames} frames of {width}x{height} at {result.fps:g} fps, seed {seed}"
     console.print(told, markup=False, soft_wrap=True)  # a path must not be broken
 
 
 @app.command()
-def inspect(bundle: BundleArgument) -> None:
-    """Show what a bundle holds: where the FLOPs and bytes of a step went, what was hoisted, and every graph's ports.
+def inspect(
+    bundle: BundleArgument,
+    ports: Annotated[bool, typer.Option("--ports", help="Also every graph's ports, and what was hoisted.")] = False,
+) -> None:
+    """Draw the system that a bundle holds: its inputs, the way from them to the video, loops, and what a memory keeps of a
+    clip.
 
     \b
-    Example:
+    Examples:
       motionrt inspect demo/bundle
+      motionrt inspect demo/bundle --ports
     """
     from motionrt.runtime.bundle.bundle import Bundle
-    from motionrt.runtime.cli import show as report
+    from motionrt.runtime.cli import show
+    from motionrt.runtime.cli.picture import picture
 
-    console = report.console()
-    for table in report.inspect_tables(Bundle.open(bundle)):
+    console, opened = show.console(), Bundle.open(bundle)
+    for line in picture(opened):
+        console.print(line, markup=False, soft_wrap=True)
+    for table in show.inspect_tables(opened, ports):
         console.print(table)
 
 
-app.command()(bench)
+app.command(cls=BundleCommand)(bench)
 app.command()(doctor)
 app.command()(verify)
 
 
-def _warm(pipeline: MotionPipeline) -> float:
-    """Load the graphs; the seconds that it took, which are a command's and not a request's."""
-    start = time.perf_counter()
-    pipeline.warm()
-    return time.perf_counter() - start
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command with `arguments`, those of the process if not given; ends the process as `run_app` says.
+
+    Commands that need more than the run side register themselves as entry points of the group `motionrt.commands`.
+    """
+    known = {command.name for command in app.registered_commands}
+    for entry in importlib.metadata.entry_points(group="motionrt.commands"):
+        if entry.name not in known:
+            app.command(entry.name)(entry.load())
+    run_app(app, "motionrt", arguments)

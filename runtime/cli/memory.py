@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -14,16 +14,15 @@ from motionrt.runtime.backends.open import RunOptions
 from motionrt.runtime.cli.common import (
     BundlePath,
     Conditions,
-    Distinct,
-    Diversity,
     MemoryPath,
-    MinimumScore,
     open_memory,
     open_pipeline,
     parse_where,
     with_run_options,
-)  # fmt: skip
+    with_search_options,
+)
 from motionrt.runtime.errors import InputError, MemoryStoreError
+from motionrt.runtime.memory.search import Search
 
 DEFAULT_SHOWN = 4  # clips of a search
 SHOWN = 20  # failed clips that are listed on standard error
@@ -39,24 +38,27 @@ memory_app = typer.Typer(
 def memory_create(
     memory: Annotated[Path, typer.Argument(help="Directory to make.")],
     bundle: BundlePath,
-    tokens: Annotated[str, typer.Option(help="How tokens are kept: float16, or int8 in half the space.")] = "float16",
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="How float parts of records are kept: float16, or int8 in half the space; as the bundle says if not given."
+        ),
+    ] = None,
+    on_demand: Annotated[
+        bool, typer.Option("--on-demand", help="Keep no records: make them of the clips' files when they are used.")
+    ] = False,
 ) -> None:
     """Make an empty motion memory for a bundle.
 
     \b
-    Example:
+    Examples:
       motionrt memory create my-memory --bundle demo/bundle
+      motionrt memory create my-memory --bundle demo/bundle --on-demand
     """
     from motionrt.runtime.bundle.bundle import Bundle
     from motionrt.runtime.memory.memory import MotionMemory
 
-    opened = Bundle.open(bundle)
-    dims: dict[str, int | Sequence[int]] = {
-        "embedding": opened.port("text_query", "embedding").dims[1].max,
-        "motion": list(opened.model.motion_tokens),
-        "appearance": list(opened.model.motion_tokens),
-    }
-    MotionMemory.create(memory, digests=opened.digests, dims=dims, tokens=tokens).close()
+    MotionMemory.for_bundle(memory, Bundle.open(bundle), tokens=tokens, on_demand=on_demand).close()
     typer.echo(f"{memory}: an empty motion memory. Fill it with: motionrt memory add {memory} CLIP... -b {bundle}")
 
 
@@ -79,7 +81,7 @@ def memory_add(
     *,
     run_options: RunOptions,
 ) -> None:
-    """Add clips to a motion memory. Their tokens are computed once, here. Called again, it goes on where it stopped.
+    """Add clips to a motion memory. Their records are computed once, here. Called again, it goes on where it stopped.
 
     A caption comes from --caption, --captions, the .txt file of the video's name, or a table's column motion_caption,
     caption or text; a table's columns start_sec and end_sec are the span, `video` the file, others are kept as metadata.
@@ -90,18 +92,25 @@ def memory_add(
       motionrt memory add my-memory folder/ --bundle demo/bundle --dataset mine --failed failed.csv
       motionrt memory add my-memory openvid.parquet --bundle demo/bundle --videos videos/ --span centre
     """
+    from motionrt.runtime.bundle.bundle import Bundle
     from motionrt.runtime.cli import show as report
-    from motionrt.runtime.indexing.clips import ENCODERS, ClipEncoders, index_clips
+    from motionrt.runtime.indexing.clips import index_clips
+    from motionrt.runtime.indexing.encoders import ClipEncoders
     from motionrt.runtime.indexing.sources import open_sources, write_failed
+    from motionrt.runtime.memory.file import memory_spec
 
     source = open_sources(clips, caption=caption, captions=captions, start=start, videos=videos, dataset=dataset)
     if failed is not None:
         if failed.resolve() in [path.resolve() for path in clips]:
             raise InputError(f"{failed} is read from; write what failed to another file.")
         write_failed(failed, [])  # what cannot be written is said before the work
-    pipe = open_pipeline(bundle, [], run_options, graphs=ENCODERS)
-    with open_memory(memory) as opened, pipe as pipeline, report.progress() as bars:
-        opened.check(pipeline.bundle.digests)
+    spec = memory_spec(Bundle.open(bundle))
+    with ExitStack() as stack:
+        opened = stack.enter_context(open_memory(memory))
+        opened.check(spec.fingerprint)
+        graphs = [spec.query] if opened.layout.on_demand else [spec.query, *spec.graphs]
+        pipeline = stack.enter_context(open_pipeline(bundle, [], run_options, graphs=graphs))
+        bars = stack.enter_context(report.progress())
         task = bars.add_task("indexing", total=source.count)
         encoders = ClipEncoders.of(pipeline.bundle, pipeline.graph)
         advance = lambda *_: bars.advance(task)  # noqa: E731
@@ -124,6 +133,7 @@ def memory_add(
 
 
 @memory_app.command("search")
+@with_search_options
 @with_run_options
 def memory_search(
     memory: MemoryPath,
@@ -134,13 +144,9 @@ def memory_search(
     references: Annotated[
         int | None, typer.Option("--references", "-k", help="How many clips; up to 4, as many as there are, if not given.")
     ] = None,
-    where: Conditions = None,
-    minimum_score: MinimumScore = None,
-    distinct: Distinct = None,
-    diversity: Diversity = None,
     start: Annotated[float | None, typer.Option(help="Where the span of --video begins, in seconds.")] = None,
-    exclude: Annotated[str | None, typer.Option("--exclude-source", help="Leave out clips of this source.")] = None,
     *,
+    search: Search,
     run_options: RunOptions,
 ) -> None:
     """Show the clips that a prompt would retrieve, or the ones that look like a still or move like a video.
@@ -150,32 +156,31 @@ def memory_search(
       motionrt memory search demo/memory "a red star moves in a circle" --bundle demo/bundle -k 3
       motionrt memory search my-memory --video wave.mp4 --bundle demo/bundle --where dataset=sea --min-score 0.5
     """
+    from motionrt.runtime.bundle.bundle import Bundle
     from motionrt.runtime.cli import show as report
-    from motionrt.runtime.media.video import read_clip, read_image
+    from motionrt.runtime.indexing.encoders import ClipEncoders, cut
+    from motionrt.runtime.media.video import read_image
+    from motionrt.runtime.memory.file import memory_spec
 
     if sum(query is not None for query in (prompt, image, video)) != 1:
         raise InputError("give one thing to search by: a prompt, --image or --video.")
-    # the default bends to what there is (any cosine will do, but fewer clips as well); a number that was asked for does not
-    lowest = -1.0 if references is None and minimum_score is None else minimum_score
+    # the default bends to what there is; a number that was asked for does not
+    search = search.lenient() if references is None else search
     count = DEFAULT_SHOWN if references is None else references
-    choice: dict[str, Any] = {
-        "where": parse_where(where), "exclude_source": exclude, "minimum_score": lowest,
-        "distinct": distinct, "diversity": diversity,
-    }  # fmt: skip
-    graph = "appearance" if image is not None else "motion" if video is not None else "text_query"
-    with open_pipeline(bundle, [str(memory)], run_options, graphs=[graph]) as pipeline:
+    spec = memory_spec(Bundle.open(bundle))
+    graphs = [spec.query] if prompt is not None else spec.graphs
+    with open_pipeline(bundle, [str(memory)], run_options, graphs=graphs) as pipeline:
         assert pipeline.memory is not None
-        model = pipeline.bundle.model
-        if image is not None:
-            still = read_image(image, model.height, model.width)[None]
-            tokens = pipeline.graph(graph)({"image": still})["appearance"][0]
-            found = pipeline.memory.search_tokens("appearance", tokens, count, **choice)
-        elif video is not None:
-            clip = read_clip(video, model.frames, model.height, model.width, model.fps, start)[None]
-            tokens = pipeline.graph(graph)({"video": clip})["motion"][0]
-            found = pipeline.memory.search_tokens("motion", tokens, count, **choice)
+        if prompt is not None:
+            found = pipeline.memory.search(pipeline.embed(prompt), count, search)
         else:
-            found = pipeline.memory.search(pipeline.embed(prompt or ""), count, **choice)
+            encoders = ClipEncoders.of(pipeline.bundle, pipeline.graph)
+            if image is not None:
+                part, array = encoders.part_of_image(read_image(image, spec.clip.height, spec.clip.width))
+            else:
+                assert video is not None
+                part, array = encoders.part_of_video(cut(spec, video, start, None).video)
+            found = pipeline.memory.search_record(part, array, count, search)
     if found:
         report.console().print(report.found_table(found))
     else:

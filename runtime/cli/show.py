@@ -13,7 +13,7 @@ from rich.table import Table
 from motionrt.runtime.bundle.bundle import Bundle
 
 if TYPE_CHECKING:
-    from motionrt.runtime.cli.measure import Comparison, Row
+    from motionrt.runtime.cli.bench import Comparison, Row
     from motionrt.runtime.memory.memory import Reference
     from motionrt.runtime.pipeline import Result
 
@@ -96,14 +96,9 @@ def stages_table(results: Sequence[Result], extra: Mapping[str, float] | None = 
     return table(title, ("stage", "ms", "share"), [*rows, ("total", f"{1e3 * total:.1f}", "")])
 
 
-def inspect_tables(bundle: Bundle) -> Iterator[Table]:
-    """A bundle's model, what the partition did, the hoisted tensors, the rules that fired, and every graph's ports."""
-    manifest: Mapping[str, Any] = bundle.manifest
-    sizes = [(name, value) for name, value in manifest["model"].items()]
-    solvers = [f"{name}: {min(steps)}-{max(steps)} steps" for name, steps in bundle.solvers.items()]
-    rows: list[tuple[object, ...]] = [*sizes, ("solvers", ", ".join(solvers)), ("guidance", bundle.guidance)]
-    yield table(f"{bundle.name} (format {manifest['format']}, motionrt {manifest['motionrt']})", ("", ""), rows, left=2)
-    partition: Mapping[str, Any] = manifest.get("partition") or {}
+def inspect_tables(bundle: Bundle, everything: bool) -> Iterator[Table]:
+    """What the partition did; with `everything` the hoisted tensors, the rules that fired, and every graph's ports."""
+    partition = bundle.manifest.partition
     if classes := partition.get("classes"):
         original = partition.get("original") or {}
         named = [(f"{name}: {_WHEN[name]}", classes[name]) for name in CLASSES if name in classes]
@@ -114,6 +109,8 @@ def inspect_tables(bundle: Bundle) -> Iterator[Table]:
             ("class", "nodes", "parameters", "bytes in float32", "FLOPs", "FLOPs of original"),
             [(name, *_counts(entry), _share(entry, original)) for name, entry in named],
         )
+    if not everything:
+        return
     if hoisted := partition.get("hoisted"):
         rows = [(item["name"], item["class"], _shape(item["shape"]), f"{item['bytes']:,}") for item in hoisted]
         total = sum(item["bytes"] for item in hoisted)
@@ -121,11 +118,12 @@ def inspect_tables(bundle: Bundle) -> Iterator[Table]:
     if rules := partition.get("rules"):
         rows = [(r["rule"], r["where"], f"{r['flops_before']:,}", f"{r['flops_after']:,}") for r in rules]
         yield table("rewrite rules that fired", ("rule", "where", "FLOPs before", "after"), rows, left=2)
-    rows = []
-    for name, spec in bundle.graphs.items():
-        for direction, ports in (("in", spec.inputs), ("out", spec.outputs)):
-            rows += [(name, direction, port.name, port.dtype, _shape(port.dims)) for port in ports]
-    yield table("graphs and their ports", ("graph", "", "name", "dtype", "dims"), rows, left=5)
+    all_ports = [
+        (name, direction, port.name, port.dtype, _shape(port.dims))
+        for name, spec in bundle.graphs.items() for direction, ports in (("in", spec.inputs), ("out", spec.outputs))
+        for port in ports
+    ]  # fmt: skip
+    yield table("graphs and their ports", ("graph", "", "name", "dtype", "dims"), all_ports, left=5)
 
 
 _WHEN = {
@@ -149,22 +147,19 @@ def _shape(dims: Sequence[object]) -> str:
     return f"[{', '.join(map(str, dims))}]"
 
 
-def bench_tables(rows: Sequence[Row], comparison: Comparison, notes: Sequence[str]) -> Iterator[Table | str]:
-    """Percentiles per stage, or why there are none; then the ratios of the step."""
+def bench_tables(rows: Sequence[Row], compared: Sequence[Comparison], notes: Sequence[str]) -> Iterator[Table | str]:
+    """Percentiles per graph, then the ratios of the steps."""
     stages = []
     for row in rows:
-        if row.seconds:
-            ms = row.percentiles()
-            stages.append((row.what, *(f"{ms[q]:.2f}" if q in ms else "-" for q in ("p50", "p95", "p99")), len(row.seconds)))
+        ms = row.percentiles()
+        stages.append((row.what, *(f"{ms[q]:.2f}" if q in ms else "-" for q in ("p50", "p95", "p99")), len(row.seconds)))
     yield table("stages", ("stage", "p50 ms", "p95 ms", "p99 ms", "n"), stages)
-    yield from (f"{row.what}: not run: {row.why}" for row in rows if row.why)
-    if comparison.seconds:
-        base = comparison.seconds["step"]
-        lines = []
-        for name, seconds in comparison.seconds.items():
-            ratio = "1" if name == "step" else f"{comparison.ratio(name):.3f}"
-            lines.append((_NAMES[name], f"{1e3 * comparison.median(name):.3f}", ratio, len(seconds)))
-        yield table(f"one step, {len(base)} interleaved rounds", ("", "p50 ms", "time / rewritten", "n"), lines)
+    for comparison in compared:
+        lines = [
+            (f"{name} step", f"{1e3 * sorted(seconds)[len(seconds) // 2]:.3f}", f"{comparison.ratio(name):.3f}", len(seconds))
+            for name, seconds in comparison.seconds.items()
+        ]
+        yield table(f"one step, {lines[0][-1]} interleaved rounds", ("", "p50 ms", "time / rewritten", "n"), lines)
     yield from notes
 
 
@@ -176,5 +171,3 @@ def counted(partition: Mapping[str, Any]) -> str | None:
     share = step["flops"] / original["flops"]
     return f"counted: {step['flops']:,} FLOPs a step, {share:.1%} of the {original['flops']:,} of the step as written"
 
-
-_NAMES = {"step": "rewritten step", "step_plain": "plain step"}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def verify(bundle: BundleArgument) -> None:
     """Read every file of a bundle and say what is wrong; exit status 2 if anything is.
 
-    Graphs, weights (in packages too), tokenizers, solver tables, torch programs and engines. Other commands do not read a
+    Graphs, weights (in packages too), tokenizers, tables of rows, torch programs and engines. Other commands do not read a
     file again that did not change since it was read; this one does, and so finds what a failing disk has done.
 
     \b
@@ -40,7 +40,7 @@ def verify(bundle: BundleArgument) -> None:
         typer.echo(f"motionrt: {problem}", err=True)
     if problems:
         raise typer.Exit(2)
-    Bundle.open(bundle)  # also reads what the solver tables hold
+    Bundle.open(bundle)  # also reads what the tables hold
     counts = ", ".join(f"{kind} {count}" for kind, count in Counter(sound.values()).items())
     typer.echo(f"{bundle}: all sound: {counts}; {sum(path.stat().st_size for path in sound):,} bytes read.")
 
@@ -67,9 +67,10 @@ def checks(bundle: Path) -> Iterator[tuple[str, Callable[[], Path]]]:
             yield "weights", partial(package_file, graph, bundle, read=True)
     for name, tokenizer in manifest.tokenizers.items():
         yield "tokenizers", inside(tokenizer.file, tokenizer.sha256, f"tokenizer '{name}'")
-    yield "solver tables", inside(manifest.solvers.file, manifest.solvers.sha256, "the solver tables")
-    for name, program in manifest.programs.items():
-        yield "programs", inside(program.file, program.sha256, f"program '{name}'")
+    yield "tables of rows", inside(manifest.tables.file, manifest.tables.sha256, "the tables of rows")
+    for name, graph in manifest.graphs.items():
+        if graph.program is not None:
+            yield "programs", inside(graph.program.file, graph.program.sha256, f"program '{name}'")
     for sidecar in sorted(bundle.glob("engines/*/*.json")):
         yield "engines", partial(_engine, sidecar, manifest.graphs)
     for sidecar in sorted(bundle.glob("engines/*/*.form")):

@@ -5,54 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from motionrt.runtime.backends.onnxruntime import Backend, Graph
-from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.errors import InputError, MediaError, MemoryStoreError
+from motionrt.runtime.indexing.encoders import ClipEncoders, cut
 from motionrt.runtime.indexing.hashes import FileHashes
 from motionrt.runtime.indexing.sources import Item
-from motionrt.runtime.media.video import SPANS, DecodedClip, decode_clip, span_start
+from motionrt.runtime.media.video import SPANS, DecodedClip, span_start
 from motionrt.runtime.memory.memory import Clip, MotionMemory
+from motionrt.runtime.memory.rows import Layout
 
-ENCODERS = ("text_query", "motion", "appearance")  # the graphs that index a clip
+__all__ = ["BATCH", "ClipEncoders", "IndexReport", "index_clips"]
+
 BATCH = 8  # clips through the encoders, and into the memory, at once
 SAME_ENCODER = 0.98  # cosine of two vectors of one caption, above which one encoder made both (float16 costs 1e-3)
-
-
-@dataclass(frozen=True)
-class ClipEncoders:
-    """The three graphs of a bundle that turn a captioned clip into what the memory keeps, and the clips they take."""
-
-    tokenize: Callable[[str], Mapping[str, NDArray[np.int64]]]  # caption -> inputs of text_query, B = 1
-    text_query: Graph
-    motion: Graph
-    appearance: Graph
-    frames: int
-    height: int
-    width: int
-    fps: float
-
-    @classmethod
-    def from_bundle(cls, bundle: Bundle, backend: Backend) -> ClipEncoders:
-        """Load `ENCODERS` of `bundle`."""
-        return cls.of(bundle, lambda name: backend.load(bundle, name))
-
-    @classmethod
-    def of(cls, bundle: Bundle, load: Callable[[str], Graph]) -> ClipEncoders:
-        """From `ENCODERS` of `bundle` as `load` gives them, by name."""
-        (text_query, motion, appearance), model = map(load, ENCODERS), bundle.model
-        return cls(
-            lambda text: bundle.tokenize("text_query", text), text_query, motion, appearance,
-            model.frames, model.height, model.width, model.fps,
-        )  # fmt: skip
-
-    def embed(self, caption: str) -> NDArray[np.float32]:
-        """The vector of a caption, float32 [E]. Raises InputError if it is too long."""
-        embedding = self.text_query(self.tokenize(caption))["embedding"]
-        return embedding.reshape(embedding.shape[1:])
 
 
 @dataclass
@@ -89,7 +58,8 @@ def index_clips(
 
     progress(done, path) is called after each item. Clips are added in batches: after a kill, or an error that concerns them
     all (a full disk, a failing backend), the earlier batches are there, the last is not, and the same call goes on from
-    there; files that did not change meanwhile are not even read again (`resume.FileHashes`).
+    there; files that did not change meanwhile are not even read again (`FileHashes`).
+    A memory that makes records on demand keeps captions and vectors: the other graphs do not run.
     """
     if span not in SPANS:
         raise InputError(f"the span rule is {span!r}; allowed are {', '.join(SPANS)}.")
@@ -151,18 +121,18 @@ class _Run:
             f"{path}{caption}".encode()
         except UnicodeEncodeError as error:
             raise InputError(f"the path and the caption {caption[:80]!r} must be valid text ({error}).") from None
-        start = span_start(path, self.span, encoders.frames / encoders.fps, item.start, item.end)
+        seconds = encoders.spec.clip.frames / encoders.spec.clip.fps
+        start = span_start(path, self.span, seconds, item.start, item.end)
         sha256 = self.hashes.sha256(path)
         waiting = any((p.sha256, p.start, p.item.caption) == (sha256, start, caption) for p in self.pending)
         if waiting or self.memory.contains(sha256, start, caption):
             return None
         embedding = self._embedding(item)
-        decoded = decode_clip(path, encoders.frames, encoders.height, encoders.width, encoders.fps, start, item.end)
-        return _Pending(item, start, sha256, decoded, embedding)
+        return _Pending(item, start, sha256, cut(encoders.spec, path, start, item.end), embedding)
 
     def _embedding(self, item: Item) -> NDArray[np.float32]:
         given = item.embedding
-        if self.reembed or given is None or [len(given)] != self.memory.dims["embedding"]:
+        if self.reembed or given is None or len(given) != self.memory.layout.embedding:
             return self.encoders.embed(item.caption)
         if not np.isfinite(given).all() or not given.any():
             raise InputError(f"the vector of {item.video} is all zeros or not finite; use --reembed.")
@@ -180,26 +150,22 @@ class _Run:
     def flush(self) -> None:
         """Encode and add what is pending."""
         if self.pending:
-            videos = np.stack([p.decoded.video for p in self.pending])
-            motion = self.encoders.motion({"video": videos})["motion"]
-            appearance = self.encoders.appearance({"image": np.ascontiguousarray(videos[:, 0])})["appearance"]
-            self._check_sizes(embedding=self.pending[0].embedding, motion=motion[0], appearance=appearance[0])
-            clips = [self._clip(p, motion[row], appearance[row]) for row, p in enumerate(self.pending)]
+            layout, encoders = self.memory.layout, self.encoders
+            given = Layout(len(self.pending[0].embedding), encoders.spec.record, "")
+            if str(given) != str(layout):  # this run could add nothing
+                raise MemoryStoreError(
+                    f"the encoders give {given}; the motion memory {self.memory.path} keeps {layout}. Use the bundle that it"
+                    " was made for, or `motionrt memory create` another one."
+                )
+            records: list[dict[str, NDArray[Any]]] = [{} for _ in self.pending]
+            if not layout.on_demand:
+                records = encoders.records(np.stack([p.decoded.video for p in self.pending]))
+            clips = [self._clip(p, record) for p, record in zip(self.pending, records, strict=True)]
             added = self._add(self.pending, clips)
             self.report.added += len(added)
             self.report.vectors += sum(p.embedding is p.item.embedding for p in added)
             self.pending.clear()
         self.hashes.save()
-
-    def _check_sizes(self, **arrays: NDArray[np.float32]) -> None:
-        """Stop a run whose encoders are not the memory's: it could add nothing."""
-        sizes = {name: list(array.shape) for name, array in arrays.items()}
-        kept = {name: list(self.memory.dims[name]) for name in arrays}
-        if sizes != kept:
-            raise MemoryStoreError(
-                f"the encoders give {sizes}; the motion memory {self.memory.path} keeps {kept}. Use the bundle that it was made"
-                " for, or `motionrt memory create` another one."
-            )
 
     def _add(self, pending: list[_Pending], clips: list[Clip]) -> list[_Pending]:
         """Add clips at once, or one by one if the memory refuses one of them; those that were added."""
@@ -212,12 +178,19 @@ class _Run:
             self.report.failed.append((pending[0].item, f"{error} Leave it out."))
             return []
 
-    def _clip(self, pending: _Pending, motion: NDArray[np.float32], appearance: NDArray[np.float32]) -> Clip:
+    def _clip(self, pending: _Pending, record: Mapping[str, NDArray[Any]]) -> Clip:
         item, decoded = pending.item, pending.decoded
         limits = {"start_sec": item.start, "end_sec": item.end}
-        rule = "explicit" if self.span == "start" and item.start is not None else self.span
-        metadata = {**item.metadata, **{k: f"{v:.12g}" for k, v in limits.items() if v is not None}, "span": rule}
+        metadata = {key: text for key, text in item.metadata.items() if key not in limits}
+        metadata |= {key: _exact(value) for key, value in limits.items() if value is not None}
+        metadata["span"] = "explicit" if self.span == "start" and item.start is not None else self.span
         return Clip(
             item.caption, str(item.video), pending.start, decoded.duration, decoded.fps, pending.sha256,
-            pending.embedding, motion, appearance, metadata, item.dataset,
+            pending.embedding, record, metadata, item.dataset,
         )  # fmt: skip
+
+
+def _exact(seconds: float) -> str:
+    """A number as short text that is read back as the same number."""
+    short = f"{seconds:.12g}"
+    return short if float(short) == seconds else repr(float(seconds))

@@ -1,4 +1,4 @@
-"""What a run that was cut short knew about its files, so that the next one need not read them all again."""
+"""SHA-256 of video files, each read once: what a run that was cut short knew about them, the next one need not read again."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from motionrt.runtime.files import read_digest, stamp_of
 
 
 class FileHashes:
-    """SHA-256 of files, kept line by line in `journal` until `finish`.
+    """SHA-256 of files, kept in this process and line by line in `journal`, if there is one, until `finish`.
 
-    A hash is taken from the journal only if the file has the path and the stamp that it had when it was read (digests.py); so
-    a changed file is read again.
+    A hash is known only as long as the file has the path and the stamp that it had when it was read (files.py); so a changed
+    file is read again.
     """
 
-    def __init__(self, journal: Path) -> None:
+    def __init__(self, journal: Path | None = None) -> None:
         self.journal = journal
         self._known: dict[str, tuple[list[int], str]] = {}
         self._new: list[str] = []
         with contextlib.suppress(OSError):
-            for line in journal.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in [] if journal is None else journal.read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError, TypeError):  # a line that was cut
                     path, stamp, sha256 = json.loads(line)
                     self._known[path] = stamp, sha256
@@ -37,7 +37,7 @@ class FileHashes:
             sha256, stamp = read_digest(path)
             if stamp is not None:
                 self._known[name] = [*stamp], sha256
-                self._new.append(json.dumps([name, stamp, sha256]))
+                self._new += [json.dumps([name, stamp, sha256])] if self.journal is not None else []
             return sha256
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or error
@@ -46,11 +46,13 @@ class FileHashes:
     def save(self) -> None:
         """Append what is new. A disk that takes nothing costs time in the next run, and nothing else."""
         lines = "".join(f"\n{line}" for line in self._new)  # the line break first: the last line may have been cut
-        with contextlib.suppress(OSError), self.journal.open("a", encoding="utf-8") as file:
-            file.write(lines)
-            self._new.clear()
+        if self.journal is not None:
+            with contextlib.suppress(OSError), self.journal.open("a", encoding="utf-8") as file:
+                file.write(lines)
+                self._new.clear()
 
     def finish(self) -> None:
-        """Forget everything: the run came to its end."""
-        with contextlib.suppress(OSError):
-            self.journal.unlink(missing_ok=True)
+        """Forget the journal: the run came to its end."""
+        if self.journal is not None:
+            with contextlib.suppress(OSError):
+                self.journal.unlink(missing_ok=True)

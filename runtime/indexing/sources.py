@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motionrt.runtime.errors import InputError, MotionRTError
+from motionrt.runtime.files import replacing
 from motionrt.runtime.indexing.tables import Row, Table, is_table, open_table
-from motionrt.runtime.media.video import replacing
 
 CAPTIONS = ("motion_caption", "caption", "text")  # columns that a caption is taken from: the first that is there
 VECTOR = "text_embedding"

@@ -7,10 +7,8 @@ RGB, channels last. Reading has no random part: the same file, window and size a
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
 import os
-import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from motionrt.runtime.errors import InputError, MediaError, MotionRTError
+from motionrt.runtime.errors import InputError, MediaError
+from motionrt.runtime.files import replacing
 from motionrt.runtime.media.frames import (
     Float,
     Picture,
@@ -196,27 +195,6 @@ def write_video(path: File, frames: Pixels, fps: Rate) -> None:
                 temporary, kind[1:].upper(), save_all=True, append_images=rest, loop=0, quality=90,
                 duration=[max(b - a, unit) for a, b in zip(ends[:-1], ends[1:], strict=True)],
             )  # fmt: skip
-
-
-@contextlib.contextmanager
-def replacing(path: Path, error: type[MotionRTError]) -> Iterator[Path]:
-    """Give a temporary sibling of `path`; rename it to `path` when the block succeeds, remove it when it does not.
-
-    Folders above `path` are made. An OSError of the block (full disk, no permission) becomes `error`.
-    """
-    temporary = path.with_name(f".{secrets.token_hex(6)}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as cause:
-        full = cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        fix = "Free space on the disk" if full else "Check the folder and its permissions"
-        text = f"cannot write {path}: {reason(cause)}. Nothing was written. {fix}, or choose another place."
-        raise error(text) from cause
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _write_mp4(path: Path, frames: Pixels, rate: Fraction) -> None:

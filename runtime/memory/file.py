@@ -1,68 +1,83 @@
-"""An open motion memory file: made, opened, read and written in transactions, migrated by the first change."""
+"""An open motion memory file: made, opened, read and written in transactions, moved as one file."""
 
 from __future__ import annotations
 
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from motionrt.runtime.errors import InputError, MemoryStoreError
-from motionrt.runtime.media.video import replacing
+from motionrt.runtime.bundle.manifest import MemorySpec, Part
+from motionrt.runtime.errors import BundleError, MemoryStoreError
+from motionrt.runtime.files import replacing
 from motionrt.runtime.memory import store
 from motionrt.runtime.memory.rows import Clip, Layout
-from motionrt.runtime.memory.search import Choice, Where
+from motionrt.runtime.memory.search import Search, Where
 from motionrt.runtime.memory.store import plain_errors
 
+if TYPE_CHECKING:
+    from motionrt.runtime.bundle.bundle import Bundle
+
 INDEX_THRESHOLD = 5_000  # clips up to which exact search is as fast as an index (benchmarks/bench_memory.py)
+Folder = str | os.PathLike[str]
 
 
 class MemoryFile:
-    """What `MotionMemory` is without searching. Safe to share between threads: one transaction at a time."""
+    """What `MotionMemory` is without searching. Safe to share between threads: one transaction at a time.
+
+    layout: what it keeps of a clip, and the fingerprint of what made it.
+    """
 
     def __init__(self, path: Path, db: sqlite3.Connection, readonly: bool, index_threshold: int) -> None:
         self.path, self.readonly, self.index_threshold = path, readonly, index_threshold
         self._db: sqlite3.Connection | None = db
         self._lock = threading.RLock()
-        self._old = False  # of an older schema, read through views
         with self._transaction() as connection:
-            if store.recognise(connection, path) < store.SCHEMA:
-                store.look_like_new(connection, True)
-                self._old = True
-            self._layout, self.digests = store.read_meta(connection, path)
+            self.layout = store.read_layout(connection, path)
             store.read_state(connection, path)
-        self.dims = self._layout.dims
 
     @classmethod
     def create(
-        cls, path: str | os.PathLike[str], *, digests: Mapping[str, str], dims: Mapping[str, int | Sequence[int]],
-        tokens: str = "float16", index_threshold: int = INDEX_THRESHOLD,
+        cls, path: Folder, *, embedding: int, record: Sequence[Part], fingerprint: str,
+        tokens: str | None = None, on_demand: bool = False, index_threshold: int = INDEX_THRESHOLD,
     ) -> Self:  # fmt: skip
         """Make an empty memory in the directory `path` and open it.
 
-        digests: of the graphs whose outputs it will hold (`check` compares them); dims: {"embedding": E,
-        "motion": [M,D], "appearance": [M,D]}; tokens: "float16", or "int8", which takes half the space.
+        embedding: numbers in a vector; record: what is kept of a clip; fingerprint: of what makes both (`check` compares it).
+        tokens: how float parts are kept: as they are declared, or "float16", or "int8", which takes half the space of float16.
+        on_demand: records are not kept, but made of the clips' files when they are used (`indexing.encoders.make_record`).
         MemoryStoreError if there is one already or no place; InputError.
         """
-        directory, layout = Path(path), Layout.checked(dims, tokens)
-        if not all(isinstance(text, str) for pair in digests.items() for text in pair):
-            raise InputError("the digests of a motion memory map graph names to hex strings; pass `bundle.digests`.")
-        with new_file(directory) as temporary:
-            store.create(layout, digests, temporary)
+        directory = Path(path)
+        layout = Layout(embedding, tuple(record), fingerprint, tokens, on_demand)
+        with _new_file(directory) as temporary:
+            store.create(layout, temporary)
         return cls.open(directory, index_threshold=index_threshold)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], readonly: bool = False, *, index_threshold: int = INDEX_THRESHOLD) -> Self:
+    def for_bundle(
+        cls, path: Folder, bundle: Bundle, *, tokens: str | None = None, on_demand: bool = False,
+        index_threshold: int = INDEX_THRESHOLD,
+    ) -> Self:  # fmt: skip
+        """`create` what `bundle` declares. BundleError if its requests take no clips."""
+        spec = memory_spec(bundle)
+        (vector,) = bundle.graph(spec.query).outputs
+        return cls.create(
+            path, embedding=vector.dims[1].max, record=spec.record, fingerprint=spec.fingerprint,
+            tokens=tokens, on_demand=on_demand, index_threshold=index_threshold,
+        )  # fmt: skip
+
+    @classmethod
+    def open(cls, path: Folder, readonly: bool = False, *, index_threshold: int = INDEX_THRESHOLD) -> Self:
         """Open the memory in the directory `path`, read-only if asked to or if it cannot be written.
 
-        A file of an older schema is read as it is, and migrated by the first change. Raises MemoryStoreError if it is
-        missing, damaged or of a newer schema.
+        Raises MemoryStoreError if it is missing, damaged or of another schema.
         """
         directory = Path(path)
         db, readonly = store.connect(directory, readonly)
@@ -71,6 +86,30 @@ class MemoryFile:
         except BaseException:
             db.close()
             raise
+
+    @classmethod
+    def import_file(cls, file: Folder, path: Folder) -> Self:
+        """Make a memory in the directory `path` of a file that `export_file` wrote, and open it.
+
+        Every page, row and checksum is verified first; MemoryStoreError, and no memory, if one is wrong.
+        """
+        source = Path(file)
+        if not source.is_file():
+            raise MemoryStoreError(f"there is no file {source} to import; make one with `motionrt memory export`.")
+        with _new_file(Path(path)) as temporary, plain_errors(source):
+            store.copy(source, temporary)
+        return cls.open(path)
+
+    def export_file(self, path: Folder) -> None:
+        """Write all clips as one file, verified and whole or not at all, for `import_file`; others may write meanwhile.
+
+        MemoryStoreError if the file exists, there is no place for it, or this memory is damaged.
+        """
+        target = Path(path)
+        if target.exists():
+            raise MemoryStoreError(f"{target} exists; remove it, or choose another file.")
+        with plain_errors(self.path), replacing(target, MemoryStoreError) as temporary:
+            store.copy(self.path / store.FILE, temporary)
 
     def __enter__(self) -> Self:
         return self
@@ -98,16 +137,15 @@ class MemoryFile:
             finally:
                 db.close()
 
-    def check(self, digests: Mapping[str, str]) -> None:
-        """Raise MemoryStoreError unless this memory was made with the graphs of these digests (a bundle's)."""
-        for name in sorted(self.digests.keys() | digests.keys()):
-            mine, other = self.digests.get(name, "none"), digests.get(name, "none")
-            if mine != other:
-                raise MemoryStoreError(
-                    f"the motion memory {self.path} was made with `{name}` {mine[:12]}; this bundle has {other[:12]}."
-                    " Use the bundle it was made with, or build it again for this one: `motionrt memory create NEW"
-                    " --bundle BUNDLE`, then `motionrt memory add NEW CLIPS --bundle BUNDLE`."
-                )
+    def check(self, fingerprint: str) -> None:
+        """Raise MemoryStoreError unless this memory was made by what has this fingerprint (a bundle's)."""
+        mine = self.layout.fingerprint
+        if fingerprint != mine:
+            raise MemoryStoreError(
+                f"the motion memory {self.path} was made by other encoders: its fingerprint is {mine[:12] or 'none'}, this"
+                f" bundle's is {fingerprint[:12] or 'none'}. Use the bundle it was made with, or build it again for this one:"
+                " `motionrt memory create NEW --bundle BUNDLE`, then `motionrt memory add NEW CLIPS --bundle BUNDLE`."
+            )
 
     def contains(self, source_sha256: str, start: float, caption: str) -> bool:
         """Whether the span at `start` of the file of this SHA-256 is there under this caption."""
@@ -120,7 +158,7 @@ class MemoryFile:
 
         They are found at once; an index is brought up to date by `refresh`, which index building calls at its end.
         """
-        rows = [self._layout.row(number, clip) for number, clip in enumerate(entries)]
+        rows = [self.layout.row(number, clip) for number, clip in enumerate(entries)]
         with self._writing(bool(rows)) as db:
             return store.insert(db, self.path, rows)
 
@@ -131,8 +169,8 @@ class MemoryFile:
             return store.delete(db, self.path, numbers)
 
     def ids(self, where: Where | None = None) -> NDArray[np.int64]:
-        """Ids [N] of the clips that pass `where` (see `search`), rising."""
-        sql, parameters = Choice(where=where).of_scan()
+        """Ids [N] of the clips that pass `where` (see `Search`), rising."""
+        sql, parameters = Search(where).of_scan()
         with self._transaction() as db:
             rows = db.execute(f"SELECT v.id FROM clips v WHERE 1{sql} ORDER BY v.id", parameters).fetchall()
         return np.array([row[0] for row in rows], np.int64)
@@ -145,11 +183,6 @@ class MemoryFile:
                 raise MemoryStoreError(f"the motion memory {self.path} is closed; open it again.")
             db = self._db
             db.execute(begin)
-            if self._old and db.execute("PRAGMA user_version").fetchone()[0] == store.SCHEMA:  # another process migrated it
-                db.execute("ROLLBACK")
-                store.look_like_new(db, False)
-                self._old = False
-                db.execute(begin)
             try:
                 yield db
                 db.execute("COMMIT")
@@ -160,7 +193,7 @@ class MemoryFile:
 
     @contextmanager
     def _writing(self, changes: bool = True) -> Iterator[sqlite3.Connection]:
-        """A transaction that changes the memory, which is migrated to the newest schema first."""
+        """A transaction that changes the memory."""
         if self.readonly:
             raise MemoryStoreError(f"the motion memory {self.path} is read-only; copy it to a place of your own.")
         with self._lock:
@@ -168,14 +201,18 @@ class MemoryFile:
                 with plain_errors(self.path):
                     self._db.execute("PRAGMA journal_mode=WAL")  # others can read while this writes
             with self._transaction("BEGIN IMMEDIATE" if changes else "BEGIN") as db:
-                if self._old and changes:
-                    store.migrate(db)
                 yield db
-            self._old &= not changes
+
+
+def memory_spec(bundle: Bundle) -> MemorySpec:
+    """What `bundle` declares for a memory; BundleError if its requests take no clips."""
+    if bundle.manifest.memory is None:
+        raise BundleError(f"the bundle {bundle.path} takes no clips of a motion memory; use another bundle.")
+    return bundle.manifest.memory
 
 
 @contextmanager
-def new_file(directory: Path) -> Iterator[Path]:
+def _new_file(directory: Path) -> Iterator[Path]:
     """A temporary file that becomes the SQLite file of a new memory in `directory` when the block succeeds."""
     file = directory / store.FILE
     if file.exists():

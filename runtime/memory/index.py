@@ -14,8 +14,6 @@ import contextlib
 import errno
 import json
 import logging
-import secrets
-import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,15 +23,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from motionrt.runtime.files import sha256_of
 from motionrt.runtime.errors import MemoryStoreError, MotionRTError
-from motionrt.runtime.files import stamp_of
-from motionrt.runtime.media.video import replacing
-from motionrt.runtime.memory.order import reorder
+from motionrt.runtime.files import replacing, sha256_of, stamp_of
 from motionrt.runtime.memory.store import State
 
 SIDECAR = "index.json"
-_FORMAT = 4
+_FORMAT = 5
 # A search waits for memory, so the vectors are kept in 8 bits, each scaled to its own largest component (USearch's own
 # conversion uses 6 of them at 384 dimensions). What that misorders is put right with the float32 rows.
 _DTYPE, _CONNECTIVITY, _EXPANSION_ADD, _EXPANSION_SEARCH = "i8", 32, 200, 64
@@ -110,32 +105,6 @@ class Recent:
         return self.ids, self.vectors
 
 
-class _Spool:
-    """Rows on their way into the file of an index. A full disk stops them (`error`), but not the index that is being made."""
-
-    def __init__(self, directory: Path) -> None:
-        self.file = directory / f".{secrets.token_hex(6)}.partial"
-        self.error: OSError | None = None
-
-    def __enter__(self) -> _Spool:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        with contextlib.suppress(OSError):
-            self.file.unlink(missing_ok=True)
-
-    def write(self, ids: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
-        """Append rows."""
-        rows = np.empty(len(ids), _row(vectors.shape[1]))
-        rows["id"], rows["vector"] = ids, vectors
-        try:
-            if self.error is None:
-                with self.file.open("ab") as stream:
-                    stream.write(rows.tobytes())
-        except OSError as error:
-            self.error = error
-
-
 def signature(directory: Path) -> tuple[int, ...] | None:
     """Changes whenever the sidecar does; None where there is none."""
     try:
@@ -184,34 +153,39 @@ def sound(directory: Path) -> bool:
     return False
 
 
-def make_base(directory: Path, state: State, chunks: Chunks, size: int, threads: int, base: Base | None) -> Base:
-    """An index of `state`, stored: of `chunks` (all clips), or a copy of `base` with `chunks` (those after it) added.
+def make_base(directory: Path, state: State, scan: Callable[[int], Chunks], size: int, threads: int, base: Base | None) -> Base:
+    """An index of `state`, stored: of all clips, or a copy of `base` with those after it added. scan(id): those after an id.
 
     With one thread it depends on the clips alone. Where it cannot be stored, a warning says so and it serves from memory.
     """
     options = {"expansion_add": _EXPANSION_ADD, "connectivity": _CONNECTIVITY}
-    index, ids = _usearch().Index(ndim=size, metric="cos", dtype=_DTYPE, **options), list[NDArray[np.int64]]()
-    with _Spool(directory) as spool:
-        if base is not None and base.vectors is not None:
-            try:
-                index.load(str(base.file))
-            except RuntimeError as error:
-                text = f"the index of {directory} was replaced by another process ({error}); try again."
-                raise MemoryStoreError(text) from error
-            ids.append(np.array(base.ids))
-            for start in range(0, base.count, _CHUNK):
-                spool.write(base.ids[start : start + _CHUNK], base.vectors[start : start + _CHUNK])
-        for some, vectors in chunks:
-            index.add(np.arange(len(index), len(index) + len(some)), _in_bytes(vectors), threads=threads)
-            spool.write(some, vectors)
-            ids.append(some)
-        every = np.concatenate([np.empty(0, np.int64), *ids])
-        made = Base(index, None, (), every, None, state.generation, state.content, state.last, len(every))
+    index, known = _usearch().Index(ndim=size, metric="cos", dtype=_DTYPE, **options), np.empty(0, np.int64)
+    if base is not None:
         try:
-            _save(directory, made, spool)
-        except MotionRTError as error:
-            _log.warning("the vector index is used but could not be kept: %s", error)
-            return made
+            index.load(str(base.file))
+        except RuntimeError as error:
+            text = f"the index of {directory} was replaced by another process ({error}); try again."
+            raise MemoryStoreError(text) from error
+        known = np.array(base.ids)
+    after, ids = 0 if base is None else base.last, [known]
+    for some, vectors in scan(after):
+        index.add(np.arange(len(index), len(index) + len(some)), _in_bytes(vectors), threads=threads)
+        ids.append(some)
+
+    def rows() -> Chunks:
+        """What the index was made of, once more: to be written behind it."""
+        if base is not None and base.vectors is not None:
+            for start in range(0, base.count, _CHUNK):
+                yield base.ids[start : start + _CHUNK], base.vectors[start : start + _CHUNK]
+        yield from scan(after)
+
+    every = np.concatenate(ids)
+    made = Base(index, None, (), every, None, state.generation, state.content, state.last, len(every))
+    try:
+        _save(directory, made, rows())
+    except MotionRTError as error:
+        _log.warning("the vector index is used but could not be kept: %s", error)
+        return made
     return open_base(directory, True) or made
 
 
@@ -233,49 +207,26 @@ def stored_bytes(directory: Path) -> int:
     return sum(file.stat().st_size for file in [*directory.glob("index-*.usearch"), *directory.glob(SIDECAR)])
 
 
-def _save(directory: Path, base: Base, spool: _Spool) -> None:
+def _save(directory: Path, base: Base, rows: Chunks) -> None:
     file = directory / f"index-{base.content[:16]}.usearch"
     with replacing(file, MemoryStoreError) as temporary:
-        if spool.error is not None:
-            raise spool.error
         try:
             base.index.save(str(temporary))
         except RuntimeError as error:  # USearch's word for a full disk
             raise OSError(str(error)) from error
-        if temporary.stat().st_size != base.index.serialized_length:
-            raise OSError(errno.ENOSPC, "the index was written in part")
-        _put_in_order(temporary)
         at = temporary.stat().st_size
-        with temporary.open("ab") as target, spool.file.open("rb") as rows:
-            shutil.copyfileobj(rows, target, 1 << 24)
+        if at != base.index.serialized_length:
+            raise OSError(errno.ENOSPC, "the index was written in part")
+        with temporary.open("ab") as target:
+            for ids, vectors in rows:
+                records = np.empty(len(ids), _row(vectors.shape[1]))
+                records["id"], records["vector"] = ids, vectors
+                target.write(records.tobytes())
         sha256 = sha256_of(temporary)
     record = {"format": _FORMAT, "file": file.name, "sha256": sha256, "stamp": list(stamp_of(file)), "rows_at": at}
     known = {"generation": base.generation, "content": base.content, "last": base.last, "count": base.count}
     _write_record(directory, record | known)
     tidy(directory)
-
-
-def _put_in_order(file: Path) -> None:
-    """Renumber the nodes of the index in `file` for faster searches; where that is not possible it stays as it is."""
-    ordered = file.with_name(f"{file.name}.ordered.partial")
-    try:
-        if not reorder(file, ordered):
-            _log.info("the index has a layout that is not known here; its nodes stay in the order of the clips")
-        elif not _same_answers(file, ordered):
-            _log.warning("the index would give other answers with its nodes in order; they stay as they are: report this")
-        else:
-            ordered.replace(file)
-    except OSError as error:
-        _log.info("the nodes of the index stay in the order of the clips: %s", error)
-    finally:
-        ordered.unlink(missing_ok=True)
-
-
-def _same_answers(file: Path, other: Path) -> bool:
-    views = [_usearch().Index.restore(str(path), view=True, enable_key_lookups=False) for path in (file, other)]
-    asked = np.random.default_rng(0).integers(-127, 128, (64, views[0].ndim), np.int8)
-    keys = [view.search(asked, min(len(view), 64), threads=1).keys for view in views]
-    return np.array_equal(*keys)
 
 
 def _record(directory: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Clips and references as rows of a motion memory: checked, packed into blobs and unpacked. M tokens of width D."""
+"""Clips and references as rows of a motion memory: checked, packed into blobs and unpacked, as the memory's layout declares."""
 
 from __future__ import annotations
 
@@ -7,20 +7,26 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from motionrt.runtime.bundle.manifest import Part
 from motionrt.runtime.errors import InputError
 
 TOKENS = ("float16", "int8")
-_LARGEST = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """A clip to add; times in seconds. embedding: float32 [E]; motion, appearance: float32 [M,D], kept as the memory says."""
+    """A clip to add; times in seconds, embedding float32 [E].
+
+    record: an array for each part that the memory keeps, of the part's dims: any float dtype for a float part, exactly the
+    part's dtype for another. None of them for a memory that makes records on demand.
+    """
 
     caption: str
     source: str
@@ -29,17 +35,17 @@ class Clip:
     fps: float
     source_sha256: str
     embedding: NDArray[np.float32]
-    motion: NDArray[np.float32]
-    appearance: NDArray[np.float32]
+    record: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     dataset: str = ""
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """A retrieved clip. score: cosine with the query in [-1,1]; motion and appearance: float32 [M,D].
+    """A retrieved clip. score: cosine with the query in [-1,1].
 
-    memory: its name in a `MemorySet`, where the score is multiplied by the memory's weight.
+    record: the parts by name, float ones as float32, others in their dtype; empty where the memory makes records on demand
+    (`indexing.encoders.make_record`). memory: its name in a `MemorySet`, where the score is multiplied by the memory's weight.
     """
 
     id: int
@@ -48,19 +54,21 @@ class Reference:
     source: str
     start: float
     duration: float
-    motion: NDArray[np.float32]
-    appearance: NDArray[np.float32]
+    record: Mapping[str, NDArray[Any]]
     memory: str = ""
     dataset: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    fps: float = 0.0
+    source_sha256: str = ""
 
 
 @dataclass(frozen=True)
 class MemoryStats:
     """What `MotionMemory.stats` says.
 
-    datasets: clips in each; bytes_db, bytes_index: on disk; generation: changes so far; tokens: how they are kept;
-    index_state: "not needed", "missing", "current" or "behind by N clips" (which are searched exactly).
+    datasets: clips in each; bytes_db, bytes_index: on disk; generation: changes so far; tokens: how the float parts of
+    records are kept, or "on demand"; index_state: "not needed", "missing", "current" or "behind by N clips" (which are
+    searched exactly).
     """
 
     clips: int
@@ -76,35 +84,80 @@ class DamagedRow(ValueError):
     """A row of the file cannot be a clip; the text says which and why."""
 
 
+class Row(NamedTuple):
+    """A clip as it is stored. told: caption, source, start, duration, fps, SHA-256, dataset, metadata as JSON."""
+
+    told: tuple[Any, ...]
+    embedding: bytes
+    record: bytes | None
+
+    def checksum(self, number: int) -> int:
+        """CRC-32 of everything, the clip's id too: SQLite itself does not notice a flipped bit in a row."""
+        crc = zlib.crc32(msgspec.json.encode((number, self.record is None, *self.told)))
+        return zlib.crc32(self.record or b"", zlib.crc32(self.embedding, crc))
+
+
 @dataclass(frozen=True)
 class Layout:
-    """The sizes of a memory's arrays, {"embedding": [E], "motion": [M,D], "appearance": [M,D]}, and how tokens are kept.
+    """What a memory keeps of a clip: a vector of `embedding` numbers, and the parts of a `record`, one after the other.
 
-    tokens: "float16", or "int8" with a float32 scale for each row of D (largest magnitude / 127, symmetric).
+    fingerprint: of what made vectors and records (a bundle's). tokens: how float parts are kept: None as they are declared,
+    "float16", or "int8" with a float32 scale for each row of the last dimension (largest magnitude / 127, symmetric).
+    on_demand: records are not kept. InputError for what is not allowed.
     """
 
-    dims: Mapping[str, Sequence[int]]
-    tokens: str
+    embedding: int
+    record: tuple[Part, ...]
+    fingerprint: str
+    tokens: str | None = None
+    on_demand: bool = False
 
-    @classmethod
-    def checked(cls, dims: Mapping[str, int | Sequence[int]], tokens: str) -> Layout:
-        """Raise InputError for other names, ranks or kinds of tokens."""
-        ranks = {"embedding": 1, "motion": 2, "appearance": 2}
-        sizes = {name: [size] if isinstance(size, int) else list(size) for name, size in dims.items()}
-        whole = all(isinstance(n, int) and n > 0 for size in sizes.values() for n in size)
-        if {name: len(size) for name, size in sizes.items()} != ranks or not whole:
-            allowed = '{"embedding": E, "motion": [M,D], "appearance": [M,D]}'
-            raise InputError(f"the dims of a motion memory are {dims!r}; allowed is {allowed}, all from 1 on.")
-        if tokens not in TOKENS:
-            raise InputError(f"the tokens of a motion memory are {tokens!r}; allowed is {' or '.join(TOKENS)}.")
-        return cls({name: sizes[name] for name in ranks}, tokens)
+    def __post_init__(self) -> None:
+        names = [part.name for part in self.record]
+        sizes = [self.embedding, *(size for part in self.record for size in part.dims)]
+        whole = all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes)
+        if not whole or not names or "" in names or len({*names}) < len(names):
+            raise InputError(f"a motion memory of {self}: allowed are parts of different names, and whole sizes from 1 on.")
+        if self.tokens is not None and self.tokens not in TOKENS:
+            raise InputError(f"the tokens of a motion memory are {self.tokens!r}; allowed is {' or '.join(TOKENS)}.")
+        if not isinstance(self.fingerprint, str):
+            raise InputError(f"the fingerprint of a motion memory is {self.fingerprint!r}; pass the one of the bundle.")
 
-    def array(self, part: str, value: object, what: str) -> NDArray[np.float32]:
-        """`value` as finite float32 of the part's shape; InputError that calls it `what`."""
-        return _array(what, value, tuple(self.dims[part]))
+    def __str__(self) -> str:
+        parts = ", ".join(f"{part.name} {part.dtype} {list(part.dims)}" for part in self.record)
+        return f"an embedding of {self.embedding} and {parts or 'no parts'}"
 
-    def row(self, number: int, clip: Clip) -> dict[str, Any]:
-        """The columns of a clip; InputError, which names it by `number`, for what a memory cannot hold."""
+    @cached_property
+    def dtype(self) -> np.dtype[np.void]:
+        """One record as it is stored, little-endian."""
+        return np.dtype([(part.name, self._stored(part)) for part in self.record])
+
+    @property
+    def kept(self) -> str:
+        """How float parts are kept, for people."""
+        kinds = {self.tokens or part.dtype for part in self.record if _is_float(part)}
+        return "on demand" if self.on_demand else ", ".join(sorted(kinds)) or "none"
+
+    def floating(self, name: str | None = None) -> Part:
+        """The float part `name`, or the first one; InputError where there is none, or records are not kept."""
+        if self.on_demand:
+            raise InputError("this motion memory makes records on demand: it cannot be searched by them, nor by `distinct`.")
+        allowed = [part for part in self.record if _is_float(part)]
+        for part in allowed:
+            if name in (None, part.name):
+                return part
+        wanted = "`distinct` compares" if name is None else f"the record is searched by {name!r};"
+        names = " or ".join(repr(part.name) for part in allowed) or "none: this memory's records have no float part"
+        raise InputError(f"{wanted} float parts of the record; allowed is {names}.")
+
+    def query(self, name: str | None, value: object) -> NDArray[np.float32]:
+        """The unit vector to search by, flattened: an embedding (name None) or a float part of the record."""
+        if name is None:
+            return unit(_floats("the query embedding", value, (self.embedding,)))
+        return unit(_floats(f"the {name} of the query", value, self.floating(name).dims).reshape(-1))
+
+    def row(self, number: int, clip: Clip) -> Row:
+        """A clip as it is stored; InputError, which names it by `number`, for what a memory cannot hold."""
         name = f"clip {number} ({clip.source!r})"
         texts = (clip.caption, clip.source, clip.source_sha256, clip.dataset, *clip.metadata, *clip.metadata.values())
         try:
@@ -119,85 +172,112 @@ class Layout:
         times = (clip.start, clip.duration, clip.fps)
         if not all(math.isfinite(value) and value >= 0 for value in times):
             raise InputError(f"{name} has (start, duration, fps) {times}; allowed are finite numbers from 0 on.")
-        embedding, motion, appearance = (self.array(part, getattr(clip, part), f"`{part}` of {name}") for part in self.dims)
+        embedding = _floats(f"`embedding` of {name}", clip.embedding, (self.embedding,))
         unit(embedding)
-        if max(np.abs(motion).max(), np.abs(appearance).max()) > _LARGEST:
-            raise InputError(f"the tokens of {name} exceed {_LARGEST:g}, the largest float16; they cannot be kept.")
-        blobs = {"embedding": embedding.astype("<f4").tobytes()}
-        blobs |= {"motion": self._pack(motion), "appearance": self._pack(appearance)}
-        return {
-            "caption": clip.caption, "source": clip.source, "start": clip.start, "duration": clip.duration,
-            "fps": clip.fps, "source_sha256": clip.source_sha256, "dataset": clip.dataset,
-            "metadata": json.dumps(dict(clip.metadata), ensure_ascii=False, sort_keys=True),
-            "crc": checksum(*blobs.values()), **blobs,
-        }  # fmt: skip
+        told = (
+            clip.caption, clip.source, *(float(value) + 0.0 for value in times),  # SQLite does not keep the sign of -0.0
+            clip.source_sha256, clip.dataset, json.dumps(dict(clip.metadata), ensure_ascii=False, sort_keys=True),
+        )  # fmt: skip
+        return Row(told, embedding.astype("<f4").tobytes(), self._pack(clip.record, name))
 
-    def bytes_of(self, part: str) -> int:
-        """Bytes of one blob."""
-        size = math.prod(self.dims[part])
-        if part == "embedding":
-            return 4 * size
-        return 2 * size if self.tokens == "float16" else size + 4 * self.dims[part][0]
+    def embeddings(self, ids: Sequence[int], blobs: Sequence[Any]) -> NDArray[np.float32]:
+        """Stored embeddings as unit vectors [N,E]; DamagedRow names an impossible one."""
+        values = _joined(ids, blobs, np.dtype(("<f4", (self.embedding,))), "embedding")
+        with np.errstate(over="ignore", invalid="ignore"):
+            squares = np.vecdot(values, values)
+        sound = np.isfinite(squares) & (squares > 0)
+        if not sound.all():
+            raise DamagedRow(f"clip {ids[int(np.argmin(sound))]} has an impossible embedding")
+        return np.asarray(values / np.sqrt(squares)[:, None], np.float32)
 
-    def unpack(self, part: str, ids: Sequence[int], blobs: Sequence[bytes]) -> NDArray[np.float32]:
-        """Blobs [N] of one part as float32 [N,...], embeddings as unit vectors; DamagedRow names an impossible one."""
-        size, shape = self.bytes_of(part), (len(blobs), *self.dims[part])
-        try:
-            data = b"".join(blobs)
-            fit = set(map(len, blobs)) <= {size}
-        except TypeError:  # a column may hold text, a number or nothing
-            fit = False
-        if not fit:
-            lengths = [len(blob) if isinstance(blob, bytes) else -1 for blob in blobs]
-            wrong = next(n for n, length in enumerate(lengths) if length != size)
-            raise DamagedRow(f"clip {ids[wrong]} has {max(lengths[wrong], 0)} bytes of {part}")
-        if part == "embedding":
-            values = np.frombuffer(data, "<f4").reshape(shape)
-        elif self.tokens == "float16":
-            values = np.frombuffer(data, "<f2").reshape(shape).astype(np.float32)
-        else:
-            raw = np.frombuffer(data, np.int8).reshape(len(blobs), size)
-            scale = raw[:, : 4 * shape[1]].copy().view("<f4")[..., None]
-            values = (raw[:, 4 * shape[1] :].reshape(shape) * scale).astype(np.float32, copy=False)
-        rows = values.reshape(len(blobs), -1) if len(blobs) else values
-        squares = np.vecdot(rows, rows)  # one cheap pass; only what is suspicious is looked at closely
-        if not math.isfinite(squares.sum(dtype=np.float64)) or part == "embedding" and not squares.all():
-            impossible = ~np.isfinite(rows).all(axis=1)
-            if part == "embedding":
-                impossible |= ~rows.any(axis=1)
-            if impossible.any():
-                raise DamagedRow(f"clip {ids[int(np.argmax(impossible))]} has an impossible {part}")
-        return np.asarray(values / np.sqrt(squares)[:, None], np.float32) if part == "embedding" else values
+    def unpack(self, number: int, blob: object, *names: str) -> dict[str, NDArray[Any]]:
+        """The named parts (all unless named) of the stored record of clip `number`; DamagedRow if it has another size."""
+        row, found = _joined([number], [blob], self.dtype, "record"), dict[str, NDArray[Any]]()
+        for part in self.record:
+            if names and part.name not in names:
+                continue
+            values = row[part.name]
+            if self.tokens == "int8" and _is_float(part):
+                values = (values["values"] * values["scale"]).reshape(1, *part.dims)
+            found[part.name] = values.astype(np.float32 if _is_float(part) else part.dtype).reshape(part.dims)
+        return found
 
-    def _pack(self, tokens: NDArray[np.float32]) -> bytes:
-        if self.tokens == "float16":
-            return bytes(tokens.astype("<f2").tobytes())
-        scale = (np.abs(tokens).max(axis=1, keepdims=True) / 127).astype("<f4")
-        whole = np.rint(np.divide(tokens, scale, out=np.zeros_like(tokens), where=scale > 0))
-        return bytes(scale.tobytes() + whole.clip(-127, 127).astype(np.int8).tobytes())
+    def rounded(self, record: Mapping[str, NDArray[Any]], what: str) -> dict[str, NDArray[Any]]:
+        """A record as it would come back from a memory; InputError, which calls its clip `what`, if none can hold it."""
+        return self.unpack(0, self._pack(record, what))
 
+    def _stored(self, part: Part) -> np.dtype[Any]:
+        if _is_float(part) and self.tokens == "int8":
+            width = part.dims[-1] if part.dims else 1
+            rows = math.prod(part.dims) // width
+            return np.dtype([("scale", "<f4", (rows, 1)), ("values", "i1", (rows, width))])
+        kind = self.tokens if self.tokens is not None and _is_float(part) else part.dtype
+        return np.dtype((np.dtype(kind).newbyteorder("<"), part.dims))
 
-def checksum(*blobs: bytes) -> int:
-    """CRC-32 of embedding, motion and appearance, in this order: SQLite itself does not notice a flipped bit in a blob."""
-    crc = 0
-    for blob in blobs:
-        crc = zlib.crc32(blob, crc)
-    return crc
-
-
-def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Divide [..., E] by its length; InputError for zero vectors, which have no direction."""
-    norm = np.sqrt(np.vecdot(vectors, vectors))
-    if not norm.all():
-        raise InputError("an embedding is all zeros; it must point somewhere.")
-    return np.asarray(vectors / norm[..., None], np.float32)
+    def _pack(self, record: Mapping[str, NDArray[Any]], clip: str) -> bytes | None:
+        names = [] if self.on_demand else [part.name for part in self.record]
+        if set(record) != set(names):
+            kept = f"keeps {', '.join(names)}" if names else "makes records on demand, and keeps none"
+            raise InputError(f"the record of {clip} has {', '.join(record) or 'nothing'}; this memory {kept}.")
+        if self.on_demand:
+            return None
+        row = np.zeros((), self.dtype)
+        for part in self.record:
+            what, value = f"`{part.name}` of {clip}", record[part.name]
+            if not _is_float(part):
+                row[part.name] = _array(what, value, part.dims, part.dtype)
+                continue
+            values = _floats(what, value, part.dims)
+            kinds = [kind for kind in (part.dtype, self.tokens) if kind and kind != "int8"]
+            kind = min(kinds, key=lambda kind: float(np.finfo(kind).max))
+            if np.abs(values).max() > np.finfo(kind).max:
+                raise InputError(f"{what} exceeds {np.finfo(kind).max:g}, the largest {kind}; it cannot be kept.")
+            if self.tokens == "int8":
+                tokens = values.reshape(row[part.name]["values"].shape)
+                scale = np.abs(tokens).max(axis=1, keepdims=True) / np.float32(127)
+                whole = np.rint(np.divide(tokens, scale, out=np.zeros_like(tokens), where=scale > 0))
+                row[part.name]["scale"], row[part.name]["values"] = scale, whole.clip(-127, 127)
+            else:
+                row[part.name] = values.astype(part.dtype)  # first to what is declared, whatever it is kept in
+        return row.tobytes()
 
 
-def _array(name: str, value: object, shape: tuple[int, ...]) -> NDArray[np.float32]:
+def unit(vector: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Divide [E] by its length; InputError for a vector without a direction."""
+    with np.errstate(over="ignore"):
+        square = np.vecdot(vector, vector)
+    if not 0 < square < np.inf:
+        raise InputError("an embedding is all zeros, or too large for float32; it must point somewhere.")
+    return np.asarray(vector / np.sqrt(square), np.float32)
+
+
+def _is_float(part: Part) -> bool:
+    return np.dtype(part.dtype).kind == "f"
+
+
+def _array(what: str, value: object, dims: tuple[int, ...], dtype: str) -> NDArray[Any]:
+    """`value` as it is if it has the shape and the dtype ("float": any float); InputError, which calls it `what`."""
     array = np.asarray(value)
-    if array.dtype.kind != "f" or array.shape != shape:
-        raise InputError(f"{name} is {array.dtype} {list(array.shape)}; this memory accepts float {list(shape)}.")
-    array = array.astype(np.float32)
-    if not np.isfinite(array).all():
-        raise InputError(f"{name} has NaN or infinite values; all must be finite.")
+    if array.shape != dims or not (array.dtype.kind == "f" if dtype == "float" else array.dtype == np.dtype(dtype)):
+        raise InputError(f"{what} is {array.dtype} {list(array.shape)}; this memory accepts {dtype} {list(dims)}.")
     return array
+
+
+def _floats(what: str, value: object, dims: tuple[int, ...]) -> NDArray[np.float32]:
+    """`value` as finite float32 of the shape; InputError, which calls it `what`."""
+    array = _array(what, value, dims, "float")
+    if not np.isfinite(array).all():
+        raise InputError(f"{what} has NaN or infinite values; all must be finite.")
+    with np.errstate(over="ignore"):  # of a float64: said below
+        array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise InputError(f"{what} exceeds the largest float32; it cannot be kept.")
+    return array
+
+
+def _joined(ids: Sequence[int], blobs: Sequence[Any], kind: np.dtype[Any], part: str) -> NDArray[Any]:
+    """Blobs as rows of `kind`; DamagedRow names one of another size, or of no bytes at all (a column may hold anything)."""
+    for number, blob in zip(ids, blobs, strict=True):
+        if not isinstance(blob, bytes) or len(blob) != kind.itemsize:
+            raise DamagedRow(f"clip {number} has {len(blob) if isinstance(blob, bytes) else 0} bytes of {part}")
+    return np.frombuffer(b"".join(blobs), kind).reshape(len(blobs), *kind.shape) if blobs else np.empty(0, kind)

@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from motionrt.runtime.errors import InputError, MemoryStoreError
+from motionrt.runtime.errors import InputError
 from motionrt.runtime.memory.memory import MotionMemory, Reference
-from motionrt.runtime.memory.search import Choice, Found, Where, check_k, check_tokens, diverse, pick
+from motionrt.runtime.memory.ranking import Found, Searchable, pick
+from motionrt.runtime.memory.search import Search
 
 
-class MemorySet:
-    """Open memories by name, ordered together by score times weight; usable as a pipeline's `memory`.
+class MemorySet(Searchable):
+    """Open memories by name, ordered together by score times weight, which is the references' score.
 
-    The memories stay their owner's: one may be in several sets. `close` closes them all.
+    `minimum_score` is compared with the cosine itself; `distinct` and `diversity` count across memories. The memories stay
+    their owner's: one may be in several sets. `close` closes them all.
     """
 
     def __init__(self, memories: Mapping[str, MotionMemory], weights: Mapping[str, float] | None = None) -> None:
@@ -45,10 +47,10 @@ class MemorySet:
         for memory in self.memories.values():
             memory.close()
 
-    def check(self, digests: Mapping[str, str]) -> None:
-        """Raise MemoryStoreError unless all memories were made with the graphs of these digests (a bundle's)."""
+    def check(self, fingerprint: str) -> None:
+        """Raise MemoryStoreError unless all memories were made by what has this fingerprint (a bundle's)."""
         for memory in self.memories.values():
-            memory.check(digests)
+            memory.check(fingerprint)
 
     def get(self, ids: Sequence[tuple[str, int]]) -> list[Reference]:
         """The clips of these (memory name, id), in this order. Raises InputError and MemoryStoreError for unknown ones."""
@@ -60,37 +62,17 @@ class MemorySet:
             found.append(replace(self.memories[item[0]].get([item[1]])[0], memory=item[0]))
         return found
 
-    def search(
-        self, embedding: NDArray[Any], k: int, *, where: Where | None = None, exclude_source: str | None = None,
-        minimum_score: float | None = None, distinct: float | None = None, diversity: float | None = None,
-    ) -> list[Reference]:  # fmt: skip
-        """As `MotionMemory.search` over all memories, best first by score times weight, which is the references' score.
-
-        minimum_score is compared with the cosine itself; distinct and diversity count across memories.
-        """
-        return self._answer("embedding", embedding, k, Choice(where, exclude_source, minimum_score, distinct, diversity))
-
-    def search_tokens(
-        self, part: str, tokens: NDArray[Any], k: int, *, where: Where | None = None, exclude_source: str | None = None,
-        minimum_score: float | None = None, distinct: float | None = None, diversity: float | None = None,
-    ) -> list[Reference]:  # fmt: skip
-        """As `MotionMemory.search_tokens` over all memories; scores as in `search`."""
-        check_tokens(part)
-        return self._answer(part, tokens, k, Choice(where, exclude_source, minimum_score, distinct, diversity))
-
-    def _answer(self, part: str, query: NDArray[Any], k: int, choice: Choice) -> list[Reference]:
-        k, pool = check_k(k), list[Found]()
+    def found(self, part: str | None, query: NDArray[Any], k: int, search: Search) -> list[Found]:
+        pool = list[Found]()
         for name, memory in self.memories.items():
-            for reference, vector in memory.found(part, query, k, choice):
+            for reference, vector in memory.found(part, query, k, search):
                 pool.append(Found(replace(reference, memory=name, score=reference.score * self.weights[name]), vector))
         pool.sort(key=lambda found: -found.reference.score)
         rows, scores = np.arange(len(pool)), np.array([found.reference.score for found in pool], np.float32)
-        again = replace(choice, minimum_score=None)  # applied to the cosines
-        kept = pick(lambda want: (rows, scores, True), lambda ids, _: [pool[i] for i in ids], again, choice.pool(k))
-        answer = diverse(kept, k, choice.diversity)
-        if len(answer) < k and (len(self) == 0 or not choice.may_be_short):
-            raise MemoryStoreError(
-                f"{k} references were asked for; the motion memories {sorted(self.memories)} hold"
-                f" {len(answer) or 'no'} clips that pass. Ask for fewer, or add clips: `motionrt memory add MEMORY clip.mp4`."
-            )
-        return answer
+        again = replace(search, minimum_score=None)  # applied to the cosines
+        compared = "" if search.distinct is None else next(iter(self.memories.values())).layout.floating().name
+        return pick(lambda want: (rows, scores, True), lambda ids, _: [pool[i] for i in ids], again, search.pool(k), compared)
+
+    def _too_few(self, found: int, search: Search) -> str:
+        text = f"the motion memories {sorted(self.memories)} hold {found or 'no'} clips that pass"
+        return f"{text}. Ask for fewer, or add clips: `motionrt memory add MEMORY clip.mp4`"

@@ -1,6 +1,7 @@
-"""The SQLite file of a motion memory: schema, opening, migration, writing, and looking for damage.
+"""The SQLite file of a motion memory: schema, opening, writing, reading what is checked, and looking for damage.
 
-    clips (narrow)   vectors (embedding, read by the search)   tokens (wide, read for the clips found)
+    clips (narrow, with a checksum over all of the row)   vectors (embedding, read by the search)
+    records (wide, read for the clips found; NULL where records are made on demand)
     tags (key, value, id): metadata and dataset, turned round, so that a filter is a range of this table
     history: one row for each change; the last says how many clips there are, and each names a state by its digest
 
@@ -13,49 +14,36 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sized
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
-from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from motionrt.runtime.errors import MemoryStoreError
-from motionrt.runtime.memory.rows import DamagedRow, Layout, Reference, checksum
+import msgspec
 
-SCHEMA = 2
+from motionrt.runtime.errors import MemoryStoreError
+from motionrt.runtime.memory.rows import DamagedRow, Layout, Reference, Row
+from motionrt.runtime.memory.search import marks
+
+SCHEMA = 3  # 1 and 2, with two kinds of tokens for columns, were never released
 FILE = "memory.sqlite"
 _APPLICATION = 0x4D52544D  # "MRTM", marks the SQLite file as ours
 _PAGE = 8192  # five 384-d vectors to a page, and a fourth of the pages of a large blob
 _AT_ONCE = 4096  # values in one statement; SQLite takes 32,766
+_COLUMNS = "caption, source, start, duration, fps, source_sha256, dataset, metadata"  # as of `Row.told`
 _TABLES = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE history (generation INTEGER PRIMARY KEY, content TEXT NOT NULL, last INTEGER NOT NULL, clips INTEGER NOT NULL);
-CREATE TABLE clips (id INTEGER PRIMARY KEY AUTOINCREMENT, caption TEXT NOT NULL, source TEXT NOT NULL, start REAL NOT NULL,
-    duration REAL NOT NULL, fps REAL NOT NULL, source_sha256 TEXT NOT NULL, dataset TEXT NOT NULL, metadata TEXT NOT NULL);
+CREATE TABLE meta (layout TEXT NOT NULL, checksum INTEGER NOT NULL);
+CREATE TABLE history (generation INTEGER PRIMARY KEY, content TEXT NOT NULL, last INTEGER NOT NULL, clips INTEGER NOT NULL,
+    checksum INTEGER NOT NULL);
+CREATE TABLE clips (id INTEGER PRIMARY KEY, caption TEXT NOT NULL, source TEXT NOT NULL, start REAL NOT NULL,
+    duration REAL NOT NULL, fps REAL NOT NULL, source_sha256 TEXT NOT NULL, dataset TEXT NOT NULL, metadata TEXT NOT NULL,
+    checksum INTEGER NOT NULL);
 CREATE TABLE vectors (id INTEGER PRIMARY KEY, embedding BLOB NOT NULL);
-CREATE TABLE tokens (id INTEGER PRIMARY KEY, crc INTEGER NOT NULL, motion BLOB NOT NULL, appearance BLOB NOT NULL);
+CREATE TABLE records (id INTEGER PRIMARY KEY, record BLOB);
 CREATE TABLE tags (key TEXT, value TEXT, id INTEGER, PRIMARY KEY (key, value, id)) WITHOUT ROWID;
 CREATE INDEX clips_sha256 ON clips (source_sha256)
 """
-_INSERTS = (
-    "INSERT INTO clips VALUES (:id, :caption, :source, :start, :duration, :fps, :source_sha256, :dataset, :metadata)",
-    "INSERT INTO vectors VALUES (:id, :embedding)",
-    "INSERT INTO tokens VALUES (:id, :crc, :motion, :appearance)",
-)
-# Schema 1 had one wide table. Temporary views give it the names of schema 2: it is read as it is, without a write.
-_OLD = {
-    "meta": "SELECT key, value FROM main.meta UNION ALL SELECT 'tokens', 'float16'",
-    "history": "SELECT (SELECT CAST(value AS INTEGER) FROM main.meta WHERE key = 'generation') AS generation,"
-    " (SELECT value FROM main.meta WHERE key = 'content') AS content,"
-    " (SELECT COALESCE(MAX(id), 0) FROM main.clips) AS last, (SELECT COUNT(*) FROM main.clips) AS clips",
-    "vectors": "SELECT id, embedding FROM main.clips",
-    "tokens": "SELECT id, NULL AS crc, motion, appearance FROM main.clips",
-    "tags": "SELECT j.key, j.value, c.id FROM main.clips c, json_each(c.metadata) j WHERE j.key <> 'dataset'"
-    " UNION ALL SELECT 'dataset', COALESCE(json_extract(metadata, '$.dataset'), ''), id FROM main.clips",
-    "clips": "SELECT id, caption, source, start, duration, fps, source_sha256,"
-    " COALESCE(json_extract(metadata, '$.dataset'), '') AS dataset, json_remove(metadata, '$.dataset') AS metadata"
-    " FROM main.clips",
-}
 
 
 class State(NamedTuple):
@@ -66,25 +54,25 @@ class State(NamedTuple):
     last: int
     clips: int
 
+    @property
+    def checksum(self) -> int:
+        return zlib.crc32(msgspec.json.encode(self))
 
-def create(layout: Layout, digests: Mapping[str, str], file: Path) -> None:
+
+def create(layout: Layout, file: Path) -> None:
     """Write an empty memory as `file`."""
-    db = sqlite3.connect(file, isolation_level=None)
-    try:
+    with closing(sqlite3.connect(file, isolation_level=None)) as db:
         db.execute(f"PRAGMA page_size={_PAGE}")
         db.execute("PRAGMA journal_mode=MEMORY")
         db.execute(f"PRAGMA application_id={_APPLICATION}")
         db.execute("BEGIN")
         for statement in _TABLES.split(";\n"):
             db.execute(statement)
-        meta = {"dims": json.dumps(layout.dims), "digests": json.dumps(dict(digests)), "tokens": layout.tokens}
-        db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
-        content = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-        db.execute("INSERT INTO history VALUES (?, ?, ?, ?)", State(0, content, 0, 0))
+        text = msgspec.json.encode(layout)
+        db.execute("INSERT INTO meta VALUES (?, ?)", (text.decode(), zlib.crc32(text)))
+        _enter(db, State(0, hashlib.sha256(text).hexdigest(), 0, 0))
         db.execute(f"PRAGMA user_version={SCHEMA}")
         db.execute("COMMIT")
-    finally:
-        db.close()
 
 
 def connect(directory: Path, readonly: bool) -> tuple[sqlite3.Connection, bool]:
@@ -109,77 +97,49 @@ def connect(directory: Path, readonly: bool) -> tuple[sqlite3.Connection, bool]:
         mode = "rw" if writable else "ro&immutable=1" if alone else "ro"
         uri = f"{file.absolute().as_uri()}?mode={mode}"
         db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=10)
-        db.execute("PRAGMA temp_store=MEMORY")  # for the views; nothing else is temporary
         db.execute("PRAGMA cache_size=-8000")  # KiB: the upper levels of a million rows
     return db, readonly or not writable
 
 
-def recognise(db: sqlite3.Connection, path: Path) -> int:
-    """The schema of a memory, inside a transaction; MemoryStoreError for another file or a newer schema."""
+def read_layout(db: sqlite3.Connection, path: Path) -> Layout:
+    """What a memory keeps, inside a transaction; MemoryStoreError for another file or another schema."""
     if db.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION:
         raise MemoryStoreError(f"{path} is not a motion memory; choose another.")
     schema = int(db.execute("PRAGMA user_version").fetchone()[0])
-    if schema > SCHEMA:
-        raise MemoryStoreError(f"the motion memory {path} has schema {schema}; this MotionRT reads up to {SCHEMA}. Upgrade it.")
-    return schema
-
-
-def look_like_new(db: sqlite3.Connection, old: bool) -> None:
-    """Lay the views over a file of schema 1, or take them away."""
-    for name, query in _OLD.items():
-        db.execute(f"CREATE TEMP VIEW {name} AS {query}" if old else f"DROP VIEW IF EXISTS temp.{name}")
-
-
-def migrate(db: sqlite3.Connection) -> None:
-    """Turn schema 1 into schema 2, inside a transaction."""
-    db.create_function("crc", -1, checksum, deterministic=True)
-    look_like_new(db, False)
-    for table in ("meta", "clips"):
-        db.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
-    for index in ("clips_source", "clips_sha256"):
-        db.execute(f"DROP INDEX {index}")
-    for statement in _TABLES.split(";\n"):
-        db.execute(statement)
-    for name in ("meta", "history", "clips", "vectors", "tags"):
-        query = _OLD[name].replace("main.meta", "old_meta").replace("main.clips", "old_clips")
-        db.execute(f"INSERT INTO {name} {query}")
-    db.execute("DELETE FROM meta WHERE key IN ('generation', 'content')")
-    db.execute("INSERT INTO tokens SELECT id, crc(embedding, motion, appearance), motion, appearance FROM old_clips")
-    for table in ("meta", "clips"):
-        db.execute(f"DROP TABLE old_{table}")
-    db.execute(f"PRAGMA user_version={SCHEMA}")
-
-
-def read_meta(db: sqlite3.Connection, path: Path) -> tuple[Layout, dict[str, str]]:
-    """The layout and the digests of a memory."""
+    if schema != SCHEMA:
+        fix = "a newer MotionRT wrote it: upgrade" if schema > SCHEMA else "an older MotionRT wrote it: index its videos again"
+        raise MemoryStoreError(f"the motion memory {path} has schema {schema}; this MotionRT reads schema {SCHEMA} ({fix}).")
     try:
-        meta = dict(db.execute("SELECT key, value FROM meta"))
-        return Layout.checked(json.loads(meta["dims"]), meta["tokens"]), dict(json.loads(meta["digests"]))
-    except (KeyError, ValueError, TypeError) as error:
-        raise damaged(path, f"its description cannot be read: {error!r}") from error
+        ((text, checksum),) = db.execute("SELECT layout, checksum FROM meta")
+        if zlib.crc32(text.encode()) != checksum:
+            raise ValueError("its checksum differs")
+        return msgspec.json.decode(text, type=Layout)
+    except (ValueError, TypeError, AttributeError, msgspec.MsgspecError) as error:
+        raise damaged(path, f"its description cannot be read: {error}") from error
 
 
 def read_state(db: sqlite3.Connection, path: Path) -> State:
     """The state that this transaction sees, without counting rows."""
-    row = db.execute("SELECT generation, content, last, clips FROM history ORDER BY generation DESC LIMIT 1").fetchone()
-    if row is None or tuple(map(type, row)) != (int, str, int, int):
+    row = db.execute("SELECT * FROM history ORDER BY generation DESC LIMIT 1").fetchone()
+    if row is None or State(*row[:-1]).checksum != row[-1]:
         raise damaged(path, f"its history ends in {row!r}")
-    return State(*row)
+    return State(*row[:-1])
 
 
-def insert(db: sqlite3.Connection, path: Path, rows: Iterable[Mapping[str, Any]]) -> list[int]:
+def insert(db: sqlite3.Connection, path: Path, rows: Iterable[Row]) -> list[int]:
     """Add rows that `Layout.row` made; return their ids."""
     generation, content, last, clips = read_state(db, path)
     ids: list[int] = []
     for number, row in enumerate(rows, last + 1):
-        for statement in _INSERTS:
-            db.execute(statement, {"id": number, **row})
-        tags = {"dataset": row["dataset"], **json.loads(row["metadata"])}  # SQLite's own JSON ends a text at a zero byte
-        db.executemany("INSERT INTO tags VALUES (?, ?, ?)", [(*tag, number) for tag in tags.items()])
-        content = hashlib.sha256(f"{content} {number} ".encode() + row["embedding"]).hexdigest()
+        checksum = row.checksum(number)
+        db.execute(f"INSERT INTO clips VALUES (?, {marks(row.told)}, ?)", (number, *row.told, checksum))
+        db.execute("INSERT INTO vectors VALUES (?, ?)", (number, row.embedding))
+        db.execute("INSERT INTO records VALUES (?, ?)", (number, row.record))
+        db.executemany("INSERT INTO tags VALUES (?, ?, ?)", _tags(number, *row.told[-2:]))
+        content = hashlib.sha256(f"{content} {number} {checksum}".encode()).hexdigest()
         ids.append(number)
     if ids:
-        db.execute("INSERT INTO history VALUES (?, ?, ?, ?)", (generation + 1, content, ids[-1], clips + len(ids)))
+        _enter(db, State(generation + 1, content, ids[-1], clips + len(ids)))
     return ids
 
 
@@ -191,75 +151,81 @@ def delete(db: sqlite3.Connection, path: Path, ids: Iterable[int]) -> int:
         row = db.execute("SELECT dataset, metadata FROM clips WHERE id = ?", (number,)).fetchone()
         if row is None:
             continue
-        tags = {"dataset": row[0], **json.loads(row[1])}
-        db.executemany("DELETE FROM tags WHERE key = ? AND value = ? AND id = ?", [(*tag, number) for tag in tags.items()])
-        for table in ("clips", "vectors", "tokens"):
+        db.executemany("DELETE FROM tags WHERE key = ? AND value = ? AND id = ?", _tags(number, *row))
+        for table in ("clips", "vectors", "records"):
             db.execute(f"DELETE FROM {table} WHERE id = ?", (number,))
         content = hashlib.sha256(f"{content} -{number}".encode()).hexdigest()
         gone += 1
     if gone:
-        db.execute("INSERT INTO history VALUES (?, ?, ?, ?)", (generation + 1, content, last, clips - gone))
+        _enter(db, State(generation + 1, content, last, clips - gone))
     return gone
 
 
-def references(db: sqlite3.Connection, path: Path, layout: Layout, ids: list[int], scores: list[float]) -> list[Reference]:
-    """The clips of these ids, in this order, with these scores; MemoryStoreError for an id that is not there."""
-    if not ids:
-        return []
-    columns = "id, caption, source, start, duration, motion, appearance, dataset, metadata"
-    rows: dict[int, Any] = {}
+def read(
+    db: sqlite3.Connection, path: Path, layout: Layout, ids: list[int], scores: list[float]
+) -> tuple[list[Reference], Any]:
+    """The clips of these ids, in this order, with these scores, and their unit vectors [N,E]; each row was checked.
+
+    MemoryStoreError for an id that is not there, DamagedRow for a row that is not what was written.
+    """
+    rows: dict[int, tuple[Row, int]] = {}
     for start in range(0, len(ids), _AT_ONCE):
         some = ids[start : start + _AT_ONCE]
-        question = f"SELECT {columns} FROM clips JOIN tokens USING (id) WHERE id IN ({marks(some)})"
-        rows |= {row[0]: row for row in db.execute(question, some)}
+        for row in db.execute(f"{_ROWS} WHERE id IN ({marks(some)})", some):
+            rows[row[0]] = Row(row[1:-3], *row[-2:]), row[-3]
     if missing := [number for number in ids if number not in rows]:
         raise MemoryStoreError(f"the motion memory {path} has no clip {missing[0]}; use an id that search gave.")
-    # By columns, and the metadata at once: a call costs more than a row.
-    _, *told, motion, appearance, dataset, metadata = zip(*[rows[number] for number in ids], strict=True)
-    tokens = (layout.unpack("motion", ids, motion), layout.unpack("appearance", ids, appearance))
-    return list(map(Reference, ids, scores, *told, *tokens, repeat(""), dataset, json.loads(f"[{','.join(metadata)}]")))
+    vectors, clips = layout.embeddings(ids, [rows[number][0].embedding for number in ids]), []
+    for number, score in zip(ids, scores, strict=True):
+        row, checksum = rows[number]
+        record = _checked(number, layout, row, checksum)
+        caption, source, start, duration, fps, sha256, dataset, metadata = row.told
+        facts = {"dataset": dataset, "metadata": json.loads(metadata), "fps": fps, "source_sha256": sha256}
+        clips.append(Reference(number, score, caption, source, start, duration, record, **facts))
+    return clips, vectors
 
 
-def problems(db: sqlite3.Connection, path: Path, layout: Layout) -> list[str]:
-    """All that is wrong in the file, in sentences: pages, numbers of rows, blobs and their checksums."""
+def problems(db: sqlite3.Connection, path: Path) -> list[str]:
+    """All that is wrong in the file, in sentences: pages, numbers of rows, tags, and every row's blobs and checksum."""
     found = [str(row[0]) for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
     if found:
         return [f"SQLite finds damaged pages: {text}" for text in found]
-    state = read_state(db, path)
-    for table in ("clips", "vectors", "tokens"):
-        count = db.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0]
+    layout, state = read_layout(db, path), read_state(db, path)
+    for table in ("clips", "vectors", "records"):
+        count, last = db.execute(f"SELECT COUNT(*), MAX(id) FROM {table}").fetchone()
         if count != state.clips:
             found.append(f"{table} has {count} rows; the history says {state.clips}")
-    tags = (
-        "SELECT (SELECT COUNT(*) FROM tags), (SELECT COUNT(*) FROM clips, json_each(metadata)) + (SELECT COUNT(*) FROM clips)"
-    )
-    have, want = db.execute(tags).fetchone()
-    if have != want:
-        found.append(f"tags has {have} rows; the clips have {want} in their metadata")
-    question = "SELECT id, crc, embedding, motion, appearance FROM tokens LEFT JOIN vectors USING (id)"
-    for number, crc, *blobs in db.execute(question):
+        if count and last > state.last:
+            found.append(f"{table} has a clip {last}; the history says that {state.last} was the last")
+    tags = 0
+    for number, *told, checksum, embedding, record in db.execute(f"{_ROWS} ORDER BY id"):
+        row = Row(tuple(told), embedding, record)
         try:
-            for part, blob in zip(layout.dims, blobs, strict=True):
-                layout.unpack(part, [number], [blob or b""])
+            layout.embeddings([number], [embedding])
+            _checked(number, layout, row, checksum)
+            for tag in _tags(number, *told[-2:]):
+                tags += 1
+                if db.execute("SELECT 1 FROM tags WHERE key = ? AND value = ? AND id = ?", tag).fetchone() is None:
+                    found.append(f"clip {number} is not found by {tag[0]!r}: tags has not what its metadata says")
         except DamagedRow as error:
             found.append(str(error))
-            continue
-        if crc is not None and crc != checksum(*blobs):
-            found.append(f"clip {number} is not what was written: its checksum differs")
+    have = db.execute("SELECT COUNT(*) FROM tags").fetchone()[0]
+    if not found and have != tags:
+        found.append(f"tags has {have} rows; the clips have {tags} in their metadata")
     return found
+
+
+_ROWS = f"SELECT id, {_COLUMNS}, checksum, embedding, record FROM clips JOIN vectors USING (id) JOIN records USING (id)"
 
 
 def copy(source: Path, target: Path) -> None:
     """Write the state of the memory file `source` as the new file `target`; MemoryStoreError if anything is wrong in it."""
     for file in (source, target):
         with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)) as db:
-            old = recognise(db, source) < SCHEMA
             if file is source:
+                read_layout(db, source)  # that it is a memory
                 db.execute("VACUUM INTO ?", (str(target),))
-                continue
-            if old:
-                look_like_new(db, True)
-            if wrong := problems(db, source, read_meta(db, source)[0]):
+            elif wrong := problems(db, source):
                 raise damaged(source, wrong[0])
 
 
@@ -291,6 +257,23 @@ def damaged(path: Path, why: str) -> MemoryStoreError:
     )
 
 
-def marks(values: Sized) -> str:
-    """A question mark for each value, for SQL."""
-    return ",".join("?" * len(values))
+def _enter(db: sqlite3.Connection, state: State) -> None:
+    db.execute("INSERT INTO history VALUES (?, ?, ?, ?, ?)", (*state, state.checksum))
+
+
+def _tags(number: int, dataset: str, metadata: str) -> list[tuple[str, str, int]]:
+    """Rows of `tags` for a clip. By Python: SQLite's own JSON ends a text at a zero byte. DamagedRow."""
+    try:
+        return [(*tag, number) for tag in {"dataset": dataset, **json.loads(metadata)}.items()]
+    except (TypeError, ValueError) as error:
+        raise DamagedRow(f"clip {number} has metadata that cannot be read ({error})") from error
+
+
+def _checked(number: int, layout: Layout, row: Row, checksum: int) -> dict[str, Any]:
+    """The record of a row that is what was written; DamagedRow."""
+    if layout.on_demand != (row.record is None):
+        raise DamagedRow(f"clip {number} has {'no' if row.record is None else 'a'} record, as no clip of this memory")
+    record = {} if row.record is None else layout.unpack(number, row.record)
+    if row.checksum(number) != checksum:
+        raise DamagedRow(f"clip {number} is not what was written: its checksum differs")
+    return record

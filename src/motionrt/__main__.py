@@ -1,5 +1,5 @@
 """`python -m motionrt`: the `motionrt` command."""
 
-from motionrt.cli import main
+from motionrt.runtime.cli.main import main
 
 main()

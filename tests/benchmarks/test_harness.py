@@ -12,12 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from motionrt.runtime.by_path import load_by_path
+from motionrt.benchmarks import harness
 
 PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "harness.py"
 
 
-harness: Any = load_by_path(PATH)
+
+def test_clock_waits_on_both_sides_of_each_timed_call() -> None:
+    calls: list[str] = []
+    seconds = harness.clock(lambda: calls.append("call"), rounds=2, warmups=1, wait=lambda: calls.append("wait"))
+    assert calls == ["call", *["wait", "call", "wait"] * 2]
+    assert seconds.shape == (2,) and (seconds >= 0).all()
 
 
 def constant(value: float, calls: list[str] | None = None, name: str = "") -> Any:

@@ -13,8 +13,9 @@ from motionrt.export.onnx.from_torch import Example, Range
 from motionrt.export.onnx.streamed import stream_real
 from motionrt.export.systems.cogvideox_step import INPUTS
 from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from motionrt.runtime.bundle.bundle import Bundle, sha256_of
+from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.by_path import load_by_path
+from motionrt.runtime.files import sha256_of
 from motionrt.runtime.noise import noise
 from motionrt.runtime.pipeline import MotionPipeline
 

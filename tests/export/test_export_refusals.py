@@ -206,7 +206,7 @@ def test_a_whole_download_gets_past_the_checks(
     def stop(*_: Any, **__: Any) -> None:
         raise Reached
 
-    monkeypatch.setattr(exporter, "staged", stop)
+    monkeypatch.setattr(exporter, "replacing_folder", stop)
     for name, root in downloads.items():
         opened.clear()
         with pytest.raises(Reached):

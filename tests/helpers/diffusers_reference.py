@@ -1,6 +1,6 @@
 """diffusers' own pipelines with MotionRAG's plain adapters installed, on noise that is handed to them: what a bundle must give.
 
-Loaded by path, by the tests and by `benchmarks/parity_models.py`: the tests are not a package.
+Loaded by path: the tests are not a package.
 """
 
 from __future__ import annotations

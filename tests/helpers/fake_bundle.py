@@ -19,7 +19,7 @@ WORDS = "[PAD] [UNK] a the red blue star circle ball moves to left right up down
 STEPS = {"ddim": list(range(1, 11)), "dpm": list(range(2, 11))}
 
 B, K, T, L = ({"name": name, "min": 1, "opt": opt, "max": top} for name, opt, top in (
-    ("B", 1, 2), ("K", 4, 8), ("T", 4, 50), ("L", 8, 16)
+    ("batch", 1, 2), ("K", 4, 8), ("T", 4, 50), ("L", 8, 16)
 ))  # fmt: skip
 _TYPES = {"float32": "float", "int64": "int64"}
 
@@ -27,25 +27,28 @@ _REQUEST = """
     mean_text = ReduceMean<keepdims=0>(text, axis1)
     negative_context = ReduceMean<keepdims=0>(negative_text, axis1)
     mean_motion = ReduceMean<keepdims=0>(motion, axis1)
-    scaled = Mul(mean_motion, motion_scale)
+    scale = Unsqueeze(motion_scale, axis1)
+    scaled = Mul(mean_motion, scale)
     context = Add(mean_text, scaled)
 """
 _SCHEDULE = """
-    float_steps = Cast<to=1>(timesteps)
+    float_steps = Cast<to=1>(timestep)
     column = Unsqueeze(float_steps, axis1)
     table = MatMul(column, w_time)
     modulation = Cos(table)
 """
 _STEP = """
     difference = Sub(context, negative_context)
-    weighted = Mul(guidance, difference)
+    guidance2 = Unsqueeze(guidance, axis1)
+    weighted = Mul(guidance2, difference)
     guided = Add(negative_context, weighted)
     guided5 = Unsqueeze(guided, axes134)
     modulation5 = Reshape(modulation, shape_modulation)
     scaled_latents = Mul(latents, modulation5)
     v0 = Add(scaled_latents, guided5)
     v = Add(v0, image_latents)
-    p0, p1, c0, c1, c2, c3 = Split<axis=0, num_outputs=6>(coefficients)
+    spread = Unsqueeze(coefficients, axes234)
+    p0, p1, c0, c1, c2, c3 = Split<axis=1, num_outputs=6>(spread)
     a0 = Mul(p0, latents)
     a1 = Mul(p1, v)
     x0 = Add(a0, a1)
@@ -67,15 +70,15 @@ _VIDEO, _TOKENS = [FRAMES, 3, SIZE, SIZE], list(TOKENS)
 _LATENTS = [B, *LATENTS]
 _LOOP = [
     *(port(name, _LATENTS) for name in ("latents", "previous_x0", "noise")),
-    port("coefficients", [6]),
-    port("guidance", []),
+    port("coefficients", [B, 6]),
+    port("guidance", [B]),
 ]
 _INPUTS = [
     port("text", [B, *TEXT]),
     port("negative_text", [B, *TEXT]),
     port("motion", [B, *_TOKENS]),
     port("image_latents", _LATENTS),
-    port("motion_scale", []),
+    port("motion_scale", [B]),
 ]
 _CONTEXT = [port("context", [B, 4]), port("negative_context", [B, 4])]
 _NEXT = [port("next_latents", _LATENTS), port("x0", _LATENTS)]
@@ -141,13 +144,13 @@ GRAPHS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]], str]] = {
     image_latents = Concat<axis=1>(still5, still5)
 """,
     ),
-    "schedule": ([port("timesteps", [T], "int64")], [port("modulation", [T, 4])], _SCHEDULE),
+    "schedule": ([port("timestep", [T], "int64")], [port("modulation", [T, 4])], _SCHEDULE),
     "request": ([_INPUTS[0], _INPUTS[1], _INPUTS[2], _INPUTS[4]], _CONTEXT, _REQUEST),
-    "step": ([*_LOOP, port("modulation", [4]), *_CONTEXT, _INPUTS[3]], _NEXT, _STEP),
+    "step": ([*_LOOP, port("modulation", [B, 4]), *_CONTEXT, _INPUTS[3]], _NEXT, _STEP),
     "step_plain": (
-        [*_LOOP, port("timestep", [1], "int64"), *_INPUTS],
+        [*_LOOP, port("timestep", [B], "int64"), *_INPUTS],
         _NEXT,
-        "timesteps = Identity(timestep)\n" + _SCHEDULE + _REQUEST + _STEP,
+        _SCHEDULE + _REQUEST + _STEP,
     ),
     "decode": (
         [port("latents", _LATENTS)],
@@ -181,7 +184,7 @@ def constants() -> dict[str, np.ndarray]:
         "axes234": [2, 3, 4],
         "axes134": [1, 3, 4],
         "shape_tokens": [-1, *TOKENS],
-        "shape_modulation": [1, 1, 4, 1, 1],
+        "shape_modulation": [-1, 1, 4, 1, 1],
         "shape_video": [-1, FRAMES, 3, 1, 1],
         "shape_full": [1, *_VIDEO],
     }
@@ -197,7 +200,7 @@ def onnx_graph(name: str, external: tuple[str, ...] = ()) -> bytes:
         parts = []
         for item in ports:
             dims = ",".join(d["name"] if isinstance(d, dict) else str(d) for d in item["dims"])
-            parts.append(f"{_TYPES[item['dtype']]}[{dims}] {item['name']}" if dims else f"float {item['name']}")
+            parts.append(f"{_TYPES[item['dtype']]}[{dims}] {item['name']}")
         return ", ".join(parts)
 
     model = onnx.parser.parse_model(
@@ -218,17 +221,21 @@ def onnx_graph(name: str, external: tuple[str, ...] = ()) -> bytes:
     return model.SerializeToString()
 
 
-def solver_tables() -> dict[str, np.ndarray]:
-    tables: dict[str, np.ndarray] = {}
-    for solver, counts in STEPS.items():
-        for steps in counts:
-            level = np.linspace(1, 0, steps + 1, dtype=np.float32)
-            now, then = level[:-1], level[1:]
-            noisy = 0.1 * then if solver == "dpm" else 0 * then
-            rows = [np.ones_like(now), -0.5 * now, then, 1 - then, noisy, noisy]
-            tables[f"{solver}/{steps}/coefficients"] = np.stack(rows, axis=1).astype(np.float32)
-            tables[f"{solver}/{steps}/timesteps"] = np.linspace(999, 1, steps).astype(np.int64)
-    return tables
+COLUMNS = ["graph", "timestep", "guidance", "p0", "p1", "c0", "c1", "c2", "c3"]
+
+
+def rows(solver: str, steps: int, guidance: float = 2.0) -> np.ndarray:
+    """Rows of the loop `video`, float32 [T, 9]."""
+    level = np.linspace(1, 0, steps + 1, dtype=np.float32)
+    now, then = level[:-1], level[1:]
+    noisy = 0.1 * then if solver == "dpm" else 0 * then
+    one = np.ones_like(now)
+    columns = [0 * one, np.linspace(999, 1, steps).astype(np.int64), guidance * one, one, -0.5 * now, then, 1 - then, noisy, noisy]
+    return np.stack(columns, axis=1).astype(np.float32)
+
+
+def tables() -> dict[str, np.ndarray]:
+    return {f"video/{solver}/{steps}": rows(solver, steps) for solver, counts in STEPS.items() for steps in counts}
 
 
 def digest(data: bytes) -> str:
@@ -242,48 +249,88 @@ def write_tokenizer(path: Path) -> None:
     tokenizer.save(str(path))
 
 
-def write_bundle(path: Path) -> Path:
-    """Write the fake bundle into the directory `path` and return it."""
+def system() -> dict[str, Any]:
+    """MotionRAG's system around these graphs: what bundle.json says besides its files."""
+    return {
+        "format": 2,
+        "name": "fake",
+        "motionrt": "0.1.0",
+        "inputs": {
+            "image": {"kind": "image", "height": SIZE, "width": SIZE, "gives": {"image": [-1, 1]}, "help": "The still."},
+            "prompt": {"kind": "text", "tokenizer": "text", "help": "What moves, and how."},
+            "negative_prompt": {"kind": "text", "tokenizer": "text", "default": "", "help": "What to keep away from."},
+            "motion_scale": {"kind": "number", "default": 1.0, "help": "Strength of the retrieved motion."},
+            "guidance": {"kind": "column", "loop": "video", "column": "guidance", "default": 2.0, "help": "Guidance scale."},
+        },
+        "memory": {
+            "text": "prompt",
+            "query": "text_query",
+            "tokenizer": "text_query",
+            "default": 3,
+            "max": 8,
+            "clip": {"frames": FRAMES, "height": SIZE, "width": SIZE, "fps": FPS},
+            "graphs": ["motion", "appearance"],
+            "record": [{"name": name, "dtype": "float16", "dims": list(TOKENS)} for name in ("motion", "appearance")],
+            "absent": {"motion": "zeros", "motion_scale": 0},
+            "fingerprint": digest(b"fake"),
+        },
+        "plan": [
+            {"graph": "text", "reads": {"input_ids": "prompt.input_ids"}},
+            {"graph": "text", "reads": {"input_ids": "negative_prompt.input_ids"}, "writes": {"text": "negative_text"}},
+            "appearance",
+            "cama",
+            "encode",
+            "request",
+            "video",
+            "decode",
+        ],
+        "loops": {
+            "video": {
+                "graphs": ["step"],
+                "columns": COLUMNS,
+                "schedules": STEPS,
+                "default": ["ddim", 4],
+                "feeds": {"timestep": ["timestep"], "guidance": ["guidance"], "coefficients": COLUMNS[3:]},
+                "carry": {"next_latents": "latents", "x0": "previous_x0"},
+                "start": {"latents": "noise", "previous_x0": "zeros"},
+                "tables": ["schedule"],
+                "noise": "c3",
+                "gives": {"latents": "latents"},
+                "plain": "step_plain",
+            }
+        },
+        "output": {"value": "video", "frames": FRAMES, "height": SIZE, "width": SIZE, "fps": FPS},
+    }
+
+
+def write_files(path: Path, manifest: dict[str, Any], graphs: dict[str, Any], rows: dict[str, np.ndarray]) -> Path:
+    """Write the bundle `path`: `graphs`: name -> (inputs, outputs, the ONNX file's bytes); `rows` of its loops."""
     (path / "graphs").mkdir(parents=True)
     (path / "tokenizers").mkdir()
-    graphs = {}
-    for name, (inputs, outputs, _) in GRAPHS.items():
-        data = onnx_graph(name)
+    entries = {}
+    for name, (inputs, outputs, data) in graphs.items():
         (path / "graphs" / f"{name}.onnx").write_bytes(data)
-        graphs[name] = {"file": f"graphs/{name}.onnx", "sha256": digest(data), "inputs": inputs, "outputs": outputs}
-    save_file(solver_tables(), path / "solvers.safetensors")
+        entries[name] = {"file": f"graphs/{name}.onnx", "sha256": digest(data), "inputs": inputs, "outputs": outputs}
+    save_file(rows, path / "tables.safetensors")
     tokenizers = {}
     for name, length in (("text", TEXT[0]), ("text_query", 16)):
         file = path / "tokenizers" / f"{name}.json"
         write_tokenizer(file)
         sha256 = digest(file.read_bytes())
         tokenizers[name] = {"file": f"tokenizers/{name}.json", "sha256": sha256, "max_length": length, "pad_id": 0}
-    count = {"nodes": 3, "parameters": 40, "weight_bytes": 160, "flops": 1000}
-    manifest = {
-        "format": 1,
-        "name": "fake",
-        "motionrt": "0.1.0",
-        "model": {
-            "frames": FRAMES,
-            "height": SIZE,
-            "width": SIZE,
-            "fps": FPS,
-            "latents": list(LATENTS),
-            "motion_tokens": list(TOKENS),
-            "max_references": 8,
-            "default_references": 3,
-        },
-        "graphs": graphs,
-        "solvers": {
-            "file": "solvers.safetensors",
-            "sha256": digest((path / "solvers.safetensors").read_bytes()),
-            "default": "ddim",
-            "default_steps": 4,
-            "entries": {name: {"steps": steps} for name, steps in STEPS.items()},
-        },
+    manifest |= {
+        "graphs": entries,
         "tokenizers": tokenizers,
-        "defaults": {"guidance": 2.0},
-        "digests": {name: graphs[name]["sha256"] for name in ("text_query", "motion", "appearance")},
+        "tables": {"file": "tables.safetensors", "sha256": digest((path / "tables.safetensors").read_bytes())},
+    }
+    (path / "bundle.json").write_text(json.dumps(manifest))
+    return path
+
+
+def write_bundle(path: Path) -> Path:
+    """Write the fake bundle into the directory `path` and return it."""
+    count = {"nodes": 3, "parameters": 40, "weight_bytes": 160, "flops": 1000}
+    manifest = system() | {
         "partition": {
             "classes": dict.fromkeys(("constant", "schedule", "request", "step"), count),
             "hoisted": [{"name": "modulation", "class": "schedule", "shape": [4], "bytes": 16}],
@@ -292,8 +339,8 @@ def write_bundle(path: Path) -> Path:
         },
         "provenance": {"by": "tests/helpers/fake_bundle.py"},
     }
-    (path / "bundle.json").write_text(json.dumps(manifest))
-    return path
+    graphs = {name: (inputs, outputs, onnx_graph(name)) for name, (inputs, outputs, _) in GRAPHS.items()}
+    return write_files(path, manifest, graphs, tables())
 
 
 def move_weights(path: Path, name: str, key: str, value: np.ndarray, package: Path | None = None) -> Path:

@@ -23,7 +23,8 @@ import motionrt
 from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from motionrt.runtime.backends.tensorrt.engine_file import EngineFile, EnginePort, Span, engine_folder
 from motionrt.runtime.bundle.bundle import Bundle
-from motionrt.runtime.bundle.manifest import GraphSpec, sha256_of
+from motionrt.runtime.bundle.manifest import GraphSpec
+from motionrt.runtime.files import sha256_of
 
 VERSION = "1.7.1.116"
 SCRATCH = 4096  # bytes that an engine asks for, times the length of its graph's name
@@ -89,9 +90,6 @@ class FakeDriver:
     def cuDeviceGetName(self, length: int, device: int) -> Any:
         return OK, b"Fake GPU" + bytes(length - 8)
 
-    def cuDeviceTotalMem(self, device: int) -> Any:
-        return OK, self.limit
-
     def cuDriverGetVersion(self) -> Any:
         return OK, 13020
 
@@ -108,9 +106,6 @@ class FakeDriver:
 
     def cuStreamCreate(self, flags: int) -> Any:
         return OK, 77
-
-    def cuMemGetInfo(self) -> Any:
-        return OK, self.limit - self.used(), self.limit
 
     def used(self) -> int:
         return sum(len(buffer) for buffer in self.live.values())

@@ -10,26 +10,29 @@ from pathlib import Path
 
 import numpy as np
 
+from motionrt.runtime.bundle.manifest import Part
 from motionrt.runtime.memory.memory import Clip, MotionMemory
 
 E, M, D = 16, 3, 4
-DIMS = {"embedding": E, "motion": [M, D], "appearance": [M, D]}
-DIGESTS = {"text_query": "a" * 64, "motion": "b" * 64, "appearance": "c" * 64}
+RECORD = (Part("motion", "float16", (M, D)), Part("appearance", "float16", (M, D)))
+KEPT = {"embedding": E, "record": RECORD, "fingerprint": "a" * 64}  # what `MotionMemory.create` is told
 
 
 def clip(number: int, **changes: object) -> Clip:
+    """Clip `number` with some of its fields, or of the parts of its record, changed."""
     random = np.random.default_rng(number)
     values: dict[str, object] = {
         "caption": f"caption {number}", "source": f"video{number % 7}.mp4", "start": number / 8, "duration": 2.125,
         "fps": 8.0, "source_sha256": f"{number:064x}", "embedding": random.standard_normal(E).astype(np.float32),
-        "motion": random.standard_normal((M, D)).astype(np.float32),
-        "appearance": random.standard_normal((M, D)).astype(np.float32), "metadata": {"licence": "CC0"},
+        "metadata": {"licence": "CC0"},
     }  # fmt: skip
+    record = {part.name: random.standard_normal((M, D)).astype(np.float32) for part in RECORD}
+    values["record"] = {name: changes.pop(name, array) for name, array in record.items()}
     return Clip(**(values | changes))  # type: ignore[arg-type]
 
 
 def filled(path: Path, count: int, **options: int) -> Path:
-    with MotionMemory.create(path, digests=DIGESTS, dims=DIMS, **options) as memory:
+    with MotionMemory.create(path, **KEPT, **options) as memory:
         memory.add(clip(i) for i in range(count))
     return path
 

@@ -1,4 +1,4 @@
-"""The kernels as compiled code on a GPU: the interpreter's cases, bf16, released sizes, torch.compile and CUDA graphs."""
+"""The kernel as compiled code on a GPU: the interpreter's cases, bf16, released sizes, torch.compile and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from motionrt.kernels.motion_cross_attention import motion_cross_attention, motion_cross_attention_, reference
-from motionrt.kernels.plain_cross_attention import plain_cross_attention
+from motionrt.kernels.motion_cross_attention import motion_cross_attention
 from motionrt.runtime.by_path import load_by_path
 
 pytestmark = [
@@ -43,8 +42,6 @@ def all_cases() -> list[Any]:
             for heads in (5, 10, 20):
                 name = f"{dtype} dynamicrafter N{heads}, {layout}"
                 found.append(module.Case(name, length=2304, heads=heads, width=64, dtype=dtype, layout=layout))
-    found.append(module.Case("bf16 in place L6976", length=6976, heads=48, width=64, dtype="bfloat16", in_place=True))
-    found.append(module.Case("bf16 plain L6976 M77", length=6976, heads=48, width=64, tokens=77, dtype="bfloat16", plain=True))
     return found
 
 
@@ -73,7 +70,6 @@ def call(length: int = 300, dtype: Any = torch.bfloat16) -> tuple[Any, ...]:
 
 def test_motion_cross_attention_is_a_lawful_op_on_cuda() -> None:
     torch.library.opcheck(motion_cross_attention, (*call(), True), test_utils=("test_schema", "test_faketensor"))
-    torch.library.opcheck(motion_cross_attention_, call(), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_motion_cross_attention_under_torch_compile_equals_eager() -> None:
@@ -114,13 +110,3 @@ def test_ops_refuse_a_mix_of_devices_and_fp64() -> None:
         motion_cross_attention(hidden, folded, values, scale.cpu(), True)
     with pytest.raises(ValueError, match=r"`hidden` is torch.float64; allowed: float16, bfloat16, float32"):
         motion_cross_attention(*(x.double() for x in (hidden, folded, values, scale)), True)
-
-
-def test_plain_cross_attention_equals_the_folded_form() -> None:
-    random = torch.Generator().manual_seed(0)
-    hidden, query = (torch.randn(s, generator=random).cuda() for s in ((2, 77, 256), (256, 256)))
-    keys, values = (torch.randn((2, 4, 25, 64), generator=random).cuda() for _ in range(2))
-    scale = torch.tensor(0.5, device="cuda")
-    got = plain_cross_attention(hidden, query / 16, keys, values, scale, 0.125, True)
-    folded = (0.125 * keys @ (query / 16).unflatten(0, (4, 64))).flatten(1, 2).transpose(1, 2)
-    torch.testing.assert_close(got, reference(hidden, folded, values, scale, True), atol=1e-5, rtol=1e-5)

@@ -24,8 +24,7 @@ SHAPE = (128, 4, 8, 32)  # D, N, M, d
 INTERPRETED = """
 import torch
 from motionrt.kernels.motion_cross_attention import reference
-from motionrt.kernels.motion_cross_attention_triton import constants
-from motionrt.kernels.tensorrt_entry import motion_cross_attention_tensorrt as kernel
+from motionrt.kernels.motion_cross_attention_triton import constants, motion_cross_attention_kernel as kernel
 from motionrt.kernels.tensorrt_plugin import SCALARS, scalar_arguments
 from motionrt.kernels.tiles import choose_tile
 
@@ -39,7 +38,7 @@ def error(batch, length, inner, heads, tokens, width, shared):
     given = scalar_arguments((inner, heads, tokens, width), groups, length, folded.shape[0] == 1, values.shape[0] == 1)
     kernel[(-(-length // tile.rows) * groups, batch)](
         hidden, rows, values, scale, *(given[name] for name in SCALARS), out,
-        **constants(tile, tokens, width, inner, torch.float32), RESIDUAL=residual, WEIGHTS_ONLY=False,
+        **constants(tile, tokens, width, inner, torch.float32, residual),
     )
     wanted = reference(hidden.double(), folded.double(), values.double(), scale.double(), residual)
     return float((out - wanted).abs().max())
@@ -49,7 +48,7 @@ print(error(2, 17, 64, 2, 5, 32, True), error(1, 20, 32, 2, 9, 8, False))
 """
 
 
-def test_entry_and_scalars_compute_the_op() -> None:
+def test_kernel_and_scalars_compute_the_op() -> None:
     """With A shared by a batch, and without the residual; under Triton's interpreter, which wants a process of its own."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, timeout=280)
@@ -184,7 +183,7 @@ def test_aot_gives_ptx_and_launch_without_tensorrt(registered: FakePlugin, monke
     given = tensors()
     name, ptx, launch, extra = functions["aot_impl"](*given, (functions["register"](*given),), 0)
     head = re.search(rf"\.visible \.entry {name}\((.*?)\)", ptx, re.DOTALL)
-    assert head is not None and name == "motion_cross_attention_tensorrt"
+    assert head is not None and name == "motion_cross_attention_kernel"
     kinds = [line.split()[1] for line in head[1].split(",")]
     assert kinds == [".u64"] * 4 + [".u32"] * 13 + [".u64"], "inputs, scalars, output, and nothing that TensorRT does not pass"
     assert ".target sm_89" in ptx and ".version 8.0" in ptx and "call.uni" not in ptx

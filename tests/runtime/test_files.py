@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import errno
 import json
 import os
 import shutil
@@ -18,9 +20,8 @@ from PIL import Image
 
 from motionrt.runtime import files as digests
 from motionrt.runtime.bundle.bundle import Bundle
-from motionrt.runtime.files import sha256_of
 from motionrt.runtime.errors import BundleError
-from motionrt.runtime.files import STAMPS, digest_of
+from motionrt.runtime.files import STAMPS, digest_of, replacing, replacing_folder, sha256_of
 
 
 @pytest.fixture
@@ -248,7 +249,7 @@ def test_low_memory_hashes_nothing_twice(
         assert done.returncode == 0, done.stderr
         return [[(name, size) for name, size in json.loads(line)] for line in done.stdout.splitlines()]
 
-    files = [*bundle.glob("graphs/*"), *bundle.glob("tokenizers/*"), bundle / "solvers.safetensors", inside]
+    files = [*bundle.glob("graphs/*"), *bundle.glob("tokenizers/*"), bundle / "tables.safetensors", inside]
     assert beside in files
     first, *rest = process()
     assert sorted(first) == sorted((str(path), path.stat().st_size) for path in files)
@@ -257,3 +258,43 @@ def test_low_memory_hashes_nothing_twice(
     beside.write_bytes(beside.read_bytes()[:-1] + b"!")
     with pytest.raises(BundleError, match="the weights of graph 'decode' of the bundle is damaged"):
         Bundle.open(bundle).graph_path("decode")
+
+
+# --- files and folders that appear whole or not at all ----------------------------------------------------------------
+
+
+def test_replacing_gives_the_whole_file_or_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "new/folder/file"
+    with replacing(path, BundleError) as temporary:
+        temporary.write_text("one")
+        assert not path.exists() and temporary.parent == path.parent
+    with pytest.raises(ZeroDivisionError), replacing(path, BundleError) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "one" and [item.name for item in path.parent.iterdir()] == ["file"]
+    full = OSError(errno.ENOSPC, "No space left on device")
+    message = r"cannot write .*file: No space left.*Nothing was written. Free space on the disk, or"
+    with pytest.raises(BundleError, match=message):
+        with replacing(path, BundleError):
+            raise full
+    with pytest.raises(BundleError, match="Check the folder and its permissions"), replacing(path / "below", BundleError):
+        pass
+
+
+def test_replacing_folder_gives_the_whole_folder_or_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "above/bundle"
+    for text in ("one", "two"):
+        with replacing_folder(path) as folder:
+            (folder / text).write_text(text)
+    with pytest.raises(ZeroDivisionError), replacing_folder(path) as folder:
+        (folder / "half").touch()
+        raise ZeroDivisionError
+    assert [item.name for item in path.iterdir()] == ["two"], "nothing of the folder before stays"
+    assert [item.name for item in path.parent.iterdir()] == ["bundle"]
+
+
+def test_module_imports_only_the_standard_library(tmp_path: Path) -> None:
+    code = "import sys, motionrt.runtime.files; print(sorted({m.split('.')[0] for m in sys.modules} - sys.stdlib_module_names))"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    names = {name for name in ast.literal_eval(done.stdout) if not name.startswith(("_", "sitecustomize"))}
+    assert names <= {"motionrt"}, done.stderr

@@ -1,121 +1,184 @@
+"""The loop over rows: what a step is given and what is carried, against the same recurrence in float64; no graph and no
+backend."""
+
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from motionrt.runtime.errors import Cancelled, InputError
-from motionrt.runtime.loop import dynamic_guidance, sample
+from motionrt.runtime.bundle.manifest import Collect, Dim, GraphSpec, Loop, Port, Slice
+from motionrt.runtime.errors import InputError
+from motionrt.runtime.loop import Call, Row, dynamic_guidance, ramp, run_loop
 
-SHAPE = (1, 2, 3, 4, 5)
-
-
-class Step:
-    """A network whose output is `field * x + row`, with the solver's update; keeps what it was called with."""
-
-    def __init__(self) -> None:
-        self.calls: list[dict[str, NDArray[Any]]] = []
-
-    def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        self.calls.append(dict(inputs))
-        x, previous, noise = inputs["latents"], inputs["previous_x0"], inputs["noise"]
-        p0, p1, c0, c1, c2, c3 = inputs["coefficients"]
-        x0 = p0 * x + p1 * inputs["guidance"] * (inputs["field"] * x + inputs["row"])
-        return {"next_latents": c0 * x + c1 * x0 + c2 * previous + c3 * noise, "x0": x0}
+SHAPE = (2, 3, 4, 5)
+BATCH = Dim("batch", 1, 1, 4)
+COLUMNS = ("graph", "guidance", "time", "p0", "p1", "c0", "c1", "c2", "c3")
+LOOP = Loop(
+    graphs=("step",), columns=COLUMNS, schedules={"any": (5,)}, default=("any", 5), tables=("schedule",), noise="c3",
+    feeds={"guidance": ("guidance",), "time": ("time",), "coefficients": COLUMNS[3:]},
+    carry={"next": "latents", "x0": "previous"}, start={"latents": "noise", "previous": "zeros"}, gives={"latents": "result"},
+)  # fmt: skip
+Outputs = dict[str, Any]
 
 
-def arguments(steps: int = 5, seed: int = 0) -> dict[str, Any]:
-    rng = np.random.default_rng(seed)
-    draws = rng.standard_normal((steps, *SHAPE)).astype(np.float32)
-    return {
-        "latents": rng.standard_normal(SHAPE).astype(np.float32),
-        "state": {"field": rng.standard_normal(SHAPE).astype(np.float32)},
-        "tables": {"row": rng.standard_normal((steps, 3, 4, 5)).astype(np.float32)},
-        "coefficients": (0.5 * rng.standard_normal((steps, 6))).astype(np.float32),
-        "guidance": 2.0,
-        "noise": lambda index: draws[index],
-    }
+def port(name: str, *dims: int, dtype: str = "float32", first: Dim = BATCH) -> Port:
+    return Port(name, dtype, (first, *(Dim("", size, size, size) for size in dims)))
 
 
-def test_sample_follows_the_recurrence() -> None:
-    given = arguments()
-    x, previous = given["latents"].astype(np.float64), np.zeros(SHAPE)
-    for t, (p0, p1, c0, c1, c2, c3) in enumerate(given["coefficients"].astype(np.float64)):
-        x0 = p0 * x + p1 * 2.0 * (given["state"]["field"] * x + given["tables"]["row"][t])
-        x, previous = c0 * x + c1 * x0 + c2 * previous + c3 * given["noise"](t), x0
-    got = sample(Step(), **given)
-    assert got.dtype == np.float32
-    np.testing.assert_allclose(got, x, rtol=1e-4, atol=1e-5)
+def spec(name: str, inputs: tuple[Port, ...], outputs: tuple[Port, ...] = ()) -> GraphSpec:
+    return GraphSpec(name, f"{name}.onnx", "0" * 64, inputs, outputs)
 
 
-def test_sample_feeds_each_step_its_row_its_noise_and_the_last_x0() -> None:
-    step, given, seen = Step(), arguments(4), []
-    sample(step, **{**given, "guidance": np.arange(4.0)}, on_step=lambda t, steps: seen.append((t, steps)))
-    assert seen == [(0, 4), (1, 4), (2, 4), (3, 4)]
-    assert not step.calls[0]["previous_x0"].any()
-    for t, call in enumerate(step.calls):
-        np.testing.assert_array_equal(call["row"], given["tables"]["row"][t])
-        np.testing.assert_array_equal(call["noise"], given["noise"](t))
-        assert call["guidance"].shape == () and call["guidance"].dtype == np.float32 and call["guidance"] == t
-        assert call["coefficients"].shape == (6,) and call["coefficients"].dtype == np.float32
+FRAMES = [port(name, *SHAPE) for name in ("latents", "previous", "noise", "field")]
+GRAPHS = {
+    "step": spec("step", (*FRAMES, port("row", 3, 4, 5), port("coefficients", 6), port("guidance"))),
+    "schedule": spec("schedule", (port("time", dtype="int64", first=Dim("T", 1, 4, 50)),), (port("row", 3, 4, 5),)),
+}
 
 
-def test_sample_draws_no_noise_that_the_solver_does_not_use() -> None:
-    given = arguments(4)
-    given["coefficients"][[0, 2], 5] = 0
-    asked: list[int] = []
-
-    def noise(index: int) -> NDArray[Any]:
-        asked.append(index)
-        return np.ones(SHAPE, np.float32)
-
-    step = Step()
-    sample(step, **{**given, "noise": noise})
-    assert asked == [1, 3]
-    assert not step.calls[0]["noise"].any() and step.calls[0]["noise"].shape == SHAPE
+def rows(steps: int, seed: int = 0, noisy: bool = True) -> NDArray[np.float32]:
+    table = 0.5 * np.random.default_rng(seed).standard_normal((steps, len(COLUMNS)))
+    table[:, 0], table[:, 1], table[:, 2] = 0, 2, 10 * np.arange(steps)
+    table[:, -1] *= noisy
+    return table.astype(np.float32)
 
 
-def test_sample_does_not_write_into_its_arguments() -> None:
-    given = arguments()
-    kept = given["latents"].copy()
-    given["latents"].setflags(write=False)
-    sample(Step(), **given)
-    np.testing.assert_array_equal(given["latents"], kept)
+def draw(step: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    return np.random.default_rng(100 + step).standard_normal(shape).astype(np.float32)
 
 
-def test_sample_stops_within_the_step_that_raises() -> None:
-    step = Step()
-
-    def stop(t: int, steps: int) -> None:
-        if t == 1:
-            raise Cancelled("stop")
-
-    with pytest.raises(Cancelled):
-        sample(step, **arguments(5), on_step=stop)
-    assert len(step.calls) == 2
+def table_of(time: NDArray[Any]) -> NDArray[np.float32]:
+    return np.sin(time[:, None] + np.arange(60)).reshape(-1, 3, 4, 5).astype(np.float32)
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"coefficients": np.zeros((5, 5))}, r"coefficients are \(5, 5\)"),
-        ({"coefficients": np.zeros((0, 6))}, r"coefficients are \(0, 6\)"),
-        ({"guidance": np.ones(4)}, r"guidance is \(4,\) for 5 steps"),
-        ({"tables": {"row": np.zeros((4, 2))}}, "`row` has 4 rows; the solver has 5"),
-    ],
-    ids=["columns", "no steps", "guidance", "table"],
-)
-def test_sample_refuses_lengths_that_differ(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        sample(Step(), **{**arguments(5), **change})
+def run(
+    table: NDArray[np.float32], values: Mapping[str, Any], *, loop: Loop = LOOP, graphs: Mapping[str, GraphSpec] = GRAPHS,
+    on_call: Callable[[Call], object] = lambda call: None, key: Any = None,
+) -> Outputs:  # fmt: skip
+    """Drive the loop with a network whose output is `field * x + row`; its update is the solver's."""
+    calls = run_loop("video", loop, graphs, table, values, draw, key)
+    call = next(calls)
+    while True:
+        on_call(call)
+        if call.graph == "schedule":
+            outputs: Outputs = {"row": table_of(call.inputs["time"])}
+        else:
+            given = {name: np.asarray(value) for name, value in call.inputs.items()}
+            assert {name: value.dtype for name, value in given.items()} == {p.name: p.dtype for p in graphs[call.graph].inputs}
+            assert all(given[p.name].shape == p.shape for p in graphs[call.graph].inputs)
+            p0, p1, c0, c1, c2, c3 = given["coefficients"][0]
+            x = given["latents"]
+            x0 = p0 * x + p1 * given["guidance"][0] * (given["field"] * x + given["row"][:, None])
+            outputs = {"next": c0 * x + c1 * x0 + c2 * given["previous"] + c3 * given["noise"], "x0": x0}
+        try:
+            call = calls.send(outputs)
+        except StopIteration as end:
+            return dict(end.value)
 
 
-def test_dynamic_guidance_is_that_of_diffusers_pipeline() -> None:
-    import math
+def values(seed: int = 1) -> dict[str, Any]:
+    return {"field": np.random.default_rng(seed).standard_normal((1, *SHAPE)).astype(np.float32), "other": None}
 
+
+def test_loop_follows_the_recurrence() -> None:
+    table, given = rows(5), values()
+    x, previous = draw(0, (1, *SHAPE)).astype(np.float64), np.zeros((1, *SHAPE))
+    for t, (p0, p1, c0, c1, c2, c3) in enumerate(table[:, 3:].astype(np.float64)):
+        x0 = p0 * x + p1 * 2.0 * (given["field"] * x + table_of(np.array([10 * t]))[:, None])
+        x, previous = c0 * x + c1 * x0 + c2 * previous + c3 * draw(t + 1, x.shape), x0
+    got = run(table, given)
+    assert list(got) == ["result"] and got["result"].dtype == np.float32
+    np.testing.assert_allclose(got["result"], x, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_is_fed_its_row_and_what_stays_is_said() -> None:
+    seen: list[Call] = []
+    run(rows(4), values(), on_call=seen.append, key=("a", 4))
+    first, *steps = seen
+    assert first.graph == "schedule" and first.key == ("schedule", ("a", 4)) and first.inputs["time"].tolist() == [0, 10, 20, 30]
+    assert [(call.loop, call.step, call.steps) for call in steps] == [("video", t, 4) for t in (1, 2, 3, 4)]
+    for t, call in enumerate(steps):
+        assert call.fixed == {"field"} and call.key is None
+        assert isinstance(call.inputs["row"], Row) and call.inputs["row"].index == t
+        assert call.inputs["row"].table is steps[0].inputs["row"].table  # placed once, for all steps
+    assert not np.asarray(steps[0].inputs["previous"]).any()
+
+
+def test_noise_is_drawn_only_where_the_row_wants_it() -> None:
+    seen: list[Call] = []
+    table = rows(3)
+    table[1, -1] = 0
+    run(table, values(), on_call=seen.append)
+    noises = [call.inputs["noise"] for call in seen[1:]]
+    np.testing.assert_array_equal(noises[0], draw(1, (1, *SHAPE)))
+    np.testing.assert_array_equal(noises[2], draw(3, (1, *SHAPE)))
+    assert not noises[1].any()
+
+
+def test_a_column_says_which_graph_runs() -> None:
+    table, seen = rows(4), list[str]()
+    table[:, 0] = [0, 1, 1, 0]
+    graphs = {**GRAPHS, "plain": replace(GRAPHS["step"], name="plain")}
+    run(table, values(), loop=replace(LOOP, graphs=("step", "plain")), graphs=graphs, on_call=lambda call: seen.append(call.graph))
+    assert seen == ["schedule", "step", "plain", "plain", "step"]
+
+
+def test_a_loop_may_start_from_a_value_and_is_asked_for_whole_rows() -> None:
+    table, start = rows(1), draw(7, (1, *SHAPE))
+    seen: list[Call] = []
+    run(table, {**values(), "before": start}, loop=replace(LOOP, start={"latents": "before", "previous": "zeros"}), on_call=seen.append)
+    assert seen[1].inputs["latents"] is start
+    for wrong in (table[:, :-1], table[:0], table[0]):
+        with pytest.raises(InputError, match=r"the rows of loop 'video' are .*; they must be \[T, 9\] with T of 1 or more"):
+            run(wrong, values())
+
+
+def fixed(size: int) -> Dim:
+    return Dim("", size, size, size)
+
+
+def test_parts_are_cut_out_run_and_put_together() -> None:
+    """Two chunks along time, the second with what the first left; two tiles along a picture's rows, blended."""
+    latents = np.arange(1 * 5 * 1 * 6 * 2, dtype=np.float32).reshape(1, 5, 1, 6, 2)
+    columns = ("graph", "frame", "top", "before", "after")
+    loop = Loop(
+        graphs=("decode", "decode_next"), columns=columns, schedules={"parts": (4,)}, default=("parts", 4),
+        carry={"next_cache.a": "cache.a"}, slices={"latents": Slice("latents", {1: "frame", 3: "top"})},
+        collect={"video": Collect("video", (5, 1, 6, 2), {1: "frame", 3: "top"}, {3: ("before", "after")})},
+    )  # fmt: skip
+    first = GraphSpec("decode", "a", "0" * 64, (Port("latents", "float32", (BATCH, *map(fixed, (3, 1, 4, 2)))),), ())
+    cache = Port("cache.a", "float32", (BATCH, fixed(1)))
+    second = GraphSpec("decode_next", "b", "0" * 64, (Port("latents", "float32", (BATCH, *map(fixed, (2, 1, 4, 2)))), cache), ())
+    table = np.array([[0, 0, 0, 0, 2], [1, 3, 0, 0, 2], [0, 0, 2, 2, 0], [1, 3, 2, 2, 0]], np.float32)
+    calls = run_loop("pictures", loop, {"decode": first, "decode_next": second}, table, {"latents": latents}, draw)
+    call, left = next(calls), list[float]()
+    while True:
+        left.append(float(call.inputs["cache.a"][0, 0]) if "cache.a" in call.inputs else -1.0)
+        part = call.inputs["latents"]
+        try:
+            call = calls.send({"video": part * 2, "next_cache.a": np.full((1, 1), call.step, np.float32)})
+        except StopIteration as end:
+            video = end.value["video"]
+            break
+    assert left == [-1, 1, -1, 3]
+    np.testing.assert_allclose(video, latents * 2, rtol=1e-6)  # blending equal parts changes nothing
+
+
+@pytest.mark.parametrize("size, overlap", [(4, 0), (4, 1), (6, 3)])
+def test_ramps_of_neighbours_add_to_one(size: int, overlap: int) -> None:
+    falling, rising = ramp(size, 0, overlap), ramp(size, overlap, 0)
+    assert (falling[: size - overlap] == 1).all() and (rising[overlap:] == 1).all()
+    np.testing.assert_allclose(falling[size - overlap :] + rising[:overlap], 1)
+
+
+def test_dynamic_guidance_is_that_of_diffusers() -> None:
+    """`use_dynamic_cfg` of diffusers' CogVideoX pipelines, at its own timesteps."""
     timesteps = [999, 959, 519, 39]
     want = [1 + 3.0 * ((1 - math.cos(math.pi * ((4 - t) / 4) ** 5.0)) / 2) for t in timesteps]
     assert dynamic_guidance(3.0, timesteps) == want

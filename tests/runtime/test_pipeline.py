@@ -6,25 +6,26 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from numpy.typing import NDArray
 from PIL import Image
 
-from motionrt.runtime.backends.onnxruntime import Graph, OnnxRuntimeBackend
+from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from motionrt.runtime.backends.seam import Checked, Executor
 from motionrt.runtime.bundle.bundle import Bundle
-from motionrt.runtime.bundle.manifest import Data
-from motionrt.runtime.decode import to_frames
+from motionrt.runtime.bundle.manifest import File
 from motionrt.runtime.errors import BackendError, Cancelled, InputError, MediaError, MemoryStoreError
-from motionrt.runtime.loop import sample
+from motionrt.runtime.job import to_frames
 from motionrt.runtime.memory.memory import Clip, MotionMemory, Reference
+from motionrt.runtime.memory.search import Search
 from motionrt.runtime.memory.set import MemorySet
-from motionrt.runtime.noise import noise
-from motionrt.runtime.pipeline import STAGES, MotionPipeline, Prepared, Request
+from motionrt.runtime.pipeline import MotionPipeline, Request
 
 GRAPHS = ("text", "appearance", "cama", "encode", "request", "schedule", "step", "decode")
 Edit = Callable[..., Path]
@@ -39,7 +40,7 @@ def pipeline(fake_bundle: Path, fake_memory: Path) -> Iterator[MotionPipeline]:
 
 def reference(seed: int, tokens: tuple[int, int] = (2, 4)) -> Reference:
     motion, appearance = np.random.default_rng(seed).standard_normal((2, *tokens)).astype(np.float32)
-    return Reference(seed, 0.5, "by hand", "nowhere", 0.0, 1.0, motion=motion, appearance=appearance)
+    return Reference(seed, 0.5, "by hand", "nowhere", 0.0, 1.0, {"motion": motion, "appearance": appearance})
 
 
 def test_call_gives_frames_references_and_times(pipeline: MotionPipeline, still: Still) -> None:
@@ -50,38 +51,27 @@ def test_call_gives_frames_references_and_times(pipeline: MotionPipeline, still:
     assert result.references[0].caption == "a red ball moves right"
     scores = [found.score for found in result.references]
     assert scores == sorted(scores, reverse=True) and scores[0] == pytest.approx(1, abs=1e-3)
-    assert set(STAGES) == set(result.seconds) and all(value >= 0 for value in result.seconds.values())
+    assert {"inputs", "text_query", "search", *GRAPHS} == set(result.seconds)
+    assert all(value >= 0 for value in result.seconds.values())
     assert len(result.step_seconds) == 4 and result.seconds["step"] == pytest.approx(sum(result.step_seconds))
     assert (result.seed, result.fps) == (3, 8)
 
 
-def test_call_equals_the_unrewritten_step(pipeline: MotionPipeline, still: Still) -> None:
-    """The same request through `step_plain`, all steps, with the stochastic solver: frames and latents agree."""
-    request = Request(still, "a red ball", seed=5, solver="dpm", steps=6)
-    prepared, solver = pipeline.prepare(request), pipeline.bundle.solver("dpm", 6)
-
-    def run(graph: str, tables: dict[str, Any], state: dict[str, Any]) -> NDArray[Any]:
-        return sample(
-            pipeline.graph(graph),
-            latents=noise(5, 0, (1, 2, 4, 4, 4)),
-            state=pipeline.select(graph, state),
-            tables=tables,
-            coefficients=solver.coefficients,
-            guidance=2.0,
-            noise=lambda index: noise(5, index + 1, (1, 2, 4, 4, 4)),
-        )
-
-    rewritten = run("step", pipeline.schedule(solver), prepared.state)
-    plain = run("step_plain", {"timestep": solver.timesteps[:, None]}, prepared.inputs)
-    np.testing.assert_allclose(rewritten, plain, rtol=1e-5, atol=1e-5)
-    frames = to_frames(pipeline.graph("decode")({"latents": plain})["video"])
-    result = pipeline(still, "a red ball", seed=5, solver="dpm", steps=6)
-    assert np.abs(result.frames.astype(int) - frames).max() <= 1
+def test_call_equals_the_unrewritten_step(fake_bundle: Path, fake_memory: Path, edit_bundle: Edit, still: Still) -> None:
+    """The same request through `step_plain`, all steps, with the stochastic solver: the frames agree."""
+    path = edit_bundle(lambda manifest: manifest["loops"]["video"].update(graphs=["step_plain"], tables=[]))
+    options: dict[str, Any] = {"seed": 5, "solver": "dpm", "steps": 6}
+    with MotionPipeline.from_bundle(path, fake_memory, threads=1) as plain:
+        wanted = plain(still, "a red ball", **options)
+    with MotionPipeline.from_bundle(fake_bundle, fake_memory, threads=1) as rewritten:
+        got = rewritten(still, "a red ball", **options)
+    assert np.abs(got.frames.astype(int) - wanted.frames).max() <= 1
+    assert {"schedule", "step"} <= set(got.seconds) and not {"schedule", "step"} & set(wanted.seconds)
 
 
 @pytest.mark.parametrize("solver, steps", [("ddim", 1), ("ddim", 10), ("dpm", 2)], ids=str)
 def test_same_seed_same_frames_alone_or_in_a_batch(pipeline: MotionPipeline, still: Still, solver: str, steps: int) -> None:
-    requests = [Request(still, "the star", seed=seed, solver=solver, steps=steps) for seed in (7, 8, 7)]
+    requests = [Request({"image": still, "prompt": "the star"}, seed, solver, steps) for seed in (7, 8, 7)]
     batch = pipeline.batch(requests)
     alone = pipeline(still, "the star", seed=7, solver=solver, steps=steps)
     np.testing.assert_array_equal(batch[0].frames, alone.frames)
@@ -94,7 +84,7 @@ def test_motion_scale_0_is_the_base_model(pipeline: MotionPipeline, fake_bundle:
     with_memory = pipeline(still, "a red ball", motion_scale=0)
     without = MotionPipeline.from_bundle(fake_bundle, threads=1)(still, "a red ball", motion_scale=0)
     np.testing.assert_array_equal(with_memory.frames, without.frames)
-    assert with_memory.references == [] and with_memory.seconds["search"] == 0
+    assert with_memory.references == [] and "search" not in with_memory.seconds
     assert not np.array_equal(pipeline(still, "a red ball").frames, with_memory.frames)
 
 
@@ -112,8 +102,7 @@ def test_references_by_id_are_those_of_the_search(pipeline: MotionPipeline, stil
 
 def test_default_references_bend_to_a_small_memory(fake_bundle: Path, fake_memory: Path, still: Still, tmp_path: Path) -> None:
     bundle = Bundle.open(fake_bundle)
-    dims = {"embedding": 8, "motion": [2, 4], "appearance": [2, 4]}
-    with MotionMemory.create(tmp_path / "empty", digests=bundle.digests, dims=dims) as memory:
+    with MotionMemory.for_bundle(tmp_path / "empty", bundle) as memory:
         pipeline = MotionPipeline.from_bundle(fake_bundle, memory, threads=1)
         with pytest.raises(MemoryStoreError, match="holds no clips"):
             pipeline(still, "a red ball")
@@ -137,7 +126,7 @@ def test_without_a_clip_that_passes_it_is_the_base_model_and_says_so(
     np.testing.assert_array_equal(result.frames, base.frames)
     assert result.references == [] and result.fallback is not None and words in result.fallback
     assert base.fallback is None and pipeline(still, "a red ball").fallback is None
-    assert pipeline.batch([Request(**request)])[0].fallback == result.fallback
+    assert pipeline.batch([pipeline.request(**request)])[0].fallback == result.fallback
 
 
 def test_a_minimum_score_leaves_the_clips_above_it(pipeline: MotionPipeline, still: Still) -> None:
@@ -149,19 +138,18 @@ def test_a_minimum_score_leaves_the_clips_above_it(pipeline: MotionPipeline, sti
 
 def test_requests_choose_among_clips_by_metadata_motion_and_diversity(fake_bundle: Path, still: Still, tmp_path: Path) -> None:
     bundle = Bundle.open(fake_bundle)
-    dims = {"embedding": 8, "motion": [2, 4], "appearance": [2, 4]}
-    with MotionMemory.create(tmp_path / "m", digests=bundle.digests, dims=dims) as memory:
+    with MotionMemory.for_bundle(tmp_path / "m", bundle) as memory:
         pipeline = MotionPipeline.from_bundle(fake_bundle, memory, threads=1)
         for number, prompt in enumerate(("a red ball", "a red ball", "a blue ball", "the star")):
-            tokens = reference(number).motion
-            memory.add([Clip(prompt, "s", number, 1, 8, "0", pipeline.embed(prompt), tokens, tokens, {}, "ab"[number % 2])])
+            record = reference(number).record
+            memory.add([Clip(prompt, "s", number, 1, 8, "0", pipeline.embed(prompt), record, {}, "ab"[number % 2])])
 
         def ids(**keywords: Any) -> list[int]:
             return [found.id for found in pipeline(still, "a red ball", references=2, **keywords).references]
 
-        motion = memory.get([1])[0].motion
+        record = memory.get([1])[0].record
         memory.remove([2])  # the next one moves as the first does
-        memory.add([Clip("a red ball", "s", 9, 1, 8, "0", pipeline.embed("a red ball"), motion, motion, {}, "b")])
+        memory.add([Clip("a red ball", "s", 9, 1, 8, "0", pipeline.embed("a red ball"), record, {}, "b")])
         assert ids() == [1, 5] and ids(distinct=0.99) == [1, 3] and ids(diversity=0.9)[0] == 1 != ids(diversity=0.9)[1] != 5
         assert ids(where={"dataset": "b"}) == [5, 4]
         assert len(pipeline(still, "a red ball", where={"dataset": "b"}).references) == 2  # the default bends to what passes
@@ -223,6 +211,9 @@ def test_callback_counts_steps_and_can_stop(pipeline: MotionPipeline, still: Sti
         ({"image": np.zeros((4, 4, 3), np.float32)}, InputError, "uint8"),
         ({"seed": -1}, InputError, "seed is -1"),
         ({"seed": 0.5}, InputError, "seed is 0.5"),
+        ({"guidence": 2}, InputError, "'guidence' is nothing that bundle 'fake' takes; it takes image, prompt, negative_prompt, mot"),
+        ({"steps": {"vidoe": 2}}, InputError, "steps names the loop 'vidoe'; this bundle has video"),
+        ({"given": {"token": 1}}, InputError, "`token` is given, and no graph of the plan of bundle 'fake' reads it"),
         ({"steps": 11}, InputError, "steps is 11; solver 'ddim' of this bundle takes 1 to 10"),
         ({"solver": "euler"}, InputError, "solver is 'euler'"),
         ({"guidance": float("nan")}, InputError, "guidance is nan"),
@@ -237,8 +228,8 @@ def test_callback_counts_steps_and_can_stop(pipeline: MotionPipeline, still: Sti
         ({"references": []}, InputError, "references is 0"),
         ({"references": 5}, MemoryStoreError, "4 clips"),
         ({"references": [12345]}, MemoryStoreError, "12345"),
-        ({"references": [reference(1, (3, 4))]}, InputError, r"motion tokens are \(3, 4\); .* with tokens \(2, 4\)"),
-        ({"references": [reference(1), reference(2, (3, 4))]}, InputError, "motion tokens"),
+        ({"references": [reference(1, (3, 4))]}, InputError, r"whose motion is \(3, 4\); .* with motion \(2, 4\)"),
+        ({"references": [reference(1), reference(2, (3, 4))]}, InputError, "whose motion is"),
         ({"references": [object()]}, InputError, "references holds"),
         ({"minimum_score": 2}, InputError, "minimum_score is 2; allowed"),
         ({"where": {"dataset": 3}}, InputError, "where is"),
@@ -271,18 +262,18 @@ def test_call_refuses(
     ],
     ids=repr,
 )
-def test_guidance_is_refused_before_any_work(fake_bundle: Path, still: Still, guidance: Any, message: str) -> None:
-    class Idle:
-        def load(self, bundle: Bundle, name: str) -> Graph:
-            raise AssertionError(f"graph {name} was loaded")
+def test_guidance_is_refused_before_any_work(
+    fake_bundle: Path, watching: ModuleType, still: Still, guidance: Any, message: str
+) -> None:
+    def idle(name: str) -> None:
+        raise AssertionError(f"graph {name} was loaded")
 
-    pipeline = MotionPipeline.from_bundle(fake_bundle, backend=Idle())
+    pipeline = MotionPipeline.from_bundle(fake_bundle, backend=watching.Watching(on_load=idle))
     with pytest.raises(InputError, match=message):
         pipeline(still, "a", references=[reference(1)], guidance=guidance)
+    good, bad = (pipeline.request(still, "a", references=[reference(1)], **more) for more in ({}, {"guidance": guidance}))
     with pytest.raises(InputError, match=message):
-        pipeline.batch([Request(still, "a"), Request(still, "a", guidance=guidance)])
-    with pytest.raises(InputError, match=message):
-        pipeline.generate(Prepared({}, {}, []), guidance=guidance)
+        pipeline.batch([good, bad])
 
 
 def test_guidance_may_be_given_step_by_step(pipeline: MotionPipeline, still: Still) -> None:
@@ -294,7 +285,7 @@ def test_guidance_may_be_given_step_by_step(pipeline: MotionPipeline, still: Sti
 
 def test_call_refuses_nan_tokens(pipeline: MotionPipeline, still: Still) -> None:
     bad = reference(1)
-    bad.motion[0, 0] = np.nan
+    bad.record["motion"][0, 0] = np.nan
     with pytest.raises(InputError, match="`reference_motion` has 1 NaN"):
         pipeline(still, "a", references=[bad])
 
@@ -308,7 +299,7 @@ def test_call_without_a_memory_says_what_to_do(fake_bundle: Path, still: Still) 
 
 
 def test_from_bundle_refuses_a_memory_of_another_bundle(fake_memory: Path, edit_bundle: Edit) -> None:
-    path = edit_bundle(lambda manifest: manifest["digests"].update(motion="0" * 64))
+    path = edit_bundle(lambda manifest: manifest["memory"].update(fingerprint="0" * 64))
     with pytest.raises(MemoryStoreError):
         MotionPipeline.from_bundle(path, fake_memory)
 
@@ -330,23 +321,15 @@ def test_from_bundle_refuses_threads_beside_a_backend(fake_bundle: Path) -> None
         MotionPipeline.from_bundle(fake_bundle, backend=OnnxRuntimeBackend(1), threads=2)
 
 
-def test_from_bundle_runs_on_any_backend(fake_bundle: Path, still: Still) -> None:
+def test_from_bundle_runs_on_any_backend(fake_bundle: Path, watching: ModuleType, still: Still) -> None:
     """The pipeline sees only names and arrays, and runs each graph as often as the design says."""
     calls: dict[str, int] = {}
 
-    class Counting:
-        inner = OnnxRuntimeBackend(1)
+    def counted(name: str, inputs: Any, run: Any) -> Any:
+        calls[name] = calls.get(name, 0) + 1
+        return run(inputs)
 
-        def load(self, bundle: Bundle, name: str) -> Graph:
-            graph = self.inner.load(bundle, name)
-
-            def counted(inputs: Any) -> dict[str, NDArray[Any]]:
-                calls[name] = calls.get(name, 0) + 1
-                return graph(inputs)
-
-            return counted
-
-    pipeline = MotionPipeline.from_bundle(fake_bundle, backend=Counting())
+    pipeline = MotionPipeline.from_bundle(fake_bundle, backend=watching.Watching(counted))
     for _ in range(2):
         pipeline(still, "a", references=[reference(1)], steps=6)
     assert calls == {
@@ -358,32 +341,21 @@ def test_from_bundle_runs_on_any_backend(fake_bundle: Path, still: Still) -> Non
 
 
 def test_low_memory_holds_one_graph_at_a_time_and_gives_the_same(
-    pipeline: MotionPipeline, fake_bundle: Path, fake_memory: Path, still: Still
+    pipeline: MotionPipeline, watching: ModuleType, fake_bundle: Path, fake_memory: Path, still: Still
 ) -> None:
-    class Graph:
-        """What the backend gives, alive as long as somebody holds it."""
-
-        def __init__(self, inner: Any) -> None:
-            self.inner = inner
-
-        def __call__(self, inputs: Any) -> Any:
-            return self.inner(inputs)
-
-    alive: weakref.WeakSet[Graph] = weakref.WeakSet()
+    alive: weakref.WeakSet[Checked] = weakref.WeakSet()
     loaded: list[str] = []
 
-    class Watching:
-        inner = OnnxRuntimeBackend(1)
-
-        def load(self, bundle: Bundle, name: str) -> Any:
+    class Frugal(watching.Watching):  # type: ignore[misc, name-defined]
+        def load(self, bundle: Bundle, name: str) -> Checked:
             assert not alive, f"{name} is loaded beside another graph"
             loaded.append(name)
-            graph = Graph(self.inner.load(bundle, name))
+            graph: Checked = super().load(bundle, name)
             alive.add(graph)
             return graph
 
     want = pipeline(still, "a", seed=1)
-    with MotionPipeline.from_bundle(fake_bundle, fake_memory, backend=Watching(), low_memory=True) as frugal:
+    with MotionPipeline.from_bundle(fake_bundle, fake_memory, backend=Frugal(), low_memory=True) as frugal:
         frugal.warm()
         assert not loaded, "nothing of it would stay"
         for _ in range(2):
@@ -393,29 +365,56 @@ def test_low_memory_holds_one_graph_at_a_time_and_gives_the_same(
     assert np.array_equal(got.frames, want.frames)
 
 
-def test_schedule_keeps_few_tables(pipeline: MotionPipeline) -> None:
+def test_tables_of_a_few_schedules_are_kept(pipeline: MotionPipeline, still: Still) -> None:
     for steps in range(1, 11):
-        tables = pipeline.schedule(pipeline.bundle.solver("ddim", steps))
-        assert tables["modulation"].shape == (steps, 4)
-    assert len(pipeline._schedules) <= 8
+        pipeline(still, "a", steps=steps, motion_scale=0)
+    assert len(pipeline._kept) == 8
 
 
-def test_schedule_rows_may_keep_a_batch_of_one(edit_bundle: Edit, still: Still) -> None:
-    """Where `step` declares the row as [1, 4], the table is [T, 1, 4]: what an exporter that keeps the batch writes."""
+def test_a_job_is_one_call_after_the_other(pipeline: MotionPipeline, still: Still) -> None:
+    job = pipeline.start(pipeline.request(still, "a red ball", seed=3, steps=3))
+    calls = [(call.graph, call.loop, call.step) for call in job]
+    assert [name for name, *_ in calls] == [
+        "text_query", "text", "text", "appearance", "cama", "encode", "request", "schedule", "step", "step", "step", "decode",
+    ]  # fmt: skip
+    assert calls[-4:-1] == [("step", "video", step) for step in (1, 2, 3)]
+    result = pipeline.result(job)
+    np.testing.assert_array_equal(result.frames, pipeline(still, "a red ball", seed=3, steps=3).frames)
 
-    class Shaped:
-        def load(self, bundle: Bundle, name: str) -> Graph:
-            if name == "schedule":
-                return lambda inputs: {"modulation": np.zeros((len(inputs["timesteps"]), 4), np.float32)}
-            raise AssertionError(name)
 
-    path = edit_bundle(
-        lambda manifest: next(port for port in manifest["graphs"]["step"]["inputs"] if port["name"] == "modulation").update(
-            dims=[1, 4]
-        )
-    )
-    pipeline = MotionPipeline.from_bundle(path, backend=Shaped())
-    assert pipeline.schedule(pipeline.bundle.solver("ddim", 5))["modulation"].shape == (5, 1, 4)
+def test_a_job_that_is_closed_runs_nothing_more(pipeline: MotionPipeline, still: Still) -> None:
+    job = pipeline.start(pipeline.request(still, "a red ball", steps=10))
+    for call in job:
+        if call.step == 4:
+            job.close()
+    assert len(job.step_seconds) == 4 and job.frames is None and job.values == {}
+    with pytest.raises(Cancelled):
+        pipeline.result(job)
+
+
+def test_a_value_may_be_given_in_place_of_what_would_compute_it(pipeline: MotionPipeline, still: Still) -> None:
+    job = pipeline.start(pipeline.request(still, "a red ball", seed=2))
+    while job.call is not None and job.call.graph != "request":
+        next(job)
+    motion = job.values["motion"]
+    whole = pipeline.result(job)
+    given = pipeline(still, "a red ball", seed=2, given={"motion": motion})
+    np.testing.assert_array_equal(given.frames, whole.frames)
+    assert not {"cama", "appearance", "search", "text_query"} & set(given.seconds) and given.references == []
+
+
+def test_an_input_that_is_missing_is_said(pipeline: MotionPipeline, still: Still) -> None:
+    with pytest.raises(InputError, match="prompt is missing; bundle 'fake' needs it: What moves, and how."):
+        pipeline(still)
+    with pytest.raises(InputError, match="6 inputs are given; bundle 'fake' takes image, prompt"):
+        pipeline(still, "a", "b", 1, 2, 3)
+    with pytest.raises(InputError, match="image is given twice"):
+        pipeline(still, "a", image=still)
+
+
+def test_search_may_be_a_value(pipeline: MotionPipeline, still: Still) -> None:
+    request = Request({"image": still, "prompt": "a red ball"}, references=4, search=Search(minimum_score=0.99))
+    assert len(pipeline.batch([request])[0].references) < 4
 
 
 def test_to_frames_rounds_clips_and_refuses_nan() -> None:
@@ -440,17 +439,25 @@ def test_load_takes_several_graphs_at_once_and_large_ones_in_turn(
 ) -> None:
     """From other threads only where the backend allows it, and never those whose weights lie beside them."""
     with MotionPipeline.from_bundle(fake_bundle, fake_memory, threads=1) as pipeline:
-        large = replace(pipeline.bundle.graph("decode"), data=Data("graphs/decode.safetensors", "0" * 64))
+        large = replace(pipeline.bundle.graph("decode"), data=File("graphs/decode.safetensors", "0" * 64))
         graph = Bundle.graph
         monkeypatch.setattr(Bundle, "graph", lambda self, name: large if name == "decode" else graph(self, name))
         threads: dict[str, str] = {}
 
+        class Nothing(Executor):
+            library = "nothing"
+
+            def execute(self, inputs: Any) -> dict[str, Any]:
+                return {}
+
         class Noting:
             parallel_load = True
 
-            def load(self, bundle: Bundle, name: str) -> Graph:
+            label = precision = ""
+
+            def load(self, bundle: Bundle, name: str) -> Checked:
                 threads[name] = threading.current_thread().name
-                return lambda inputs: {}
+                return Checked(bundle.graphs[name], Nothing())
 
         pipeline.backend = Noting()
         pipeline.load(workers=2)
@@ -484,6 +491,5 @@ def test_warm_reaches_what_the_first_request_would_wait_for(fake_bundle: Path, f
         pipeline.memory.search = lambda embedding, k: searched.append(k) or search(embedding, k)  # type: ignore
         pipeline.warm()
         assert searched == [1]
-    dims = {"embedding": 8, "motion": [2, 4], "appearance": [2, 4]}
-    with MotionMemory.create(tmp_path / "empty", digests=bundle.digests, dims=dims) as memory:
+    with MotionMemory.for_bundle(tmp_path / "empty", bundle) as memory:
         MotionPipeline.from_bundle(fake_bundle, memory, threads=1).warm()  # an empty one is the request's to refuse

@@ -2,46 +2,26 @@
 
 Only `motionrt.runtime.backends.open` imports this module, and only when it is asked for. A sidecar is
 checked before its engine is deserialised (`EngineFile.check`): nothing else protects a process from an engine of another
-machine or version. How an engine runs, and who owns what it computes, is in tensorrt_graph.py.
+machine or version. How an engine runs, and who owns what it computes, is in graph.py.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import logging
 import re
 import warnings
 from collections.abc import Mapping
-from types import ModuleType
+from functools import partial
 from typing import Any
 
-from motionrt.runtime.backends.onnxruntime import Backend, Graph
-from motionrt.runtime.backends.open import MODULES, TENSORRT
+from motionrt.runtime.backends.kinds import MODULES, TENSORRT
+from motionrt.runtime.backends.seam import Backend, Checked
 from motionrt.runtime.backends.tensorrt.device_memory import Cuda
 from motionrt.runtime.backends.tensorrt.engine_file import FLAVORS, EngineFile, Machine
-from motionrt.runtime.backends.tensorrt.graph import Arena, TensorRTGraph, WithFallback
+from motionrt.runtime.backends.tensorrt.graph import Arena, TensorRTExecutor
+from motionrt.runtime.backends.tensorrt.library import Library, installed, load_module
 from motionrt.runtime.bundle.bundle import Bundle
-from motionrt.runtime.bundle.manifest import LOOP
 from motionrt.runtime.dtypes import PREFERRED
 from motionrt.runtime.errors import BackendError, BackendWarning, EngineError, InputError, install
-
-log = logging.getLogger("motionrt")
-
-
-def installed() -> list[str]:
-    """The flavors whose packages are here, the preferred one first; nothing is imported."""
-    return [flavor for flavor, module in MODULES.items() if importlib.util.find_spec(module) is not None]
-
-
-def load_library(flavor: str) -> ModuleType:
-    """The TensorRT of `flavor`; `BackendError` if it is not installed or cannot be loaded."""
-    name = FLAVORS[flavor]
-    try:
-        return importlib.import_module(MODULES[flavor])
-    except (ImportError, OSError) as error:  # an OSError: its own libraries are missing
-        reason = (str(error).splitlines() or [""])[0][:200]
-        raise BackendError(f"this engine needs {name}: {install(flavor)} ({reason}).") from None
 
 
 class TensorRTBackend:
@@ -73,18 +53,19 @@ class TensorRTBackend:
         self.engines, self.fallback, self._asked = engines, fallback, precision
         self.precision = precision or PREFERRED[0]  # of the engine that was loaded last
         self.arena = Arena(self.cuda)
+        self.parallel_load = False
         self.label = f"tensorrt {self.cuda.name} {self.cuda.target}"
         self.used: dict[str, str] = {}  # graph -> what runs it
-        self._libraries: dict[str, Any] = dict(libraries or {})
-        self._fixed = libraries is not None
-        self._runtimes: dict[str, tuple[Any, Any]] = {}
+        self._modules = libraries
+        self._libraries: dict[str, Library] = {}
 
-    def library(self, flavor: str) -> Any:
+    def library(self, flavor: str) -> Library:
         """The TensorRT of `flavor`, loaded once."""
         if flavor not in self._libraries:
-            if self._fixed:
+            if self._modules is not None and flavor not in self._modules:
                 raise BackendError(f"this engine needs {FLAVORS[flavor]}: {install(flavor)}.")
-            self._libraries[flavor] = load_library(flavor)
+            module = load_module(flavor) if self._modules is None else self._modules[flavor]
+            self._libraries[flavor] = Library(flavor, module)
         return self._libraries[flavor]
 
     def find(self, bundle: Bundle, name: str) -> EngineFile:
@@ -102,7 +83,7 @@ class TensorRTBackend:
             if self._asked in (None, file.dtype):
                 files.append(file)
         here, order = self.cuda.target, list(MODULES)
-        flavors = list(self._libraries) if self._fixed else installed()
+        flavors = installed() if self._modules is None else list(self._modules)
 
         def rank(file: EngineFile) -> tuple[bool, bool, int, int]:
             missing = file.flavor not in flavors
@@ -111,8 +92,8 @@ class TensorRTBackend:
         refused: list[EngineError] = []
         for file in sorted(files, key=rank):
             try:
-                version = str(self.library(file.flavor).__version__)
-                file.check(bundle.graph(name), Machine(file.flavor, version, here))
+                machine = Machine(file.flavor, self.library(file.flavor).version, here)
+                file.check(bundle.graph(name), machine)
                 return file
             except EngineError as error:
                 refused.append(error)
@@ -130,7 +111,7 @@ class TensorRTBackend:
         more = f" ({len(others)} other engines of it do not fit either: see `motionrt doctor {bundle.path}`.)" if others else ""
         raise EngineError(f"{first}{more}")
 
-    def load(self, bundle: Bundle, name: str) -> Graph:
+    def load(self, bundle: Bundle, name: str) -> Checked:
         """Load graph `name`, warmed up at the first profile's `opt` shapes, so that no request pays for it.
 
         Raises `EngineError` as `find` does, or where TensorRT refuses the engine; `BackendError` where it fails.
@@ -138,65 +119,21 @@ class TensorRTBackend:
         spec, fallback = bundle.graph(name), self.fallback
         try:
             file = self.find(bundle, name)
-            graph = TensorRTGraph(spec, file, self.deserialize(file), self, name in LOOP)
-            graph.prepare()
+            otherwise = None if fallback is None else partial(fallback.load, bundle, name)
+            library = self.library(file.flavor)
+            executor = TensorRTExecutor(spec, file, library, self.arena, loop=bundle.in_loop(name), otherwise=otherwise)
+            executor.prepare()
         except EngineError as error:
             if fallback is None:
                 raise
-            instead = getattr(fallback, "label", type(fallback).__name__)
             if not isinstance(error, NoEngine):
-                warnings.warn(f"graph '{name}' runs in {instead}: {error}", BackendWarning, stacklevel=2)
-            self.used[name] = instead
+                warnings.warn(f"graph '{name}' runs in {fallback.label}: {error}", BackendWarning, stacklevel=2)
+            self.used[name] = fallback.label
             return fallback.load(bundle, name)
         self.precision = file.dtype
         self.used[name] = f"{FLAVORS[file.flavor]} {file.library}, {file.folder.name}, kernel {file.kernel}"
-        if fallback is None:
-            return graph
-        return WithFallback(graph, lambda: fallback.load(bundle, name))
-
-    def deserialize(self, file: EngineFile) -> Any:
-        """The engine of a sidecar that was checked; `EngineError` with TensorRT's own words if it refuses."""
-        library = self.library(file.flavor)
-        with self.cuda.lock, self.cuda.active():
-            if file.flavor not in self._runtimes:
-                said = make_log(library)
-                self._runtimes[file.flavor] = library.Runtime(said), said
-            runtime, said = self._runtimes[file.flavor]
-            said.lines.clear()
-            engine = runtime.deserialize_cuda_engine(file.engine_path.read_bytes())
-        if engine is None:
-            raise EngineError(
-                f"{FLAVORS[file.flavor]} {library.__version__} refuses engine '{file.graph}' in {file.folder}: "
-                f"{said.text()}. Rebuild: `{file.rebuild_command()}`."
-            )
-        return engine
-
-    def said(self, flavor: str) -> Any:
-        """The log of the runtime of `flavor`."""
-        return self._runtimes[flavor][1]
+        return Checked(spec, executor)
 
 
 class NoEngine(EngineError):
     """A bundle has no engine of a graph at all."""
-
-
-def make_log(library: Any) -> Any:
-    """A TensorRT logger that keeps the last errors and warnings for sentences; warnings also go to Python's log."""
-
-    class Log(library.ILogger):  # type: ignore[misc, name-defined, unused-ignore]  # the class of whichever flavor
-        def __init__(self) -> None:
-            library.ILogger.__init__(self)
-            self.lines: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (library.ILogger.INTERNAL_ERROR, library.ILogger.ERROR):
-                self.lines.append(" ".join(str(message).split()))
-                del self.lines[:-4]
-            elif severity == library.ILogger.WARNING:
-                log.info("TensorRT: %s", message)
-
-        def text(self) -> str:
-            """What was said since it was last cleared."""
-            return "; ".join(self.lines).rstrip(".")[:500] or "it says nothing more"
-
-    return Log()

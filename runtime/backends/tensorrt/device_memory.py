@@ -3,8 +3,8 @@
 `Cuda` speaks to the driver (`cuda.bindings`, part of cuda-python): nothing here needs a CUDA toolkit. Whoever runs engines
 uses only the methods of `Cuda`, so that a test can put host memory behind them.
 
-Ownership: a `DeviceArray` keeps its allocation alive; the last array over it gives it back to the pool that it came from, or
-frees it. Nothing writes into an array that someone else holds.
+Ownership: the memory of a `DeviceArray` goes back to its pool when nobody holds the array or a part of it, and is freed when
+the pool is gone too. Nothing writes into an array that someone else holds.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from motionrt.runtime.backends.kinds import ONNXRUNTIME, TENSORRT
 from motionrt.runtime.backends.machine import driver_version, find_gpus
-from motionrt.runtime.backends.open import ONNXRUNTIME, TENSORRT
+from motionrt.runtime.backends.seam import DeviceValue
 from motionrt.runtime.errors import BackendError
 
 
@@ -65,10 +66,8 @@ class Cuda:
         )
         self.name: str = self._call("cuDeviceGetName", 256, self._device).split(b"\0")[0].decode()
         self.target = f"sm_{major}{minor}"
-        self.total: int = self._call("cuDeviceTotalMem", self._device)
         version = self._call("cuDriverGetVersion")
-        self.cuda = f"{version // 1000}.{version % 1000 // 10}"  # the newest CUDA that the driver knows
-        self.driver = driver_version() or f"CUDA {self.cuda}"
+        self.driver = driver_version() or f"CUDA {version // 1000}.{version % 1000 // 10}"
         self._context = self._call("cuDevicePrimaryCtxRetain", self._device)  # the one that TensorRT's runtime uses
         with self.active():
             self._stream = self._call("cuStreamCreate", int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
@@ -141,12 +140,6 @@ class Cuda:
         with suppress(BackendError), self.active():
             self._call("cuGraphExecDestroy", executable)
 
-    def memory(self) -> tuple[int, int]:
-        """(free, total) bytes."""
-        with self.active():
-            free, total = self._call("cuMemGetInfo")
-        return int(free), int(total)
-
 
 class _Launch:
     """A captured graph; destroyed with the last reference to it."""
@@ -167,13 +160,6 @@ class Allocation:
         weakref.finalize(self, cuda.free, self.address).atexit = False  # at exit the driver frees everything
 
 
-class _Lease:
-    """An allocation of a pool that is in use; it goes back when nobody holds the lease."""
-
-    def __init__(self, allocation: Allocation) -> None:
-        self.allocation = allocation
-
-
 Key = tuple[str, tuple[int, ...], str]  # name, shape and dtype: one without the others has mixed up buffers elsewhere
 
 
@@ -189,42 +175,32 @@ class Pool:
         """An array whose memory nobody else holds; its contents are those of whoever had it before."""
         key = (name, tuple(shape), dtype)
         free = self._free.setdefault(key, [])
-        if free:
-            allocation = free.pop()
-        else:
-            allocation = Allocation(self.cuda, math.prod(shape) * np.dtype(dtype).itemsize)
+        if not free:
+            free.append(Allocation(self.cuda, math.prod(shape) * np.dtype(dtype).itemsize))
             self.allocated += 1
-        lease = _Lease(allocation)
-        weakref.finalize(lease, free.append, allocation).atexit = False
-        return DeviceArray(self.cuda, lease, allocation.address, tuple(shape), np.dtype(dtype))
+        allocation = free.pop()
+        array = DeviceArray(self.cuda, allocation.address, tuple(shape), np.dtype(dtype))
+        weakref.finalize(array, free.append, allocation).atexit = False
+        return array
 
 
 @dataclass(frozen=True, eq=False)
-class DeviceArray:
-    """A contiguous array on the GPU: read-only for everyone but the graph that made it. `np.asarray` copies it to the host."""
+class DeviceArray(DeviceValue):
+    """A contiguous array on the GPU `device`, or a part of the array `whole`, which it keeps alive."""
 
-    cuda: Cuda
-    owner: object
+    device: Cuda
     address: int
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    resident: ClassVar[bool] = True  # see backend.fetch
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
+    whole: DeviceArray | None = None
 
     @property
     def nbytes(self) -> int:
+        """Of the whole array."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def __len__(self) -> int:
-        if not self.shape:
-            raise TypeError("an array of no dimensions has no length")
-        return self.shape[0]
-
     def __getitem__(self, index: Any) -> DeviceArray:
-        """Without a copy: a row, neighbouring rows, or an axis of one put in after the first (`table[:, None]`)."""
+        """See `DeviceValue`; nothing is copied."""
         if isinstance(index, tuple) and index == (slice(None), None):
             return self._view(0, (self.shape[0], 1, *self.shape[1:]))
         row = self.nbytes // max(len(self), 1)
@@ -238,18 +214,16 @@ class DeviceArray:
             return self._view(int(index) % len(self) * row, self.shape[1:])
         raise TypeError(f"a device array takes a row number, a slice of rows or [:, None], not {index!r}")
 
-    def __iter__(self) -> Iterator[DeviceArray]:
-        return (self[row] for row in range(len(self)))
-
     def _view(self, offset: int, shape: tuple[int, ...]) -> DeviceArray:
-        return DeviceArray(self.cuda, self.owner, self.address + offset, shape, self.dtype)
+        return DeviceArray(self.device, self.address + offset, shape, self.dtype, self)
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+    def to_host(self) -> NDArray[Any]:
+        """See `DeviceValue`."""
         host = np.empty(self.shape, self.dtype)
-        with self.cuda.lock, self.cuda.active():
-            self.cuda.download(host, self.address)
-            self.cuda.synchronize()
-        return host if dtype is None else host.astype(dtype)
+        with self.device.lock, self.device.active():
+            self.device.download(host, self.address)
+            self.device.synchronize()
+        return host
 
 
 def _named(driver: Any, status: Any) -> str:

@@ -2,7 +2,7 @@
 
 - A graph has, for each set of input shapes, one execution context with buffers of its own, kept from request to request. Its
   scratch memory is shared by all graphs of a backend (`Arena`): they run one after another, under one lock, on one stream.
-- Results of `run` are copied out of those buffers and belong to the caller, who may keep as many as memory holds: what a
+- Results are copied out of those buffers and belong to the caller, who may keep as many as memory holds: what a
   request computed stays on the GPU for all of its steps, and requests that take turns never see each other's.
 - A step is one launch: full TensorRT is captured here as a CUDA graph, TensorRT-RTX captures itself when it is told to.
 """
@@ -12,31 +12,21 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from motionrt.runtime.backends.onnxruntime import Array, Graph, check_finite, check_inputs, check_ports, describe
+from motionrt.runtime.backends.seam import Array, Checked, Executor
 from motionrt.runtime.backends.tensorrt.device_memory import Allocation, Cuda, DeviceArray, Pool
-from motionrt.runtime.backends.tensorrt.engine_file import FLAVORS, EngineFile
+from motionrt.runtime.backends.tensorrt.engine_file import EngineFile
+from motionrt.runtime.backends.tensorrt.library import Library
 from motionrt.runtime.backends.tensorrt.runtime_cache import RuntimeCache
-from motionrt.runtime.bundle.bundle import GraphSpec
+from motionrt.runtime.bundle.bundle import GraphSpec, Port
 from motionrt.runtime.dtypes import DTYPES
-from motionrt.runtime.errors import BackendError, BackendWarning, EngineError, InputError
+from motionrt.runtime.errors import BackendError, BackendWarning, InputError
 
 _MAX_SHAPES = 8  # sets of input shapes that a graph keeps buffers for
 _TYPES = {dtype.tensorrt: dtype.name for dtype in DTYPES.values() if dtype.tensorrt}
-
-
-class Host(Protocol):
-    """What a graph needs of its backend: the GPU, the scratch memory that all share, the library and its log."""
-
-    cuda: Cuda
-    arena: Arena
-
-    def library(self, flavor: str) -> Any: ...
-
-    def said(self, flavor: str) -> Any: ...
 
 
 class Arena:
@@ -58,23 +48,34 @@ class Arena:
         self._memory, self.size, self.generation = Allocation(self.cuda, size), size, self.generation + 1
 
 
-class TensorRTGraph:
-    """One engine behind the seam (`DeviceGraph`); results of `run` belong to the caller. Safe to call from any thread."""
+class TensorRTExecutor(Executor):
+    """One engine. `otherwise` loads the graph that takes inputs outside the engine's profiles, with one warning; None refuses.
 
-    resident = True  # see backend.call
+    Safe to call from any thread.
+    """
 
-    def __init__(self, spec: GraphSpec, file: EngineFile, engine: Any, backend: Host, loop: bool) -> None:
-        self.spec, self.file, self.engine, self.backend, self.loop = spec, file, engine, backend, loop
-        self.cuda, self.library = backend.cuda, backend.library(file.flavor)
+    device: Cuda
+
+    def __init__(
+        self, spec: GraphSpec, file: EngineFile, tensorrt: Library, arena: Arena, *, loop: bool,
+        otherwise: Callable[[], Checked] | None,
+    ) -> None:  # fmt: skip
+        self.spec, self.file, self.tensorrt, self.arena, self.loop = spec, file, tensorrt, arena, loop
+        self.library = tensorrt.name
+        self.device = self.cuda = arena.cuda
+        self._otherwise = otherwise
+        self._other: Checked | None = None
         self.pool = Pool(self.cuda)
         self.capture = loop and file.flavor == "tensorrt"
         self._bound: dict[tuple[tuple[int, ...], ...], _Bound] = {}
+        with self.cuda.lock, self.cuda.active():
+            self.engine = tensorrt.deserialize(file)
         self._check_engine()
         self.cache = RuntimeCache(file, self.cuda) if file.flavor == "rtx" else None
 
     def _check_engine(self) -> None:
         """The engine's own tensors against the bundle's: names, directions, dtypes."""
-        engine, library = self.engine, self.library
+        engine, library = self.engine, self.tensorrt.module
         found: dict[str, tuple[bool, str]] = {}
         for index in range(engine.num_io_tensors):
             name = engine.get_tensor_name(index)
@@ -84,10 +85,8 @@ class TensorRTGraph:
         wanted |= {port.name: (False, port.dtype) for port in self.spec.outputs}
         for name in sorted(wanted.keys() | found.keys()):
             if found.get(name) != wanted.get(name):
-                raise EngineError(
-                    f"engine '{self.file.graph}' in {self.file.folder} has for `{name}` {_said(found.get(name))}; the bundle "
-                    f"declares {_said(wanted.get(name))}. Rebuild: `{self.file.rebuild_command()}`."
-                )
+                has, declares = _said(found.get(name)), _said(wanted.get(name))
+                raise self.file.refuse(f"has for `{name}` {has}; the bundle declares {declares}")
 
     def prepare(self) -> None:
         """Run once at the first profile's `opt` shapes."""
@@ -105,36 +104,31 @@ class TensorRTGraph:
             if self.cache is not None:
                 self.cache.save()
 
-    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Host arrays in and out."""
-        check_inputs(self.spec, inputs)
-        return {name: self.get(value) for name, value in self.run(inputs).items()}
-
-    def put(self, name: str, value: Any) -> Any:
-        """See `DeviceGraph`."""
-        if isinstance(value, DeviceArray):
-            return value
-        array = np.ascontiguousarray(value).reshape(np.shape(value))
-        check_finite(self.spec, name, array)
+    def place(self, port: Port, array: Array) -> DeviceArray:
+        """See `Executor`."""
         with self.cuda.lock, self.cuda.active():
-            result = self.pool.take(name, array.shape, str(array.dtype))
+            result = self.pool.take(port.name, array.shape, port.dtype)
             self.cuda.upload(result.address, array)
             self.cuda.synchronize()
         return result
 
-    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """See `DeviceGraph`; but results hold for as long as they are kept."""
-        check_ports(self.spec, {name: _describe(value) for name, value in inputs.items()})
-        for name, value in inputs.items():
-            if isinstance(value, np.ndarray):
-                check_finite(self.spec, name, value)
-        shapes = tuple(tuple(inputs[port.name].shape) for port in self.spec.inputs)
+    def execute(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Executor`; outside the engine's profiles the results are where the other graph left them."""
+        shapes = tuple(value.shape for value in inputs.values())
         with self.cuda.lock, self.cuda.active():
-            return self._bind(shapes).run(inputs)
-
-    def get(self, value: Any) -> Array:
-        """See `DeviceGraph`."""
-        return np.asarray(value)
+            try:
+                bound = self._bind(shapes)
+            except InputError as error:
+                if self._otherwise is None:
+                    raise
+                if self._other is None:
+                    self._other = self._otherwise()
+                    message = f"graph '{self.spec.name}' runs outside its engine for such inputs: {error}"
+                    warnings.warn(message, BackendWarning, stacklevel=4)
+                other = self._other
+            else:
+                return bound.run(inputs)
+        return other.run(inputs)
 
     def _bind(self, shapes: tuple[tuple[int, ...], ...]) -> _Bound:
         """The context and buffers for these shapes, made at their first use; `InputError` outside every profile."""
@@ -150,7 +144,7 @@ class TensorRTGraph:
 
     def new_context(self) -> Any:
         """An execution context that takes its scratch memory from us."""
-        library, engine = self.library, self.engine
+        library, engine = self.tensorrt.module, self.engine
         ours = library.ExecutionContextAllocationStrategy.USER_MANAGED
         if self.cache is None:
             context = engine.create_execution_context(ours)
@@ -167,14 +161,13 @@ class TensorRTGraph:
 
     def failed(self, what: str) -> BackendError:
         """The error for a call of TensorRT that did not succeed, with what its log says."""
-        name = FLAVORS[self.file.flavor]
-        return BackendError(f"{name} failed in graph '{self.spec.name}': {what}: {self.backend.said(self.file.flavor).text()}.")
+        return BackendError(f"{self.library} failed in graph '{self.spec.name}': {what}: {self.tensorrt.log.text()}.")
 
 
 class _Bound:
     """An execution context with its input and output buffers, for one set of shapes. Used inside the lock only."""
 
-    def __init__(self, graph: TensorRTGraph, profile: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, graph: TensorRTExecutor, profile: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.graph, self.cuda = graph, graph.cuda
         self.context = context = graph.new_context()
         self.size = int(graph.engine.get_device_memory_size_for_profile_v2(profile))
@@ -205,8 +198,7 @@ class _Bound:
         return buffer
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Copy what has changed into the buffers, compute, and copy the results out."""
-        uploads = []  # alive until the stream has read them
+        """Copy what has changed into the buffers, compute, and copy the results out; the caller holds `inputs`."""
         for name, buffer in self.inputs.items():
             value = inputs[name]
             if isinstance(value, DeviceArray):
@@ -215,8 +207,7 @@ class _Bound:
                     self.cuda.copy(buffer.address, value.address, value.nbytes)
                     self._held[name] = weakref.ref(value)
             else:
-                uploads.append(np.ascontiguousarray(value))
-                self.cuda.upload(buffer.address, uploads[-1])
+                self.cuda.upload(buffer.address, value)
                 self._held.pop(name, None)
         self.launch()
         results = {}
@@ -231,7 +222,7 @@ class _Bound:
 
     def launch(self) -> None:
         """Queue the engine on what is in the input buffers: one CUDA graph where it was captured."""
-        arena = self.graph.backend.arena
+        arena = self.graph.arena
         arena.reserve(self.size)
         if self.generation != arena.generation:
             if arena.size:
@@ -252,47 +243,13 @@ class _Bound:
                 warnings.warn(message, BackendWarning, stacklevel=2)
 
     def _enqueue(self) -> None:
-        self.graph.backend.said(self.graph.file.flavor).lines.clear()
+        self.graph.tensorrt.log.lines.clear()
         self._must(self.context.execute_async_v3(self.cuda.stream), "execute_async_v3 returned False")
 
     def _must(self, done: Any, what: str) -> None:
         """TensorRT tells failure by a bool that is easily overlooked."""
         if not done:
             raise self.graph.failed(what)
-
-
-class WithFallback:
-    """A graph whose inputs outside the engine's profiles another backend takes, with one warning."""
-
-    resident = True
-
-    def __init__(self, graph: TensorRTGraph, other: Callable[[], Graph]) -> None:
-        self.graph, self._load = graph, other
-        self._other: Graph | None = None
-        self.put, self.get = graph.put, graph.get
-
-    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        check_inputs(self.graph.spec, inputs)
-        return {name: np.asarray(value) for name, value in self.run(inputs).items()}
-
-    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """As the engine does; outside its profiles the results are host arrays."""
-        check_ports(self.graph.spec, {name: _describe(value) for name, value in inputs.items()})
-        try:
-            self.graph.file.profile_for({name: tuple(value.shape) for name, value in inputs.items()})
-        except InputError as error:
-            if self._other is None:
-                self._other = self._load()
-                message = f"graph '{self.graph.spec.name}' runs outside its engine for such inputs: {error}"
-                warnings.warn(message, BackendWarning, stacklevel=3)
-            return self._other({name: np.asarray(value) for name, value in inputs.items()})
-        return self.graph.run(inputs)
-
-
-def _describe(value: Any) -> tuple[str, tuple[int, ...]]:
-    if isinstance(value, DeviceArray):
-        return str(value.dtype), value.shape
-    return describe(value)
 
 
 def _said(port: tuple[bool, str] | None) -> str:

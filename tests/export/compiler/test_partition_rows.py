@@ -1,4 +1,4 @@
-"""The committed rows of benchmarks/partition_report.py hold the counts that specs and docs state; the newest row of each."""
+"""The committed rows of benchmarks/models/partition_report.py hold the counts that specs and docs state, the newest of each."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,16 +14,13 @@ pytest.importorskip("diffusers")
 from diffusers import CogVideoXTransformer3DModel, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from motionrt.benchmarks.counts import COGVIDEOX, MOTION, UNET  # noqa: E402
 from motionrt.export.compiler.partition import Partition  # noqa: E402
 from motionrt.export.compiler.weightless import fake_partition, leaves, materialise, weights_by_class  # noqa: E402
 from motionrt.export.systems import cogvideox_step as cogvideox  # noqa: E402
 from motionrt.export.systems import svd_step as svd  # noqa: E402
 from motionrt.export.systems.motionrag import MotionAdapterCrossAttention, install_cogvideox_adapter  # noqa: E402
 from motionrt.export.systems.steps import OUTPUTS, cogvideox_step, step_args, structure  # noqa: E402
-from motionrt.runtime.by_path import load_by_path  # noqa: E402
-
-_counts = load_by_path(Path(__file__).resolve().parents[3] / "benchmarks" / "counts.py")
-COGVIDEOX, UNET, MOTION = _counts.COGVIDEOX, _counts.UNET, _counts.MOTION
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -191,7 +187,7 @@ def cogvideox_scheduler() -> Any:
 
 @pytest.mark.slow
 def test_partition_of_cogvideox_at_full_width_counts_the_released_weights() -> None:
-    # two of 42 blocks; all of them, and SVD, are rows of benchmarks/partition_report.py
+    # two of 42 blocks; all of them, and SVD, are rows of benchmarks/models/partition_report.py
     sizes = weights_by_class(structure("cogvideox-5b-i2v", frames=17, layers=2))
     block = 2 * (512 * 18432 + 18432)
     ends = (3072 * 512 + 512) + (512 * 512 + 512) + (512 * 6144 + 6144)

@@ -1,7 +1,6 @@
 """CogVideoX bundles from released files against diffusers' own pipeline with the plain adapters installed, same noise.
 
-Bundles share the graphs that are the same. All 42 blocks: in torch in `test_quirks.py`, and as a bundle with
-`benchmarks/parity_models.py cogvideox`.
+Bundles share the graphs that are the same. All 42 blocks: in torch, in `test_quirks.py`.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 import motionrt
 from motionrt.runtime.backends.tensorrt.engine_file import (
@@ -22,9 +23,10 @@ from motionrt.runtime.backends.tensorrt.engine_file import (
     sorted_targets,
 )  # fmt: skip
 from motionrt.runtime.bundle.bundle import Bundle
-from motionrt.runtime.bundle.manifest import Data, Dim, GraphSpec, Port, Weights, sha256_of
+from motionrt.runtime.bundle.manifest import Dim, File, GraphSpec, Port, Weights
 from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.errors import EngineError, InputError
+from motionrt.runtime.files import sha256_of
 
 BATCH = Dim("batch", 1, 1, 4)
 SPEC = GraphSpec(
@@ -96,10 +98,12 @@ def test_sorted_targets_refuses_what_is_none(target: str) -> None:
 
 
 WRONG_SIDE: dict[str, tuple[dict[str, Any], GraphSpec, list[str]]] = {
-    "another graph's ONNX": ({}, replace(SPEC, sha256="d" * 64), ["aaaaaaaaaaaa", "dddddddddddd"]),
-    "weights in a package": ({}, replace(SPEC, weights=Weights("p", "f", "e" * 64)), ["none", "eeeeeeeeeeee"]),
-    "weights beside the graph": ({}, replace(SPEC, data=Data("f", "e" * 64)), ["none", "eeeeeeeeeeee"]),
-    "other weights beside it": ({"weights_sha256": "d" * 64}, replace(SPEC, data=Data("f", "e" * 64)), ["dddddd", "eeeeee"]),
+    "another graph's ONNX": ({}, structs.replace(SPEC, sha256="d" * 64), ["aaaaaaaaaaaa", "dddddddddddd"]),
+    "weights in a package": ({}, structs.replace(SPEC, weights=Weights("p", "f", "e" * 64)), ["none", "eeeeeeeeeeee"]),
+    "weights beside the graph": ({}, structs.replace(SPEC, data=File("f", "e" * 64)), ["none", "eeeeeeeeeeee"]),
+    "other weights beside it": (
+        {"weights_sha256": "d" * 64}, structs.replace(SPEC, data=File("f", "e" * 64)), ["dddddd", "eeeeee"],
+    ),
     "no weights any more": ({"weights_sha256": "d" * 64}, SPEC, ["dddddddddddd", "none"]),
     "another graph": ({"graph": "decode"}, SPEC, ["decode", "step"]),
     "older motionrt": ({"motionrt": "0.0.1"}, SPEC, ["0.0.1", motionrt.__version__]),
@@ -114,7 +118,7 @@ WRONG_SIDE: dict[str, tuple[dict[str, Any], GraphSpec, list[str]]] = {
 def test_check_names_both_sides_of_a_bundle_that_does_not_fit(file: EngineFile, case: str) -> None:
     changes, spec, words = WRONG_SIDE[case]
     with pytest.raises(EngineError) as refused:
-        replace(file, **changes).check(spec)
+        structs.replace(file, **changes).check(spec)
     for word in [*words, f"motionrt build {file.folder.parent.parent} --target sm_89,sm_120 --flavor rtx --dtype float16"]:
         assert word in str(refused.value)
 
@@ -147,7 +151,7 @@ def test_check_refuses_one_flipped_bit(file: EngineFile, at: int) -> None:
     damaged = bytearray(CONTENT)
     damaged[at] ^= 1
     file.engine_path.write_bytes(damaged)
-    with pytest.raises(EngineError, match="is damaged: SHA-256.*Nothing was loaded.*Rebuild: "):
+    with pytest.raises(EngineError, match="is damaged: SHA-256.*nothing was loaded.*Rebuild: "):
         file.check(SPEC, HERE)
 
 
@@ -171,16 +175,16 @@ DAMAGED: dict[str, tuple[Callable[[str], str], str]] = {
     "no object": (lambda text: "[]", "one object"),
     "newer format": (_edit(lambda raw: raw.update(format=2)), "format is 2; this version reads format 1"),
     "no format": (_edit(lambda raw: raw.pop("format")), "format is None"),
-    "missing key": (_edit(lambda raw: raw.pop("library")), "lacks library"),
-    "unknown key": (_edit(lambda raw: raw.update(color=1)), "unknown color"),
-    "wrong type": (_edit(lambda raw: raw.update(engine_bytes="1")), "wrong type"),
-    "bool for int": (_edit(lambda raw: raw.update(attentions=True)), "wrong type"),
-    "no digest": (_edit(lambda raw: raw.update(engine_sha256="xyz")), "64 hex digits"),
+    "missing key": (_edit(lambda raw: raw.pop("library")), "missing required field `library`"),
+    "unknown key": (_edit(lambda raw: raw.update(color=1)), "unknown field `color`"),
+    "wrong type": (_edit(lambda raw: raw.update(engine_bytes="1")), r"Expected `int`, got `str` - at `\$.engine_bytes`"),
+    "bool for int": (_edit(lambda raw: raw.update(attentions=True)), r"Expected `int`, got `bool` - at `\$.attentions`"),
+    "no digest": (_edit(lambda raw: raw.update(engine_sha256="xyz")), r"\{64\}.* - at `\$.engine_sha256`"),
     "flavor": (_edit(lambda raw: raw.update(flavor="onnx")), "allowed: rtx, tensorrt"),
-    "file elsewhere": (_edit(lambda raw: raw.update(file="../../x.engine")), "beside the sidecar"),
+    "file elsewhere": (_edit(lambda raw: raw.update(file="../../x.engine")), r"engine.* - at `\$.file`"),
     "target": (_edit(lambda raw: raw.update(targets=["h100"])), "h100"),
-    "profile": (_edit(lambda raw: raw["profiles"][0].update(latents={"min": [1]})), "not well formed"),
-    "shape": (_edit(lambda raw: raw["inputs"][0].update(dims=[1.5])), "not well formed"),
+    "profile": (_edit(lambda raw: raw["profiles"][0].update(latents={"min": [1]})), r"required field `opt` - at `\$.profiles"),
+    "shape": (_edit(lambda raw: raw["inputs"][0].update(dims=[1.5])), r"got `float` - at `\$.inputs\[0\].dims\[0\]`"),
 }
 
 
@@ -191,7 +195,7 @@ def test_read_refuses_in_plain_words(file: EngineFile, case: str) -> None:
     path.write_text(damage(path.read_text()))
     with pytest.raises(EngineError, match=words) as refused:
         EngineFile.read(path)
-    assert "engines again" in str(refused.value)
+    assert "Build it again with this version of motionrt: `motionrt build" in str(refused.value)
 
 
 def test_read_of_nothing_says_how_to_build(tmp_path: Path) -> None:
@@ -222,7 +226,8 @@ def test_an_engine_of_other_weights_is_refused_by_name(large_bundle: tuple[Path,
     engine.check(before)
     fake.move_weights(bundle, "decode", "w_decode", fake.constants()["w_decode"] + 1)
     after = Bundle.open(bundle).graph("decode")
-    assert after == replace(before, data=Data(f"graphs/{beside.name}", sha256_of(beside))), "the same graph, other weights"
+    data = File(f"graphs/{beside.name}", sha256_of(beside))
+    assert after == structs.replace(before, data=data), "the same graph, other weights"
     with pytest.raises(EngineError) as refused:
         engine.check(after)
     was, now = before.weights_sha256[:12], after.weights_sha256[:12]
@@ -231,9 +236,10 @@ def test_an_engine_of_other_weights_is_refused_by_name(large_bundle: tuple[Path,
 
 
 def test_weights_of_a_graph_are_those_of_both_files() -> None:
-    package, data = Weights("p", "f", "1" * 64), Data("f", "2" * 64)
-    both = {replace(SPEC, weights=package, data=data), replace(SPEC, weights=replace(package, sha256="3" * 64), data=data)}
-    some = {SPEC, replace(SPEC, weights=package), replace(SPEC, data=data)}
+    package, data = Weights("p", "f", "1" * 64), File("f", "2" * 64)
+    other = structs.replace(package, sha256="3" * 64)
+    both = {structs.replace(SPEC, weights=package, data=data), structs.replace(SPEC, weights=other, data=data)}
+    some = {SPEC, structs.replace(SPEC, weights=package), structs.replace(SPEC, data=data)}
     assert {spec.weights_sha256 for spec in some} == {"", "1" * 64, "2" * 64}
     assert len({spec.weights_sha256 for spec in both | some}) == 5
 

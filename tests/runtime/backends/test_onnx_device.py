@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from motionrt.runtime.backends.onnx_device import OrtArray, OrtGraph
-from motionrt.runtime.backends.onnxruntime import DeviceGraph, OnnxRuntimeBackend, fetch, place
+from motionrt.runtime.backends.onnxruntime import BoundExecutor, OnnxRuntimeBackend, OrtArray, OrtDevice
+from motionrt.runtime.backends.seam import Checked, fetch
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.errors import BackendError, InputError
 from motionrt.runtime.pipeline import MotionPipeline
@@ -22,9 +23,14 @@ class Bound:
 
     label = "bound"
 
-    def load(self, bundle: Bundle, name: str) -> OrtGraph:
+    def load(self, bundle: Bundle, name: str) -> Checked:
         session = onnxruntime.InferenceSession(str(bundle.graph_path(name)), providers=["CPUExecutionProvider"])
-        return OrtGraph(bundle.graph(name), session, "cpu", 0)
+        spec = bundle.graph(name)
+        return Checked(spec, BoundExecutor(session, [port.name for port in spec.outputs], OrtDevice("cpu", 0)))
+
+
+def place(graph: Checked, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: graph.put(name, value) for name, value in values.items()}
 
 
 def inputs_of(bundle: Bundle, graph: str, seed: int = 0) -> dict[str, NDArray[Any]]:
@@ -44,7 +50,6 @@ def test_pipeline_gives_what_it_gives_unbound(fake_bundle: Path, fake_memory: Pa
 def test_results_belong_to_the_caller(fake_bundle: Path) -> None:
     bundle = Bundle.open(fake_bundle)
     graph = Bound().load(bundle, "step")
-    assert isinstance(graph, DeviceGraph)
     kept = []
     for seed in (1, 2, 3):
         inputs = inputs_of(bundle, "step", seed)
@@ -55,13 +60,13 @@ def test_results_belong_to_the_caller(fake_bundle: Path) -> None:
     for results, expected in kept:
         for name, value in expected.items():
             assert isinstance(results[name], OrtArray)
-            np.testing.assert_array_equal(graph.get(results[name]), value)
+            np.testing.assert_array_equal(fetch(results[name]), value)
 
 
 def test_tables_give_rows(fake_bundle: Path) -> None:
     graph = Bound().load(Bundle.open(fake_bundle), "step")
     host = np.arange(12, dtype=np.float32).reshape(3, 4)
-    on_device = OrtArray(graph, value=graph.upload(host))
+    on_device = OrtArray(OrtDevice("cpu", 0), value=OrtDevice("cpu", 0).upload(host))
     for table in (graph.put("modulation", host), on_device):
         assert len(table) == 3 and table.shape == (3, 4) and table.dtype == np.float32 and table[1] is table[1]
         for index in (0, 2, slice(1, 3), (slice(None), None)):
@@ -90,6 +95,6 @@ def test_run_refuses_an_input(fake_bundle: Path) -> None:
                 way({**inputs, **change})
     with pytest.raises(InputError, match="`noise` has 128 NaN"):
         graph.put("noise", np.full_like(inputs["noise"], np.nan))
-    graph.kind = "no such device"
+    graph.executor.device = OrtDevice("no such device", 0)
     with pytest.raises(BackendError, match="ONNX Runtime failed in graph 'step'"):
         graph.run(inputs)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from motionrt.runtime.backends.precision import FULL, HEAVY, Op, choose
+from motionrt.runtime.backends.precision import FULL, HEAVY, Op, low_ops
 
 
 def lows(ops: list[Op], outputs: list[str], wide: tuple[str, ...] = ()) -> dict[str, bool]:
-    return {str(op.writes[0]): low for op, low in zip(ops, choose(ops, outputs, wide), strict=True)}
+    return {str(op.writes[0]): low for op, low in zip(ops, low_ops(ops, outputs, wide), strict=True)}
 
 
 def test_heavy_ops_are_low_norms_are_not_and_pointwise_ops_follow_what_they_read() -> None:

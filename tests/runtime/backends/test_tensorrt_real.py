@@ -15,8 +15,9 @@ pytest.importorskip("onnx_ir")
 
 from motionrt.export.engines.build import Options, build_engines  # noqa: E402
 from motionrt.runtime.backends.machine import find_gpus  # noqa: E402
-from motionrt.runtime.backends.tensorrt.backend import TensorRTBackend, installed, load_library, make_log  # noqa: E402
+from motionrt.runtime.backends.tensorrt.backend import TensorRTBackend  # noqa: E402
 from motionrt.runtime.backends.tensorrt.device_memory import Cuda  # noqa: E402
+from motionrt.runtime.backends.tensorrt.library import installed, load_module, make_log  # noqa: E402
 from motionrt.runtime.bundle.bundle import Bundle  # noqa: E402
 from motionrt.runtime.by_path import load_by_path  # noqa: E402
 from motionrt.runtime.errors import EngineError  # noqa: E402
@@ -61,7 +62,7 @@ def test_the_real_logger_takes_ours() -> None:
     log.log(trt.ILogger.ERROR, "one\ntwo")
     log.log(trt.ILogger.VERBOSE, "not this")
     assert log.text() == "one two"
-    assert installed()[-1] == "rtx" and load_library("rtx") is trt
+    assert installed()[-1] == "rtx" and load_module("rtx") is trt
 
 
 def test_a_real_engine_without_a_gpu_gives_one_clear_error(fakes: ModuleType, fake_bundle: Path, tmp_path: Path) -> None:
@@ -72,7 +73,8 @@ def test_a_real_engine_without_a_gpu_gives_one_clear_error(fakes: ModuleType, fa
     libraries: dict[str, Any] = {"rtx": trt}
     backend = TensorRTBackend(cuda=Cuda(0, fakes.FakeDriver()), libraries=libraries)
     assert backend.find(Bundle.open(path), "request") == built.file, "its sidecar is that of this machine"
-    with pytest.raises(EngineError, match="TensorRT-RTX .* refuses engine 'request'.*CUDA.*Rebuild: `motionrt build") as caught:
+    message = "engine 'request' .* is refused by TensorRT-RTX .*CUDA.*Rebuild: `motionrt build"
+    with pytest.raises(EngineError, match=message) as caught:
         backend.load(Bundle.open(path), "request")
     assert "\n" not in str(caught.value)
     other = TensorRTBackend(cuda=Cuda(0, fakes.FakeDriver((12, 0))), libraries=libraries)

@@ -24,22 +24,24 @@ from pytest import MonkeyPatch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from motionrt.cli import main  # noqa: E402
-from motionrt.export.onnx.from_torch import Example, Range, dynamic_shapes  # noqa: E402
+from motionrt.export.onnx.from_torch import Example, ParityError, Range, dynamic_shapes  # noqa: E402
 from motionrt.export.onnx.streamed import stream_real  # noqa: E402
-from motionrt.export.onnx.torch_programs import ParityError, check_program, write_program  # noqa: E402
+from motionrt.export.onnx.torch_programs import check_program, write_program  # noqa: E402
 from motionrt.kernels import motion_cross_attention  # noqa: E402
 from motionrt.runtime.backends import torch_backend  # noqa: E402
-from motionrt.runtime.backends.onnxruntime import DeviceGraph, OnnxRuntimeBackend, place  # noqa: E402
+from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend  # noqa: E402
 from motionrt.runtime.backends.open import (  # noqa: E402
     RunOptions,
     open_backend,
 )
-from motionrt.runtime.backends.torch_backend import TorchBackend, TorchGraph  # noqa: E402
+from motionrt.runtime.backends.seam import Checked, fetch  # noqa: E402
+from motionrt.runtime.backends.torch_backend import TorchBackend, TorchExecutor  # noqa: E402
 from motionrt.runtime.backends.torch_program import load_program  # noqa: E402
-from motionrt.runtime.bundle.bundle import Bundle, Dim, GraphSpec, Port, sha256_of  # noqa: E402
+from motionrt.runtime.bundle.bundle import Bundle, Dim, GraphSpec, Port  # noqa: E402
+from motionrt.runtime.cli.main import main  # noqa: E402
 from motionrt.runtime.dtypes import DTYPES  # noqa: E402
 from motionrt.runtime.errors import BackendError, BackendWarning, BundleError, InputError  # noqa: E402
+from motionrt.runtime.files import sha256_of  # noqa: E402
 from motionrt.runtime.loop import sample  # noqa: E402
 from motionrt.runtime.pipeline import MotionPipeline  # noqa: E402
 
@@ -113,6 +115,10 @@ def arrays(batch: int = 1, seed: int = 0) -> dict[str, NDArray[Any]]:
     return {name: value.numpy() for name, value in step_feed(batch, seed).items()}
 
 
+def place(graph: Checked, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: graph.put(name, value) for name, value in values.items()}
+
+
 def loop(step: Any, seed: int = 0, steps: int = 5) -> NDArray[np.float32]:
     rng = np.random.default_rng(seed)
     feed = arrays(seed=seed)
@@ -144,7 +150,7 @@ def test_the_demos_video_is_that_of_onnxruntime(demo_bundle: Path) -> None:
     for name in latents:
         backend = open_backend(RunOptions(name, threads=1, allow_onnxruntime=True))
         with MotionPipeline.from_bundle(demo_bundle, DEMO / "memory", backend=backend) as pipeline:
-            assert isinstance(pipeline.graph("step"), DeviceGraph) == (name == "torch")
+            assert (pipeline.graph("step").executor.device is not None) == (name == "torch")
             decode = pipeline.graph("decode")
 
             def keep(inputs: Mapping[str, Any], decode: Any = decode, name: str = name) -> dict[str, Any]:
@@ -290,7 +296,7 @@ def static_step(path: Path, patch: pytest.MonkeyPatch) -> Any:
     backend = TorchBackend()
     backend.mode = "graph"
     step = backend.load(Bundle.open(path), "step")
-    assert step.mode == "graph"  # type: ignore[attr-defined]
+    assert step.executor.mode == "graph"  # type: ignore[attr-defined]
     return step
 
 
@@ -304,7 +310,7 @@ def test_static_buffers_change_nothing(fake_programs: Path, monkeypatch: pytest.
 def test_state_is_copied_once_for_a_loop(fake_programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     static = static_step(fake_programs, monkeypatch)
     copied: list[tuple[int, ...]] = []
-    for buffer in static._static.inputs:
+    for buffer in static.executor._static.inputs:
         monkeypatch.setattr(buffer, "copy_", lambda value, b=buffer: (copied.append(b.shape), b.set_(value.clone())))
     loop(static, steps=5)
     assert copied.count((1, 4)) == 2  # context and negative context, each once
@@ -315,20 +321,22 @@ def test_results_of_a_call_belong_to_the_caller(fake_programs: Path, monkeypatch
     for step in (TorchBackend().load(Bundle.open(fake_programs), "step"), static_step(fake_programs, monkeypatch)):
         first = step(arrays(seed=0))
         kept = {name: value.copy() for name, value in first.items()}
+        stays = step.run(arrays(seed=0))
         step(arrays(seed=1))
+        step.run({**arrays(seed=1), "latents": stays["next_latents"]})
         for name in kept:
             np.testing.assert_array_equal(first[name], kept[name])
+            np.testing.assert_array_equal(fetch(stays[name]), kept[name])
 
 
 def test_put_copies_and_takes_any_layout(fake_programs: Path) -> None:
     step = TorchBackend().load(Bundle.open(fake_programs), "step")
-    assert isinstance(step, DeviceGraph)
     feed = arrays()
     want = step(feed)["x0"]
     held = place(step, place(step, feed))  # twice is once
     for value in feed.values():
         value.fill(0)
-    np.testing.assert_array_equal(step.get(step.run(held)["x0"]), want)
+    np.testing.assert_array_equal(fetch(step.run(held)["x0"]), want)
     flipped = {name: np.flip(value, 0) if value.ndim else value for name, value in arrays(2).items()}
     frozen = {name: np.ascontiguousarray(value).reshape(value.shape) for name, value in flipped.items()}
     for value in frozen.values():
@@ -337,12 +345,24 @@ def test_put_copies_and_takes_any_layout(fake_programs: Path) -> None:
     assert place(OnnxRuntimeBackend(1).load(Bundle.open(fake_programs), "step"), feed) == feed
 
 
+def test_a_value_loses_nothing_where_one_of_its_graphs_computes_in_less(fake_programs: Path) -> None:
+    bundle, feed = Bundle.open(fake_programs), arrays()
+    low, full = (TorchBackend(precision=precision).load(bundle, "step") for precision in ("bfloat16", "float32"))
+    held = place(low, feed)
+    low.run(held)
+    assert place(full, held) == held
+    for name, value in full(held).items():
+        np.testing.assert_array_equal(value, full(feed)[name])
+    for name, value in feed.items():
+        np.testing.assert_array_equal(np.asarray(held[name]), value)
+
+
 def test_compiled_step_equals_eager(fake_programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without Inductor, whose C++ compiler takes a minute on a small machine: what is tested is that one graph is traced."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     bundle = Bundle.open(fake_programs)
     compiled = TorchBackend(mode="compile").load(bundle, "step")
-    assert compiled.mode == "compile"  # type: ignore[attr-defined]
+    assert compiled.executor.mode == "compile"  # type: ignore[attr-defined]
     np.testing.assert_allclose(loop(compiled), loop(TorchBackend().load(bundle, "step")), atol=1e-5)
 
 
@@ -360,8 +380,9 @@ def test_values_get_the_layout_that_the_program_was_traced_with(monkeypatch: pyt
     monkeypatch.setattr(torch, "compile", lambda call, **_: call)
     value = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
     for mode in ("eager", "graph"):
-        graph = TorchGraph(spec, Product(), {"video": torch.empty(5, 3).t()}, ("out",), torch.device("cpu"))
-        graph.prepare(mode)
+        executor = TorchExecutor(spec, Product(), {"video": torch.empty(5, 3).t()}, ("out",), torch.device("cpu"))
+        executor.prepare(mode)
+        graph = Checked(spec, executor)
         for given in (value, np.asfortranarray(value), value[::-1, ::-1]):
             np.testing.assert_array_equal(graph({"video": given})["out"], 2 * given)
 
@@ -373,7 +394,7 @@ def test_cuda_gives_what_the_cpu_gives(fake_programs: Path, mode: str) -> None:
         pytest.skip("no CUDA device")
     bundle = Bundle.open(fake_programs)
     step = TorchBackend("cuda", mode=mode, precision="float32").load(bundle, "step")
-    assert step.mode == mode  # type: ignore[attr-defined]
+    assert step.executor.mode == mode  # type: ignore[attr-defined]
     for seed in (0, 1, 0):
         np.testing.assert_allclose(loop(step, seed), loop(TorchBackend().load(bundle, "step"), seed), atol=1e-4)
 
@@ -438,7 +459,6 @@ def test_inputs_are_refused_as_onnxruntime_refuses_them(
     fake_programs: Path, change: Callable[[Any], object], message: str
 ) -> None:
     step = TorchBackend().load(Bundle.open(fake_programs), "step")
-    assert isinstance(step, DeviceGraph)
     inputs = arrays()
     change(inputs)
     for call in (step, step.run):

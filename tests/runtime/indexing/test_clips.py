@@ -5,21 +5,27 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
-from motionrt.runtime.errors import InputError, MemoryStoreError
+from motionrt.runtime.bundle.manifest import ClipSize, GraphSpec, MemorySpec, Part, Port
+from motionrt.runtime.errors import InputError, MediaError, MemoryStoreError
 from motionrt.runtime.indexing import clips as indexing
-from motionrt.runtime.indexing.clips import ClipEncoders, IndexReport, index_clips
+from motionrt.runtime.indexing.clips import IndexReport, index_clips
+from motionrt.runtime.indexing.encoders import ClipEncoders, make_record, reference_calls
+from motionrt.runtime.indexing.sources import Item
 from motionrt.runtime.media.video import read_clip, write_video
 from motionrt.runtime.memory.memory import MotionMemory
 
 F, H, W, FPS = 5, 16, 24, 8
-DIMS = {"embedding": 4, "motion": [2, F], "appearance": [1, 3]}
-DIGESTS = {"text_query": "a", "motion": "b", "appearance": "c"}
+RECORD = (Part("motion", "float16", (2, F)), Part("appearance", "float16", (1, 3)))
+KEPT: dict[str, Any] = {"embedding": 4, "record": RECORD, "fingerprint": "f" * 64}
 calls: list[tuple[str, int]] = []
 
 
@@ -48,13 +54,29 @@ def appearance(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {"appearance": image.mean((2, 3))[:, None]}
 
 
-ENCODERS = ClipEncoders(tokenize, text_query, motion, appearance, F, H, W, FPS)
+def graph(name: str, reads: str, *gives: str) -> GraphSpec:
+    inputs, outputs = (tuple(Port(port, "float32", ()) for port in ports) for ports in ((reads,), gives))
+    return GraphSpec(name, f"{name}.onnx", "0" * 64, inputs, outputs)
+
+
+def encoders(record: tuple[Part, ...] = RECORD, **changes: Any) -> ClipEncoders:
+    """The three graphs, some of them changed, for a bundle that declares `record`."""
+    graphs = {"text_query": text_query, "motion": motion, "appearance": appearance} | changes
+    reads = {"text_query": "input_ids", "motion": "video", "appearance": "image"}
+    names = tuple(name for name in graphs if name != "text_query")
+    spec = MemorySpec("prompt", "text_query", "text", 1, 2, ClipSize(F, H, W, FPS), record, "f" * 64, names)
+    return ClipEncoders(
+        spec, tokenize, graphs.__getitem__, {name: graph(name, reads.get(name, "pixels"), name) for name in graphs}
+    )
+
+
+ENCODERS = encoders()
 
 
 @pytest.fixture
 def memory(tmp_path: Path) -> MotionMemory:
     calls.clear()
-    return MotionMemory.create(tmp_path / "memory", digests=DIGESTS, dims=DIMS)
+    return MotionMemory.create(tmp_path / "memory", **KEPT)
 
 
 def video(path: Path, shift: int = 0, frames: int = 3 * F) -> Path:
@@ -74,10 +96,10 @@ def test_index_clips_stores_the_tokens_of_the_fixed_cut(tmp_path: Path, memory: 
     for reference, start in ((first, 0.0), (later, 0.75)):
         cut = read_clip(path, F, H, W, FPS, start)
         want = cut.mean((1, 2, 3))
-        np.testing.assert_allclose(reference.motion, [want, -want], atol=1e-3)
-        np.testing.assert_allclose(reference.appearance, [cut[0].mean((1, 2))], atol=1e-3)
+        np.testing.assert_allclose(reference.record["motion"], [want, -want], atol=1e-3)
+        np.testing.assert_allclose(reference.record["appearance"], [cut[0].mean((1, 2))], atol=1e-3)
         assert (reference.source, reference.start, reference.duration) == (str(path), start, F / FPS)
-    assert np.abs(first.motion - later.motion).max() > 0.1
+    assert np.abs(first.record["motion"] - later.record["motion"]).max() > 0.1
 
 
 def test_index_clips_works_in_batches_and_tells_progress(
@@ -89,13 +111,13 @@ def test_index_clips_works_in_batches_and_tells_progress(
     with memory:
         report = index_clips(memory, ENCODERS, iter(items), lambda done, path: seen.append((done, path)))
         assert report.added == len(memory) == 7
-        together = [r.motion for r in memory.get(range(1, 8))]
+        together = [r.record["motion"] for r in memory.get(range(1, 8))]
     assert [size for _, size in calls] == [3, 3, 1]
     assert seen == [(i + 1, str(items[i][0])) for i in range(7)]
-    with MotionMemory.create(tmp_path / "alone", digests=DIGESTS, dims=DIMS) as alone:
+    with MotionMemory.create(tmp_path / "alone", **KEPT) as alone:
         for item in items:
             index_clips(alone, ENCODERS, [item])
-        assert np.array_equal(together, [r.motion for r in alone.get(range(1, 8))])
+        assert np.array_equal(together, [r.record["motion"] for r in alone.get(range(1, 8))])
 
 
 def test_index_clips_reports_what_it_cannot_take_and_goes_on(tmp_path: Path, memory: MotionMemory) -> None:
@@ -130,16 +152,22 @@ def test_index_clips_adds_nothing_twice(tmp_path: Path, memory: MotionMemory) ->
 
 def test_index_clips_with_no_items_and_with_wrong_encoders(tmp_path: Path, memory: MotionMemory) -> None:
     path = video(tmp_path / "a.mp4")
-    wrong = ClipEncoders(tokenize, text_query, appearance, appearance, F, H, W, FPS)
-    narrow = ClipEncoders(
-        tokenize, text_query, lambda inputs: {"motion": motion(inputs)["motion"][:, :1]}, appearance, F, H, W, FPS
-    )
+    wrong = encoders(motion=lambda inputs: appearance({"image": inputs["video"][:, 0]}))
+    narrow = encoders(motion=lambda inputs: {"motion": motion(inputs)["motion"][:, :1]})
+    other = encoders((Part("motion", "float16", (1, F)), RECORD[1]))
+    longer = encoders(text_query=lambda inputs: {"embedding": np.ones((1, 5), np.float32)})
     with memory:
         assert index_clips(memory, ENCODERS, []) == IndexReport()
-        with pytest.raises((InputError, KeyError)):
+        with pytest.raises(InputError, match="no graph of the memory gives `motion` of the record"):
             index_clips(memory, wrong, [(path, "x", None)])
-        with pytest.raises(MemoryStoreError, match=r"the encoders give .*'motion': \[1, 5\].* keeps .*'motion': \[2, 5\]"):
+        with pytest.raises(InputError, match=r"`motion` of a clip came out as float32 \[1, 5\]; .* declares float16 \[2, 5\]"):
             index_clips(memory, narrow, [(path, "x", None)])
+        with pytest.raises(
+            MemoryStoreError, match=r"encoders give .*motion float16 \[1, 5\].* keeps .*motion float16 \[2, 5\]"
+        ):
+            index_clips(memory, other, [(path, "x", None)])
+        with pytest.raises(MemoryStoreError, match=r"encoders give an embedding of 5 .* keeps an embedding of 4"):
+            index_clips(memory, longer, [(path, "x", None)])
         assert len(memory) == 0
 
 
@@ -169,14 +197,126 @@ def test_index_clips_leaves_an_index_where_one_is_wanted(tmp_path: Path, memory:
     assert index.startswith("index-") and rest == ["index.json", "memory.sqlite"]  # no journal is left
 
 
+# Other systems, and records on demand
+
+
+PIXELS = (Part("pixels", "uint8", (F, H, W, 3)), Part("course", "float32", (F,)))
+
+
+def course(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    pixels = inputs["pixels"]
+    assert pixels.dtype == np.uint8 and pixels.shape[1:] == (F, H, W, 3) and pixels.flags.c_contiguous
+    return {"course": pixels.mean((2, 3, 4), dtype=np.float32)}
+
+
+def general(**changes: Any) -> ClipEncoders:
+    """A system whose record is what its clips look like, and what one graph makes of that."""
+    made = encoders(PIXELS, course=course)
+    return replace(made, spec=msgspec.structs.replace(made.spec, graphs=("course",), **changes))
+
+
+def test_a_record_of_pixels_and_of_a_graph_that_reads_them(tmp_path: Path) -> None:
+    path = video(tmp_path / "a.mp4")
+    with MotionMemory.create(tmp_path / "m", embedding=4, record=PIXELS, fingerprint="f") as memory:
+        assert index_clips(memory, general(), [(path, "rises", 0.25)]).added == 1
+        record = memory.get([1])[0].record
+    cut = read_clip(path, F, H, W, FPS, 0.25)
+    assert record["pixels"].dtype == np.uint8 and record["course"].dtype == np.float32
+    assert np.array_equal(record["pixels"].transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1, cut)
+    np.testing.assert_array_equal(record["course"], record["pixels"].mean((1, 2, 3), dtype=np.float32))
+
+
+@pytest.mark.parametrize("value, words", [
+    (np.zeros((1, F), np.float32), r"`course` of a clip came out as float32 \[5\]; the bundle declares int64 \[5\]"),
+    (np.zeros((1, F), np.uint8), "came out as uint8"),
+])  # fmt: skip
+def test_nothing_becomes_a_whole_number_without_a_word(tmp_path: Path, value: Any, words: str) -> None:
+    made = replace(general(record=(Part("course", "int64", (F,)),)), load=lambda name: lambda inputs: {"course": value})
+    with pytest.raises(InputError, match=words):
+        made.records(np.zeros((1, F, 3, H, W), np.float32))
+    whole = replace(made, load=lambda name: lambda inputs: {"course": value.astype(np.int64)})
+    assert whole.records(np.zeros((1, F, 3, H, W), np.float32))[0]["course"].dtype == np.int64
+    lost = replace(made, graphs={"course": graph("course", "depth", "course")})
+    with pytest.raises(InputError, match="graph 'course' reads `depth`; there are only video, image"):
+        lost.records(np.zeros((1, F, 3, H, W), np.float32))
+
+
+def test_what_a_still_and_a_video_are_searched_by() -> None:
+    still, moving = np.zeros((3, H, W), np.float32), np.zeros((F, 3, H, W), np.float32)
+    assert [ENCODERS.part_of_image(still)[0], ENCODERS.part_of_video(moving)[0]] == ["appearance", "motion"]
+    assert ENCODERS.part_of_image(still)[1].shape == (1, 3) and ENCODERS.part_of_video(moving)[1].shape == (2, F)
+    assert general().part_of_video(moving)[0] == "course"
+    with pytest.raises(InputError, match="no float part that is made of a still; search by a prompt"):
+        general().part_of_image(still)
+    with pytest.raises(InputError, match="made of a video and of no still"):
+        encoders(RECORD[1:]).part_of_video(moving)
+
+
+@pytest.fixture
+def bundle() -> Any:
+    return SimpleNamespace(path="B", graphs=ENCODERS.graphs, manifest=SimpleNamespace(memory=ENCODERS.spec))
+
+
+def test_a_record_on_demand_is_the_one_that_would_have_been_kept(tmp_path: Path, bundle: Any) -> None:
+    items = [
+        Item(video(tmp_path / f"{i}.mp4", i), f"clip {i}", i / 3 or None, 0.5 + i / 3, "", {"end_sec": "x"} if i == 0 else {})
+        for i in range(3)
+    ]
+    items += [items[1]._replace(caption="no end", end=None), items[1]._replace(caption="centre", start=0.1 + 0.2)]
+    calls.clear()
+    with MotionMemory.create(tmp_path / "d", **KEPT, on_demand=True) as memory:
+        for span in ("start", "centre"):
+            assert not index_clips(memory, ENCODERS, items, span=span).failed
+        assert not calls  # captions are embedded, nothing else
+        bare = memory.get(memory.ids().tolist())
+    with MotionMemory.create(tmp_path / "k", **KEPT) as memory:
+        for span in ("start", "centre"):
+            index_clips(memory, ENCODERS, items, span=span)
+        stored = memory.get(memory.ids().tolist())
+    assert len(bare) == len(stored) == 6
+    asked = reference_calls(bundle, bare[0])  # as a job does it, call by call
+    name, inputs = next(asked)
+    assert (name, list(inputs)) == ("motion", ["video"])
+    name, inputs = asked.send(motion(inputs))
+    assert (name, list(inputs)) == ("appearance", ["image"])
+    with pytest.raises(StopIteration) as done:
+        asked.send(appearance(inputs))
+    assert np.array_equal(done.value.value["motion"], stored[0].record["motion"])
+    for one, other in zip(bare, stored, strict=True):
+        made = make_record(bundle, ENCODERS.load, one)
+        assert one.record == {} and list(made) == list(other.record)
+        for name, array in other.record.items():
+            assert made[name].dtype == array.dtype and np.array_equal(made[name], array), (one.caption, name)
+
+
+def test_a_record_on_demand_of_a_file_that_is_gone_or_changed_is_refused(tmp_path: Path, bundle: Any) -> None:
+    path = video(tmp_path / "a.mp4")
+    with MotionMemory.create(tmp_path / "m", **KEPT, on_demand=True) as memory:
+        index_clips(memory, ENCODERS, [(path, "rises", None)])
+        reference = memory.get([1])[0]
+    moved = replace(reference, source="a.mp4")
+    assert np.array_equal(
+        make_record(bundle, ENCODERS.load, moved, tmp_path)["motion"], make_record(bundle, ENCODERS.load, reference)["motion"]
+    )
+    video(path, shift=3)
+    with pytest.raises(MediaError, match=r"a.mp4 is not the one that clip 1 \('rises'\) was indexed from.*Restore it"):
+        make_record(bundle, ENCODERS.load, reference)
+    path.unlink()
+    with pytest.raises(MediaError, match="a.mp4 cannot be read: No such file"):
+        make_record(bundle, ENCODERS.load, reference)
+
+
 def test_encoders_from_a_bundle(fake_bundle: Path, fake_memory: Path, fake_clips: dict[str, Path]) -> None:
     from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
     from motionrt.runtime.bundle.bundle import Bundle
 
-    bundle = Bundle.open(fake_bundle)
-    encoders = ClipEncoders.from_bundle(bundle, OnnxRuntimeBackend(1))
+    opened = Bundle.open(fake_bundle)
+    made = ClipEncoders.from_bundle(opened, OnnxRuntimeBackend(1))
     with MotionMemory.open(fake_memory, readonly=True) as stored:
-        stored.check(bundle.digests)
+        assert opened.manifest.memory is not None
+        stored.check(opened.manifest.memory.fingerprint)
         for caption, path in fake_clips.items():
-            embedding = encoders.text_query(encoders.tokenize(caption))["embedding"][0]
-            assert stored.search(embedding, 1)[0].source == str(path)
+            found = stored.search(made.embed(caption), 1)[0]
+            assert found.source == str(path)
+            again = make_record(opened, made.load, found)
+            assert all(np.array_equal(again[name], array) for name, array in found.record.items())

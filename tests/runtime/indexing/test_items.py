@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from motionrt.runtime import files as digests
+from motionrt.runtime.bundle.manifest import ClipSize, GraphSpec, MemorySpec, Part, Port
 from motionrt.runtime.errors import InputError, MediaError, MemoryStoreError
 from motionrt.runtime.indexing import clips as indexing
 from motionrt.runtime.indexing.clips import ClipEncoders, IndexReport, index_clips
@@ -25,8 +26,8 @@ from motionrt.runtime.media.video import write_video
 from motionrt.runtime.memory.memory import Clip, MotionMemory
 
 F, H, W, FPS = 5, 16, 24, 8
-DIMS = {"embedding": 4, "motion": [2, F], "appearance": [1, 3]}
-DIGESTS = {"text_query": "a", "motion": "b", "appearance": "c"}
+RECORD = (Part("motion", "float16", (2, F)), Part("appearance", "float16", (1, 3)))
+KEPT: dict[str, Any] = {"embedding": 4, "record": RECORD, "fingerprint": "f" * 64}
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -42,18 +43,22 @@ def appearance(image: np.ndarray) -> np.ndarray:
     return np.stack([x.mean((1, 2, 3)) for x in (image[..., : W // 2], image[:, :, : H // 2], image)], 1)[:, None]
 
 
+GRAPHS: dict[str, Any] = {
+    "text_query": lambda inputs: {"embedding": np.sin(inputs["input_ids"].astype(np.float32))},
+    "motion": lambda inputs: {"motion": np.stack([inputs["video"].mean((2, 3, 4))] * 2, 1)},
+    "appearance": lambda inputs: {"appearance": appearance(inputs["image"])},
+}
+PORTS = {"text_query": "input_ids", "motion": "video", "appearance": "image"}
 ENCODERS = ClipEncoders(
-    tokenize,
-    lambda inputs: {"embedding": np.sin(inputs["input_ids"].astype(np.float32))},
-    lambda inputs: {"motion": np.stack([inputs["video"].mean((2, 3, 4))] * 2, 1)},
-    lambda inputs: {"appearance": appearance(inputs["image"])},
-    F, H, W, FPS,
+    MemorySpec("prompt", "text_query", "t", 1, 2, ClipSize(F, H, W, FPS), RECORD, "f" * 64, ("motion", "appearance")),
+    tokenize, GRAPHS.__getitem__,
+    {name: GraphSpec(name, "f", "0" * 64, (Port(port, "float32", ()),), ()) for name, port in PORTS.items()},
 )  # fmt: skip
 
 
 @pytest.fixture
 def memory(tmp_path: Path) -> MotionMemory:
-    return MotionMemory.create(tmp_path / "memory", digests=DIGESTS, dims=DIMS)
+    return MotionMemory.create(tmp_path / "memory", **KEPT)
 
 
 @pytest.fixture
@@ -80,7 +85,7 @@ def counting(path: Path, frames: int = 80, shift: int = 0) -> Path:
 
 
 def first_frame(clip: Clip) -> int:
-    return round(float((clip.motion[0, 0] + 1) * 127.5 / 2))
+    return round(float((clip.record["motion"][0, 0] + 1) * 127.5 / 2))
 
 
 # Spans and what a clip keeps
@@ -214,11 +219,11 @@ def test_odd_videos_are_taken_or_reported_and_stop_nothing(
         assert str(item.video) in reason and __import__("re").search(want, reason), reason
     clips = {Path(clip.source).name: clip for clip in added}
     assert set(clips) == set(good) and {clip.caption for clip in added} == {caption}
-    assert np.ptp(clips["one.mp4"].motion) == 0
+    assert np.ptp(clips["one.mp4"].record["motion"]) == 0
     assert [clips[name].duration for name in good[1:3]] == pytest.approx([0.625, 0.625])
-    left, upper, _ = clips[good[3]].appearance[0]
+    left, upper, _ = clips[good[3]].record["appearance"][0]
     assert left < -0.95 and upper > left + 0.1  # the left half is black, and shown where it was
-    left, upper, whole = clips["turned.mp4"].appearance[0]
+    left, upper, whole = clips["turned.mp4"].record["appearance"][0]
     assert upper > whole + 0.1 and left == pytest.approx(whole, abs=0.02)  # a quarter turn: the bright half is on top
 
 

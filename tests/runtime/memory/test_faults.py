@@ -24,7 +24,7 @@ import pytest
 
 from motionrt.runtime.errors import InputError, MemoryStoreError
 from motionrt.runtime.memory import memory as memory_module
-from motionrt.runtime.memory.memory import MotionMemory
+from motionrt.runtime.memory.memory import MotionMemory, Search
 
 _fake = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[3] / "tests/helpers/fake_memory.py")))
 clip, filled, index_of, names, query, ranked = (
@@ -184,7 +184,7 @@ def damages(path: Path, other: Path) -> Iterator[str]:
 
 def test_a_damaged_index_is_never_used_and_is_made_again(tmp_path: Path) -> None:
     path = filled(tmp_path / "m", 150)
-    with MotionMemory.create(tmp_path / "o", digests=_fake.DIGESTS, dims=_fake.DIMS, index_threshold=THRESHOLD) as other:
+    with MotionMemory.create(tmp_path / "o", **_fake.KEPT, index_threshold=THRESHOLD) as other:
         other.add(clip(i + 5000) for i in range(150))
         other.refresh()
     want = [number for number, _ in ranked(150, query())[:9]]
@@ -281,7 +281,7 @@ def test_two_writers_and_a_reader_during_rebuilds(tmp_path: Path) -> None:
                 (path / "index.json").unlink(missing_ok=True)
                 writer.refresh()
             here = reader.get(reader.ids().tolist())
-            found = reader.search_tokens("motion", clip(5).motion, 1)
+            found = reader.search_record("motion", clip(5).record["motion"], 1)
             assert len(here) >= seen and found[0].id == 6
             seen, searches = len(here), searches + 1
             assert reader.search(clip(7).embedding, 1)[0].id == 8
@@ -311,13 +311,13 @@ def test_odd_texts_and_numbers(tmp_path: Path) -> None:
     """SQL metacharacters, 100,000 characters, other scripts and NaN: kept as they are, or refused with nothing kept."""
     texts = ["'; DROP TABLE clips; --", '"%_\\', "\x00 in the middle", "映像 видео 🎬", "a" * 100_000, "{}[]:,"]
     path = tmp_path / "ünï 映像 '; --"
-    with MotionMemory.create(path, digests=_fake.DIGESTS, dims=_fake.DIMS, index_threshold=10) as memory:
+    with MotionMemory.create(path, **_fake.KEPT, index_threshold=10) as memory:
         memory.add(clip(i, caption=t, source=t, dataset=t, metadata={t: t}) for i, t in enumerate(texts * 3))
         for number, text in enumerate(texts, 1):
-            found = memory.search(clip(number - 1).embedding, 3, where={text: text, "dataset": [text]})
+            found = memory.search(clip(number - 1).embedding, 3, Search(where={text: text, "dataset": [text]}))
             assert found[0].id == number and found[0].caption == found[0].source == found[0].dataset == text
             assert found[0].metadata == {text: text} and len(memory.ids({text: text})) == 3
-            assert text not in [r.source for r in memory.search(query(), 15, exclude_source=text)]
+            assert text not in [r.source for r in memory.search(query(), 15, Search(exclude_source=text))]
         for value in (np.nan, np.inf):
             with pytest.raises(InputError, match="NaN or infinite"):
                 memory.add([clip(90), clip(91, embedding=np.full(16, value, np.float32))])

@@ -22,10 +22,10 @@ import pytest
 from motionrt.runtime.errors import InputError, MemoryStoreError
 from motionrt.runtime.memory import index as memory_index
 from motionrt.runtime.memory import memory as memory_module
-from motionrt.runtime.memory.memory import MotionMemory, Reference
+from motionrt.runtime.memory.memory import MotionMemory, Reference, Search
 
 _fake = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[3] / "tests/helpers/fake_memory.py")))
-D, DIGESTS, DIMS, E, M = _fake.D, _fake.DIGESTS, _fake.DIMS, _fake.E, _fake.M
+D, E, KEPT, M = _fake.D, _fake.E, _fake.KEPT, _fake.M
 clip, digest, environment, filled = _fake.clip, _fake.digest, _fake.environment, _fake.filled
 index_of, names, query, ranked, stamped = _fake.index_of, _fake.names, _fake.query, _fake.ranked, _fake.stamped
 
@@ -51,7 +51,7 @@ def test_search_gives_the_nearest_first(tmp_path: Path, threshold: int, without:
     filled(tmp_path / "m", 60)
     q = 3 * query()  # cosine: the length of the query does not matter
     with MotionMemory.open(tmp_path / "m", index_threshold=threshold) as memory:
-        found = memory.search(q, k, exclude_source=without)
+        found = memory.search(q, k, Search(exclude_source=without))
     want = ranked(60, q, without)[:k]
     assert [r.id for r in found] == [number for number, _ in want]
     np.testing.assert_allclose([r.score for r in found], [score for _, score in want], atol=1e-6)
@@ -59,7 +59,7 @@ def test_search_gives_the_nearest_first(tmp_path: Path, threshold: int, without:
 
 
 def test_a_reference_is_the_clip_that_was_added(tmp_path: Path) -> None:
-    with MotionMemory.create(tmp_path / "m", digests=DIGESTS, dims=DIMS) as memory:
+    with MotionMemory.create(tmp_path / "m", **KEPT) as memory:
         assert len(memory) == 0 and memory.add([clip(i) for i in range(3)]) == [1, 2, 3] and len(memory) == 3
     with MotionMemory.open(tmp_path / "m") as memory:
         found, want = memory.search(clip(1).embedding, 1)[0], clip(1)
@@ -69,9 +69,9 @@ def test_a_reference_is_the_clip_that_was_added(tmp_path: Path) -> None:
         2, want.caption, want.source, want.start, want.duration,
     )  # fmt: skip
     for name in ("motion", "appearance"):
-        value = getattr(found, name)
+        value = found.record[name]
         assert value.dtype == np.float32 and value.shape == (M, D) and value.flags.writeable
-        assert np.array_equal(value, getattr(want, name).astype(np.float16).astype(np.float32))
+        assert np.array_equal(value, want.record[name].astype(np.float16).astype(np.float32))
     assert [r.id for r in again] == [3, 2, 2] and np.isnan(again[0].score)
 
 
@@ -79,7 +79,7 @@ def test_equal_captions_come_in_the_order_of_their_ids(tmp_path: Path) -> None:
     same = query(1)
     for threshold in (100, 2):
         path = tmp_path / str(threshold)
-        with MotionMemory.create(path, digests=DIGESTS, dims=DIMS, index_threshold=threshold) as memory:
+        with MotionMemory.create(path, **KEPT, index_threshold=threshold) as memory:
             memory.add(clip(i, embedding=same) for i in range(9))
             assert [r.id for r in memory.search(same, 4)] == [1, 2, 3, 4]
 
@@ -93,15 +93,15 @@ def test_an_index_that_finds_too_little_is_not_the_last_word(tmp_path: Path, mon
 
 @pytest.mark.parametrize("threshold", [100, 2])
 def test_too_few_clips_is_a_plain_error(tmp_path: Path, threshold: int) -> None:
-    with MotionMemory.create(tmp_path / "m", digests=DIGESTS, dims=DIMS, index_threshold=threshold) as memory:
+    with MotionMemory.create(tmp_path / "m", **KEPT, index_threshold=threshold) as memory:
         with pytest.raises(MemoryStoreError, match="1 references .* holds no clips.*motionrt memory add"):
             memory.search(query(), 1)
         memory.add(clip(i, source="a" if i < 3 else "b") for i in range(5))
         with pytest.raises(MemoryStoreError, match="6 references .* holds 5 clips"):
             memory.search(query(), 6)
         with pytest.raises(MemoryStoreError, match="3 of them from the excluded a"):
-            memory.search(query(), 3, exclude_source="a")
-        assert len(memory.search(query(), 2, exclude_source="a")) == 2
+            memory.search(query(), 3, Search(exclude_source="a"))
+        assert len(memory.search(query(), 2, Search(exclude_source="a"))) == 2
 
 
 @pytest.mark.parametrize("vector", [
@@ -156,14 +156,13 @@ def test_contains_and_unknown_ids(tmp_path: Path) -> None:
             memory.get([1, 4])
 
 
-def test_check_compares_digests(tmp_path: Path) -> None:
+def test_check_compares_fingerprints(tmp_path: Path) -> None:
     with MotionMemory.open(filled(tmp_path / "m", 1)) as memory:
-        memory.check(DIGESTS)
-        with pytest.raises(MemoryStoreError, match="`motion` b{12}; this bundle has d{12}.*Use the bundle"):
-            memory.check(DIGESTS | {"motion": "d" * 64})
-        for other in ({}, DIGESTS | {"more": "e"}):
-            with pytest.raises(MemoryStoreError, match="none"):
-                memory.check(other)
+        memory.check("a" * 64)
+        with pytest.raises(MemoryStoreError, match="its fingerprint is a{12}, this bundle's is d{12}.*Use the bundle"):
+            memory.check("d" * 64)
+        with pytest.raises(MemoryStoreError, match="this bundle's is none"):
+            memory.check("")
 
 
 # Files
@@ -193,14 +192,14 @@ def test_equal_contents_give_equal_state(tmp_path: Path) -> None:
 def test_create_refuses_to_overwrite_and_impossible_dims(tmp_path: Path) -> None:
     path = filled(tmp_path / "m", 2)
     with pytest.raises(MemoryStoreError, match="already holds a motion memory"):
-        MotionMemory.create(path, digests=DIGESTS, dims=DIMS)
+        MotionMemory.create(path, **KEPT)
     assert len(MotionMemory.open(path)) == 2
-    for dims in ({}, DIMS | {"more": 1}, DIMS | {"motion": 4}, DIMS | {"embedding": 0}, DIMS | {"motion": [1, 2.5]}):
-        with pytest.raises(InputError, match="dims of a motion memory"):
-            MotionMemory.create(tmp_path / "n", digests=DIGESTS, dims=dims)  # type: ignore[arg-type]
+    for change in ({"embedding": 0}, {"embedding": 2.5}, {"record": ()}, {"fingerprint": None}):
+        with pytest.raises(InputError, match="of a motion memory|a motion memory of"):
+            MotionMemory.create(tmp_path / "n", **KEPT | change)
     (tmp_path / "file").write_text("x")
     with pytest.raises(MemoryStoreError, match="cannot"):
-        MotionMemory.create(tmp_path / "file", digests=DIGESTS, dims=DIMS)
+        MotionMemory.create(tmp_path / "file", **KEPT)
     assert not (tmp_path / "n").exists()
 
 
@@ -228,7 +227,7 @@ def test_a_read_only_directory_works(shared: Path) -> None:
                         with pytest.raises(MemoryStoreError, match="read-only"):
                             memory.add([clip(1)])
         with pytest.raises(MemoryStoreError, match="(?i)permission"):
-            MotionMemory.create(path / "new", digests=DIGESTS, dims=DIMS)
+            MotionMemory.create(path / "new", **KEPT)
     finally:
         if root:
             os.seteuid(0)
@@ -319,12 +318,14 @@ def test_missing_and_damaged_truth(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change, words", [
-    ("PRAGMA user_version=3", "schema 3; this MotionRT reads up to 2. Upgrade"),
-    ("DELETE FROM meta", "damaged"), ("UPDATE meta SET value='[' WHERE key='dims'", "damaged"),
+    ("PRAGMA user_version=9", "schema 9; this MotionRT reads schema 3 .a newer MotionRT wrote it: upgrade"),
+    ("DELETE FROM meta", "damaged"), ("UPDATE meta SET layout='['", "damaged"), ("UPDATE meta SET checksum=x'00'", "damaged"),
     ("UPDATE history SET clips='x'", "history ends in"), ("DELETE FROM history", "damaged"), ("DROP TABLE clips", "damaged"),
-    ("UPDATE tokens SET motion=x'00'", "damaged: clip 2 has 1 bytes of motion"),
+    ("UPDATE records SET record=x'00'", "damaged: clip 2 has 1 bytes of record"),
+    ("UPDATE records SET record=NULL", "damaged: clip 2 has no record"),
+    ("UPDATE records SET record='text'", "damaged: clip 2 has 0 bytes of record"),
     ("UPDATE vectors SET embedding=x'0000'", "2 bytes of embedding"),
-    (f"UPDATE tokens SET appearance=x'{'007e' * M * D}'", "impossible appearance"),
+    (f"UPDATE records SET record=x'{'0000' * M * D + '007e' * M * D}'", "clip 2 is not what was written"),
     (f"UPDATE vectors SET embedding=x'{'0000c07f' * E}'", "impossible embedding"),
 ])  # fmt: skip
 def test_damage_inside_the_truth(tmp_path: Path, change: str, words: str) -> None:
@@ -418,7 +419,7 @@ def test_a_full_disk_keeps_create_and_the_index_from_half_writing(
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(MemoryStoreError, match="No space left on device.*Free space"):
-        MotionMemory.create(tmp_path / "new", digests=DIGESTS, dims=DIMS)
+        MotionMemory.create(tmp_path / "new", **KEPT)
     assert names(tmp_path / "new") == []
     with MotionMemory.open(path, index_threshold=10) as memory:  # the index is derived: the search still answers
         assert [r.id for r in memory.search(query(), 5)] == [n for n, _ in ranked(30, query())[:5]]

@@ -15,12 +15,13 @@ import pytest
 from motionrt.runtime.errors import InputError, MemoryStoreError
 from motionrt.runtime.memory import index as memory_index
 from motionrt.runtime.memory import memory as memory_module
+from motionrt.runtime.memory import ranking as memory_ranking
 from motionrt.runtime.memory import search as memory_search
-from motionrt.runtime.memory.memory import MotionMemory, Reference
+from motionrt.runtime.memory.memory import MotionMemory, Reference, Search
 from motionrt.runtime.memory.set import MemorySet
 
 _fake = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[3] / "tests/helpers/fake_memory.py")))
-D, DIGESTS, DIMS, E, M = _fake.D, _fake.DIGESTS, _fake.DIMS, _fake.E, _fake.M
+D, E, KEPT, M = _fake.D, _fake.E, _fake.KEPT, _fake.M
 clip, filled, names, query, ranked = _fake.clip, _fake.filled, _fake.names, _fake.query, _fake.ranked
 DATASETS = ("", "openvid", "pets", "it's \"; DROP TABLE clips; --", "日本")
 
@@ -36,7 +37,7 @@ def memory(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     """120 labelled clips; searched exactly, by an index, and by an index where no filter leaves few."""
     if request.param == 0:
         monkeypatch.setattr(memory_search, "FEW", -1)
-    with MotionMemory.create(tmp_path / "m", digests=DIGESTS, dims=DIMS, index_threshold=request.param) as opened:
+    with MotionMemory.create(tmp_path / "m", **KEPT, index_threshold=request.param) as opened:
         opened.add(labelled(i) for i in range(120))
         yield opened
 
@@ -50,7 +51,7 @@ def memory(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("source", [None, "video3.mp4"])
 def test_filters_leave_the_nearest_that_pass(memory: MotionMemory, where: Any, passes: Any, source: str | None) -> None:
     want = [pair for pair in ranked(120, query(), source) if passes(pair[0] - 1)]
-    found = memory.search(query(), 7, where=where, exclude_source=source)
+    found = memory.search(query(), 7, Search(where=where, exclude_source=source))
     assert [r.id for r in found] == [number for number, _ in want[:7]]
     assert [r.dataset for r in found] == [DATASETS[(r.id - 1) % 5] for r in found]
     assert found[0].metadata == labelled(found[0].id - 1).metadata
@@ -59,16 +60,16 @@ def test_filters_leave_the_nearest_that_pass(memory: MotionMemory, where: Any, p
 
 def test_filters_that_leave_too_few_say_so(memory: MotionMemory) -> None:
     with pytest.raises(MemoryStoreError, match="holds 120 clips, 0 of them with .*gone.*motionrt memory add"):
-        memory.search(query(), 1, where={"dataset": "gone"})
+        memory.search(query(), 1, Search(where={"dataset": "gone"}))
     with pytest.raises(MemoryStoreError, match="12 of them with"):
-        memory.search(query(), 13, where={"who' OR 1=1": "3"})
-    assert memory.search(query(), 13, where={"dataset": "gone"}, minimum_score=-1) == []
+        memory.search(query(), 13, Search(where={"who' OR 1=1": "3"}))
+    assert memory.search(query(), 13, Search(where={"dataset": "gone"}, minimum_score=-1)) == []
     assert memory.ids({"unknown": "x"}).tolist() == []
 
 
 @pytest.mark.parametrize("where", ["x", {"a": 1}, {"a": []}, {1: "a"}, {"a": ["b", 2]}, ["a"], 5], ids=str)
 def test_impossible_filters_are_refused(memory: MotionMemory, where: Any) -> None:
-    for call in (lambda: memory.search(query(), 1, where=where), lambda: memory.ids(where)):
+    for call in (lambda: memory.search(query(), 1, Search(where=where)), lambda: memory.ids(where)):
         with pytest.raises(InputError, match="where is"):
             call()
 
@@ -76,10 +77,10 @@ def test_impossible_filters_are_refused(memory: MotionMemory, where: Any) -> Non
 def test_minimum_score_is_a_cosine_and_may_leave_none(memory: MotionMemory) -> None:
     want = ranked(120, query())
     least = want[4][1]
-    assert [r.id for r in memory.search(query(), 9, minimum_score=least)] == [number for number, _ in want[:5]]
-    assert len(memory.search(query(), 3, minimum_score=least)) == 3
-    assert memory.search(query(), 3, minimum_score=1) == []
-    assert len(memory.search(query(), 200, minimum_score=-1)) == 120
+    assert [r.id for r in memory.search(query(), 9, Search(minimum_score=least))] == [number for number, _ in want[:5]]
+    assert len(memory.search(query(), 3, Search(minimum_score=least))) == 3
+    assert memory.search(query(), 3, Search(minimum_score=1)) == []
+    assert len(memory.search(query(), 200, Search(minimum_score=-1))) == 120
 
 
 @pytest.mark.parametrize("change", [
@@ -88,7 +89,7 @@ def test_minimum_score_is_a_cosine_and_may_leave_none(memory: MotionMemory) -> N
 ], ids=str)  # fmt: skip
 def test_impossible_switches_are_refused(memory: MotionMemory, change: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"{next(iter(change))} is .*allowed"):
-        memory.search(query(), 1, **change)
+        memory.search(query(), 1, Search(**change))
 
 
 @pytest.mark.parametrize("threshold", [1000, 10], ids=["exact", "index"])
@@ -97,20 +98,20 @@ def test_distinct_keeps_the_best_of_each_motion(tmp_path: Path, threshold: int) 
     random = np.random.default_rng(0)
     motions = random.standard_normal((10, M, D)).astype(np.float32)
     noise = 0.01 * random.standard_normal((120, M, D)).astype(np.float32)
-    with MotionMemory.create(tmp_path / "m", digests=DIGESTS, dims=DIMS, index_threshold=threshold) as memory:
+    with MotionMemory.create(tmp_path / "m", **KEPT, index_threshold=threshold) as memory:
         memory.add(clip(i, motion=(1 + i % 3) * (motions[i % 10] + noise[i])) for i in range(120))
         best: dict[int, int] = {}
         for number, _ in ranked(120, query()):
             best.setdefault((number - 1) % 10, number)
         for k in (3, 10, 40):  # more than there are: fewer come back
-            assert [r.id for r in memory.search(query(), k, distinct=0.95)] == list(best.values())[:k]
-        assert [r.id for r in memory.search(query(), 5, distinct=1.0)] == [n for n, _ in ranked(120, query())[:5]]
+            assert [r.id for r in memory.search(query(), k, Search(distinct=0.95))] == list(best.values())[:k]
+        assert [r.id for r in memory.search(query(), 5, Search(distinct=1.0))] == [n for n, _ in ranked(120, query())[:5]]
 
 
 def test_distinct_looks_at_no_more_than_it_says(memory: MotionMemory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_search, "LOOK", 64)
-    assert len(memory.search(query(), 100, distinct=1.0)) == 100  # what is asked for is looked at in any case
-    assert len(memory.search(query(), 60, distinct=-1.0)) == 1
+    monkeypatch.setattr(memory_ranking, "LOOK", 64)
+    assert len(memory.search(query(), 100, Search(distinct=1.0))) == 100  # what is asked for is looked at in any case
+    assert len(memory.search(query(), 60, Search(distinct=-1.0))) == 1
 
 
 def test_diversity_is_maximal_marginal_relevance(memory: MotionMemory) -> None:
@@ -123,11 +124,11 @@ def test_diversity_is_maximal_marginal_relevance(memory: MotionMemory) -> None:
             for number, score in pool if number not in chosen
         }  # fmt: skip
         chosen.append(max(gain, key=lambda number: gain[number]))
-    found = memory.search(query(), k, diversity=d)
+    found = memory.search(query(), k, Search(diversity=d))
     assert [r.id for r in found] == chosen != [n for n, _ in ranked(120, query())[:k]]
     assert [r.score for r in found] == pytest.approx([dict(pool)[number] for number in chosen], abs=1e-6)
     for off in (0, None):
-        assert [r.id for r in memory.search(query(), k, diversity=off)] == [n for n, _ in ranked(120, query())[:k]]
+        assert [r.id for r in memory.search(query(), k, Search(diversity=off))] == [n for n, _ in ranked(120, query())[:k]]
 
 
 @pytest.mark.parametrize("part", ["motion", "appearance"])
@@ -135,32 +136,32 @@ def test_search_by_tokens(memory: MotionMemory, part: str) -> None:
     tokens = np.random.default_rng(5).standard_normal((M, D)).astype(np.float32)
 
     def cosine(n: int) -> float:
-        other = getattr(clip(n), part).ravel().astype(np.float64)
+        other = clip(n).record[part].ravel().astype(np.float64)
         return float(other @ tokens.ravel() / np.linalg.norm(other) / np.linalg.norm(tokens))
 
     want = sorted((n for n in range(120) if n % 5 == 2 and n % 7 != 3), key=lambda n: -cosine(n))
-    found = memory.search_tokens(part, tokens, 5, where={"dataset": "pets"}, exclude_source="video3.mp4")
+    found = memory.search_record(part, tokens, 5, Search(where={"dataset": "pets"}, exclude_source="video3.mp4"))
     assert [r.id - 1 for r in found] == want[:5]
     np.testing.assert_allclose([r.score for r in found], [cosine(n) for n in want[:5]], atol=1e-3)  # float16 tokens
-    assert memory.search_tokens(part, getattr(clip(17), part), 1)[0].id == 18
-    assert len(memory.search_tokens(part, tokens, 99, minimum_score=0.1, distinct=0.5, diversity=0.3)) < 99
+    assert memory.search_record(part, clip(17).record[part], 1)[0].id == 18
+    assert len(memory.search_record(part, tokens, 99, Search(minimum_score=0.1, distinct=0.5, diversity=0.3))) < 99
     with pytest.raises(InputError, match="allowed is 'motion' or 'appearance'"):
-        memory.search_tokens("embedding", tokens, 1)
-    with pytest.raises(InputError, match=rf"{part} tokens of the query is float32 \[2\]"):
-        memory.search_tokens(part, tokens[0, :2], 1)
+        memory.search_record("embedding", tokens, 1)
+    with pytest.raises(InputError, match=rf"{part} of the query is float32 \[2\]"):
+        memory.search_record(part, tokens[0, :2], 1)
     with pytest.raises(InputError, match="all zeros"):
-        memory.search_tokens(part, 0 * tokens, 1)
+        memory.search_record(part, 0 * tokens, 1)
 
 
 def test_a_far_away_filter_keeps_recall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The clips that pass are the farthest from the query: over-fetching would never reach them."""
     monkeypatch.setattr(memory_search, "FEW", 20)
-    monkeypatch.setattr(memory_search, "FETCH", 200)
+    monkeypatch.setattr(memory_ranking, "FETCH", 200)
     order = [number for number, _ in ranked(600, query())]
     far = set(order[-60:])
-    with MotionMemory.create(tmp_path / "m", digests=DIGESTS, dims=DIMS, index_threshold=10) as memory:
+    with MotionMemory.create(tmp_path / "m", **KEPT, index_threshold=10) as memory:
         memory.add(clip(i, dataset="far" if i + 1 in far else "near") for i in range(600))
-        found = memory.search(query(), 9, where={"dataset": "far"})
+        found = memory.search(query(), 9, Search(where={"dataset": "far"}))
         assert [r.id for r in found] == [number for number in order if number in far][:9]
 
 
@@ -168,13 +169,13 @@ def test_a_far_away_filter_keeps_recall(tmp_path: Path, monkeypatch: pytest.Monk
 def test_leaving_out_nearly_all_keeps_the_order_of_the_rest(tmp_path: Path, indexed: int) -> None:
     """The best 260 of 300 clips are of one source: far more than a first look fetches."""
     near = {number for number, _ in ranked(300, query())[:260]}
-    with MotionMemory.create(tmp_path / "m", digests=DIGESTS, dims=DIMS, index_threshold=20 if indexed else 1000) as memory:
+    with MotionMemory.create(tmp_path / "m", **KEPT, index_threshold=20 if indexed else 1000) as memory:
         clips = [clip(i, source="same" if i + 1 in near else "other") for i in range(300)]
         memory.add(clips[:indexed])
         memory.refresh()
         memory.add(clips[indexed:])
         assert memory.stats().index_state == {0: "not needed", 150: "behind by 150 clips", 300: "current"}[indexed]
-        found = memory.search(query(), 9, exclude_source="same")
+        found = memory.search(query(), 9, Search(exclude_source="same"))
         assert [r.id for r in found] == [number for number, _ in ranked(300, query())[260:269]]
 
 
@@ -288,7 +289,10 @@ def test_random_changes_never_make_a_wrong_answer(tmp_path: Path, monkeypatch: p
                 scores = {key: float(v @ query() / np.linalg.norm(v)) for key, v in clips.items()}
                 want = sorted(scores, key=lambda key: (-scores[key], key))[:6]
                 for opened in (memory, reader):
-                    assert [r.id for r in opened.search(query(), 6, minimum_score=-1)] == want if here else True, (seed, action)
+                    assert [r.id for r in opened.search(query(), 6, Search(minimum_score=-1))] == want if here else True, (
+                        seed,
+                        action,
+                    )
             assert memory.verify() in ([], ["the index is missing; it will be made when a writer needs it"]), seed
 
 
@@ -298,7 +302,7 @@ def test_random_changes_never_make_a_wrong_answer(tmp_path: Path, monkeypatch: p
 def test_a_set_orders_by_score_times_weight(tmp_path: Path) -> None:
     with (
         MotionMemory.open(filled(tmp_path / "a", 40)) as a,
-        MotionMemory.create(tmp_path / "b", digests=DIGESTS, dims=DIMS) as b,
+        MotionMemory.create(tmp_path / "b", **KEPT) as b,
     ):
         b.add(clip(i + 500) for i in range(3))
         scores = {("a", r.id): r.score for r in a.search(query(), 40)}
@@ -312,10 +316,10 @@ def test_a_set_orders_by_score_times_weight(tmp_path: Path) -> None:
             assert [r.caption for r in same] == [r.caption for r in found] and same[0].memory == found[0].memory
             only = MemorySet({"b": b})  # switching is making another set
             assert [r.memory for r in only.search(query(), 3)] == ["b"] * 3
-            assert both.search_tokens("motion", clip(501).motion, 1)[0].caption == "caption 501"
-            both.check(DIGESTS)
-            with pytest.raises(MemoryStoreError, match="`motion` b{12}; this bundle has d{12}"):
-                both.check(DIGESTS | {"motion": "d" * 64})
+            assert both.search_record("motion", clip(501).record["motion"], 1)[0].caption == "caption 501"
+            both.check("a" * 64)
+            with pytest.raises(MemoryStoreError, match="its fingerprint is a{12}, this bundle's is d{12}"):
+                both.check("d" * 64)
             with pytest.raises(MemoryStoreError, match="44 references .* hold 43 clips"):
                 both.search(query(), 44)
             for wrong in ([3], [("c", 1)]):
@@ -326,9 +330,9 @@ def test_a_set_orders_by_score_times_weight(tmp_path: Path) -> None:
 def test_a_set_leaves_out_copies_across_memories(tmp_path: Path) -> None:
     with MotionMemory.open(filled(tmp_path / "a", 20)) as a, MotionMemory.open(filled(tmp_path / "b", 20)) as b:
         both = MemorySet({"a": a, "b": b}, {"b": 0.5})
-        found = both.search(query(), 40, distinct=0.999, minimum_score=-1)
+        found = both.search(query(), 40, Search(distinct=0.999, minimum_score=-1))
         assert len(found) == 20 == len({r.id for r in found})
-        assert both.search(query(), 5, diversity=0.5)[0].memory == "a"
+        assert both.search(query(), 5, Search(diversity=0.5))[0].memory == "a"
 
 
 @pytest.mark.parametrize("weights", [{"a": 0}, {"a": -1}, {"a": float("inf")}, {"b": 1}], ids=str)
@@ -341,4 +345,4 @@ def test_impossible_weights_are_refused(tmp_path: Path, weights: dict[str, float
 
 def test_a_reference_can_be_made_by_hand() -> None:
     tokens = np.zeros((M, D), np.float32)
-    assert Reference(1, 0.5, "c", "s", 0.0, 1.0, tokens, tokens).memory == ""
+    assert Reference(1, 0.5, "c", "s", 0.0, 1.0, {"motion": tokens}).memory == ""

@@ -1,4 +1,4 @@
-"""The file of a motion memory: older and newer schemas, int8 tokens, one-file export, looking for damage, compaction."""
+"""The file of a motion memory: other schemas, records of all kinds, one-file export, looking for damage, compaction."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import os
 import runpy
 import shutil
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,136 +18,184 @@ from typing import Any
 import numpy as np
 import pytest
 
-from motionrt.runtime.errors import InputError, MemoryStoreError
-from motionrt.runtime.memory.memory import MotionMemory
+from motionrt.runtime.bundle.manifest import ClipSize, Dim, GraphSpec, MemorySpec, Part, Port
+from motionrt.runtime.errors import BundleError, InputError, MemoryStoreError
+from motionrt.runtime.memory.memory import Clip, MotionMemory, Search
 from motionrt.runtime.memory.rows import Layout
 
 _fake = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[3] / "tests/helpers/fake_memory.py")))
-D, DIGESTS, DIMS, E, M = _fake.D, _fake.DIGESTS, _fake.DIMS, _fake.E, _fake.M
+D, E, KEPT, M = _fake.D, _fake.E, _fake.KEPT, _fake.M
 clip, digest, filled, index_of, names = _fake.clip, _fake.digest, _fake.filled, _fake.index_of, _fake.names
 query, ranked = _fake.query, _fake.ranked
 DEMO = Path(__file__).resolve().parents[3] / "demo" / "memory"
 
 
-def old_memory(path: Path, count: int) -> Path:
-    """A memory as the first version wrote it."""
-    path.mkdir()
-    with closing(sqlite3.connect(path / "memory.sqlite")) as db:
-        db.executescript(
-            f"PRAGMA application_id={0x4D52544D}; PRAGMA user_version=1;"
-            "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);"
-            "CREATE TABLE clips (id INTEGER PRIMARY KEY, caption TEXT NOT NULL, source TEXT NOT NULL, start REAL NOT NULL,"
-            "duration REAL NOT NULL, fps REAL NOT NULL, source_sha256 TEXT NOT NULL, metadata TEXT NOT NULL,"
-            "embedding BLOB NOT NULL, motion BLOB NOT NULL, appearance BLOB NOT NULL);"
-            "CREATE INDEX clips_source ON clips (source); CREATE INDEX clips_sha256 ON clips (source_sha256);"
-        )
-        sizes = {name: [size] if isinstance(size, int) else size for name, size in DIMS.items()}
-        meta = {"dims": json.dumps(sizes), "digests": json.dumps(DIGESTS), "generation": "3", "content": "ab" * 32}
-        db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
-        for number in range(count):
-            c = clip(number)
-            metadata = json.dumps({"licence": "it's", **({"dataset": "pets"} if number % 2 else {})})
-            blobs = (c.embedding.tobytes(), c.motion.astype("<f2").tobytes(), c.appearance.astype("<f2").tobytes())
-            row = (c.caption, c.source, c.start, c.duration, c.fps, c.source_sha256, metadata, *blobs)
-            db.execute(f"INSERT INTO clips VALUES (NULL{', ?' * 10})", row)
-        db.commit()
-    return path
-
-
-def schema(path: Path) -> int:
-    with closing(sqlite3.connect(path / "memory.sqlite")) as db:
-        return int(db.execute("PRAGMA user_version").fetchone()[0])
-
-
-def check_contents(memory: MotionMemory, count: int) -> None:
-    assert len(memory) == count and memory.digests == DIGESTS
-    assert [r.id for r in memory.search(query(), 5)] == [n for n, _ in ranked(count, query())[:5]]
-    odd = [n + 1 for n in range(count) if n % 2]
-    assert memory.ids({"dataset": "pets"}).tolist() == odd and memory.ids({"licence": "it's"}).size == count
-    assert [r.id for r in memory.search(query(), 3, where={"dataset": "pets"})] == [
-        n for n, _ in ranked(count, query()) if n in odd
-    ][:3]
-    assert memory.search_tokens("motion", clip(7).motion, 1, exclude_source="none")[0].caption == "caption 7"
-    found = memory.get([4])[0]
-    assert (found.caption, found.source, found.dataset, found.metadata) == (
-        "caption 3",
-        "video3.mp4",
-        "pets",
-        {"licence": "it's"},
-    )
-    assert np.array_equal(found.motion, clip(3).motion.astype(np.float16).astype(np.float32))
-    assert memory.contains(f"{2:064x}", 0.25, "caption 2") and memory.stats().tokens == "float16"
-    assert memory.stats().datasets == {"": count - len(odd), "pets": len(odd)}
-
-
 # Schemas
 
 
-@pytest.mark.parametrize("threshold", [1000, 10], ids=["exact", "index"])
-def test_an_old_memory_reads_as_it_is_and_the_first_change_migrates_it(tmp_path: Path, threshold: int) -> None:
-    path = old_memory(tmp_path / "m", 40)
-    before = digest(path / "memory.sqlite")
-    for readonly in (True, False):
-        with MotionMemory.open(path, readonly, index_threshold=threshold) as memory:
-            check_contents(memory, 40)
-            assert memory.verify() == ([] if threshold > 40 or not readonly else [MISSING])
-            assert memory.add([]) == [] if not readonly else True
-    assert digest(path / "memory.sqlite") == before and schema(path) == 1
-    with MotionMemory.open(path, True, index_threshold=threshold) as reader:
-        check_contents(reader, 40)
-        with MotionMemory.open(path, index_threshold=threshold) as other, MotionMemory.open(path) as memory:
-            with pytest.raises(InputError):
-                memory.add([clip(40), clip(41, caption="")])
-            assert memory.add([clip(40)]) == [41]
-            for opened in (memory, reader, other):  # those opened before see the change and the new schema
-                assert len(opened) == 41 and opened.get([41])[0].caption == "caption 40"
-            assert other.remove([41]) == 1 and memory.remove([7, 41]) == 1
-            assert memory.add([clip(6, metadata={"licence": "it's"})]) == [42]  # ids are never given again
-    assert schema(path) == 2
+@pytest.mark.parametrize("number, words", [
+    (1, "schema 1; this MotionRT reads schema 3 .an older MotionRT wrote it: index its videos again"), (2, "schema 2;.*older"),
+    (4, "schema 4; .*a newer MotionRT wrote it: upgrade"),
+])  # fmt: skip
+def test_other_schemas_are_refused_in_a_plain_sentence(tmp_path: Path, number: int, words: str) -> None:
+    path = filled(tmp_path / "m", 3)
     with MotionMemory.open(path) as memory:
-        assert memory.verify() == [] and memory.stats().generation == 7
-        assert len(memory) == 40 and memory.get([4])[0].metadata == {"licence": "it's"}
+        memory.export_file(tmp_path / "one")
+    for file in (path / "memory.sqlite", tmp_path / "one"):
+        with closing(sqlite3.connect(file)) as db:
+            db.execute(f"PRAGMA user_version={number}")
+    with pytest.raises(MemoryStoreError, match=words):
+        MotionMemory.open(path)
+    with pytest.raises(MemoryStoreError, match=words):
+        MotionMemory.import_file(tmp_path / "one", tmp_path / "n")
 
 
-MISSING = "the index is missing; it will be made when a writer needs it"
-
-
-def test_a_failed_change_leaves_an_old_memory_old(tmp_path: Path) -> None:
-    path = old_memory(tmp_path / "m", 20)
-    with MotionMemory.open(path) as memory:
-        assert memory._db is not None
-        pages = memory._db.execute("PRAGMA page_count").fetchone()[0]
-        memory._db.execute(f"PRAGMA max_page_count={pages + 1}")
-        with pytest.raises(MemoryStoreError, match="disk is full.*Nothing was changed"):
-            memory.add([clip(20)])
-        check_contents(memory, 20)
-        memory._db.execute("PRAGMA max_page_count=1000000")
-        assert memory.add([clip(20)]) == [21] and memory.verify() == []
-    assert schema(path) == 2
-
-
-def test_migrations_of_two_writers_meet(tmp_path: Path) -> None:
-    path = old_memory(tmp_path / "m", 12)
-    with MotionMemory.open(path) as a, MotionMemory.open(path) as b:
-        assert (a.add([clip(12)]), b.add([clip(13)]), a.remove([1]), b.remove([1])) == ([13], [14], 1, 0)
-        assert a.ids().tolist() == b.ids().tolist() == list(range(2, 15))
-
-
-def test_the_memory_of_the_demo_opens_and_migrates(tmp_path: Path) -> None:
+def test_the_memory_of_the_demo_is_sound_and_reading_leaves_it_alone() -> None:
     before = {file.name: digest(file) for file in DEMO.iterdir()}
     with MotionMemory.open(DEMO, readonly=True) as memory:
-        reference = memory.search_tokens("motion", memory.get([5])[0].motion, 3)
+        reference = memory.search_record("motion", memory.get([5])[0].record["motion"], 3)
         assert reference[0].id == 5 and memory.verify() == []
-        everything = memory.get(memory.ids().tolist())
+        assert len(memory.get(memory.ids().tolist())) == len(memory) == 192
     assert {file.name: digest(file) for file in DEMO.iterdir()} == before
-    shutil.copytree(DEMO, tmp_path / "m")
+
+
+def test_filters_and_fields_of_what_was_added(tmp_path: Path) -> None:
+    with MotionMemory.create(tmp_path / "m", **KEPT) as memory:
+        memory.add(clip(n, metadata={"licence": "it's"}, dataset="pets" if n % 2 else "") for n in range(40))
+    odd = [n + 1 for n in range(40) if n % 2]
     with MotionMemory.open(tmp_path / "m") as memory:
-        memory.compact()
-        for old, new in zip(everything, memory.get(memory.ids().tolist()), strict=True):
-            assert (old.id, old.caption, old.source, old.start) == (new.id, new.caption, new.source, new.start)
-            assert np.array_equal(old.motion, new.motion) and np.array_equal(old.appearance, new.appearance)
+        assert memory.ids({"dataset": "pets"}).tolist() == odd and memory.ids({"licence": "it's"}).size == 40
+        found = memory.get([4])[0]
+        assert (found.caption, found.source, found.dataset, found.metadata, found.fps, found.source_sha256) == (
+            "caption 3", "video3.mp4", "pets", {"licence": "it's"}, 8.0, f"{3:064x}",
+        )  # fmt: skip
+        assert memory.stats().datasets == {"": 20, "pets": 20} and memory.stats().tokens == "float16"
+
+
+# Records
+
+
+PARTS = (
+    Part("flow", "float32", (2, 3)), Part("mask", "bool", (5,)), Part("latents", "float16", (3, 1, 2)),
+    Part("pixels", "uint8", (2, 2, 3)), Part("frames", "int64", ()),
+)  # fmt: skip
+
+
+def arrays(seed: int = 0) -> dict[str, Any]:
+    random = np.random.default_rng(seed)
+    return {
+        "flow": random.standard_normal((2, 3)), "mask": random.integers(2, size=5).astype(bool),
+        "latents": np.swapaxes(random.standard_normal((2, 1, 3)), 0, 2), "pixels": random.integers(0, 256, (2, 2, 3), np.uint8),
+        "frames": np.array(-(2**62)),
+    }  # fmt: skip
+
+
+def general(path: Path, **options: Any) -> MotionMemory:
+    return MotionMemory.create(path, embedding=E, record=PARTS, fingerprint="f", **options)
+
+
+def bare(number: int, **changes: Any) -> Clip:
+    return replace(clip(number), **{"record": arrays(number), **changes})
+
+
+@pytest.mark.parametrize("tokens", [None, "float16", "int8"])
+def test_a_record_of_any_parts_comes_back(tmp_path: Path, tokens: str | None) -> None:
+    with general(tmp_path / "m", tokens=tokens) as memory:
+        memory.add(bare(n) for n in range(3))
         assert memory.verify() == []
-    assert schema(tmp_path / "m") == 2
+        assert memory.stats().tokens == (tokens or "float16, float32")
+    with MotionMemory.open(tmp_path / "m") as memory:
+        assert memory.layout.record == PARTS
+        for number, found in enumerate(memory.get([1, 2, 3])):
+            want = arrays(number)
+            assert list(found.record) == [part.name for part in PARTS]
+            for part in PARTS:
+                got = found.record[part.name]
+                assert got.shape == part.dims and got.flags.writeable
+                if part.name in ("flow", "latents"):
+                    assert got.dtype == np.float32
+                    kind = "float32" if part.name == "flow" and tokens is None else "float16"
+                    exact = want[part.name].astype(kind).astype(np.float32)
+                    limit = 0 if tokens != "int8" else np.abs(want[part.name]).max() * 0.51 / 127
+                    assert np.abs(got - exact).max() <= limit + (1e-3 if tokens == "int8" else 0)
+                else:
+                    assert got.dtype == part.dtype and np.array_equal(got, want[part.name])
+        assert memory.search_record("latents", arrays(1)["latents"], 1)[0].id == 2
+        assert memory.search_record("flow", arrays(2)["flow"], 1, Search(distinct=0.99))[0].id == 3
+        with pytest.raises(InputError, match="the record is searched by 'pixels'; float parts.*'flow' or 'latents'"):
+            memory.search_record("pixels", arrays()["pixels"], 1)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"pixels": np.zeros((2, 2, 3), np.int64)}, r"`pixels` of clip 0 .* is int64 \[2, 2, 3\]; this memory accepts uint8"),
+    ({"pixels": np.zeros((2, 2, 3), np.float32)}, "is float32.*accepts uint8"),
+    ({"mask": np.zeros(5, np.uint8)}, "is uint8.*accepts bool"), ({"frames": np.array(1.0)}, "float64.*accepts int64"),
+    ({"flow": np.zeros((2, 3), np.int64)}, "is int64.*accepts float"), ({"flow": np.zeros((3, 2))}, r"\[3, 2\]"),
+    ({"latents": np.full((3, 1, 2), 65505.0)}, "exceeds 65504, the largest float16"),
+    ({"latents": np.full((3, 1, 2), np.nan)}, "NaN"), ({"flow": np.full((2, 3), 1e39)}, "largest float32"),
+    ({"more": np.zeros(3)}, "has flow, mask, latents, pixels, frames, more; this memory keeps flow, mask"),
+], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")  # fmt: skip
+def test_what_a_record_cannot_be_is_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    with general(tmp_path / "m") as memory:
+        with pytest.raises(InputError, match=words):
+            memory.add([bare(0, record=arrays() | change)])
+        with pytest.raises(InputError, match="this memory keeps flow"):
+            memory.add([bare(0, record={})])
+        assert len(memory) == 0 and memory.add([bare(0, record=arrays() | {"flow": np.full((2, 3), 1e30)})]) == [1]
+    with general(tmp_path / "n", tokens="float16") as memory, pytest.raises(InputError, match="largest float16"):
+        memory.add([bare(0, record=arrays() | {"flow": np.full((2, 3), 1e30)})])
+
+
+@pytest.mark.parametrize("record", [
+    (), PARTS[:1] * 2, (Part("", "uint8", (1,)),), (Part("a", "uint8", (0,)),), (Part("a", "uint8", (1.5,)),),
+], ids=["none", "twice", "nameless", "empty", "fraction"])  # fmt: skip
+def test_impossible_records_are_refused_before_anything_is_written(tmp_path: Path, record: Any) -> None:
+    with pytest.raises(InputError, match="parts of different names, and whole sizes from 1 on"):
+        MotionMemory.create(tmp_path / "m", embedding=E, record=record, fingerprint="f")
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_record_without_float_parts(tmp_path: Path) -> None:
+    parts = (Part("pixels", "uint8", (4, 3)),)
+    with MotionMemory.create(tmp_path / "m", embedding=E, record=parts, fingerprint="f", tokens="int8") as memory:
+        memory.add(replace(clip(n), record={"pixels": np.full((4, 3), n, np.uint8)}) for n in range(9))
+        assert memory.search(query(), 3)[0].record["pixels"].dtype == np.uint8
+        for call in (
+            lambda: memory.search(query(), 3, Search(distinct=0.5)),
+            lambda: memory.search_record("pixels", query(), 1),
+        ):
+            with pytest.raises(InputError, match="float parts of the record; allowed is none: .* have no float part"):
+                call()
+
+
+def test_records_on_demand_are_not_kept(tmp_path: Path) -> None:
+    with general(tmp_path / "m", on_demand=True) as memory:
+        with pytest.raises(InputError, match="has flow.*makes records on demand, and keeps none"):
+            memory.add([bare(0)])
+        memory.add(bare(n, record={}) for n in range(5))
+        found = memory.search(bare(3).embedding, 2)
+        assert found[0].id == 4 and found[0].record == {} and found[0].fps == 8.0 and found[0].source_sha256 == f"{3:064x}"
+        assert memory.verify() == [] and memory.stats().tokens == "on demand"
+        for call in (lambda: memory.search(query(), 3, Search(distinct=0.5)), lambda: memory.search_record("flow", 1, 1)):
+            with pytest.raises(InputError, match="makes records on demand: it cannot be searched by them"):
+                call()
+        memory.export_file(tmp_path / "one")
+        assert MotionMemory.import_file(tmp_path / "one", tmp_path / "n").layout.on_demand
+
+
+def test_a_memory_for_a_bundle(tmp_path: Path) -> None:
+    dims = (Dim("B", 1, 1, 4), Dim("E", 7, 7, 7))
+    query_graph = GraphSpec("query", "q.onnx", "0" * 64, (), (Port("vector", "float32", dims),))
+    spec = MemorySpec("prompt", "query", "text", 1, 2, ClipSize(3, 8, 8, 8.0), PARTS, "f" * 64)
+    bundle: Any = SimpleNamespace(
+        path="B", manifest=SimpleNamespace(memory=spec), graph=lambda name: {"query": query_graph}[name]
+    )
+    with MotionMemory.for_bundle(tmp_path / "m", bundle, tokens="int8", on_demand=True, index_threshold=7) as memory:
+        assert memory.layout == Layout(7, PARTS, "f" * 64, "int8", True) and memory.index_threshold == 7
+        memory.check("f" * 64)
+    bundle.manifest.memory = None
+    with pytest.raises(BundleError, match="takes no clips"):
+        MotionMemory.for_bundle(tmp_path / "n", bundle)
 
 
 # Tokens
@@ -154,23 +204,23 @@ def test_the_memory_of_the_demo_opens_and_migrates(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind, step", [("float16", 2**-11), ("int8", 0.5 / 127)])
 def test_tokens_come_back_to_the_precision_of_their_kind(tmp_path: Path, kind: str, step: float) -> None:
     tokens = np.random.default_rng(0).standard_normal((M, D)).astype(np.float32) * np.array([[1], [1000], [0]], np.float32)
-    with MotionMemory.create(tmp_path / "m", digests=DIGESTS, dims=DIMS, tokens=kind) as memory:
+    with MotionMemory.create(tmp_path / "m", **KEPT, tokens=kind) as memory:
         memory.add([clip(0, motion=tokens, appearance=-tokens)])
     with MotionMemory.open(tmp_path / "m") as memory:
         found = memory.get([1])[0]
-        assert memory.stats().tokens == kind and memory.verify() == [] and found.motion.flags.writeable
+        assert memory.stats().tokens == kind and memory.verify() == [] and found.record["motion"].flags.writeable
     largest = np.abs(tokens).max(axis=1, keepdims=True)
-    assert (np.abs(found.motion - tokens) <= step * largest * 1.001).all()
-    assert np.array_equal(found.appearance, -found.motion) and not found.motion[2].any()
-    np.testing.assert_allclose(np.abs(found.motion).max(axis=1), largest[:, 0], rtol=1e-3)
+    assert (np.abs(found.record["motion"] - tokens) <= step * largest * 1.001).all()
+    assert np.array_equal(found.record["appearance"], -found.record["motion"]) and not found.record["motion"][2].any()
+    np.testing.assert_allclose(np.abs(found.record["motion"]).max(axis=1), largest[:, 0], rtol=1e-3)
 
 
 def test_int8_takes_half_the_space_of_large_tokens(tmp_path: Path) -> None:
-    dims = {"embedding": [8], "motion": [25, 256], "appearance": [25, 256]}
-    sizes = {kind: Layout.checked(dims, kind).bytes_of("motion") for kind in ("float16", "int8")}
+    parts = (Part("motion", "float16", (25, 256)),)
+    sizes = {kind: Layout(8, parts, "f", kind).dtype.itemsize for kind in ("float16", "int8")}
     assert sizes == {"float16": 12800, "int8": 6500}
     with pytest.raises(InputError, match="tokens of a motion memory are 'int4'; allowed is float16 or int8"):
-        MotionMemory.create(tmp_path / "m", digests=DIGESTS, dims=DIMS, tokens="int4")
+        MotionMemory.create(tmp_path / "m", **KEPT, tokens="int4")
     assert not (tmp_path / "m").exists()
 
 
@@ -182,21 +232,19 @@ def test_dataset_is_no_metadata(tmp_path: Path) -> None:
 # One file
 
 
-@pytest.mark.parametrize("old", [False, True], ids=["new", "schema 1"])
-def test_export_and_import(tmp_path: Path, old: bool) -> None:
-    path = old_memory(tmp_path / "m", 30) if old else filled(tmp_path / "m", 30)
+def test_export_and_import(tmp_path: Path) -> None:
+    path = filled(tmp_path / "m", 30)
     file = tmp_path / "out" / "everything.mrm"
     with MotionMemory.open(path) as memory:
-        if not old:
-            memory.add([clip(30)])
-            memory.remove([31])
+        memory.add([clip(30)])
+        memory.remove([31])
         memory.export_file(file)
         with pytest.raises(MemoryStoreError, match="exists"):
             memory.export_file(file)
         with MotionMemory.import_file(file, tmp_path / "n") as other:
             assert other.ids().tolist() == memory.ids().tolist() and other.verify() == []
             assert other.search(query(), 3)[2].caption == memory.search(query(), 3)[2].caption
-            assert other.add([clip(50)]) == [31 if old else 32]  # an id of the other is not given again
+            assert other.add([clip(50)]) == [32]  # an id of the other is not given again
     assert [item.name for item in file.parent.iterdir()] == [file.name]
     with pytest.raises(MemoryStoreError, match="already holds"):
         MotionMemory.import_file(file, tmp_path / "n")
@@ -207,7 +255,7 @@ def test_import_refuses_what_is_damaged_and_leaves_nothing(tmp_path: Path) -> No
     with MotionMemory.open(filled(tmp_path / "m", 300)) as memory:
         memory.export_file(file)
     good = file.read_bytes()
-    token = clip(137).motion.astype("<f2").tobytes()
+    token = clip(137).record["motion"].astype("<f2").tobytes()
     assert good.count(token) == 1
     flipped = bytearray(good)
     flipped[good.index(token)] ^= 1  # one bit of one token: SQLite would not notice
@@ -215,7 +263,7 @@ def test_import_refuses_what_is_damaged_and_leaves_nothing(tmp_path: Path) -> No
     newer[60:64] = (99).to_bytes(4, "big")
     for content, words in ((bytes(flipped), "clip 138 is not what was written"), (good[: len(good) // 2], "damaged"),
                            (good[:40960] + bytes(4096) + good[45056:], "damaged"), (b"", "not a motion memory"),
-                           (b"hello" * 999, "damaged"), (bytes(newer), "schema 99; this MotionRT reads up to 2")):  # fmt: skip
+                           (b"hello" * 999, "damaged"), (bytes(newer), "schema 99; this MotionRT reads schema 3")):  # fmt: skip
         file.write_bytes(content)
         with pytest.raises(MemoryStoreError, match=words):
             MotionMemory.import_file(file, tmp_path / "n")
@@ -230,11 +278,14 @@ def test_import_refuses_what_is_damaged_and_leaves_nothing(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("change, words", [
-    ("UPDATE tokens SET motion = zeroblob(length(motion)) WHERE id = 3", "clip 3 is not what was written"),
+    ("UPDATE records SET record = zeroblob(length(record)) WHERE id = 3", "clip 3 is not what was written"),
     ("UPDATE vectors SET embedding = x'00' WHERE id = 4", "clip 4 has 1 bytes of embedding"),
     ("DELETE FROM vectors WHERE id = 5", "vectors has 29 rows; the history says 30"),
-    ("DELETE FROM clips WHERE id = 5", "clips has 29 rows"), ("DELETE FROM tokens WHERE id = 5", "tokens has 29 rows"),
-    ("DELETE FROM tags WHERE id = 6 AND key = 'dataset'", "tags has 59 rows; the clips have 60"),
+    ("DELETE FROM clips WHERE id = 5", "clips has 29 rows"), ("DELETE FROM records WHERE id = 5", "records has 29 rows"),
+    ("DELETE FROM tags WHERE id = 6 AND key = 'dataset'", "clip 6 is not found by 'dataset'"),
+    ("INSERT INTO tags VALUES ('licence', 'none', 6)", "tags has 61 rows; the clips have 60"),
+    ("UPDATE tags SET value = 'x' WHERE id = 7 AND key = 'dataset'", "clip 7 is not found by 'dataset'"),
+    ("UPDATE history SET last = 29", "its history ends in"), ("UPDATE meta SET layout = replace(layout, 'f', 'e')", "checksum"),
     ("DELETE FROM history", "its history ends in None"),
 ])  # fmt: skip
 def test_verify_says_what_is_wrong(tmp_path: Path, change: str, words: str) -> None:
@@ -244,6 +295,62 @@ def test_verify_says_what_is_wrong(tmp_path: Path, change: str, words: str) -> N
         with closing(sqlite3.connect(path / "memory.sqlite", isolation_level=None)) as db:
             db.execute(change)
         assert any(words in text for text in memory.verify()), memory.verify()
+
+
+COLUMNS = {
+    "clips": ("caption", "source", "start", "duration", "fps", "source_sha256", "dataset", "metadata", "checksum"),
+    "vectors": ("embedding",), "records": ("record",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("table, column", [(table, column) for table, names in COLUMNS.items() for column in names])
+def test_a_row_that_is_returned_was_checked(tmp_path: Path, table: str, column: str) -> None:
+    """One bit of one value: the row is not given out, whichever way it was found, and `verify` names it."""
+    path = filled(tmp_path / "m", 30)
+    with closing(sqlite3.connect(path / "memory.sqlite", isolation_level=None)) as db:
+        value = db.execute(f"SELECT {column} FROM {table} WHERE id = 4").fetchone()[0]
+        if isinstance(value, float):
+            value = np.nextafter(value, 9)
+        elif isinstance(value, int):
+            value ^= 1
+        elif isinstance(value, str):
+            value = value[:-2] + chr(ord(value[-2]) ^ 1) + value[-1] if value else "x"
+        else:
+            value = bytes([value[0] ^ 1]) + value[1:]
+        db.execute(f"UPDATE {table} SET {column} = ? WHERE id = 4", (value,))
+    with MotionMemory.open(path) as memory:
+        assert memory.get([3, 5])
+        calls: list[Callable[[], object]] = [lambda: memory.get([4]), lambda: memory.search(clip(3).embedding, 1)]
+        calls += [lambda: memory.search_record("motion", clip(3).record["motion"], 1), lambda: memory.search(query(), 30)]
+        for call in calls:
+            with pytest.raises(MemoryStoreError, match="is damaged: clip 4 is not what was written"):
+                call()
+        assert any("clip 4" in text for text in memory.verify())
+
+
+def test_a_flipped_bit_anywhere_is_found_or_means_nothing(tmp_path: Path) -> None:
+    """Bits all over the file: `verify` says so, or opening does, or every value of every table is still what it was."""
+    file = filled(tmp_path / "m", 40) / "memory.sqlite"
+
+    def contents() -> list[Any]:
+        with closing(sqlite3.connect(file)) as db:
+            tables = ("meta", "history", "clips", "vectors", "records", "tags")
+            return [db.execute(f"SELECT * FROM {table}").fetchall() for table in tables]
+
+    good, whole, found = file.read_bytes(), contents(), 0
+    random = np.random.default_rng(0)
+    for at in random.integers(len(good), size=400).tolist():
+        data = bytearray(good)
+        data[at] ^= 1 << int(random.integers(8))
+        file.write_bytes(data)
+        try:
+            with MotionMemory.open(file.parent) as memory:
+                wrong = memory.verify()
+        except MemoryStoreError:
+            wrong = ["it does not open"]
+        found += bool(wrong)
+        assert wrong or contents() == whole, at
+    assert found > 50
 
 
 def test_verify_reads_the_index_even_where_its_stamp_fits(tmp_path: Path) -> None:
@@ -313,6 +420,13 @@ def test_compact_gives_back_space_and_forgets(tmp_path: Path, threshold: int) ->
     assert [name for name in names(path) if name != "index.usearch" or threshold == 10] == wanted
 
 
+def test_a_reader_compacts_nothing(tmp_path: Path) -> None:
+    path = filled(tmp_path / "m", 30)
+    with MotionMemory.open(path, True, index_threshold=10) as reader, pytest.raises(MemoryStoreError, match="is read-only"):
+        reader.compact()
+    assert names(path) == ["memory.sqlite"]
+
+
 def test_stats(tmp_path: Path) -> None:
     path = filled(tmp_path / "m", 30)
     with MotionMemory.open(path, index_threshold=10) as memory:
@@ -333,7 +447,7 @@ def test_contents_have_one_digest(tmp_path: Path) -> None:
     """The history names a state by a digest of all that was done, so that an index of another memory is no match."""
     contents = set()
     for name, numbers in {"a": [1, 2], "b": [2, 1], "c": [1, 2, 3]}.items():
-        with MotionMemory.create(tmp_path / name, digests=DIGESTS, dims=DIMS) as memory:
+        with MotionMemory.create(tmp_path / name, **KEPT) as memory:
             memory.add(clip(i) for i in numbers)
             memory.remove([3])
         with closing(sqlite3.connect(tmp_path / name / "memory.sqlite")) as db:
@@ -342,7 +456,7 @@ def test_contents_have_one_digest(tmp_path: Path) -> None:
 
 
 def test_ids_are_never_given_again(tmp_path: Path) -> None:
-    with MotionMemory.create(tmp_path / "m", digests=DIGESTS, dims=DIMS) as memory:
+    with MotionMemory.create(tmp_path / "m", **KEPT) as memory:
         given: list[Any] = []
         for number in range(3):
             given += memory.add([clip(number), clip(number + 10)])

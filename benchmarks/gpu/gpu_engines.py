@@ -1,0 +1,208 @@
+"""TensorRT engines on this machine's GPU: build each graph, load it, check it against ONNX Runtime, time it.
+
+    .venv-dev/bin/python benchmarks/gpu/gpu_engines.py                       # gpu_suite.py --engines runs it too
+    .venv-dev/bin/python benchmarks/gpu/gpu_engines.py --dtype bfloat16 --graphs step decode
+
+Every graph gets what a request of the demo gives it, recorded from ONNX Runtime on the CPU, which is also what it is checked
+against. A row is kept for each graph as soon as it is there, and one for a whole request. Engines go to a copy of the bundle
+that is removed afterwards (--keep names another place). Nothing is run, and the reason is said, where there is no GPU, no
+TensorRT, or a GPU that the flavor builds nothing for: TensorRT-RTX has no sm_90, which is an H100 or H200.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from motionrt.benchmarks import harness
+from motionrt.benchmarks.pipeline import DEMO, answer, any_request, open_pipeline
+from motionrt.runtime.backends.onnxruntime import Backend, DeviceGraph, Graph, OnnxRuntimeBackend, fetch, place
+from motionrt.runtime.backends.tensorrt.engine_file import FLAVORS
+from motionrt.runtime.bundle.bundle import Bundle
+from motionrt.runtime.cli.diagnosis import examine
+from motionrt.runtime.errors import MotionRTError
+from motionrt.runtime.pipeline import Result
+
+# Relative to ONNX Runtime's fp32 (L2, the worst output): gates against mistakes, not figures of accuracy.
+ALLOWED = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+Arrays = Mapping[str, Any]
+
+
+@dataclass
+class Recorder:
+    """ONNX Runtime on the CPU, which keeps the inputs of each graph's first call."""
+
+    inner: OnnxRuntimeBackend = field(default_factory=lambda: OnnxRuntimeBackend(1))
+    seen: dict[str, dict[str, NDArray[Any]]] = field(default_factory=dict)
+    precision: str = "float32"
+
+    def load(self, bundle: Bundle, name: str) -> Graph:
+        """The graph; see `Backend`."""
+        graph = self.inner.load(bundle, name)
+
+        def call(inputs: Arrays) -> dict[str, Any]:
+            self.seen.setdefault(name, {key: np.array(value) for key, value in inputs.items()})
+            return graph(inputs)
+
+        return call
+
+
+def missing(flavor: str) -> tuple[str | None, str]:
+    """(why nothing can run here, or None; the GPU's target)."""
+    found = examine()
+    if found["no_gpu"]:
+        return str(found["no_gpu"]), ""
+    target, facts = str(found["gpus"][0]["target"]), found["tensorrt"][flavor]
+    if facts["version"] is None:
+        return f"{FLAVORS[flavor]}: {facts['why']}", target
+    if facts["targets"] is not None and target not in facts["targets"]:
+        return f"{FLAVORS[flavor]} {facts['version']} has no target {target}; it has {', '.join(facts['targets'])}", target
+    return found["backends"]["tensorrt"], target
+
+
+def record(bundle: Path) -> tuple[dict[str, dict[str, NDArray[Any]]], Result]:
+    """(inputs of every graph that a request runs, the request's result), by ONNX Runtime on the CPU."""
+    recorder = Recorder()
+    with open_pipeline(bundle, backend=recorder) as pipeline:
+        result = answer(pipeline, any_request(pipeline))
+        if "text_query" in pipeline.bundle.graphs:
+            pipeline.embed("a red star moves right")
+    return recorder.seen, result
+
+
+def error_of(got: Arrays, want: Arrays) -> float:
+    """Largest relative L2 difference over the outputs; ParityError where names, shapes or finiteness differ."""
+    harness.difference({k: fetch(v) for k, v in got.items()}, want)
+    worst = 0.0
+    for name, value in want.items():
+        scale = max(float(np.linalg.norm(value)), 1e-30)
+        worst = max(worst, float(np.linalg.norm(fetch(got[name]).astype(np.float64) - value)) / scale)
+    return worst
+
+
+def measure_graph(bundle: Bundle, name: str, backend: Backend, inputs: Arrays, options: argparse.Namespace) -> dict[str, Any]:
+    """Load graph `name`, check it, time it: with host arrays in and out, and with everything on the device.
+
+    Raises ParityError, before anything is timed, where it differs from ONNX Runtime by more than `ALLOWED`.
+    """
+    before = perf_counter()
+    graph = backend.load(bundle, name)
+    loaded = perf_counter() - before
+    want = OnnxRuntimeBackend(1).load(bundle, name)(inputs)
+    error, allowed = error_of(graph(inputs), want), ALLOWED[options.dtype]
+    if not error <= allowed:
+        raise harness.ParityError(f"it differs from ONNX Runtime by {error:.3g} (relative L2), allowed {allowed:g}")
+    row: dict[str, Any] = {
+        "what": f"{bundle.name} {name}, host to host",
+        **harness.summary(harness.clock(lambda: graph(inputs), rounds=options.rounds, warmups=options.warmups)),
+        "warmups": options.warmups,
+        "load_seconds": loaded,
+        "error": {"relative_l2": error, "to": "onnxruntime fp32", "allowed": allowed},
+    }
+    if isinstance(graph, DeviceGraph):
+        device, placed = graph, place(graph, inputs)
+        resident = harness.clock(lambda: device.run(placed), rounds=options.rounds, warmups=options.warmups)
+        row["resident"] = harness.summary(resident)
+    return row
+
+
+def run(bundle: Path, backend: Backend, facts: Mapping[str, Mapping[str, Any]], options: argparse.Namespace) -> int:
+    """Rows for the graphs in `facts` (what is known of each engine) and a whole request; how many graphs failed."""
+    inputs, expected = record(bundle)
+    opened, failed = Bundle.open(bundle), 0
+    label = getattr(backend, "label", type(backend).__name__)
+    for name, known in facts.items():
+        if name not in inputs:
+            print(f"{name}: not run: a request does not call it")
+            continue
+        try:
+            row = measure_graph(opened, name, backend, inputs[name], options)
+        except (MotionRTError, harness.ParityError) as error:
+            print(f"{name}: failed: {error}")
+            failed += 1
+            continue
+        shapes = {key: list(np.shape(value)) for key, value in inputs[name].items()}
+        shape = shapes if len(shapes) <= 8 else {key: shapes[key] for key in list(shapes)[:8]}
+        harness.append_row(
+            "gpu_engines",
+            {**row, "backend": label, "dtype": options.dtype, "shape": shape, **known},
+            folder=options.results,
+        )
+        text = "{what}: p50 {p50_ms:.3f} ms, p95 {p95_ms:.3f} ms, n {n}".format(**row)
+        on_device = f", on the device {row['resident']['p50_ms']:.3f} ms" if "resident" in row else ""
+        print(f"{text}{on_device}, error {row['error']['relative_l2']:.1e}", flush=True)
+    whole = {"text", "appearance", "cama", "encode", "request", "schedule", "step", "decode"} & set(opened.graphs)
+    if failed or not whole <= set(facts):
+        print("whole request: not run: " + ("a graph failed" if failed else "only some graphs were asked for"))
+        return failed
+    with open_pipeline(bundle, backend=backend) as pipeline:
+        pipeline.warm()
+        request = any_request(pipeline)
+        got = answer(pipeline, request)
+        apart = np.abs(got.frames.astype(int) - expected.frames.astype(int))
+        seconds = harness.clock(lambda: answer(pipeline, request), rounds=max(options.rounds // 10, 1), warmups=1)
+    row = {
+        "what": f"{opened.name} request", **harness.summary(seconds), "warmups": 1, "backend": label, "dtype": options.dtype,
+        "shape": list(got.frames.shape),
+        "error": {"mean_grey_levels": float(apart.mean()), "max_grey_levels": int(apart.max()), "to": "onnxruntime fp32"},
+    }  # fmt: skip
+    path = harness.append_row("gpu_engines", row, folder=options.results)
+    print("{what}: p50 {p50_ms:.1f} ms, n {n}, {error[mean_grey_levels]:.3f} grey levels from ONNX Runtime's".format(**row))
+    print(f"rows appended: {path.name}")
+    return failed
+
+
+def build(bundle: Path, target: str, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Build the engines for `target`; graph -> what a row tells of its engine."""
+    from motionrt.export.engines.build import Options, build_engines
+
+    wanted = Options((target,), options.flavor, options.dtype, tuple(options.graphs))
+    facts = {}
+    for built in build_engines(bundle, wanted):
+        file = built.file
+        facts[file.graph] = {
+            "engine": {
+                "flavor": file.flavor, "library": file.library, "target": target, "kernel": file.kernel,
+                "bytes": file.engine_bytes, "build_seconds": file.build_seconds, "peak_rss_mib": file.peak_rss_mib,
+            }
+        }  # fmt: skip
+        print(f"{file.graph}: built in {file.build_seconds:.1f} s, {file.engine_bytes / 2**20:.1f} MiB", flush=True)
+    return facts
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Build, load, check and time; 1 where a graph failed."""
+    parser = argparse.ArgumentParser(description="TensorRT engines on this machine's GPU.")
+    parser.add_argument("--bundle", type=Path, default=DEMO / "bundle")
+    parser.add_argument("--flavor", choices=list(FLAVORS), default="rtx")
+    parser.add_argument("--dtype", choices=list(ALLOWED), default="float16")
+    parser.add_argument("--graphs", nargs="+", default=[], help="all if not given")
+    parser.add_argument("--keep", type=Path, help="build in this copy of the bundle and keep it")
+    harness.add_options(parser, rounds=50, warmups=10)
+    options = parser.parse_args(arguments)
+    reason, target = missing(options.flavor)
+    if reason is not None:
+        print(f"engines: not run: {reason}")
+        return 0
+    from motionrt.runtime.backends.tensorrt.backend import TensorRTBackend
+
+    with tempfile.TemporaryDirectory(prefix="motionrt-engines-") as folder:
+        bundle = options.keep or Path(folder) / "bundle"
+        if not bundle.exists():
+            shutil.copytree(options.bundle, bundle)
+        facts = build(bundle, target, options)
+        backend = TensorRTBackend(engines=f"{options.flavor}-{target}-{options.dtype}")
+        return int(run(bundle, backend, facts, options) > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,164 @@
+"""A bundle of MotionRAG's conditioning alone, at the released sizes with random weights, and videos and a memory for it.
+
+Graphs: text_query (the packaged sentence encoder, its real weights), motion (VideoMAE-base and Resampler), appearance
+(DINOv2-large and Resampler), cama. The structure is the exporter's own, of files of the released shapes; only the values
+are drawn. Times do not depend on values; parity does not either, because both ways read the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from motionrt.benchmarks import harness
+from motionrt.benchmarks.models.sparse_models import MOTIONRAG, MotionSizes, write_encoders, write_motionrag
+from motionrt.export.checkpoints.files import Lazy
+from motionrt.export.checkpoints.motionrag_files import SosToken, open_motionrag
+from motionrt.export.checkpoints.parts import Part
+from motionrt.export.systems.stage import Encoders, Sources, Stage, encoders
+from motionrt.export.write import staged, write_manifest
+from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from motionrt.runtime.bundle.bundle import Bundle
+from motionrt.runtime.indexing.clips import ClipEncoders, index_clips
+from motionrt.runtime.media.video import write_video
+from motionrt.runtime.memory.memory import MotionMemory
+
+FPS, REFERENCES = 8, 9  # 9 references of 25 tokens, and the still's, are what CAMA's 256 positions hold
+BLOCK = {"transformer.transformer_blocks.0.attn1": 64}  # an adapter must be there to be opened; nothing here uses it
+SUBJECTS = ("a red kite", "two white horses", "the old ferry", "a paper lantern", "thick smoke", "a small dog")
+MOTIONS = ("drifts slowly to the left", "turns around on the spot", "rises and falls again", "runs towards the camera")
+
+
+@dataclass(frozen=True)
+class Sizes(MotionSizes):
+    """And frames and (height, width) of a clip."""
+
+    frames: int
+    picture: tuple[int, int]
+
+
+RELEASED = Sizes(**vars(MOTIONRAG), frames=17, picture=(480, 720))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A weight that is drawn from its name and shape: N(0, 1 / fan-in), scales around 1, biases small. float32."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+    def read(self) -> Tensor:
+        draw = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
+        value = torch.randn(self.shape, generator=draw)
+        if len(self.shape) > 1:
+            return value * float(max(1, value[0].numel()) ** -0.5)
+        return 0.02 * value + (0.0 if self.name.endswith("bias") else 1.0)
+
+
+def drawn(part: Part) -> Part:
+    """`part` with drawn weights in the place of those of its files."""
+    weights: dict[str, Lazy] = {name: Drawn(name, tuple(lazy.shape)) for name, lazy in part.weights.items()}
+    return replace(part, weights=weights)
+
+
+def drawn_encoders(folder: Path, sizes: Sizes) -> tuple[Sources, Encoders]:
+    """What an export is told, and the exporter's parts of files of `sizes` (of zeros, in `folder`), with drawn weights."""
+    write_encoders(folder, sizes, torch.float32)
+    write_motionrag(folder / "rag", BLOCK, sizes, torch.float32)
+    sos = SosToken(seed=42)
+    files = open_motionrag(folder / "rag", BLOCK, overlay=False, sos=sos)
+    sources = Sources(folder, folder / "rag", folder / "videomae", folder / "dinov2", folder, dtype="float32", sos=sos)
+    made = encoders(sources, files, sizes.frames, sizes.picture)
+    return sources, Encoders(*(lambda make=make: drawn(make()) for make in (made.motion, made.appearance, made.cama)))
+
+
+def copy_text_query(stage: Stage) -> tuple[str, str]:
+    """The demo's text_query, which is the encoder that every exporter packs: (its tokenizer's JSON, its digest)."""
+    demo = harness.ROOT / "demo" / "bundle"
+    manifest = json.loads((demo / "bundle.json").read_text(encoding="utf-8"))
+    shutil.copyfile(demo / "graphs" / "text_query.onnx", stage.path("text_query"))
+    stage.graphs["text_query"] = manifest["graphs"]["text_query"]
+    tokenizer = (demo / manifest["tokenizers"]["text_query"]["file"]).read_text(encoding="utf-8")
+    return tokenizer, manifest["digests"]["text_query"]
+
+
+def write_bundle(out: Path, sources: Sources, parts: Encoders, sizes: Sizes, say: Callable[[str], None]) -> None:
+    """Export text_query, motion, appearance and cama in float32 as the bundle `out`; it has no step, and cannot generate."""
+    model = {
+        "frames": sizes.frames, "height": sizes.picture[0], "width": sizes.picture[1], "fps": FPS, "latents": [1, 1, 1, 1],
+        "motion_tokens": [sizes.cama.num_queries, sizes.cama.dim], "max_references": REFERENCES,
+        "default_references": REFERENCES,
+    }  # fmt: skip
+    with staged(out) as folder:
+        stage = Stage(folder, say, sources)
+        tokenizer, digest = copy_text_query(stage)
+        digests = stage.add_encoders(parts, model)
+        write_manifest(
+            folder, name="full-encoders", model=model, graphs=stage.graphs,
+            solvers={"none": {1: (np.zeros(1, np.int64), np.zeros((1, 6), np.float32))}}, default_solver=("none", 1),
+            tokenizers={"text_query": (tokenizer, 256, 0)}, guidance=1.0, digests={"text_query": digest, **digests},
+            partition={}, provenance={"weights": "random"},
+        )  # fmt: skip
+
+
+def moving_picture(number: int, frames: int, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """A textured picture that moves and brightens, uint8 [F, H, W, 3]: something for a video codec to do."""
+    rng = np.random.default_rng(number)
+    coarse = rng.integers(0, 256, (size[0] // 16 + 1, size[1] // 16 + 1, 3), np.uint8)
+    picture = coarse.repeat(16, 0).repeat(16, 1)[: size[0], : size[1]]
+    picture = np.clip(picture + rng.normal(0, 8, picture.shape), 0, 255).astype(np.uint8)
+    shifts = rng.integers(-6, 7, 2)
+    return np.stack([np.roll(picture, tuple(shifts * index), (0, 1)) for index in range(frames)])
+
+
+def write_clips(folder: Path, count: int, size: tuple[int, int], rate: int = 24, seconds: float = 3) -> list[tuple[Path, str]]:
+    """`count` H.264 files of `size`. At the model's own size they are the cheapest to decode. (file, caption)"""
+    clips = []
+    for number in range(count):
+        path = folder / f"{number:03d}.mp4"
+        write_video(path, moving_picture(number, round(rate * seconds), size), rate)
+        clips.append((path, f"{SUBJECTS[number % len(SUBJECTS)]} {MOTIONS[number % len(MOTIONS)]}"))
+    return clips
+
+
+def write_memory(path: Path, bundle: Path, clips: Sequence[tuple[Path, str]], threads: int, say: Callable[[str], None]) -> None:
+    """Index `clips` with the graphs of `bundle` into the memory `path`."""
+    opened = Bundle.open(bundle)
+    tokens, width = list(opened.model.motion_tokens), opened.port("text_query", "embedding").dims[-1].max
+    dims: dict[str, int | list[int]] = {"embedding": width, "motion": tokens, "appearance": tokens}
+    with MotionMemory.create(path, digests=opened.digests, dims=dims) as memory:
+        made = ClipEncoders.from_bundle(opened, OnnxRuntimeBackend(threads))
+        items = [(file, caption, None) for file, caption in clips]
+        report = index_clips(memory, made, items, progress=lambda done, name: say(f"clip {done} of {len(items)} read"))
+    if report.failed:
+        raise RuntimeError(f"could not index: {report.failed}")
+
+
+def prepare(folder: Path, count: int, threads: int, say: Callable[[str], None], videos: tuple[int, int] | None = None) -> Path:
+    """Bundle, videos and memory in `folder`, made once: what is whole is kept. The folder of the videos' memory.
+
+    videos: their height and width, for each of which there is another folder; the model's own if not given.
+    """
+    sizes = RELEASED
+    if not (folder / "bundle" / "bundle.json").exists():
+        with tempfile.TemporaryDirectory(prefix="motionrt-encoders-") as work:
+            write_bundle(folder / "bundle", *drawn_encoders(Path(work), sizes), sizes, say)
+    height, width = videos or sizes.picture
+    place = folder / f"{height}x{width}"
+    if not (place / "done").exists():
+        shutil.rmtree(place, ignore_errors=True)  # of a run that was stopped
+        clips = write_clips(place / "clips", count, (height, width))
+        write_memory(place / "memory", folder / "bundle", clips, threads, say)
+        (place / "done").touch()
+    return place

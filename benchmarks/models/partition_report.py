@@ -1,0 +1,125 @@
+"""Where a published model's weights and FLOPs belong, at full size, from its structure alone: no weights, no GPU.
+
+    python benchmarks/models/partition_report.py cogvideox-5b-i2v --frames 17
+    python benchmarks/models/partition_report.py cogvideox-5b-i2v --frames 49
+    python benchmarks/models/partition_report.py svd --frames 16
+
+    python benchmarks/models/partition_report.py --table        # docs/models.md's table of memory plans, from the newest rows
+
+Appends a row to results/partition_report.jsonl, and with `--memory` the memory plan of all graphs of a bundle (text encoder,
+VAE and so on traced as well) to results/memory_plan.jsonl; `--no-row` only prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+from collections import Counter
+from dataclasses import asdict
+from time import perf_counter
+from typing import Any
+
+from motionrt.benchmarks.harness import RESULTS, append_row
+from motionrt.benchmarks.models.full_sizes import STEPS, full_sizes
+from motionrt.export.compiler.partition import Partition
+from motionrt.export.compiler.weightless import weights_by_class
+from motionrt.export.systems.steps import structure
+from motionrt.runtime.bundle.footprint import plan_memory
+
+
+def report(model: str, frames: int, layers: int | None = None) -> tuple[dict[str, Any], Partition]:
+    """The row: sizes of each class, what crosses into the step (bytes), rules that fired, seconds and peak memory; the cut."""
+    start = perf_counter()
+    cut = structure(model, frames=frames, layers=layers)
+    return {
+        "model": model,
+        "frames": frames,
+        "dtype": "bfloat16",
+        "classes": {kind: vars(size) for kind, size in weights_by_class(cut).items()},
+        "hoisted_bytes": {
+            kind: sum(h.bytes for h in cut.hoisted if h.kind == kind) for kind in ("schedule", "request")
+        },
+        "rules": dict(Counter(f.rule for f in cut.fired)),
+        "seconds": round(perf_counter() - start, 1),
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }, cut  # fmt: skip
+
+
+def memory(model: str, frames: int, cut: Partition) -> dict[str, Any]:
+    """The row of the memory plan: the plan in bfloat16, its lines, and the ports of the state by shape."""
+    sizes = []
+    for size in full_sizes(model, frames, cut):
+        print(f"{size.name}: {sum(size.weights.values())} bytes of weights, {size.activations} of activations", flush=True)
+        sizes.append(size)
+    plan = plan_memory(sizes, steps=STEPS, dtype="bfloat16")
+    made = {name for size in sizes if size.name == "request" for name, _, _ in size.outputs}
+    state = Counter(f"{kind} {list(shape)}" for name, kind, shape in sizes[-1].inputs if name in made)
+    return {
+        "model": model, "frames": frames, "plan": asdict(plan), "lines": [str(fit) for fit in plan.fits], "state": dict(state),
+    }  # fmt: skip
+
+
+def table() -> str:
+    """The newest memory plans as Markdown: one column for each model and number of frames."""
+    rows = {}
+    for line in (RESULTS / "memory_plan.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        rows[f"{row['model']}, {row['frames']} frames"] = row
+
+    def gib(count: int) -> str:
+        return f"{count / 2**30:.2f}"
+
+    lines = [f"| GiB, bfloat16 | {' | '.join(rows)} |", f"| --- {'| --- ' * len(rows)}|"]
+    plans = [{graph["name"]: graph for graph in row["plan"]["graphs"]} for row in rows.values()]
+    for name in dict.fromkeys(name for plan in plans for name in plan):
+        cells = (f"{gib(p[name]['weights'])} + {gib(p[name]['activations'])}" if name in p else "" for p in plans)
+        lines.append(f"| `{name}`: weights + activations | {' | '.join(cells)} |")
+    for key, said in (
+        ("request_state", "request state"), ("schedule_rows", "rows of the schedule"), ("loop", "the loop alone, in all"),
+        ("largest", "largest graph, in all"), ("resident", "all graphs resident, in all"),
+    ):  # fmt: skip
+        lines.append(f"| {said} | {' | '.join(gib(row['plan'][key]) for row in rows.values())} |")
+    for index, fit in enumerate(next(iter(rows.values()))["plan"]["fits"]):
+        says = (row["lines"][index].partition(": ")[2] for row in rows.values())
+        lines.append(f"| **{fit['gib']} GB** | {' | '.join(says)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=["cogvideox-5b-i2v", "svd"], nargs="?")
+    parser.add_argument("--frames", type=int)
+    parser.add_argument("--table", action="store_true", help="print the newest memory plans as Markdown, and nothing else")
+    parser.add_argument("--layers", type=int, help="fewer blocks of CogVideoX; no row is written")
+    parser.add_argument("--memory", action="store_true", help="the memory plan as well")
+    parser.add_argument("--no-row", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table())
+        return
+    if arguments.model is None or arguments.frames is None:
+        parser.error("a model and --frames are needed")
+    row, cut = report(arguments.model, arguments.frames, arguments.layers)
+    model = row["classes"]["model"]
+    print(f"{arguments.model}, {arguments.frames} frames: {model['parameters'] / 1e6:.2f} M parameters")
+    print(f"{'class':10} {'tensors':>8} {'M params':>10} {'% params':>9} {'MB bf16':>9} {'GFLOP':>11}")
+    for kind, size in row["classes"].items():
+        share = 100 * size["parameters"] / model["parameters"]
+        print(
+            f"{kind:10} {size['tensors']:8} {size['parameters'] / 1e6:10.2f} {share:9.2f} {size['bytes'] / 1e6:9.1f} "
+            f"{size['flops'] / 1e9:11.2f}"
+        )
+    print(f"into the step: {row['hoisted_bytes']} bytes; {row['seconds']} s, {row['peak_rss_mb']} MB")
+    keep = not arguments.no_row and arguments.layers is None
+    if keep:
+        print(append_row("partition_report", row))
+    if arguments.memory:
+        planned = memory(arguments.model, arguments.frames, cut)
+        print("\n".join(planned["lines"]))
+        if keep:
+            print(append_row("memory_plan", planned))
+
+
+if __name__ == "__main__":
+    main()

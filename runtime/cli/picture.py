@@ -1,0 +1,116 @@
+"""A bundle's system as lines of text: what goes in, the way from there to the video, its loops, what a memory keeps of a
+clip."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator
+
+from motionrt.runtime.bundle.bundle import Bundle
+from motionrt.runtime.bundle.manifest import NOISE, ColumnInput, ImageInput, Loop, Manifest, Node, NumberInput, TextInput
+
+_LEFT = 46  # columns for what is read
+_SHOWN = 3  # names in one place; the rest is counted
+
+
+def picture(bundle: Bundle) -> Iterator[str]:
+    """The picture, line by line, at most about 110 columns wide."""
+    manifest = bundle.manifest
+    out = manifest.output
+    yield f"{manifest.name}: {out.frames} pictures of {out.width}x{out.height} at {out.fps:g} a second"
+    yield ""
+    yield "inputs"
+    for name, spec in manifest.inputs.items():
+        yield f"  {name:<16} {_kind(manifest, name)}{'' if not spec.help else f'. {spec.help}'}"
+    yield ""
+    yield "the way to the video: what is read, the graph that runs, what it gives"
+    rows = [row for node in manifest.nodes for row in _node(bundle, node)]
+    if memory := manifest.memory:
+        clips = [f"reference_{part.name}" for part in memory.record]
+        rows[:0] = [([memory.text], memory.query, ["a vector"]), (["a vector"], "MEMORY", clips)]
+    left = min(_LEFT, max(len(_names(reads)) for reads, graph, _ in rows if graph))
+    middle = max(len(graph) for _, graph, _ in rows)
+    for reads, graph, gives in rows:
+        if graph:
+            *above, last = textwrap.wrap(_names(reads), left)
+            yield from (f"  {line:>{left}}" for line in above)
+            yield f"  {last:>{left}} ──▶ {graph:^{middle}} ──▶ {_names(gives)}"
+        else:
+            yield f"  {reads[0]}"
+    if memory is not None:
+        yield ""
+        clip = memory.clip
+        yield f"the memory keeps of a clip ({clip.frames} pictures of {clip.width}x{clip.height} at {clip.fps:g} a second)"
+        for part in memory.record:
+            yield f"  {part.name:<16} {part.dtype} {list(part.dims)}"
+        made = f"by {', '.join(memory.graphs)}" if memory.graphs else "as it is cut"
+        yield f"  {made}; a request takes {memory.default} clips, up to {memory.max}, by the words of `{memory.text}`"
+        if memory.absent:
+            yield f"  without a clip: {', '.join(f'{name} = {value}' for name, value in memory.absent.items())}"
+    for item in manifest.approximations:
+        quality = ", ".join(f"{key} {value}" for key, value in item.quality.items())
+        yield f"approximation {item.name} in {', '.join(item.graphs)}: {quality}"
+
+
+def _kind(manifest: Manifest, name: str) -> str:
+    match manifest.inputs[name]:
+        case ImageInput() as spec:
+            return f"a still, fitted to {spec.width}x{spec.height}"
+        case TextInput() as spec:
+            tokenizer = manifest.tokenizers.get(spec.tokenizer or "")
+            text = f"a text of at most {tokenizer.max_length} tokens" if tokenizer else "a text, to search by"
+            return text if spec.default is None else f"{text}; {spec.default!r} if not given"
+        case NumberInput() as spec:
+            span = "" if spec.min is None or spec.max is None else f" from {spec.min:g} to {spec.max:g}"
+            return f"a number{span}" + ("" if spec.default is None else f"; {spec.default:g} if not given")
+        case ColumnInput() as spec:
+            return "a number, or one for each step" + ("" if spec.default is None else f"; {spec.default:g} if not given")
+
+
+def _node(bundle: Bundle, node: Node) -> Iterator[tuple[list[str], str, list[str]]]:
+    """(what is read, the graph, what it gives) of a node; a loop has lines without a graph around it."""
+    manifest = bundle.manifest
+    loop = manifest.loops.get(node.graph)
+    if loop is None:
+        ports = [node.reads.get(port.name, port.name) for port in manifest.graphs[node.graph].inputs]
+        yield _without_tokens(ports), node.graph, sorted(manifest.gives(node))
+        return
+    schedules = ", ".join(f"{name} {_span(counts)} steps" for name, counts in loop.schedules.items())
+    default = f"{loop.default[1]} steps of {loop.default[0]}" if loop.feeds else f"{loop.default[1]} parts"
+    yield [f"┌─ loop {node.graph}: {default}" + (f" (there are {schedules})" if loop.feeds else "")], "", []
+    for table in loop.tables:
+        gives = [port.name for port in manifest.graphs[table].outputs]
+        yield ["all rows at once"], table, gives
+    for graph in loop.graphs:
+        yield _step_reads(manifest, loop, graph), graph, [port.name for port in manifest.graphs[graph].outputs]
+    carried = ", ".join(f"{out} → {into}" for out, into in loop.carry.items() if "." not in into)
+    caches = sum("." in into for into in loop.carry.values())
+    carried += f"{' and ' if carried else ''}{caches} caches" if caches else ""
+    yield [f"│  carried: {carried}" if carried else "│  nothing is carried"], "", []
+    yield [f"└─ gives {_names(sorted(manifest.gives(node)))}"], "", []
+
+
+def _step_reads(manifest: Manifest, loop: Loop, graph: str) -> list[str]:
+    made = {port.name for table in loop.tables for port in manifest.graphs[table].outputs}
+    ports = [port.name for port in manifest.graphs[graph].inputs]
+    kinds = (("what is carried", {*loop.carry.values()}), ("its row", {*loop.feeds}), ("tables", made), ("a part", {*loop.slices}))
+    inner = {NOISE}.union(*(names for _, names in kinds))
+    values = [port for port in ports if port not in inner]
+    told = [what for what, names in kinds if names & {*ports}] + ["noise"] * (NOISE in ports)
+    return [", ".join(told), *([f"{len(values)} values"] if len(values) > _SHOWN else values)]
+
+
+def _without_tokens(names: Iterable[str]) -> list[str]:
+    """`prompt.input_ids` and `prompt.attention_mask` are the prompt."""
+    return list(dict.fromkeys(name.removesuffix(".input_ids").removesuffix(".attention_mask") for name in names))
+
+
+def _names(names: Iterable[str]) -> str:
+    listed = list(names)
+    more = len(listed) - _SHOWN
+    return ", ".join(listed) if more <= 1 else f"{', '.join(listed[:_SHOWN])} and {more} more"
+
+
+def _span(counts: Iterable[int]) -> str:
+    ordered = sorted(counts)
+    return str(ordered[0]) if len(ordered) == 1 else f"{ordered[0]}-{ordered[-1]}"

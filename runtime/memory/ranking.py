@@ -1,0 +1,173 @@
+"""Choosing clips: exact scans, near-duplicates left out, and re-ranking for diversity."""
+
+from __future__ import annotations
+
+import math
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from motionrt.runtime.errors import InputError, MemoryStoreError
+from motionrt.runtime.memory.rows import DamagedRow, Layout, Reference
+from motionrt.runtime.memory.search import EVERYTHING, Search
+
+CHUNK = 4096  # rows read and scored at once by a scan
+FETCH = 16_000  # clips that an index is asked for at most; beyond, an exact scan is. Twice that are values of one statement
+LOOK = 4096  # best clips among which `distinct` looks for clips that are no copies
+
+Ranked = tuple[NDArray[np.int64], NDArray[np.float32], bool]  # ids, scores falling; whether these are all
+
+
+class Found(NamedTuple):
+    """A clip that may be chosen: the reference, and its unit vector in the space that was searched."""
+
+    reference: Reference
+    vector: NDArray[np.float32]
+
+
+class Searchable:
+    """Something that has clips and can be asked for the nearest ones."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def found(self, part: str | None, query: NDArray[Any], k: int, search: Search) -> list[Found]:
+        """Candidates for `k` references, best first, fewer if there are no more: what `search` (part None) chooses from."""
+        raise NotImplementedError
+
+    def search(self, embedding: NDArray[Any], k: int, search: Search = EVERYTHING) -> list[Reference]:
+        """The `k` clips whose captions are nearest to `embedding` [E] by cosine, nearest first, equal ones by id.
+
+        MemoryStoreError if fewer than `k` clips are there (unless `search` may be short); InputError.
+        """
+        return self._answer(None, embedding, k, search)
+
+    def search_record(self, part: str, array: NDArray[Any], k: int, search: Search = EVERYTHING) -> list[Reference]:
+        """The `k` clips whose float part `part` of the record is nearest to `array`, of the part's dims.
+
+        By cosine of the flattened arrays. Exact, and so linear in the clips that pass `search.where`: every record is read.
+        An index of them would be as large as they are, for a question asked by people.
+        """
+        return self._answer(part, array, k, search)
+
+    def _answer(self, part: str | None, query: NDArray[Any], k: int, search: Search) -> list[Reference]:
+        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+            raise InputError(f"the number of references is {k!r}; allowed is a whole number from 1 on.")
+        answer = diverse(self.found(part, query, int(k), search), int(k), search.diversity)
+        if len(answer) < k and (not search.may_be_short or not len(self)):
+            raise MemoryStoreError(f"{k} references were asked for; {self._too_few(len(answer), search)}.")
+        return answer
+
+    def _too_few(self, found: int, search: Search) -> str:
+        """Why there are no more than `found` clips to give, and what to do."""
+        raise NotImplementedError
+
+
+def scan(
+    db: sqlite3.Connection, layout: Layout, part: str | None = None, search: Search | None = None, after: int = 0
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """Ids [n] rising and unit vectors [n,·] of the clips after an id, in chunks: embeddings, or a flattened float part.
+
+    Parts that are all zeros have no direction and keep length 0.
+    """
+    table, column = ("vectors", "embedding") if part is None else ("records", "record")
+    condition, parameters = search.of_scan() if search is not None else ("", [])
+    lead = "+" if search is not None and search.where else ""  # keeps SQLite from walking all ids instead of the tags
+    rows = db.execute(
+        f"SELECT v.id, v.{column} FROM {table} v WHERE {lead}v.id > ?{condition} ORDER BY v.id", (after, *parameters)
+    )
+    while chunk := rows.fetchmany(CHUNK):
+        ids, blobs = zip(*chunk, strict=True)
+        if part is None:
+            yield np.array(ids, np.int64), layout.embeddings(ids, blobs)
+        else:
+            values = np.stack([layout.unpack(number, blob, part)[part] for number, blob in chunk])
+            if not np.isfinite(values).all():
+                wrong = np.argmin(np.isfinite(values).reshape(len(ids), -1).all(axis=1))
+                raise DamagedRow(f"clip {ids[wrong]} has an impossible {part}")
+            yield np.array(ids, np.int64), directions(values)
+
+
+def rank_all(
+    db: sqlite3.Connection, layout: Layout, part: str | None, query: NDArray[np.float32], search: Search
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Ids and scores of every clip that the filters leave, best first, equal ones by id."""
+    scored = [(ids, dots(vectors, query)) for ids, vectors in scan(db, layout, part, search)]
+    if not scored:
+        return np.empty(0, np.int64), np.empty(0, np.float32)
+    return in_order(np.concatenate([ids for ids, _ in scored]), np.concatenate([scores for _, scores in scored]))
+
+
+def in_order(ids: NDArray[np.int64], scores: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Best first, equal ones by id."""
+    order = np.lexsort((ids, -scores))
+    return ids[order], scores[order]
+
+
+def pick(
+    ranked: Callable[[int], Ranked],
+    fetch: Callable[[NDArray[np.int64], NDArray[np.float32]], list[Found]],
+    search: Search,
+    need: int,
+    compared: str,
+) -> list[Found]:
+    """The best `need` clips above the minimum score, without near-copies of better ones.
+
+    ranked(n): at least the best n ids and scores; fetch: the clips of some of them; compared: the part of the record in
+    which copies are alike.
+    """
+    want = need
+    while True:
+        ids, scores, complete = ranked(want)
+        if search.minimum_score is not None:
+            keep = scores >= search.minimum_score - 1e-6  # rounding of float32
+            complete |= not keep.all()
+            ids, scores = ids[keep], scores[keep]
+        if search.distinct is None:
+            return fetch(ids[:need], scores[:need])
+        chosen: list[Found] = []
+        kept: list[NDArray[np.float32]] = []
+        for start in range(0, min(len(ids), max(LOOK, need)), 64):
+            for found in fetch(ids[start : start + 64], scores[start : start + 64]):
+                direction = directions(found.reference.record[compared][None])[0]
+                if all(float(direction @ other) <= search.distinct for other in kept):
+                    chosen, kept = [*chosen, found], [*kept, direction]
+                if len(chosen) == need:
+                    return chosen
+        if complete or want >= LOOK:
+            return chosen
+        want = min(4 * want, LOOK)
+
+
+def diverse(pool: Sequence[Found], k: int, diversity: float | None) -> list[Reference]:
+    """`k` of a pool by maximal marginal relevance: (1 - d) score - d (largest cosine with those chosen before).
+
+    Carbonell and Goldstein, "The use of MMR", SIGIR 1998, with lambda = 1 - d. Without `diversity` the first `k`.
+    """
+    if not diversity or not pool:
+        return [found.reference for found in pool[:k]]
+    vectors = np.stack([found.vector for found in pool])
+    relevance = np.array([found.reference.score for found in pool])
+    nearest, chosen = np.zeros(len(pool)), list[int]()
+    while len(chosen) < min(k, len(pool)):
+        gain = (1 - diversity) * relevance - diversity * nearest
+        gain[chosen] = -math.inf
+        chosen.append(int(np.argmax(gain)))
+        cosines = vectors @ vectors[chosen[-1]]
+        nearest = cosines if len(chosen) == 1 else np.maximum(nearest, cosines)
+    return [pool[index].reference for index in chosen]
+
+
+def directions(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rows [n,...] flattened and divided by their length; zero rows stay zero."""
+    vectors = values.reshape(len(values), -1)
+    norm = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.where(norm > 0, norm, 1), np.float32)
+
+
+def dots(vectors: NDArray[np.float32], query: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Dot products [n], row by row, so that equal rows score equal whatever stands beside them (a matrix product's may not)."""
+    return np.asarray(np.vecdot(vectors, query), np.float32)
