@@ -23,7 +23,7 @@ from motionrt.runtime.by_path import load_by_path  # noqa: E402
 Run = Callable[..., tuple[int, str, str]]
 HERE = Path(__file__).parent
 models = load_by_path(Path(__file__).resolve().parents[2] / "tests/helpers/tiny_models.py")
-sentence = load_by_path(Path(__file__).resolve().parents[2] / "tests/export/checkpoints/test_sentence.py")
+sentence = load_by_path(Path(__file__).resolve().parents[2] / "tests/export/checkpoints/test_text_query.py")
 COGVIDEOX, SVD = "cogvideox-5b-i2v", "svd"
 PARTS = {  # files of a download -> where their tensors are
     "transformer": "base/transformer/diffusion_pytorch_model.safetensors",
