@@ -27,7 +27,7 @@ from motionrt.benchmarks.gpu import gpu_step
 from motionrt.benchmarks.gpu.gpu_ceilings import facts, waiting
 from motionrt.benchmarks.models import full_step
 from motionrt.benchmarks.models.full_step import step_inputs
-from motionrt.export.checkpoints.parts import AppearanceTokens, MotionTokens, Preprocess, picked
+from motionrt.export.checkpoints.encoders import AppearanceTokens, MotionTokens, Preprocess, picked
 from motionrt.export.systems.cogvideox_step import INPUTS
 from motionrt.export.systems.motionrag import Cama, Resampler
 
