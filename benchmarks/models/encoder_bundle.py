@@ -72,8 +72,10 @@ def drawn(network: Network) -> Network:
 
 
 def drawn_system(folder: Path, sizes: Sizes) -> System:
-    """text_query, motion, appearance and cama of files of `sizes` (of zeros, in `folder`), with drawn weights in float32. It has
-    no step, and cannot generate: its output is the motion that cama predicts."""
+    """text_query, motion, appearance and cama of files of `sizes` (of zeros, in `folder`), with drawn weights in float32.
+
+    It has no step, and cannot generate: its output is the motion that cama predicts.
+    """
     write_encoders(folder, sizes, torch.float32)
     write_motionrag(folder / "rag", BLOCK, sizes, torch.float32)
     sos = SosToken(seed=42)

@@ -29,7 +29,7 @@ from motionrt.export.compiler.weightless import fake_partition
 from motionrt.export.onnx.from_torch import Example
 from motionrt.export.onnx.streamed import stream_real
 from motionrt.export.systems import cogvideox_step as cogvideox
-from motionrt.export.systems import published as released
+from motionrt.export.systems import steps as released
 from motionrt.export.systems import svd_step as svd
 from motionrt.export.systems.motionrag import MotionAdapter, MotionAdapterCogVideoX
 
