@@ -88,8 +88,8 @@ def dynamic_shapes(module: nn.Module, examples: Sequence[Example], ranges: Mappi
     kinds = [p.kind for p in inspect.signature(module.forward).parameters.values()]
     if inspect.Parameter.VAR_POSITIONAL not in kinds:
         return tuple(shapes)
-    named = kinds.index(inspect.Parameter.VAR_POSITIONAL)  # the others are one argument: a tuple
-    return (*shapes[:named], tuple(shapes[named:]))
+    named = kinds.index(inspect.Parameter.VAR_POSITIONAL)  # the others are one argument, a tuple, if there are any
+    return (*shapes[:named], tuple(shapes[named:])) if shapes[named:] else tuple(shapes)
 
 
 def optimise(model: ir.Model) -> None:
