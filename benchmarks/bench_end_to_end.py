@@ -55,7 +55,7 @@ def plain_frames(pipeline: MotionPipeline, request: Request) -> Frames:
         pipeline.graph("step_plain"),
         latents=noise(request.seed, 0, shape),
         state=pipeline.select("step_plain", prepared.inputs),
-        tables={"timestep": np.array(solver.timesteps[:, None])},
+        tables={"timestep": np.array(solver.timesteps)},
         coefficients=solver.coefficients,
         guidance=pipeline.bundle.guidance,
         noise=lambda index: noise(request.seed, index + 1, shape),

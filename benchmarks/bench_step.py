@@ -66,19 +66,19 @@ class Request:
         index = len(self.coefficients) // 2
         return {
             **state,
-            **{name: table[index] for name, table in tables.items()},
+            **{name: table[index : index + 1] for name, table in tables.items()},
             "latents": self.latents,
             "previous_x0": noise(1, 0, self.latents.shape),
             "noise": noise(1, 1, self.latents.shape),
-            "coefficients": self.coefficients[index],
-            "guidance": np.asarray(self.guidance, np.float32),
+            "coefficients": self.coefficients[index : index + 1],
+            "guidance": np.full(1, self.guidance, np.float32),
         }
 
 
 def random_input(port: Port, index: int) -> NDArray[np.float32]:
     """Standard normal values of the port's own size; a scale is 1."""
     shape = tuple(dim.opt for dim in port.dims)
-    return noise(2, index, shape) if shape else np.ones((), np.float32)
+    return np.ones(shape, np.float32) if port.name == "motion_scale" else noise(2, index, shape)
 
 
 def make_request(bundle: Bundle, load: Callable[[str], Graph]) -> Request:
@@ -88,7 +88,7 @@ def make_request(bundle: Bundle, load: Callable[[str], Graph]) -> Request:
     inputs: Arrays = {port.name: random_input(port, index) for index, port in enumerate(ports)}
     taken = {port.name for port in bundle.graph("request").inputs}
     state = load("request")({name: value for name, value in inputs.items() if name in taken})
-    tables = load("schedule")({"timesteps": solver.timesteps})
+    tables = load("schedule")({"timestep": solver.timesteps})
     reads = {port.name for port in bundle.graph("step").inputs}
     return Request(
         latents=random_input(bundle.port("step", "latents"), len(ports)),

@@ -231,7 +231,7 @@ def test_a_bundle_of_bfloat16_files_computes_in_float32_and_its_form_in_float16_
 
     args = step_args(cogvideox.INPUTS, toy.transformer, LATENTS, MOTION)
     step = {name: normal(*value.shape) for name, value in args.items()} | {
-        "timestep": np.array([500]), "guidance": np.float32(2.0)[...], "motion_scale": np.float32(1.0)[...]
+        "timestep": np.array([500]), "guidance": np.full(1, 2.0, np.float32), "motion_scale": np.ones(1, np.float32)
     }  # fmt: skip
     feeds = {
         "text": {"input_ids": draw.integers(0, 40, (1, models.TEXT_TOKENS))},
@@ -249,11 +249,10 @@ def test_a_bundle_of_bfloat16_files_computes_in_float32_and_its_form_in_float16_
         with MotionPipeline.from_bundle(root / "bundle", backend=backend) as pipeline:
             results = {name: list(pipeline.graph(name)(feed).values()) for name, feed in feeds.items() if name != "step"}
             state = dict(step)
-            for name, feed in (("schedule", {"timesteps": step["timestep"]}), ("request", state), ("step", state)):
+            for name, feed in (("schedule", {"timestep": step["timestep"]}), ("request", state), ("step", state)):
                 wanted = [port.name for port in pipeline.bundle.graph(name).inputs]
                 found = pipeline.graph(name)({port: feed[port] for port in wanted})
-                # a row of each table
-                state |= {port: value[0] for port, value in found.items()} if name == "schedule" else found
+                state |= found
             results["step"] = [state["next_latents"], state["x0"]]
             references = [Reference(0, 1.0, "", "", 0.0, 1.0, results["motion"][0][0], results["appearance"][0][0])]
             video = pipeline(still, "w5 w9", seed=1, steps=2, references=references).frames
