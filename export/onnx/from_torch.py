@@ -86,7 +86,10 @@ def dynamic_shapes(module: nn.Module, examples: Sequence[Example], ranges: Mappi
         axes = dynamic_axes(first.feed[name], second.feed[name], first.sizes, second.sizes)
         shapes.append({i: symbols[size] if factor == 1 else factor * symbols[size] for i, (size, factor) in axes.items()})
     kinds = [p.kind for p in inspect.signature(module.forward).parameters.values()]
-    return (tuple(shapes),) if inspect.Parameter.VAR_POSITIONAL in kinds else tuple(shapes)
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return tuple(shapes)
+    named = kinds.index(inspect.Parameter.VAR_POSITIONAL)  # the others are one argument, a tuple, if there are any
+    return (*shapes[:named], tuple(shapes[named:])) if shapes[named:] else tuple(shapes)
 
 
 def optimise(model: ir.Model) -> None:

@@ -151,7 +151,7 @@ def stream_real(
         return InMemory(narrowest(state[name].detach())) if name in state else None
 
     try:
-        entry = _stream(path, module, examples, outputs, ranges, find, torch_program, wanted, outside)
+        entry = _stream(path, module, examples, outputs, ranges, find, torch_program, outside)
         check_parity(path, outputs, examples, wanted, atol, external or {})
         if torch_program is not None:
             check_program(torch_program, entry["program"], path.with_suffix(".safetensors"), examples, wanted, atol)
@@ -169,12 +169,11 @@ def _stream(
     ranges: Mapping[str, Range],
     value: Find,
     torch_program: Path | None = None,
-    wanted: Sequence[Sequence[Tensor]] | None = None,
     outside: Mapping[str, str] = MappingProxyType({}),
     shared: Path | None = None,
 ) -> dict[str, Any]:
-    """`value`: weights by the module's names. `wanted`: outputs at the first two examples, where a trace cannot tell.
-    `outside`: weights that are stored elsewhere, and their names there; `shared`: as of `stream_module`."""
+    """`value`: weights by the module's names. `outside`: those that are stored elsewhere, and their names there; `shared`: as of
+    `stream_module`."""
     from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
 
     first, second = examples[0], examples[min(1, len(examples) - 1)]
@@ -230,7 +229,7 @@ def _stream(
         _leave_outside(model.graph, outside)
         proto = bare(ir.serde.serialize_model(model))
         _publish(path, proto, checked=not outside)
-        at = wanted[:2] if wanted is not None else _shapes(examples, inputs, results)
+        at = _shapes(examples, inputs, results)
     entry |= {
         "inputs": [port(n, first.feed[n], axes[n], ranges) for n in names],
         "outputs": [
