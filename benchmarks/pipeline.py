@@ -68,7 +68,7 @@ def plain_frames(pipeline: MotionPipeline, request: Request) -> Frames:
         pipeline.graph("step_plain"),
         noise(request.seed, 0, (1, *pipeline.bundle.model.latents)),
         pipeline.select("step_plain", prepared.inputs),
-        {"timestep": np.array(solver.timesteps[:, None])},
+        {"timestep": np.array(solver.timesteps)},
         solver.coefficients,
         pipeline.bundle.guidance,
         request.seed,
@@ -118,12 +118,12 @@ class StepRequest:
         index = len(self.coefficients) // 2
         return {
             **state,
-            **{name: table[index] for name, table in tables.items()},
+            **{name: table[index : index + 1] for name, table in tables.items()},
             "latents": self.latents,
             "previous_x0": noise(1, 0, self.latents.shape),
             "noise": noise(1, 1, self.latents.shape),
-            "coefficients": self.coefficients[index],
-            "guidance": np.asarray(self.guidance, np.float32),
+            "coefficients": self.coefficients[index : index + 1],
+            "guidance": np.full(1, self.guidance, np.float32),
         }
 
 
@@ -140,7 +140,7 @@ def step_request(bundle: Bundle, load: Callable[[str], Graph]) -> StepRequest:
     inputs: Arrays = {port.name: random_input(port, index) for index, port in enumerate(ports)}
     taken = {port.name for port in bundle.graph("request").inputs}
     state = load("request")({name: value for name, value in inputs.items() if name in taken})
-    tables = load("schedule")({"timesteps": solver.timesteps})
+    tables = load("schedule")({"timestep": solver.timesteps})
     reads = {port.name for port in bundle.graph("step").inputs}
     return StepRequest(
         latents=random_input(bundle.port("step", "latents"), len(ports)),
@@ -150,5 +150,5 @@ def step_request(bundle: Bundle, load: Callable[[str], Graph]) -> StepRequest:
             {name: value for name, value in {**inputs, **state}.items() if name in reads},
             {name: value for name, value in tables.items() if name in reads},
         ),
-        plain=(inputs, {"timestep": np.array(solver.timesteps[:, None])}),
+        plain=(inputs, {"timestep": np.array(solver.timesteps)}),
     )

@@ -7,7 +7,6 @@ are drawn. Times do not depend on values; parity does not either, because both w
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import zlib
@@ -15,25 +14,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from motionrt.benchmarks import harness
 from motionrt.benchmarks.models.sparse_models import MOTIONRAG, MotionSizes, write_encoders, write_motionrag
-from motionrt.export.checkpoints.files import Lazy
 from motionrt.export.checkpoints.motionrag_files import SosToken, open_motionrag
-from motionrt.export.checkpoints.parts import Part
-from motionrt.export.systems.stage import Encoders, Sources, Stage, encoders
-from motionrt.export.write import staged, write_manifest
+from motionrt.export.checkpoints.text_query import packaged_encoder
+from motionrt.export.exporter import export_system
+from motionrt.export.systems.decoding import Decoding
+from motionrt.export.systems.motionrag_system import Base, Sources, motionrag_networks, motionrag_system
+from motionrt.export.systems.system import Graph, Network, System
 from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.indexing.clips import ClipEncoders, index_clips
 from motionrt.runtime.media.video import write_video
 from motionrt.runtime.memory.memory import MotionMemory
 
-FPS, REFERENCES = 8, 9  # 9 references of 25 tokens, and the still's, are what CAMA's 256 positions hold
+FPS = 8
 BLOCK = {"transformer.transformer_blocks.0.attn1": 64}  # an adapter must be there to be opened; nothing here uses it
 SUBJECTS = ("a red kite", "two white horses", "the old ferry", "a paper lantern", "thick smoke", "a small dog")
 MOTIONS = ("drifts slowly to the left", "turns around on the spot", "rises and falls again", "runs towards the camera")
@@ -66,50 +66,37 @@ class Drawn:
         return 0.02 * value + (0.0 if self.name.endswith("bias") else 1.0)
 
 
-def drawn(part: Part) -> Part:
-    """`part` with drawn weights in the place of those of its files."""
-    weights: dict[str, Lazy] = {name: Drawn(name, tuple(lazy.shape)) for name, lazy in part.weights.items()}
-    return replace(part, weights=weights)
+def drawn(network: Network) -> Network:
+    """`network` with drawn weights in the place of those of its files."""
+    return replace(network, weights={name: Drawn(name, tuple(lazy.shape)) for name, lazy in (network.weights or {}).items()})
 
 
-def drawn_encoders(folder: Path, sizes: Sizes) -> tuple[Sources, Encoders]:
-    """What an export is told, and the exporter's parts of files of `sizes` (of zeros, in `folder`), with drawn weights."""
+def drawn_system(folder: Path, sizes: Sizes) -> System:
+    """text_query, motion, appearance and cama of files of `sizes` (of zeros, in `folder`), with drawn weights in float32.
+
+    It has no step, and cannot generate: its output is the motion that cama predicts.
+    """
     write_encoders(folder, sizes, torch.float32)
     write_motionrag(folder / "rag", BLOCK, sizes, torch.float32)
     sos = SosToken(seed=42)
     files = open_motionrag(folder / "rag", BLOCK, overlay=False, sos=sos)
-    sources = Sources(folder, folder / "rag", folder / "videomae", folder / "dinov2", folder, dtype="float32", sos=sos)
-    made = encoders(sources, files, sizes.frames, sizes.picture)
-    return sources, Encoders(*(lambda make=make: drawn(make()) for make in (made.motion, made.appearance, made.cama)))
-
-
-def copy_text_query(stage: Stage) -> tuple[str, str]:
-    """The demo's text_query, which is the encoder that every exporter packs: (its tokenizer's JSON, its digest)."""
-    demo = harness.ROOT / "demo" / "bundle"
-    manifest = json.loads((demo / "bundle.json").read_text(encoding="utf-8"))
-    shutil.copyfile(demo / "graphs" / "text_query.onnx", stage.path("text_query"))
-    stage.graphs["text_query"] = manifest["graphs"]["text_query"]
-    tokenizer = (demo / manifest["tokenizers"]["text_query"]["file"]).read_text(encoding="utf-8")
-    return tokenizer, manifest["digests"]["text_query"]
-
-
-def write_bundle(out: Path, sources: Sources, parts: Encoders, sizes: Sizes, say: Callable[[str], None]) -> None:
-    """Export text_query, motion, appearance and cama in float32 as the bundle `out`; it has no step, and cannot generate."""
-    model = {
-        "frames": sizes.frames, "height": sizes.picture[0], "width": sizes.picture[1], "fps": FPS, "latents": [1, 1, 1, 1],
-        "motion_tokens": [sizes.cama.num_queries, sizes.cama.dim], "max_references": REFERENCES,
-        "default_references": REFERENCES,
-    }  # fmt: skip
-    with staged(out) as folder:
-        stage = Stage(folder, say, sources)
-        tokenizer, digest = copy_text_query(stage)
-        digests = stage.add_encoders(parts, model)
-        write_manifest(
-            folder, name="full-encoders", model=model, graphs=stage.graphs,
-            solvers={"none": {1: (np.zeros(1, np.int64), np.zeros((1, 6), np.float32))}}, default_solver=("none", 1),
-            tokenizers={"text_query": (tokenizer, 256, 0)}, guidance=1.0, digests={"text_query": digest, **digests},
-            partition={}, provenance={"weights": "random"},
-        )  # fmt: skip
+    sources = Sources(folder, folder / "rag", folder / "videomae", folder / "dinov2", dtype="float32", sos=sos)
+    networks = motionrag_networks(sources, files, sizes.frames, sizes.picture)
+    nothing = Network(torch.nn.Identity())
+    base = Base(
+        "full-encoders", (sizes.frames, *sizes.picture), FPS, Graph(nothing, {}, ()), Decoding({}), nothing, {}, {},
+        {"none": {1: np.zeros((1, 9), np.float32)}},
+    )  # fmt: skip
+    whole = motionrag_system(
+        base, {name: drawn(network) for name, network in networks.items()}, packaged_encoder(),
+        (sizes.cama.num_queries, sizes.cama.dim), provenance={"weights": "random"},
+    )  # fmt: skip
+    graphs = {name: graph for name, graph in whole.graphs.items() if graph.outputs}
+    inputs = {name: entry for name, entry in whole.inputs.items() if name in ("image", "prompt")}
+    output = msgspec.structs.replace(whole.output, value="motion")
+    return replace(
+        whole, inputs=inputs, graphs=graphs, steps=(), plan=("appearance", "cama"), loops={}, schedules={}, output=output
+    )
 
 
 def moving_picture(number: int, frames: int, size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -153,7 +140,7 @@ def prepare(folder: Path, count: int, threads: int, say: Callable[[str], None], 
     sizes = RELEASED
     if not (folder / "bundle" / "bundle.json").exists():
         with tempfile.TemporaryDirectory(prefix="motionrt-encoders-") as work:
-            write_bundle(folder / "bundle", *drawn_encoders(Path(work), sizes), sizes, say)
+            export_system(drawn_system(Path(work), sizes), folder / "bundle", say=say)
     height, width = videos or sizes.picture
     place = folder / f"{height}x{width}"
     if not (place / "done").exists():

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from motionrt.benchmarks.models.sparse_models import RELEASED
-from motionrt.export.checkpoints.packaged_text import SentenceEmbedding
-from motionrt.export.checkpoints.parts import AppearanceTokens, Preprocess, Text
+from motionrt.export.checkpoints.encoders import AppearanceTokens, Preprocess, Text
+from motionrt.export.checkpoints.text_query import SentenceEmbedding
 from motionrt.export.compiler.liveness import live_bytes
 from motionrt.export.compiler.partition import Partition, Program
 from motionrt.export.compiler.weightless import faked, meta
 from motionrt.export.onnx.functions import symbolic_forms
-from motionrt.export.systems.cogvideox import DecodeCausal, EncodeCausal, _flat, chunks
+from motionrt.export.systems.cogvideox import DecodeCausal, EncodeCausal, chunks, flat_caches
 from motionrt.export.systems.svd import DecodeTemporal, EncodeStill
 from motionrt.runtime.bundle.footprint import GraphSize
 
@@ -61,7 +61,7 @@ def _cogvideox(frames: int) -> Iterator[GraphSize]:
     first, after = chunks(latents[0])
     with meta(), torch.no_grad():
         vae = AutoencoderKLCogVideoX(**RELEASED.causal_vae).eval()
-        kept = _flat(vae.decoder(torch.empty(1, 16, first, *latents[2:], device="meta"))[1])
+        kept = flat_caches(vae.decoder(torch.empty(1, 16, first, *latents[2:], device="meta"))[1])
     names, given = ("video", *(f"next_{name}" for name in kept)), tuple(kept)
 
     def decode(caches: tuple[str, ...]) -> nn.Module:

@@ -26,9 +26,10 @@ from motionrt.benchmarks.models import full_step
 from motionrt.benchmarks.models.full_step import OUTPUTS, Size, known_values
 from motionrt.export.compiler.partition import Partition, partition
 from motionrt.export.compiler.weightless import fake_partition
-from motionrt.export.onnx.from_torch import Example, onnx_from_torch
+from motionrt.export.onnx.from_torch import Example
+from motionrt.export.onnx.streamed import stream_real
 from motionrt.export.systems import cogvideox_step as cogvideox
-from motionrt.export.systems import published as released
+from motionrt.export.systems import steps as released
 from motionrt.export.systems import svd_step as svd
 from motionrt.export.systems.motionrag import MotionAdapter, MotionAdapterCogVideoX
 
@@ -189,8 +190,8 @@ def svd_model(
             key: torch.randn(value.shape, generator=draw)
             for key, value in released.step_args(svd.INPUTS, config, latents, motion).items()
         }
-        fixed = {"coefficients": torch.tensor([0.8, -0.6, 0.7, 0.3, 0.0, 0.0]), "timestep": torch.tensor([0.4])}
-        return {**values, **fixed, "guidance": torch.tensor(3.0), "motion_scale": torch.tensor(1.0)}
+        fixed = {"coefficients": torch.tensor([[0.8, -0.6, 0.7, 0.3, 0.0, 0.0]]), "timestep": torch.tensor([0.4])}
+        return {**values, **fixed, "guidance": torch.tensor([3.0]), "motion_scale": torch.tensor([1.0])}
 
     widths = config["block_out_channels"]
     shape = {"B": 2, "F": latents[0], "H": latents[2], "W": latents[3], "D": widths[0], "M": motion[0]}
@@ -219,7 +220,7 @@ def export(path: Path, module: nn.Module, values: Values, outputs: tuple[str, ..
     """`module` as an ONNX graph of exactly these sizes, checked against PyTorch; `values` in the order of its arguments."""
     example = Example({}, dict(values))
     # values pass through 42 blocks of random weights: the gates of the benchmarks are what proves equality
-    onnx_from_torch(path, module, [example, example], outputs, {}, atol=1e-3)
+    stream_real(path, module, [example, example], outputs, {}, atol=1e-3)
     return path
 
 

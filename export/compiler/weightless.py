@@ -24,8 +24,12 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from motionrt.export.compiler.graph_edit import ancestors
 from motionrt.export.compiler.partition import Partition, Program, partition
+
+BATCH = 4  # the most requests that share a call, unless said otherwise
 
 
 @contextmanager
@@ -34,50 +38,49 @@ def meta(dtype: torch.dtype = torch.float32) -> Iterator[None]:
 
     A parameter is replaced as it is registered, before it is drawn or its memory is touched.
     """
-    register = nn.Module.register_parameter
 
-    def without_memory(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and param.device.type != "meta":
-            kind = dtype if param.is_floating_point() else param.dtype
-            param = nn.Parameter(torch.empty(param.shape, dtype=kind, device="meta"), requires_grad=False)
-        register(self, name, param)
+    def without_memory(module: nn.Module, name: str, param: nn.Parameter | None) -> nn.Parameter | None:
+        if param is None or param.device.type == "meta":
+            return None  # as it is
+        kind = dtype if param.is_floating_point() else param.dtype
+        return nn.Parameter(torch.empty(param.shape, dtype=kind, device="meta"), requires_grad=False)
 
-    nn.Module.register_parameter = without_memory  # type: ignore[method-assign]
+    hook = register_module_parameter_registration_hook(without_memory)  # type: ignore[arg-type]
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def fake_parameters(module: nn.Module, mode: FakeTensorMode) -> None:
-    """Put fake CPU tensors in the place of meta ones, in place: the exporter refuses a mix of devices."""
-    for part in module.modules():
-        stores: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
-        for store in stores:
-            for name, tensor in list(store.items()):
-                if tensor is None or tensor.device.type != "meta":
-                    continue
-                with mode:
-                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                store[name] = nn.Parameter(fake, requires_grad=False) if store is part._parameters else fake
+        hook.remove()
 
 
 @contextmanager
 def faked(module: nn.Module) -> Iterator[FakeTensorMode]:
-    """Trace in the block: `module`, built with `meta`, has fake CPU parameters; real tensors may be mixed in."""
+    """Trace in the block: `module`, built with `meta`, has fake CPU parameters (the exporter refuses a mix of devices), in
+    place; real tensors may be mixed in."""
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-    fake_parameters(module, mode)
     with mode:
+        for part in module.modules():
+            stores: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+            for store in stores:
+                for name, tensor in store.items():
+                    if tensor is not None and tensor.device.type == "meta":
+                        fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                        store[name] = nn.Parameter(fake, requires_grad=False) if store is part._parameters else fake
         yield mode
 
 
 def fake_partition(
-    module: nn.Module, args: tuple[Tensor, ...], inputs: Mapping[str, str], *, outputs: tuple[str, ...]
+    module: nn.Module, args: tuple[Tensor, ...], inputs: Mapping[str, str], *, outputs: tuple[str, ...], batch: int = BATCH
 ) -> Partition:
-    """`partition` of a module whose weights are not there; `args` give dtypes and shapes, all fixed."""
+    """`partition` of a module whose weights are not there; `args` give dtypes and shapes, of one request.
+
+    `batch`: the most requests that a call may have; where it is more than 1, axis 0 of every argument is dynamic.
+    """
+    rows = torch.export.Dim("batch", min=1, max=batch) if batch > 1 else None
     with faked(module.eval()):
-        fakes = tuple(torch.empty(arg.shape, dtype=arg.dtype) for arg in args)
-        cut = partition(module, fakes, inputs, outputs=outputs)
+        shapes = [arg.shape if rows is None else (2 * arg.shape[0], *arg.shape[1:]) for arg in args]
+        fakes = tuple(torch.empty(shape, dtype=arg.dtype) for shape, arg in zip(shapes, args, strict=True))
+        dynamic = None if rows is None else tuple({0: rows} for _ in args)
+        cut = partition(module, fakes, inputs, outputs=outputs, dynamic_shapes=dynamic)
     gc.collect()  # traces of a big model hold each other in cycles
     return cut
 
@@ -97,10 +100,10 @@ def weights_by_class(cut: Partition, widths: Mapping[str, int] | None = None) ->
 
     widths: bytes of an element of a weight as it is stored, by name; where there is none, of the traced one.
 
-    A weight counts where it is needed most often: step before request before schedule before constant. Tables that were
-    folded from constants are no parameters.
+    A weight counts where it is needed most often: step before timeline before request before schedule before constant. Tables
+    that were folded from constants are no parameters.
     """
-    programs = {"step": cut.step, "request": cut.request, "schedule": cut.schedule}
+    programs = {kind: cut.programs[kind] for kind in ("step", "timeline", "request", "schedule") if kind in cut.programs}
     direct = {kind: {str(n.target) for n in p.weights.values() if n.op == "get_attr"} for kind, p in programs.items()}
     folded = [n for program in programs.values() for n in program.weights.values() if n.op != "get_attr"]
     direct["constant"] = {name for node in folded for name in leaves(node)}
@@ -113,7 +116,7 @@ def weights_by_class(cut: Partition, widths: Mapping[str, int] | None = None) ->
             len(names), sum(everything[name].numel() for name in names), sum(sizes_of[name] for name in names), flops
         )
 
-    for kind in ("step", "request", "schedule", "constant"):
+    for kind in (*programs, "constant"):
         names = {name for name in direct[kind] if name in everything} - seen
         seen |= names
         sizes[kind] = size(names, cut.classes[kind].flops)
@@ -129,17 +132,7 @@ def parameters(module: GraphModule) -> dict[str, Tensor]:
 
 def leaves(node: Node) -> set[str]:
     """Names of the weights that a constant node is computed from."""
-    return {str(item.target) for item in _ancestors(node) if item.op == "get_attr"}
-
-
-def _ancestors(node: Node) -> set[Node]:
-    """`node` and every node that it is computed from."""
-    todo, seen = [node], {node}
-    while todo:
-        fresh = [n for n in todo.pop().all_input_nodes if n not in seen]
-        seen.update(fresh)
-        todo += fresh
-    return seen
+    return {str(item.target) for item in ancestors([node]) if item.op == "get_attr"}
 
 
 def materialise(cut: Partition, program: Program, name: str, read: Callable[[str], Tensor | None]) -> Tensor:
@@ -148,7 +141,7 @@ def materialise(cut: Partition, program: Program, name: str, read: Callable[[str
     `read(weight)` returns None for what is no weight of the checkpoint: tables that the module itself holds.
     """
     root = program.weights[name]
-    needed = _ancestors(root)
+    needed = ancestors([root])
     values: dict[Node, Any] = {}
     with torch.no_grad():
         for node in cut.rewritten.graph.nodes:

@@ -1,6 +1,6 @@
-"""CogVideoX-5B-I2V with MotionRAG's released checkpoints as a bundle, without ever holding the model.
+"""CogVideoX-5B-I2V with MotionRAG's released checkpoints as a system, without ever holding the model.
 
-    export_cogvideox(Sources(base=..., motionrag=..., ...), out, frames=17)
+    export_system(cogvideox_system(Sources(base=..., motionrag=..., ...), frames=17), out)
 
 17 frames take `17_frames.ckpt` (query, key and value of every block) over the base model's; 49 frames do not.
 """
@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from motionrt.export.checkpoints.files import CheckpointError, Lazy, check_pipeline, open_component, read_json
-from motionrt.export.checkpoints.motionrag_files import convert_folder, open_motionrag
-from motionrt.export.checkpoints.parts import Part, taken, text_part
-from motionrt.export.checkpoints.sentence import add_text_query, sentence_encoder
+from motionrt.export.checkpoints.encoders import text_encoder, weights_of
+from motionrt.export.checkpoints.files import CheckpointError, check_pipeline, open_component, read_json
+from motionrt.export.checkpoints.motionrag_files import open_motionrag
 from motionrt.export.checkpoints.tokenizers import tokenizer_json
 from motionrt.export.compiler.weightless import meta
-from motionrt.export.onnx.from_torch import Example
-from motionrt.export.systems.cogvideox_step import INPUTS, CogVideoXStep, solver_rows
-from motionrt.export.systems.published import cogvideox_step, plain, step_args
-from motionrt.export.systems.stage import Sources, Stage, encoders, unconditional_tokens
-from motionrt.export.write import staged
-from motionrt.runtime.decode import tile_size
+from motionrt.export.systems.cogvideox_step import INPUTS, solver_rows
+from motionrt.export.systems.decoding import Decoding, decoding, tile_size
+from motionrt.export.systems.motionrag_system import (
+    BATCH,
+    GUIDANCE,
+    Base,
+    Sources,
+    motionrag_networks,
+    motionrag_system,
+    solver_table,
+    unconditional_tokens,
+)
+from motionrt.export.systems.steps import Latents, cogvideox_step, plain, step_inputs
+from motionrt.export.systems.system import Array, Graph, Network, System, TokenizerText
 
 FPS = 8
+# what is known of tiles; tests/export/systems/test_decoding.py holds it
+TILES_ERROR = "not measured with released weights; with random ones, RMS below 5 % of the video's spread, and below diffusers'"
 
 
 class EncodeCausal(nn.Module):
@@ -56,30 +66,31 @@ class DecodeCausal(nn.Module):
         super().__init__()
         self.vae, self.caches, self.keep = vae, tuple(caches), keep
 
-    def forward(self, latents: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        """`latents [B, f, C, h, w]`, `caches` by `self.caches` -> video `[B, t, 3, H, W]` float32, about [-1, 1], and the
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """`latents [B, f, C, h, w]`, caches by `self.caches` -> video `[B, t, 3, H, W]` float32, about [-1, 1], and the
         caches for the next chunk, in the order of their names."""
+        latents, *caches = inputs
         latents = latents.permute(0, 2, 1, 3, 4) / self.vae.config.scaling_factor
         if self.vae.post_quant_conv is not None:
             latents = self.vae.post_quant_conv(latents)
-        given = _nested(dict(zip(self.caches, caches, strict=True))) if caches else None
+        given = nested_caches(dict(zip(self.caches, caches, strict=True))) if caches else None
         video, left = self.vae.decoder(latents, conv_cache=given)
-        return video.permute(0, 2, 1, 3, 4), *(_flat(left).values() if self.keep else ())
+        return video.permute(0, 2, 1, 3, 4), *(flat_caches(left).values() if self.keep else ())
 
 
-def _flat(caches: Mapping[str, Any], inside: str = "cache") -> dict[str, Tensor]:
+def flat_caches(caches: Mapping[str, Any], inside: str = "cache") -> dict[str, Tensor]:
     """diffusers' nested caches by path. Its convolutions along time over one frame keep their input too, and never read it."""
     found: dict[str, Tensor] = {}
     for name, value in caches.items():
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{inside}.{name}")
+            found |= flat_caches(value, f"{inside}.{name}")
         elif value is not None and name not in ("conv_y", "conv_b"):
             found[f"{inside}.{name}"] = value
     return found
 
 
-def _nested(caches: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What `_flat` made flat."""
+def nested_caches(caches: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What `flat_caches` made flat."""
     tree: dict[str, Any] = {}
     for path, value in caches.items():
         *folders, name = path.split(".")[1:]
@@ -96,49 +107,47 @@ def chunks(frames: int) -> tuple[int, int]:
     return first, 2 if frames > first else 0
 
 
-def add_decoder(stage: Stage, base: Path, latents: tuple[int, int, int, int], tiles: int = 1) -> None:
-    """The graph `decode`, and `decode_next` where there is more than one chunk: see `motionrt.runtime.decode`.
-
-    `tiles` along the height and along the width; 1 is the whole picture.
-    """
-    first, after = chunks(latents[0])
-    size = tuple(tile_size(length, tiles) for length in latents[2:])
-
-    def part(caches: Sequence[str] = (), keep: bool = True) -> Part:
-        return vae_part(base, lambda vae: DecodeCausal(vae, caches, keep), "decoder")
-
-    def chunk(frames: int) -> Tensor:
-        return torch.empty(1, frames, latents[1], *size, device="meta")
-
-    with torch.no_grad():
-        module: Any = part().module
-        kept = _flat(module.vae.decoder(chunk(first).transpose(1, 2))[1])
-    outputs = ("video", *(f"next_{name}" for name in kept))
-    if not after:
-        stage.add("decode", part(keep=False), [Example({}, {"latents": chunk(first)})] * 2, outputs[:1])
-        return
-    stage.add("decode", part(), [Example({}, {"latents": chunk(first)})] * 2, outputs)
-    feed = {"latents": chunk(after), **kept}
-    stage.add("decode_next", part(tuple(kept)), [Example({}, feed)] * 2, outputs)
-
-
-def vae_part(base: Path, make: Callable[[Any], nn.Module], half: str) -> Part:
-    """One `half` ("encoder" or "decoder") of the VAE: its weights, all keys of the file being checked."""
+def open_vae(base: Path) -> tuple[Any, Network]:
+    """The VAE of a folder, without weights, and its network: their places, every key checked."""
     from diffusers import AutoencoderKLCogVideoX
 
     component = open_component(base, "vae", "AutoencoderKLCogVideoX")
     with meta():
-        vae = AutoencoderKLCogVideoX(**plain(component.config))
-    weights, report = taken("vae.", vae, component, "vae")
-    module = make(vae.eval()).eval()
-    delattr(vae, "decoder" if half == "encoder" else "encoder")
-    return Part(module, weights, (report,) if half == "encoder" else ())
+        vae = AutoencoderKLCogVideoX(**plain(component.config)).eval()
+    weights, report = weights_of(vae, component, "vae", "vae.")
+    return vae, Network(vae, weights, (report,))
 
 
-def geometry(base: Path, frames: int) -> tuple[dict[str, Any], dict[str, Any], tuple[int, int, int, int], dict[str, Any]]:
-    """(transformer config, VAE config, latents F C H W, the manifest's sizes) of a CogVideoX folder."""
-    config = dict(open_component(base, "transformer", "CogVideoXTransformer3DModel").config)
-    vae = dict(open_component(base, "vae", "AutoencoderKLCogVideoX").config)
+def decoder(vae: Any, network: Network, latents: Latents, tiles: int = 1) -> Decoding:
+    """The graph `decode`, and `decode_next` where there is more than one chunk of frames; `tiles` along height and width."""
+    first, after = chunks(latents[0])
+    size = (tile_size(latents[2], tiles), tile_size(latents[3], tiles))
+
+    def pictures(frames: int, kept: Mapping[str, Tensor] | None = None) -> tuple[int, dict[str, Tensor]]:
+        """How many pictures a chunk of latent frames makes, and what it leaves for the next one; on the meta device."""
+        with torch.no_grad():
+            given = nested_caches(kept) if kept else None
+            video, left = vae.decoder(torch.empty(1, latents[1], frames, *size, device="meta"), conv_cache=given)
+        return video.shape[2], flat_caches(left)
+
+    def graph(frames: int, caches: Mapping[str, Tensor], weights_of: str | None = None) -> Graph:
+        module = DecodeCausal(vae, tuple(caches), keep=after > 0).eval()
+        inputs = {"latents": (frames, latents[1], *size), **{name: tuple(value.shape[1:]) for name, value in caches.items()}}
+        arrays = {name: Array(("batch", *shape)) for name, shape in inputs.items()}
+        outputs = ("video", *(f"next_{name}" for name in kept)) if after else ("video",)
+        return Graph(Network(module, network.weights), arrays, outputs, {"batch": BATCH}, weights_of)
+
+    count, kept = pictures(first)
+    graphs, made = {"decode": graph(first, {})}, [(first, count)]
+    if after:
+        graphs["decode_next"] = graph(after, kept, "decode")
+        made += [(after, pictures(after, kept)[0])] * ((latents[0] - first) // after)
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    return decoding(graphs, made, latents, scale, caches=tuple(kept) if after else (), tiles_error=TILES_ERROR)
+
+
+def geometry(config: Mapping[str, Any], base: Path, frames: int) -> Latents:
+    """Latents F, C, H, W of `frames` pictures of a transformer; `CheckpointError` for what MotionRAG was not made for."""
     if config["in_channels"] != 2 * config["out_channels"]:
         raise CheckpointError(
             f"{base} has {config['in_channels']} input and {config['out_channels']} output channels: a text-to-video model. "
@@ -152,93 +161,68 @@ def geometry(base: Path, frames: int) -> tuple[dict[str, Any], dict[str, Any], t
         raise CheckpointError(
             f"frames is {frames}; allowed: 1 + a multiple of {every}, up to {config['sample_frames']}, such as 17 or 49."
         )
-    latents = ((frames - 1) // ratio + 1, config["out_channels"], config["sample_height"], config["sample_width"])
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    model = {
-        "frames": frames,
-        "height": latents[2] * factor,
-        "width": latents[3] * factor,
-        "fps": FPS,
-        "latents": list(latents),
-    }
-    return config, vae, latents, model
+    return (frames - 1) // ratio + 1, config["out_channels"], config["sample_height"], config["sample_width"]
 
 
-def step_weights(base: Path, files: Any, step: CogVideoXStep) -> tuple[dict[str, Lazy], Any]:
-    """The step's weights by its own names: the base's transformer, 17_frames over it, and the adapters."""
-    component = open_component(base, "transformer", "CogVideoXTransformer3DModel")
-    config = plain(component.config)
-    from diffusers import CogVideoXTransformer3DModel
+def cogvideox_system(sources: Sources, *, frames: int = 17, say: Callable[[str], None] = lambda text: None) -> System:
+    """The system of the files that `sources` names: every file is opened and every key checked, and nothing is written.
 
-    with meta():
-        transformer = CogVideoXTransformer3DModel(**config)
-    weights, report = taken("transformer.", transformer, component, "transformer")
-    weights |= files.overlay
-    weights |= files.adapter
-    unknown = weights.keys() - step.state_dict().keys() - {"transformer.patch_embed.pos_embedding"}
-    if unknown:
-        raise CheckpointError(f"the step has no weight {sorted(unknown)[0]}")
-    return weights, report
-
-
-def export_cogvideox(
-    sources: Sources, out: Path, *, frames: int = 17, say: Callable[[str], None] = lambda text: None
-) -> list[str]:
-    """Write the bundle `out`, whole or not at all; what became of the keys, one line per file.
-
-    Every file is opened and checked before anything is written: `CheckpointError` names what does not fit. `say` is told
-    which graph is next.
+    `CheckpointError` names what does not fit. `say` is told what takes its time.
     """
     base = sources.base
     check_pipeline(base, "CogVideoXImageToVideoPipeline")
-    config, vae_config, latents, model = geometry(base, frames)
+    transformer = open_component(base, "transformer", "CogVideoXTransformer3DModel")
+    config = transformer.config
+    latents = geometry(config, base, frames)
     width = config["num_attention_heads"] * config["attention_head_dim"]
     blocks = {f"transformer.transformer_blocks.{i}.attn1": width for i in range(config["num_layers"])}
     overlay = frames != config["sample_frames"]
     files = open_motionrag(sources.motionrag, blocks, overlay=overlay, sos=sources.sos)
-    motion = (files.cama_size.num_queries, files.cama_size.dim)
-    model |= {"motion_tokens": list(motion), "max_references": 9, "default_references": 9}
-    size = (model["height"], model["width"])
-    made = encoders(sources, files, frames, size)
-    step = cogvideox_step(config, latents=latents, motion=motion, positions=sources.positions)
-    reports = [*files.reports, step_weights(base, files, step)[1]]
-    schedulers = _schedulers(base)
-    text = text_part(base)
-    tokens = config["max_text_seq_length"]
-    tokenizer = tokenizer_json(base / "tokenizer")
-    checked = [text, made.motion(), made.appearance()]
-    checked.append(vae_part(base, lambda vae: EncodeCausal(vae, latents[0]), "encoder"))
-    reports += [report for part in checked for report in part.reports]
-
-    query = sentence_encoder(sources.text_query)
-    reports += query.part.reports if query is not None else ()
-    convert_folder(sources.motionrag, sources.converted)  # nothing is written before this line
-    files = open_motionrag(sources.converted, blocks, overlay=overlay, sos=sources.sos)
-    made = encoders(sources, files, frames, size)
-    weights, _ = step_weights(base, files, step)
+    tokens = (files.cama_size.num_queries, files.cama_size.dim)
+    step = cogvideox_step(config, latents=latents, motion=tokens, positions=sources.positions)
+    weights, report = weights_of(step.transformer, transformer, "transformer", "transformer.", added=".processor.")
+    weights = {**weights, **files.overlay, **files.adapter}
+    solvers = {
+        name: {n: solver_table(*solver_rows(scheduler, n), GUIDANCE) for n in sources.steps}
+        for name, scheduler in _schedulers(base).items()
+    }
+    length = config["max_text_seq_length"]
+    words, pad = tokenizer_json(base / "tokenizer")
+    text = sources.keeping(text_encoder(base))
+    vae, vae_network = open_vae(base)
+    vae_network = sources.keeping(vae_network)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    size = (latents[2] * factor, latents[3] * factor)
+    networks = motionrag_networks(sources, files, frames, size)
+    encode = replace(vae_network, module=EncodeCausal(vae, latents[0]).eval())
+    query = sources.sentence_encoder()
     say("unconditional tokens")
-    step.unconditional_motion = unconditional_tokens(made.motion(), frames, size)
-
-    with staged(out) as folder:
-        stage = Stage(folder, say, sources)
-        ids = Example({}, {"input_ids": torch.empty(1, tokens, dtype=torch.int64, device="meta")})
-        stage.add("text", text, [ids, ids], ("text",))
-        query_tokenizer, query_digest = add_text_query(stage, query)
-        digests = stage.add_encoders(made, model)
-        still = {"image": torch.empty(1, 3, *size, device="meta"), "noise": torch.empty(1, *latents[1:], device="meta")}
-        part = vae_part(base, lambda vae: EncodeCausal(vae, latents[0]), "encoder")
-        stage.add("encode", part, [Example({}, still)] * 2, ("image_latents",))
-        add_decoder(stage, base, latents, sources.tiles)
-        cut = stage.add_step(step, step_args(INPUTS, config, latents, motion), INPUTS, weights)
-        return stage.finish(
-            "cogvideox-5b-i2v", model, cut, reports,
-            solvers={name: {n: solver_rows(made, n) for n in sources.steps} for name, made in schedulers.items()},
-            tokenizers={"text": (*tokenizer[:1], tokens, tokenizer[1]), "text_query": query_tokenizer},
-            digests={"text_query": query_digest, **digests},
-            chosen={
-                "positions": sources.positions, "sos_token": dict(files.sos), "overlay": "17_frames" if overlay else None,
-            },
-        )  # fmt: skip
+    step.unconditional_motion = unconditional_tokens(networks["motion"], frames, size)
+    still = {"image": Array(("batch", 3, *size)), "noise": Array(("batch", *latents[1:]))}
+    return motionrag_system(
+        Base(
+            name="cogvideox-5b-i2v",
+            clip=(frames, *size),
+            fps=FPS,
+            encode=Graph(encode, still, ("image_latents",), {"batch": BATCH}),
+            decoding=decoder(vae, vae_network, latents, sources.tiles),
+            step=Network(step, sources.kept(weights)),
+            changes=INPUTS,
+            inputs=step_inputs(INPUTS, config, latents, tokens),
+            solvers=solvers,
+            text=Graph(text, {"input_ids": Array(("batch", length), torch.int64)}, ("text",), {"batch": BATCH}),
+            tokenizer=TokenizerText(words, length, pad),
+        ),
+        networks,
+        query,
+        tokens,
+        released_range=sources.target_range == "released",
+        provenance={
+            "dtype": sources.dtype, "positions": sources.positions, "sos_token": dict(files.sos),
+            "target_range": sources.target_range, "overlay": "17_frames" if overlay else None,
+        },
+        reports=(*files.reports, report),
+    )  # fmt: skip
 
 
 def _schedulers(base: Path) -> Mapping[str, Any]:
