@@ -230,7 +230,8 @@ def rows(solver: str, steps: int, guidance: float = 2.0) -> np.ndarray:
     now, then = level[:-1], level[1:]
     noisy = 0.1 * then if solver == "dpm" else 0 * then
     one = np.ones_like(now)
-    columns = [0 * one, np.linspace(999, 1, steps).astype(np.int64), guidance * one, one, -0.5 * now, then, 1 - then, noisy, noisy]
+    time = np.linspace(999, 1, steps).astype(np.int64)
+    columns = [0 * one, time, guidance * one, one, -0.5 * now, then, 1 - then, noisy, noisy]
     return np.stack(columns, axis=1).astype(np.float32)
 
 
