@@ -172,8 +172,8 @@ def _stream(
     outside: Mapping[str, str] = MappingProxyType({}),
     shared: Path | None = None,
 ) -> dict[str, Any]:
-    """`value`: weights by the module's names. `outside`: those that are stored elsewhere, and their names there; `shared`: as of
-    `stream_module`."""
+    """`value`: weights by the module's names. `outside`: those that are stored elsewhere, and their names there; `shared`: as
+    of `stream_module`."""
     from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
 
     first, second = examples[0], examples[min(1, len(examples) - 1)]
