@@ -29,8 +29,9 @@ from motionrt.export.onnx.from_torch import Example
 from motionrt.export.onnx.streamed import stream_module, stream_program, stream_real
 from motionrt.export.onnx.torch_programs import FOLDER as PROGRAMS
 from motionrt.export.systems.system import Graph, Step, System
-from motionrt.runtime.bundle.manifest import FORMAT, MemorySpec, read_manifest
-from motionrt.runtime.files import replacing_folder, sha256_of
+from motionrt.runtime.bundle.bundle import Bundle
+from motionrt.runtime.bundle.manifest import FORMAT, MemorySpec
+from motionrt.runtime.files import STAMPS, replacing_folder, sha256_of
 
 Say = Callable[[str], None]
 _TABLES = "rows.safetensors"
@@ -169,7 +170,8 @@ class Writer:
             "provenance": {**system.provenance, **self._counted(system, partitions), "torch": torch.__version__},
         }
         (self.folder / "bundle.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        read_manifest(self.folder / "bundle.json")
+        Bundle.open(self.folder)  # what the run side would not open is not published
+        (self.folder / STAMPS).unlink(missing_ok=True)
 
     def _counted(self, system: System, partitions: list[dict[str, Any]]) -> dict[str, Any]:
         """Lines about the keys; bytes that each graph keeps resident, of a request's state, and of a row of the tables."""

@@ -22,14 +22,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from motionrt.benchmarks.models import full_step
+from motionrt.benchmarks.models import full_step, released
 from motionrt.benchmarks.models.full_step import OUTPUTS, Size, known_values
 from motionrt.export.compiler.partition import Partition, partition
 from motionrt.export.compiler.weightless import fake_partition
 from motionrt.export.onnx.from_torch import Example
 from motionrt.export.onnx.streamed import stream_real
 from motionrt.export.systems import cogvideox_step as cogvideox
-from motionrt.export.systems import steps as released
+from motionrt.export.systems import steps
 from motionrt.export.systems import svd_step as svd
 from motionrt.export.systems.motionrag import MotionAdapter, MotionAdapterCogVideoX
 
@@ -175,7 +175,7 @@ def svd_model(
         from diffusers import UNetSpatioTemporalConditionModel
 
         torch.manual_seed(0)
-        unet = UNetSpatioTemporalConditionModel(**released.plain(config))
+        unet = UNetSpatioTemporalConditionModel(**steps.plain(config))
         svd.install_svd_adapter(unet, motion[1])
         module = svd.SvdStep(unet, _tokens(*motion), latents[0], (6.0, 127.0, 0.02)).eval()
         _sharpen(module, 1)
@@ -188,7 +188,7 @@ def svd_model(
         draw = torch.Generator().manual_seed(0)
         values = {
             key: torch.randn(value.shape, generator=draw)
-            for key, value in released.step_args(svd.INPUTS, config, latents, motion).items()
+            for key, value in steps.step_args(svd.INPUTS, config, latents, motion).items()
         }
         fixed = {"coefficients": torch.tensor([[0.8, -0.6, 0.7, 0.3, 0.0, 0.0]]), "timestep": torch.tensor([0.4])}
         return {**values, **fixed, "guidance": torch.tensor([3.0]), "motion_scale": torch.tensor([1.0])}
@@ -269,12 +269,12 @@ def _real_cogvideox(layers: int) -> Shares:
     config, latents, motion = {**released.COGVIDEOX_5B_I2V, "num_layers": layers}, (5, 16, 60, 90), (25, 1024)
     cuts = []
     for adapter in (True, False):
-        step = released.cogvideox_step(config, latents=latents, motion=motion)
+        step = steps.cogvideox_step(config, latents=latents, motion=motion)
         if not adapter:
             from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 
             step.transformer.set_attn_processor(CogVideoXAttnProcessor2_0())  # type: ignore[operator]
-        args = released.step_args(cogvideox.INPUTS, config, latents, motion)
+        args = steps.step_args(cogvideox.INPUTS, config, latents, motion)
         cuts.append(fake_partition(step, tuple(args.values()), cogvideox.INPUTS, outputs=OUTPUTS))
     return shares(*cuts)
 
@@ -283,10 +283,10 @@ def _real_svd() -> Shares:
     config, latents, motion = dict(released.SVD_UNET), (16, 4, 72, 128), (25, 1024)
     cuts = []
     for adapter in (True, False):
-        step = released.svd_step(config, latents=latents, motion=motion)
+        step = steps.svd_step(config, latents=latents, motion=motion)
         if not adapter:
             for _, attention in svd.spatial_attentions(step.unet):
                 attention.set_processor(svd.SharedCrossAttention(step.conditions, None))
-        args = released.step_args(svd.INPUTS, config, latents, motion)
+        args = steps.step_args(svd.INPUTS, config, latents, motion)
         cuts.append(fake_partition(step, tuple(args.values()), svd.INPUTS, outputs=OUTPUTS))
     return shares(*cuts)

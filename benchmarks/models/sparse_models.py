@@ -9,6 +9,7 @@ For trials of an export at full size. Configs are those of the public `config.js
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from motionrt.benchmarks.models.released import COGVIDEOX_5B_I2V, SVD_UNET
 from motionrt.export.checkpoints.motionrag_files import CamaSize, ResamplerSize, adapter_shapes, overlay_shapes
-from motionrt.export.checkpoints.safetensors_file import sparse_file
+from motionrt.export.checkpoints.safetensors_file import NAMES
 from motionrt.export.compiler.weightless import meta
-from motionrt.export.systems.steps import COGVIDEOX_5B_I2V, SVD_UNET
 from motionrt.export.systems.svd import adapter_blocks
 
 Config = Mapping[str, Any]
@@ -185,3 +186,18 @@ def write_motionrag(
     sparse_file(folder / "motion_transformer.safetensors", transformer, dtype)
     if overlay:
         sparse_file(folder / "17_frames.safetensors", overlay_shapes(blocks), dtype)
+
+
+def sparse_file(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+    """A safetensors file of zeros that takes (nearly) no room on a disk with sparse files: for trials at full size."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)

@@ -164,18 +164,3 @@ def write_file(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]
                     file.seek(flat.numel(), os.SEEK_CUR)
             file.truncate(len(head) + end)
     return Written(read_header(path)[0], digest.hexdigest())
-
-
-def sparse_file(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
-    """A safetensors file of zeros that takes (nearly) no room on a disk with sparse files: for trials at full size."""
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        size = math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGN)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)

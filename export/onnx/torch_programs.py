@@ -81,8 +81,9 @@ def write_program(
 
 
 def check_program(
-    path: Path, entry: Mapping[str, Any], data: Path, examples: Sequence[Any], wanted: Sequence[Sequence[Tensor]], atol: float
-) -> None:
+    path: Path, entry: Mapping[str, Any], data: Path | None, examples: Sequence[Any], wanted: Sequence[Sequence[Tensor]],
+    atol: float,
+) -> None:  # fmt: skip
     """`ParityError` unless the program in `path`, with weights from the file `data`, gives the outputs `wanted` for the
     examples: |program - wanted| <= atol * max(1, max |wanted|)."""
     run = load_program(path, path.stem, data, torch.device("cpu"))

@@ -125,8 +125,7 @@ def unconditional_tokens(motion: Network, frames: int, size: tuple[int, int]) ->
 @dataclass(frozen=True)
 class Base:
     """What a base model brings. `clip`: F, H, W of its videos, at `fps`; `encode`: the graph of the still; `changes`, `inputs`:
-    of its `step`, see `Step`; `solvers`: their rows, the default one's first; `text`, `tokenizer`: where it reads the
-    prompt."""
+    of its `step`, see `Step`; `solvers`: their rows, the default's first; `text`, `tokenizer`: where it reads the prompt."""
 
     name: str
     clip: tuple[int, int, int]

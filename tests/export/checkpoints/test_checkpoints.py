@@ -19,6 +19,7 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+from motionrt.benchmarks.models.sparse_models import sparse_file  # noqa: E402
 from motionrt.export.checkpoints import files as checkpoints  # noqa: E402
 from motionrt.export.checkpoints import safetensors_file  # noqa: E402
 from motionrt.export.checkpoints.files import (  # noqa: E402
@@ -37,7 +38,7 @@ from motionrt.export.checkpoints.motionrag_files import (  # noqa: E402
     open_motionrag,
     overlay_shapes,
 )
-from motionrt.export.checkpoints.safetensors_file import Entry, read_header, sparse_file, write_file  # noqa: E402
+from motionrt.export.checkpoints.safetensors_file import Entry, read_header, write_file  # noqa: E402
 from motionrt.runtime.by_path import load_by_path  # noqa: E402
 from motionrt.runtime.files import sha256_of  # noqa: E402
 

@@ -15,12 +15,13 @@ from diffusers import CogVideoXTransformer3DModel, EulerDiscreteScheduler, UNetS
 from torch import Tensor, nn  # noqa: E402
 
 from motionrt.benchmarks.counts import COGVIDEOX, MOTION, UNET  # noqa: E402
+from motionrt.benchmarks.models.released import released_partition  # noqa: E402
 from motionrt.export.compiler.partition import Partition  # noqa: E402
 from motionrt.export.compiler.weightless import fake_partition, leaves, materialise, weights_by_class  # noqa: E402
 from motionrt.export.systems import cogvideox_step as cogvideox  # noqa: E402
 from motionrt.export.systems import svd_step as svd  # noqa: E402
 from motionrt.export.systems.motionrag import MotionAdapterCrossAttention, install_cogvideox_adapter  # noqa: E402
-from motionrt.export.systems.steps import OUTPUTS, cogvideox_step, step_args, structure  # noqa: E402
+from motionrt.export.systems.steps import OUTPUTS, cogvideox_step, step_args  # noqa: E402
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -189,7 +190,7 @@ def cogvideox_scheduler() -> Any:
 @pytest.mark.slow
 def test_partition_of_cogvideox_at_full_width_counts_the_released_weights() -> None:
     # two of 42 blocks; all of them, and SVD, are rows of benchmarks/models/partition_report.py
-    sizes = weights_by_class(structure("cogvideox-5b-i2v", frames=17, layers=2))
+    sizes = weights_by_class(released_partition("cogvideox-5b-i2v", frames=17, layers=2))
     block = 2 * (512 * 18432 + 18432)
     ends = (3072 * 512 + 512) + (512 * 512 + 512) + (512 * 6144 + 6144)
     assert sizes["schedule"].parameters == 2 * block + ends
