@@ -111,7 +111,7 @@ def tiny_partition(model: str, unconditional: Tensor | None = None) -> Partition
     from motionrt.export.compiler.weightless import fake_partition
     from motionrt.export.systems import cogvideox_step as cogvideox
     from motionrt.export.systems import svd_step as svd
-    from motionrt.export.systems.published import OUTPUTS, cogvideox_step, step_args, svd_step
+    from motionrt.export.systems.steps import OUTPUTS, cogvideox_step, step_args, svd_step
 
     step: Any
     if model == "svd tiny":

@@ -13,26 +13,21 @@ import torch
 from diffusers import CogVideoXDPMScheduler
 from torch import Tensor, nn
 
-from motionrt.export.checkpoints.packaged_text import packaged_encoder
-from motionrt.export.compiler.partition import Batched, Partition, partition
-from motionrt.export.onnx.from_torch import Example, Range, onnx_from_torch
-from motionrt.export.onnx.streamed import stream_real
-from motionrt.export.onnx.torch_programs import FOLDER as PROGRAMS
+from motionrt.export.checkpoints.text_query import packaged_encoder
+from motionrt.export.compiler.partition import Partition, partition
+from motionrt.export.exporter import export_system
+from motionrt.export.onnx.from_torch import Range
+from motionrt.export.systems import motionrag_graphs as motionrag
 from motionrt.export.systems.cogvideox_step import INPUTS, CogVideoXStep, solver_rows
-from motionrt.export.write import digest_of, staged, write_manifest
+from motionrt.export.systems.motionrag_graphs import BATCH, STEP_OUTPUTS, VIDEO
+from motionrt.export.systems.system import Array, Graph, Network, Step, System, TokenizerText
+from motionrt.runtime.bundle.manifest import Output
 from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.files import sha256_of
 
 HERE = Path(__file__).resolve().parent
-RANGES = {
-    "batch": Range(1, 1, 4),
-    "clips": Range(1, 4, 32),
-    "references": Range(1, 4, 8),
-    "tokens": Range(1, 16, 256),
-    "steps": Range(1, 8, 1000),
-}
-STEP_OUTPUTS = ("next_latents", "x0")
 GUIDANCE = 2.0
+REFERENCES, MOST_REFERENCES = 4, 8
 
 
 @functools.cache
@@ -61,36 +56,29 @@ def step_module(checkpoint: Path) -> CogVideoXStep:
     return CogVideoXStep(model.denoiser, model.uncond_motion, demo.LATENTS).eval()
 
 
-def step_feed(batch: int, seed: int = 0) -> dict[str, Tensor]:
-    """Random inputs of the step in the order of `INPUTS`."""
+def step_inputs() -> dict[str, Array]:
+    """Inputs of the step in the order of `INPUTS`."""
     demo = sibling("model")
-    draw = torch.Generator().manual_seed(seed)
+    frames, text = Array(("batch", *demo.LATENTS)), Array(("batch", demo.TEXT_TOKENS, demo.TEXT_WIDTH))
+    arrays = dict.fromkeys(("latents", "previous_x0", "noise", "image_latents"), frames)
+    arrays |= {"coefficients": Array(("batch", 6)), "guidance": Array(("batch",)), "motion_scale": Array(("batch",))}
+    arrays |= {"timestep": Array(("batch",), torch.int64, 1000), "text": text, "negative_text": text}
+    arrays["motion"] = Array(("batch", demo.TOKENS, demo.WIDTH))
+    return {name: arrays[name] for name in INPUTS}
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=draw)
 
-    frames = (batch, *demo.LATENTS)
-    text = (batch, demo.TEXT_TOKENS, demo.TEXT_WIDTH)
-    return {
-        "latents": normal(*frames),
-        "previous_x0": normal(*frames),
-        "noise": normal(*frames),
-        "coefficients": normal(6),
-        "guidance": torch.tensor(2.5),
-        "timestep": torch.tensor([500]),
-        "text": normal(*text),
-        "negative_text": normal(*text),
-        "motion": normal(batch, demo.TOKENS, demo.WIDTH),
-        "image_latents": normal(*frames),
-        "motion_scale": torch.tensor(1.0),
-    }
+def step_feed(batch: int, seed: int = 0) -> dict[str, Tensor]:
+    """Random inputs of the step, each request at a step of its own; the first with guidance 2.5, timestep 500, motion scale 1."""
+    draw, rows = torch.Generator().manual_seed(seed), torch.arange(batch)
+    chosen = {"guidance": 2.5 + rows / 4, "timestep": 500 - 100 * rows, "motion_scale": 1 - rows / 4}
+    shapes = {name: [batch, *array.dims[1:]] for name, array in step_inputs().items()}
+    return {name: chosen[name] if name in chosen else torch.randn(shapes[name], generator=draw) for name in INPUTS}  # type: ignore[arg-type]
 
 
 def partition_step(step: CogVideoXStep) -> Partition:
-    """The step cut into schedule, request and step programs."""
-    batch = torch.export.Dim("batch", min=1, max=RANGES["batch"].max)
-    feed = step_feed(2)
-    shapes = tuple({0: batch} if value.ndim > 1 else {} for value in feed.values())
+    """The step cut by what changes when."""
+    batch, feed = torch.export.Dim("batch", min=1, max=BATCH.max), step_feed(2)
+    shapes = tuple({0: batch} for _ in feed)
     return partition(step, tuple(feed.values()), INPUTS, outputs=STEP_OUTPUTS, dynamic_shapes=shapes)
 
 
@@ -106,133 +94,58 @@ def eager_step(checkpoint: Path) -> Callable[[Mapping[str, Any]], dict[str, Any]
     return run
 
 
-def export_demo(checkpoint: Path, out: Path) -> None:
-    """Write the bundle of `checkpoint` to the directory `out`, whole or not at all; every graph is checked."""
+def demo_system(checkpoint: Path) -> System:
+    """The system of a checkpoint; all of it is in memory, and so every graph is checked against its module."""
     demo = sibling("model")
     model = demo.load(checkpoint)
+    clip, tokens = (demo.FRAMES, demo.SIZE, demo.SIZE), (demo.TOKENS, demo.WIDTH)
+    motion = Method(
+        {"encoder": model.motion_encoder, "proj": model.motion_proj}, lambda self, video: self.proj(self.encoder(video))
+    )
+    appearance = Method(
+        {"encoder": model.appearance_encoder, "proj": model.appearance_proj}, lambda self, image: self.proj(self.encoder(image))
+    )
+    encode = Method({"autoencoder": model.autoencoder}, lambda self, image: self.autoencoder.encode_image(image))
+    decode = Method({"autoencoder": model.autoencoder}, lambda self, latents: self.autoencoder.decode(latents))
+    networks = {
+        "motion": Network(motion.eval(), None), "appearance": Network(appearance.eval(), None), "cama": Network(model.cama, None)
+    }  # fmt: skip
+    query = packaged_encoder()
+    ids = {"input_ids": Array(("batch", demo.TEXT_TOKENS), torch.int64, demo.VOCABULARY)}
     step = CogVideoXStep(model.denoiser, model.uncond_motion, demo.LATENTS).eval()
-    draw = torch.Generator().manual_seed(1)
-
-    def sized(name: str, *values: int, **inputs: tuple[Any, ...]) -> list[Example]:
-        """Examples whose shapes hold `name` where the size goes."""
-        return [
-            Example(
-                {name: value},
-                {
-                    key: torch.rand(*(value if s == name else s for s in shape), generator=draw) * 2 - 1
-                    for key, shape in inputs.items()
-                },
-            )
-            for value in values
-        ]
-
-    def tokens(batch: int, length: int) -> dict[str, Tensor]:
-        mask = torch.ones(batch, length, dtype=torch.int64)
-        mask[-1, (length + 1) // 2 :] = 0
-        return {"input_ids": torch.randint(1, 30000, (batch, length), generator=draw), "attention_mask": mask}
-
-    frames = (demo.FRAMES, 3, demo.SIZE, demo.SIZE)
-    pair = (demo.TOKENS, demo.WIDTH)
-    encoder = packaged_encoder()
-    cut = partition_step(step)
-    schedule = Batched(cut.schedule)
-    schedule.check(torch.tensor([999, 500, 20]))
-
-    states = []
-    for batch in (2, 3, 1):
-        feed = step_feed(batch, seed=batch)
-        for program in (cut.schedule, cut.request):
-            with torch.no_grad():
-                values = program.module(*(feed[name] for name in program.inputs))
-            feed.update(zip(program.outputs, values, strict=True))
-        states.append(feed)
-
-    def program_examples(inputs: tuple[str, ...]) -> list[Example]:
-        return [
-            Example({"batch": batch}, {name: feed[name] for name in inputs})
-            for batch, feed in zip((2, 3, 1), states, strict=True)
-        ]
-
-    with staged(out) as stage:
-        graphs: dict[str, Any] = {}
-        programs: dict[str, Any] = {}
-
-        def add(name: str, module: nn.Module, examples: list[Example], outputs: tuple[str, ...], loop: bool = False) -> None:
-            """`loop`: of what every step needs, and so a torch program too."""
-            path, program = stage / "graphs" / f"{name}.onnx", stage / PROGRAMS / f"{name}.pt2" if loop else None
-            entry = stream_real(path, module, examples, outputs, RANGES, torch_program=program)
-            if program is not None:
-                programs[name] = entry.pop("program")
-            graphs[name] = entry
-
-        queries = [Example({"batch": b, "tokens": n}, tokens(b, n)) for b, n in ((2, 12), (3, 7), (1, 40), (1, 1))]
-        path = stage / "graphs" / "text_query.onnx"
-        entry = onnx_from_torch(path, encoder.module, queries, ("embedding",), RANGES, external=encoder.tensors)
-        graphs["text_query"] = {**entry, "weights": encoder.weights}
-        words = [
-            Example({"batch": b}, {"input_ids": torch.randint(0, demo.VOCABULARY, (b, demo.TEXT_TOKENS))})
-            for b in (2, 3, 1)
-        ]
-        add("text", model.text, words, ("text",))
-        parts = {"encoder": model.motion_encoder, "proj": model.motion_proj}
-        motion = Method(parts, lambda self, video: self.proj(self.encoder(video)))
-        add("motion", motion, sized("clips", 2, 3, 1, video=("clips", *frames)), ("motion",))
-        parts = {"encoder": model.appearance_encoder, "proj": model.appearance_proj}
-        appearance = Method(parts, lambda self, image: self.proj(self.encoder(image)))
-        add("appearance", appearance, sized("clips", 2, 3, 1, image=("clips", *frames[1:])), ("appearance",))
-        references = ("references", *pair)
-        stacked = [
-            Example(
-                {"batch": batch, "references": count},
-                {
-                    key: torch.randn(batch, *(count if s == "references" else s for s in shape), generator=draw)
-                    for key, shape in (
-                        ("reference_motion", references), ("reference_appearance", references), ("appearance", pair)
-                    )
-                },
-            )
-            for batch, count in ((2, 4), (3, 8), (1, 1), (1, 2))
-        ]  # fmt: skip
-        add("cama", model.cama, stacked, ("motion",))
-        encode = Method({"autoencoder": model.autoencoder}, lambda self, image: self.autoencoder.encode_image(image))
-        add("encode", encode, sized("batch", 2, 3, 1, image=("batch", *frames[1:])), ("image_latents",))
-        decode = Method({"autoencoder": model.autoencoder}, lambda self, latents: self.autoencoder.decode(latents))
-        add("decode", decode, sized("batch", 2, 3, 1, latents=("batch", *demo.LATENTS)), ("video",))
-        timesteps = [Example({"steps": n}, {"timesteps": torch.arange(n) * 13}) for n in (5, 8, 1)]
-        add("schedule", schedule, timesteps, cut.schedule.outputs, loop=True)
-        add("request", cut.request.module, program_examples(cut.request.inputs), cut.request.outputs, loop=True)
-        add("step", cut.step.module, program_examples(cut.step.inputs), STEP_OUTPUTS, loop=True)
-        add("step_plain", step, program_examples(tuple(INPUTS)), STEP_OUTPUTS)
-
-        ddim = demo.scheduler()
-        dpm = CogVideoXDPMScheduler.from_config(ddim.config)
-        write_manifest(
-            stage,
-            name="demo",
-            model={
-                "frames": demo.FRAMES, "height": demo.SIZE, "width": demo.SIZE, "fps": demo.FPS,
-                "latents": list(demo.LATENTS), "motion_tokens": list(pair), "max_references": 8, "default_references": 4,
-            },
-            graphs=graphs,
-            programs=programs,
-            solvers={
-                "ddim": {n: solver_rows(ddim, n) for n in range(1, 51)},
-                "dpm": {n: solver_rows(dpm, n) for n in range(2, 51)},
-            },
-            default_solver=("ddim", 8),
-            tokenizers={
-                "text": ((HERE / "tokenizer.json").read_text(encoding="utf-8"), demo.TEXT_TOKENS, demo.PAD),
-                "text_query": (encoder.tokenizer, 256, 0),
-            },
-            guidance=GUIDANCE,
-            digests={
-                "text_query": encoder.weights["sha256"],
-                "motion": digest_of(model.motion_encoder, model.motion_proj),
-                "appearance": digest_of(model.appearance_encoder, model.appearance_proj),
-            },
-            partition=cut.report(),
-            provenance={"checkpoint": sha256_of(checkpoint), "torch": torch.__version__},
-        )  # fmt: skip
+    ddim = demo.scheduler()
+    dpm = CogVideoXDPMScheduler.from_config(ddim.config)
+    solvers = {
+        "ddim": {n: motionrag.solver_table(*solver_rows(ddim, n), GUIDANCE) for n in range(1, 51)},
+        "dpm": {n: motionrag.solver_table(*solver_rows(dpm, n), GUIDANCE) for n in range(2, 51)},
+    }
+    words = (HERE / "tokenizer.json").read_text(encoding="utf-8")
+    return System(
+        "demo",
+        inputs=motionrag.motionrag_inputs(clip[1:], GUIDANCE),
+        graphs={
+            "text": Graph(Network(model.text, None), ids, ("text",), {"batch": BATCH}),
+            **motionrag.motionrag_graphs(networks, query.graph(), clip, tokens, REFERENCES, MOST_REFERENCES),
+            "encode": Graph(
+                Network(encode.eval(), None), {"image": Array(("batch", 3, *clip[1:]))}, ("image_latents",), {"batch": BATCH}
+            ),
+            "decode": Graph(
+                Network(decode.eval(), None), {"latents": Array(("batch", *demo.LATENTS))}, ("video",), {"batch": BATCH}
+            ),
+        },
+        steps=(
+            Step(
+                Network(step, None), INPUTS, step_inputs(), STEP_OUTPUTS, {"batch": BATCH, "steps": Range(1, 8, 1000)}, plain=True
+            ),
+        ),
+        plan=motionrag.motionrag_plan(),
+        loops={VIDEO: motionrag.denoising_loop(solvers, ("ddim", 8), plain="step_plain")},
+        schedules={VIDEO: solvers},
+        output=Output("video", *clip, float(demo.FPS)),
+        memory=motionrag.motionrag_memory(clip, demo.FPS, tokens, REFERENCES, MOST_REFERENCES),
+        tokenizers={"text": TokenizerText(words, demo.TEXT_TOKENS, demo.PAD), "text_query": query.tokenizer},
+        provenance={"checkpoint": sha256_of(checkpoint)},
+    )
 
 
 if __name__ == "__main__":
@@ -240,4 +153,4 @@ if __name__ == "__main__":
     parser.add_argument("checkpoint", type=Path, nargs="?", default=HERE / "checkpoint.safetensors")
     parser.add_argument("out", type=Path, nargs="?", default=HERE / "bundle")
     arguments = parser.parse_args()
-    export_demo(arguments.checkpoint, arguments.out)
+    export_system(demo_system(arguments.checkpoint), arguments.out, say=print)

@@ -32,7 +32,6 @@ def export(
     videomae: Annotated[Path | None, typer.Option(help="Folder of VideoMAE-base, finetuned on SSv2.")] = None,
     dinov2: Annotated[Path | None, typer.Option(help="Folder of DINOv2-large.")] = None,
     text_query: Annotated[Path | None, typer.Option(help="Sentence-transformers folder to search with; else MiniLM.")] = None,
-    converted: Annotated[Path | None, typer.Option(help="Where .ckpt files become safetensors, once.")] = None,
     frames: Annotated[int | None, typer.Option(help="17 or 49 for CogVideoX, 16 for SVD.")] = None,
     height: Annotated[int | None, typer.Option(help="Of the picture, for SVD: 576 unless given, a multiple of 64.")] = None,
     width: Annotated[int | None, typer.Option(help="Of the picture, for SVD: 1024 unless given, a multiple of 64.")] = None,
@@ -66,34 +65,33 @@ def export(
         raise InputError(f"export {model} needs {', '.join(absent)}. See docs/models.md.")
     assert base is not None and motionrag is not None and videomae is not None and dinov2 is not None
     from motionrt.export.checkpoints.motionrag_files import SosToken
-    from motionrt.export.systems.stage import Sources
+    from motionrt.export.exporter import export_system
+    from motionrt.export.systems.motionrag_graphs import Sources
 
     sources = Sources(
         base=base,
         motionrag=motionrag,
         videomae=videomae,
         dinov2=dinov2,
-        converted=converted or out.with_name(f"{out.name}.converted"),
         dtype=dtype,
         sos=SosToken.parse(sos_token) if sos_token else None,
         target_range=target_range,
         positions=positions,
         text_query=text_query,
         tiles=decode_tiles,
-        programs=not without_torch,
     )
     frames = frames or FRAMES[model]
     if model == "svd":
-        from motionrt.export.systems.svd import export_svd
+        from motionrt.export.systems.svd import svd_system
 
-        size = {"height": height or 576, "width": width or 1024}
-        lines = export_svd(sources, out, frames=frames, **size, say=typer.echo)
+        system = svd_system(sources, frames=frames, height=height or 576, width=width or 1024, say=typer.echo)
     elif height is not None or width is not None:
         raise InputError(f"--height and --width are for svd; {model} was trained for one size, which its files say.")
     else:
-        from motionrt.export.systems.cogvideox import export_cogvideox
+        from motionrt.export.systems.cogvideox import cogvideox_system
 
-        lines = export_cogvideox(sources, out, frames=frames, say=typer.echo)
+        system = cogvideox_system(sources, frames=frames, say=typer.echo)
+    lines = export_system(system, out, programs=not without_torch, say=typer.echo)
     for line in lines:
         typer.echo(line)
     typer.echo(f"{out}: exported. Look at it with: motionrt inspect {out}")

@@ -40,8 +40,8 @@ from motionrt.runtime.pipeline import MotionPipeline, Result  # noqa: E402
 pytestmark = pytest.mark.timeout(1200)
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
-models = load_by_path(Path(__file__).resolve().parents[1] / "tests/helpers/real_models.py")
-plainly = load_by_path(Path(__file__).resolve().parents[1] / "tests/helpers/real_reference.py")
+models = load_by_path(Path(__file__).resolve().parents[1] / "tests/helpers/tiny_models.py")
+plainly = load_by_path(Path(__file__).resolve().parents[1] / "tests/helpers/diffusers_reference.py")
 KINDS = ("bfloat16", "float16", "float32")
 SIZES = {"cogvideox-5b-i2v": (17, 16, 32), "svd": (9, 16, 32)}  # frames, height, width
 PROMPT, SEED, STEPS, CLIPS = "w5 w9 w30", 11, 4, 3

@@ -25,7 +25,7 @@ from motionrt.runtime.media.video import read_clip, write_video  # noqa: E402
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = "docs/models.md"
-models = load_by_path(Path(__file__).resolve().parents[1] / "tests/helpers/real_models.py")
+models = load_by_path(Path(__file__).resolve().parents[1] / "tests/helpers/tiny_models.py")
 readme = load_by_path(Path(__file__).resolve().parents[1] / "tests/test_readme.py")
 BLOCKS = readme.blocks((ROOT / PAGE).read_text(encoding="utf-8"), PAGE)
 FRAMES, HEIGHT, WIDTH = 17, 16, 32

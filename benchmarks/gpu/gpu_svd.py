@@ -24,7 +24,7 @@ from motionrt.benchmarks.gpu import gpu_step
 from motionrt.benchmarks.models.full_step import step_inputs
 from motionrt.export.compiler.partition import partition
 from motionrt.export.systems.motionrag import MotionAdapterCrossAttention
-from motionrt.export.systems.published import OUTPUTS, SVD_UNET, plain, step_args
+from motionrt.export.systems.steps import OUTPUTS, SVD_UNET, plain, step_args
 from motionrt.export.systems.svd_step import INPUTS, SvdStep, install_svd_adapter
 
 TIME_IDS = (6.0, 127.0, 0.02)  # frames per second - 1, motion bucket, noise level

@@ -26,7 +26,8 @@ from motionrt.benchmarks.models import full_step
 from motionrt.benchmarks.models.full_step import OUTPUTS, Size, known_values
 from motionrt.export.compiler.partition import Partition, partition
 from motionrt.export.compiler.weightless import fake_partition
-from motionrt.export.onnx.from_torch import Example, onnx_from_torch
+from motionrt.export.onnx.from_torch import Example
+from motionrt.export.onnx.streamed import stream_real
 from motionrt.export.systems import cogvideox_step as cogvideox
 from motionrt.export.systems import published as released
 from motionrt.export.systems import svd_step as svd
@@ -219,7 +220,7 @@ def export(path: Path, module: nn.Module, values: Values, outputs: tuple[str, ..
     """`module` as an ONNX graph of exactly these sizes, checked against PyTorch; `values` in the order of its arguments."""
     example = Example({}, dict(values))
     # values pass through 42 blocks of random weights: the gates of the benchmarks are what proves equality
-    onnx_from_torch(path, module, [example, example], outputs, {}, atol=1e-3)
+    stream_real(path, module, [example, example], outputs, {}, atol=1e-3)
     return path
 
 

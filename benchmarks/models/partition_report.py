@@ -24,7 +24,7 @@ from motionrt.benchmarks.harness import RESULTS, append_row
 from motionrt.benchmarks.models.full_sizes import STEPS, full_sizes
 from motionrt.export.compiler.partition import Partition
 from motionrt.export.compiler.weightless import weights_by_class
-from motionrt.export.systems.published import structure
+from motionrt.export.systems.steps import structure
 from motionrt.runtime.bundle.footprint import plan_memory
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from motionrt.export.checkpoints.motionrag_files import CamaSize, ResamplerSize, adapter_shapes, overlay_shapes
 from motionrt.export.checkpoints.safetensors_file import sparse_file
 from motionrt.export.compiler.weightless import meta
-from motionrt.export.systems.published import COGVIDEOX_5B_I2V, SVD_UNET
+from motionrt.export.systems.steps import COGVIDEOX_5B_I2V, SVD_UNET
 from motionrt.export.systems.svd import adapter_blocks
 
 Config = Mapping[str, Any]

@@ -1,7 +1,7 @@
 """Official checkpoints, opened without loading them: diffusers and transformers folders, and `torch.save` files.
 
     base = open_component(folder, "transformer", "CogVideoXTransformer3DModel")     # header and config only
-    tensors = match(base.tensors, wanted_shapes, what="transformer")                # every key, or CheckpointError
+    tensors, report = check_keys(base.tensors, wanted_shapes, what="transformer", file=folder)  # or CheckpointError
     weight = tensors["proj_out.weight"].read()                                      # one tensor
 
 Nothing here executes what a file holds: pickles are opened with `weights_only=True`, and everything that is not a plain
@@ -24,7 +24,7 @@ from torch import Tensor
 from motionrt.export.checkpoints.safetensors_file import CheckpointError, Entry, Stored, read_header, write_file
 from motionrt.runtime.files import sha256_of
 
-__all__ = ["CheckpointError", "Component", "KeyReport", "Lazy", "Stored", "match", "open_component", "open_torch_file"]
+__all__ = ["CheckpointError", "Component", "KeyReport", "Lazy", "Stored", "check_keys", "open_component", "open_torch_file"]
 
 _STEMS = ("diffusion_pytorch_model", "model")
 _SHOWN = 4  # keys named in a message; the report has all of them
@@ -210,7 +210,7 @@ def convert(path: Path, out: Path) -> Mapping[str, Stored]:
     return write_file(out, entries, {"format": "pt", "source": path.name, "sha256": digest}).tensors
 
 
-def match(
+def check_keys(
     tensors: Mapping[str, Lazy],
     wanted: Mapping[str, Sequence[int]],
     *,
@@ -226,15 +226,11 @@ def match(
     are named), or floating-point tensors of more than one dtype.
     """
     aliases, ignored = aliases or {}, ignored or {}
-    found: dict[str, Lazy] = {}
-    for name in wanted:
-        key = name if name in tensors else aliases.get(name, name)
-        if key in tensors:
-            found[name] = tensors[key]
-    missing = [name for name in wanted if name not in found]
-    taken = {name if name in tensors else aliases.get(name, name) for name in found}
-    skipped = {key: reason for key, reason in ignored.items() if key in tensors and key not in taken}
-    unexpected = [key for key in tensors if key not in taken and key not in skipped]
+    keys = {name: name if name in tensors else aliases.get(name, name) for name in wanted}
+    found = {name: tensors[key] for name, key in keys.items() if key in tensors}
+    missing, used = [name for name in wanted if name not in found], {keys[name] for name in found}
+    skipped = {key: reason for key, reason in ignored.items() if key in tensors and key not in used}
+    unexpected = [key for key in tensors if key not in used and key not in skipped]
     if missing or unexpected:
         parts = [f"lacks {_some(missing)}" if missing else "", f"has the unexpected {_some(unexpected)}" if unexpected else ""]
         raise CheckpointError(

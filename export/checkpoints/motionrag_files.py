@@ -1,6 +1,6 @@
 """MotionRAG's released files (arXiv 2509.26391): which there are, what their keys are called, what may be absent.
 
-    files = open_motionrag(folder, family="cogvideox", width=3072, layers=..., sos=SosToken(seed=42))
+    files = open_motionrag(folder, {"transformer.transformer_blocks.0.attn1": 3072, ...}, overlay=True, sos=SosToken(seed=42))
     files.adapter["transformer.transformer_blocks.0.attn1.processor.to_q_ip.0.weight"].read()
 
 | file | holds |
@@ -10,7 +10,7 @@
 | `motion_transformer` | CAMA (`transformer.`), the appearance Resampler (`condition_proj.`); `sos_token` is usually not saved |
 | `17_frames` (CogVideoX) | query, key and value projections of every block, retuned for 17 frames |
 
-Each is a `.ckpt` (bare dict, or Lightning's with `state_dict`) or a `.safetensors` made from it by `convert_folder`.
+Each is a `.ckpt` (bare dict, or Lightning's with `state_dict`), which is mapped and not loaded, or a `.safetensors` of its tensors.
 Heads are 64 wide in all of them, so every other size is read off the tensors.
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from motionrt.export.checkpoints.files import CheckpointError, InMemory, KeyReport, Lazy, convert, match, open_any
+from motionrt.export.checkpoints.files import CheckpointError, InMemory, KeyReport, Lazy, check_keys, open_any
 from motionrt.export.systems.motionrag import Cama, Resampler
 
 HEAD = 64
@@ -58,7 +58,7 @@ class SosToken:
         """The token of `shape` [1, M, D], float32 if drawn, and where it came from."""
         if self.file is not None:
             tensors = open_any(self.file)
-            found, _ = match(tensors, {"sos_token": shape}, what="sos_token", file=self.file)
+            found, _ = check_keys(tensors, {"sos_token": shape}, what="sos_token", file=self.file)
             return found["sos_token"], f"file {self.file.name}"
         assert self.seed is not None
         draw = torch.Generator().manual_seed(self.seed)
@@ -141,20 +141,6 @@ def file_of(folder: Path, stem: str) -> Path | None:
     return None
 
 
-def convert_folder(folder: Path, out: Path) -> Path:
-    """Every released file of `folder` as safetensors in `out`, once: files that are there already are kept."""
-    for stem in FILES:
-        found = file_of(folder, stem)
-        if found is not None and found.suffix == ".ckpt":
-            convert(found, out / f"{stem}.safetensors")
-        elif found is not None and found.parent.resolve() != out.resolve():
-            out.mkdir(parents=True, exist_ok=True)
-            target = out / found.name
-            target.unlink(missing_ok=True)
-            target.symlink_to(found.resolve())
-    return out
-
-
 def open_motionrag(folder: Path, blocks: Mapping[str, int], *, overlay: bool, sos: SosToken | None = None) -> MotionRAG:
     """Open and check the files of one base model; `CheckpointError` for what is missing, foreign or damaged.
 
@@ -170,7 +156,7 @@ def open_motionrag(folder: Path, blocks: Mapping[str, int], *, overlay: bool, so
     only = {key: lazy for key, lazy in adapter.items() if key not in inside}
     reports = []
     wanted = adapter_shapes(blocks, motion_width)
-    adapters, report = match(only, wanted, what="Motion-Adapter", file=adapter_file)
+    adapters, report = check_keys(only, wanted, what="Motion-Adapter", file=adapter_file)
     reports.append(report)
 
     projector_file = file_of(folder, "motion_proj")
@@ -183,14 +169,14 @@ def open_motionrag(folder: Path, blocks: Mapping[str, int], *, overlay: bool, so
         # the release saves it twice; one is checked, and used, so the other must at least be as long
         again, _, report = _resampler(inside, _PROJECTOR, "action_proj_model of Motion-Adapter", adapter_file)
         shapes = {name: lazy.shape for name, lazy in motion_proj.items()}
-        match(again, shapes, what="action_proj_model of Motion-Adapter", file=adapter_file)
+        check_keys(again, shapes, what="action_proj_model of Motion-Adapter", file=adapter_file)
         note = "the Resampler of motion_proj is used"
         reports.append(KeyReport(report.what, report.file, report.dtype, (), ignored=dict.fromkeys(inside, note)))
 
     retuned: dict[str, Lazy] = {}
     if overlay:
         overlay_file, opened = _open(folder, "17_frames")
-        retuned, report = match(opened, overlay_shapes(blocks), what="17_frames", file=overlay_file)
+        retuned, report = check_keys(opened, overlay_shapes(blocks), what="17_frames", file=overlay_file)
         reports.append(report)
 
     transformer_file, transformer = _open(folder, "motion_transformer")
@@ -265,7 +251,7 @@ def _resampler(
     )
     with torch.device("meta"):
         shapes = {key: tuple(value.shape) for key, value in read.build().state_dict().items()}
-    found, report = match(bare, shapes, what=what, file=file)
+    found, report = check_keys(bare, shapes, what=what, file=file)
     return found, read, report
 
 
@@ -291,7 +277,7 @@ def _cama(
             f"{file} has no `sos_token` {list(token_shape)}: the release does not save it, and draws it at random. Choose "
             "one: --sos-token seed:42 draws it from that seed, --sos-token FILE reads it; the bundle records which."
         )
-    found, report = match(tensors, shapes, what="motion_transformer", file=file, ignored=ignored)
+    found, report = check_keys(tensors, shapes, what="motion_transformer", file=file, ignored=ignored)
     source = "checkpoint"
     if choice is not None:
         found["sos_token"], source = choice.read(token_shape)

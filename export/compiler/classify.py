@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import networkx
@@ -25,6 +25,13 @@ FREE = {
 }  # fmt: skip
 
 
+MIXED = frozenset({"schedule", "request"})
+# What a table of request and schedule must save. A row of it is read in every step, and T rows are kept: at fewer FLOPs for
+# each of its bytes the step computes the value itself in about the time that it takes to read it (a CPU does about 5 FLOPs
+# while it reads a byte, a GPU 20 to 300). So sums and products of what is there already never become a table.
+FLOPS_PER_BYTE = 64
+
+
 def floating(node: Node) -> bool:
     """Whether a node's value or shape needs a dynamic size: it can be recomputed anywhere, but not stored."""
     leaves = torch.utils._pytree.tree_leaves(node.meta.get("val"))
@@ -37,7 +44,11 @@ def floating(node: Node) -> bool:
 
 
 def depends_on(module: GraphModule, inputs: Mapping[str, str]) -> dict[Node, frozenset[str]]:
-    """For every node the kinds of input it depends on; sizes depend on nothing. Empty means weights only."""
+    """For every node the kinds of input it depends on; sizes depend on nothing. Empty means weights only.
+
+    A node whose size only the step knows depends on the step too. So does one that mixes kinds where the timesteps have no
+    dynamic leading size: it could not be computed for all of them at once.
+    """
     depends: dict[Node, frozenset[str]] = {}
     kinds = iter(inputs.values())
     symbols: dict[str, set[str]] = {"schedule": set(), "request": set()}
@@ -51,11 +62,10 @@ def depends_on(module: GraphModule, inputs: Mapping[str, str]) -> dict[Node, fro
             depends[node] = frozenset()
         else:
             found = frozenset().union(*(depends[n] for n in node.all_input_nodes))
-            hoistable = len(found) == 1 and "step" not in found
-            if hoistable and not _symbols(node) <= symbols[next(iter(found))]:
-                found |= {"step"}  # its size is known to the step alone
-            if len(found) > 1:
-                found = frozenset({"step"}) | found
+            if found and "step" not in found:
+                known = set.union(*(symbols[kind] for kind in found))
+                if not _symbols(node) <= known or (found == MIXED and not (_symbols(node) and symbols["schedule"])):
+                    found |= {"step"}
             depends[node] = found
     return depends
 
@@ -80,58 +90,49 @@ def bytes_of(node: Node, known: Mapping[str, int]) -> int:
     return total
 
 
-def frontier(module: GraphModule, depends: Mapping[Node, frozenset[str]], known: Mapping[str, int]) -> set[Node]:
-    """Invariant nodes whose values the step reads: a minimum cut, with capacity the bytes of each tensor.
+def frontier(
+    depends: Mapping[Node, frozenset[str]], known: dict[str, int], early: Sequence[Node], late: Set[Node]
+) -> set[Node]:
+    """Nodes of `early` whose values `late` ones read: a minimum cut, with capacity the bytes of each tensor.
 
-    Each invariant node n is on the hoisted side (source) or the step's side (sink). Reading a hoisted n from the step
-    costs its bytes once. Only free nodes may be on the step's side; among equal cuts, hoisted inputs win for schedule and
-    request (fewer nodes in the step), and the weights themselves for constants (views stay at the place of use).
+    Each early node n is on the early side (source) or, computed where it is read, on the late one (sink). Reading what stands
+    on the early side costs its bytes once. Only two sorts of node may be on the late side: free ones, and those that mix
+    schedule and request, which cost 1 / `FLOPS_PER_BYTE` bytes for each of their FLOPs there. Among equal cuts, early inputs
+    win for schedule and request (fewer nodes in the step), and the weights themselves for constants (views stay at the place
+    of use).
     """
     flow: Any = networkx.DiGraph()
     scale = 1 << 20
-    for node in module.graph.nodes:
-        if node.op == "output" or floating_constant(node, depends):
-            continue
+    nodes = [node for node in early if not floating_constant(node, depends)]
+    within = set(nodes)
+    for node in nodes:
         kinds = depends[node]
-        if "step" in kinds:
-            flow.add_edge(("in", node), "sink")
-            for source in node.all_input_nodes:
-                if not floating_constant(source, depends) and "step" not in depends[source]:
-                    flow.add_edge(("out", source), "sink")
-            continue
-        # a list (split) is not a tensor: it cannot cross, its items can
-        passable = isinstance(node.meta.get("val"), Tensor)
-        weight = node.op == "get_attr"
-        capacity = 1 if weight else max(bytes_of(node, known), 1) * scale
-        if passable:
+        if isinstance(node.meta.get("val"), Tensor):
+            capacity = 1 if node.op == "get_attr" else max(bytes_of(node, known), 1) * scale
             flow.add_edge(("in", node), ("out", node), capacity=capacity)
-        else:
+        else:  # a list (split) is not a tensor: it cannot cross, its items can
             flow.add_edge(("in", node), ("out", node))
-        if node.op in ("placeholder", "get_attr") or node.target not in FREE:
+        if node.op in ("placeholder", "get_attr") or (node.target not in FREE and kinds != MIXED):
             flow.add_edge("source", ("in", node))
         elif kinds:
-            flow.add_edge("source", ("in", node), capacity=1)
+            cost = flops(node, known) * scale // FLOPS_PER_BYTE
+            flow.add_edge("source", ("in", node), capacity=max(cost, int(kinds != MIXED)))
         else:
             flow.add_edge(("in", node), "sink", capacity=1)
         for user in node.users:
             if isinstance(user.meta.get("val"), torch.SymInt):
                 continue  # sizes are read from whatever input has them
-            if user.op == "output" or floating_constant(user, depends) or (not kinds and depends[user]):
+            if user in late or floating_constant(user, depends) or (not kinds and depends[user]):
                 flow.add_edge(("out", node), "sink")  # constants are stored for whichever program reads them
-            elif "step" not in depends[user]:
+            elif user in within:
                 flow.add_edge(("out", node), ("in", user))
-    flow.add_node("source")
-    flow.add_node("sink")
+    flow.add_nodes_from(["source", "sink"])
     _, (reachable, _) = networkx.minimum_cut(flow, "source", "sink")
-    return {
-        node
-        for node in module.graph.nodes
-        if ("in", node) in reachable and ("out", node) in flow and ("out", node) not in reachable
-    }
+    return {node for node in nodes if ("in", node) in reachable and ("out", node) not in reachable}
 
 
 def floating_constant(node: Node, depends: Mapping[Node, frozenset[str]]) -> bool:
-    return node.op != "output" and not depends[node] and floating(node)
+    return not depends[node] and floating(node)
 
 
 def flops(node: Node, known: dict[str, int]) -> int:

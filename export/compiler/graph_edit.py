@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
 from torch.fx import Node
 
 aten = torch.ops.aten
@@ -46,14 +47,15 @@ def emit(graph: torch.fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict
     """A new call with its `meta["val"]`, at the graph's insertion point."""
     node = graph.call_function(target, args, kwargs or {})
     fake = torch.fx.node.map_arg((args, kwargs or {}), value)
-    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(fake) if isinstance(leaf, torch.Tensor)]
-    mode = next((t.fake_mode for t in tensors if hasattr(t, "fake_mode")), None)
-    if mode is None:
+    with fake_mode(graph):
         node.meta["val"] = target(*fake[0], **fake[1])
-    else:
-        with mode:
-            node.meta["val"] = target(*fake[0], **fake[1])
     return node
+
+
+def fake_mode(graph: torch.fx.Graph) -> Any:
+    """The mode that the values of a traced graph were made in."""
+    values = (node.meta.get("val") for node in graph.nodes)
+    return next(v.fake_mode for v in values if isinstance(v, FakeTensor))
 
 
 def prune(graph: torch.fx.Graph) -> None:

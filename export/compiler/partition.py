@@ -1,17 +1,18 @@
 """Loop-invariant code motion on an exported program: compute each tensor when it changes and not more often.
 
-`partition(module, args, inputs)` traces a step function, applies the exact rewrites, and cuts it into three programs by
-what each tensor depends on: `schedule` (timesteps only), `request` (prompt, image, motion) and `step` (the rest). What
-depends on weights alone is evaluated once. A tensor that needs both schedule and request belongs to the step.
+`partition(module, args, inputs)` traces a step function, applies the exact rewrites, and cuts it into programs by what each
+tensor depends on: `schedule` (timesteps only), `request` (prompt, image, motion), `timeline` (both of these, where a table
+pays: once per request, for all timesteps at once) and `step` (the rest). What depends on weights alone is evaluated once.
 
-The frontier between programs carries the fewest bytes: it is a minimum cut in which views, broadcasts and casts may be
-recomputed on either side (free), everything else that is invariant must stay out of the step.
+Programs take a leading batch. `schedule` and `timeline` take the timesteps there, and what they give are tables whose rows
+the step reads in turn. The frontier between programs carries the fewest bytes: it is a minimum cut in which views, broadcasts
+and casts may be recomputed on either side (free); what else is invariant must stay out of the step.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,13 +21,12 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from motionrt.export.compiler.broadcasts import sink_broadcasts
-from motionrt.export.compiler.classify import bytes_of, depends_on, floating, flops, frontier
-from motionrt.export.compiler.graph_edit import Fired, prune, sizes, value
+from motionrt.export.compiler.classify import MIXED, bytes_of, depends_on, floating, flops, frontier
+from motionrt.export.compiler.graph_edit import Fired, emit, fake_mode, prune, sizes, value
 from motionrt.export.compiler.rewrites import reassociate, softmax_of_one
 
 aten = torch.ops.aten
 
-CLASSES = ("constant", "schedule", "request", "step")
 KINDS = frozenset({"schedule", "request", "step"})
 
 
@@ -60,7 +60,7 @@ class Hoisted:
 
 @dataclass(frozen=True)
 class Program:
-    """One of the three programs: a module with named inputs and outputs, in order.
+    """What is computed at one time: a module with named inputs and outputs, in order.
 
     `weights`: buffer of `module` -> the node of `Partition.rewritten` that it holds: a weight, or a folded constant.
     """
@@ -73,11 +73,12 @@ class Program:
 
 @dataclass(frozen=True)
 class Partition:
-    """The three programs and what the pass did. Feed outputs to the step's inputs of the same name."""
+    """The programs by class, in the order in which they run, and what the pass did.
 
-    schedule: Program
-    request: Program
-    step: Program
+    Feed outputs to inputs of the same name. There is a `timeline` only where a tensor is in that class.
+    """
+
+    programs: Mapping[str, Program]
     whole: GraphModule
     rewritten: GraphModule
     hoisted: tuple[Hoisted, ...]
@@ -85,10 +86,22 @@ class Partition:
     classes: Mapping[str, Counts]
     original: Counts
 
+    @property
+    def schedule(self) -> Program:
+        return self.programs["schedule"]
+
+    @property
+    def request(self) -> Program:
+        return self.programs["request"]
+
+    @property
+    def step(self) -> Program:
+        return self.programs["step"]
+
     def report(self) -> dict[str, Any]:
         """The manifest's `partition` entry."""
         return {
-            "classes": {kind: vars(self.classes[kind]) for kind in CLASSES},
+            "classes": {kind: vars(counts) for kind, counts in self.classes.items()},
             "original": vars(self.original),
             "hoisted": [
                 {"name": h.name, "class": h.kind, "shape": list(h.shape), "bytes": h.bytes} for h in self.hoisted
@@ -105,10 +118,11 @@ def partition(
     outputs: tuple[str, ...],
     dynamic_shapes: Any = None,
 ) -> Partition:
-    """Cut `module(*args)` into schedule, request and step programs.
+    """Cut `module(*args)` into programs by what its tensors depend on.
 
     `inputs` declares, in the order of `args`, each argument's name and what it changes with ("schedule", "request" or
-    "step"); `outputs` names the results. Raises ValueError for an unknown class or a count that does not match.
+    "step"); `outputs` names the results. Row b of every argument belongs to request b: rows must not mix. Counts are those
+    of one request, a dynamic size being 1. Raises ValueError for an unknown class or a count that does not match.
     """
     if len(inputs) != len(args):
         raise ValueError(f"partition: {len(inputs)} inputs are declared, {len(args)} arguments given; they must match.")
@@ -118,24 +132,25 @@ def partition(
     exported = torch.export.export(module.eval(), args, dynamic_shapes=dynamic_shapes, strict=False)
     exported = exported.run_decompositions({})
     whole: GraphModule = exported.module(check_guards=False)  # type: ignore[assignment]
-    _tidy(whole, exported)
+    _tidy(whole)
     original = _copy(whole)
-    known = _known_sizes(whole, args)
+    known = _sizes_of_one(whole)
     original_counts = _count(whole, list(whole.graph.nodes), known)
 
     fired = softmax_of_one(whole) + sink_broadcasts(whole)
     fired += reassociate(whole, depends_on(whole, inputs), known)
     whole.recompile()
-
     depends = depends_on(whole, inputs)
-    cut = frontier(whole, depends, known)
-    return _split(whole, original, depends, cut, inputs, outputs, tuple(fired), original_counts, known)
+    programs, hoisted = _split(whole, depends, inputs, outputs, known)
+    folded = [n for n in whole.graph.nodes if n.op == "call_function" and not depends[n] and not floating(n)]
+    classes = {"constant": _count(whole, folded, known, weights=False)}
+    classes |= {kind: _count(p.module, list(p.module.graph.nodes), known) for kind, p in programs.items()}
+    return Partition(programs, original, whole, hoisted, tuple(fired), classes, original_counts)
 
 
-def _tidy(module: GraphModule, exported: Any) -> None:
+def _tidy(module: GraphModule) -> None:
     """Drop run-time assertions, and give every weight node its fake value."""
-    fakes = [n.meta["val"] for n in exported.graph.nodes if isinstance(n.meta.get("val"), Tensor)]
-    mode = next(f.fake_mode for f in fakes if hasattr(f, "fake_mode"))
+    mode = fake_mode(module.graph)
     for node in list(module.graph.nodes):
         if node.op == "call_function" and str(node.target).startswith(("aten._assert", "aten.sym_constrain")):
             module.graph.erase_node(node)
@@ -155,69 +170,53 @@ def _weight(module: GraphModule, node: Node) -> Tensor:
     return operator.attrgetter(str(node.target))(module)  # type: ignore[no-any-return]
 
 
-def _known_sizes(module: GraphModule, args: tuple[Tensor, ...]) -> dict[str, int]:
-    """Symbols of the dynamic sizes and their values in the example inputs."""
-    known: dict[str, int] = {}
-    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    for node, arg in zip(placeholders, args, strict=True):
-        for symbolic, actual in zip(value(node).shape, arg.shape, strict=True):
-            if not isinstance(symbolic, int):
-                known[str(symbolic.node.expr)] = actual
-    return known
+def _sizes_of_one(module: GraphModule) -> dict[str, int]:
+    """Every symbol of a dynamic size as 1."""
+    values = (value(node) for node in module.graph.nodes if node.op == "placeholder")
+    return {str(symbol): 1 for v in values for size in v.shape if not isinstance(size, int) for symbol in size.node.expr.free_symbols}
 
 
 def _split(
     whole: GraphModule,
-    original: GraphModule,
     depends: dict[Node, frozenset[str]],
-    cut: set[Node],
     inputs: Mapping[str, str],
     outputs: tuple[str, ...],
-    fired: tuple[Fired, ...],
-    original_counts: Counts,
     known: dict[str, int],
-) -> Partition:
-    placeholders = dict(zip(_placeholders(whole), inputs, strict=True))
-    final = next(n for n in whole.graph.nodes if n.op == "output")
-    results = list(torch.utils._pytree.tree_leaves(final.args[0]))
+) -> tuple[dict[str, Program], tuple[Hoisted, ...]]:
+    """The programs, and what crosses into the step."""
+    nodes = list(whole.graph.nodes)
+    placeholders = dict(zip((n for n in nodes if n.op == "placeholder"), inputs, strict=True))
+    results = list(torch.utils._pytree.tree_leaves(nodes[-1].args[0]))
+    late = {n for n in nodes if n.op == "output" or "step" in depends[n]}
+    cut = frontier(depends, known, [n for n in nodes if n not in late], late)
+    constants = {n for n in cut if not depends[n] and n.op != "get_attr"}
+    into_step = [n for n in nodes if n in cut and depends[n]]
+    mixed = {n for n in _ancestors([n for n in into_step if depends[n] == MIXED]) if depends[n] == MIXED}
+    early = [n for n in nodes if n not in late and depends[n] and depends[n] != MIXED]
+    cut = frontier(depends, known, early, mixed)
+    into_timeline = [n for n in nodes if n in cut]
+
     names: dict[Node, str] = dict(placeholders)
     kinds: dict[Node, str] = {}
-    for node in whole.graph.nodes:
-        if node in cut and depends[node]:
-            (kinds[node],) = depends[node]
+    for node in nodes:
+        if node in into_step or node in into_timeline:
+            kinds[node] = "timeline" if depends[node] == MIXED else next(iter(depends[node]))
             names.setdefault(node, _name(node, kinds[node], set(names.values())))
-    crossing = {k: [n for n in kinds if kinds[n] == k and n.op != "placeholder"] for k in ("schedule", "request")}
-    direct = [n for n in kinds if n.op == "placeholder"]
-    stored: dict[Node, Tensor] = {}
-    constants = {n for n in cut if not depends[n] and n.op != "get_attr"}
+    build = _Builder(whole, constants, names)
 
-    own = [n for n in placeholders if inputs[placeholders[n]] == "step"]
-    step_inputs = own + crossing["schedule"] + crossing["request"] + direct
-    build = _Builder(whole, constants, stored, names)
-    step = build.program(step_inputs, results, outputs)
-    invariant = {}
-    for kind in ("schedule", "request"):
-        available = [n for n in placeholders if inputs[placeholders[n]] == kind]
-        wanted = tuple(names[n] for n in crossing[kind])
-        invariant[kind] = build.program(available, crossing[kind], wanted, drop_unused=True)
+    def given(kind: str) -> list[Node]:
+        return [n for n in placeholders if inputs[placeholders[n]] == kind]
 
-    folded = {n for n in whole.graph.nodes if not depends.get(n, {"x"}) and n.op == "call_function"}
-    classes = {
-        "constant": _count(whole, [n for n in folded if not floating(n)], known, weights=False),
-        "schedule": _count_program(invariant["schedule"], known),
-        "request": _count_program(invariant["request"], known),
-        "step": _count_program(step, known),
-    }
-    hoisted = tuple(
-        Hoisted(names[n], kinds[n], sizes(value(n).shape, known), bytes_of(n, known)) for n in kinds
-    )
-    return Partition(
-        invariant["schedule"], invariant["request"], step, original, whole, hoisted, fired, classes, original_counts
-    )
+    def made(kind: str, where: list[Node]) -> list[Node]:
+        return [n for n in where if kinds[n] == kind and n.op != "placeholder"]
 
-
-def _placeholders(module: GraphModule) -> list[Node]:
-    return [n for n in module.graph.nodes if n.op == "placeholder"]
+    programs = {kind: build.program(given(kind), made(kind, list(kinds))) for kind in ("schedule", "request")}
+    if mixed:
+        programs["timeline"] = build.program(into_timeline, made("timeline", into_step), over=depends)
+    direct = [n for n in into_step if n.op == "placeholder"]
+    state = [n for kind in ("schedule", "timeline", "request") for n in made(kind, into_step)]
+    programs["step"] = build.program([*given("step"), *state, *direct], results, outputs)
+    return programs, tuple(Hoisted(names[n], kinds[n], sizes(value(n).shape, known), bytes_of(n, known)) for n in into_step)
 
 
 def _name(node: Node, kind: str, taken: set[str]) -> str:
@@ -235,28 +234,39 @@ def _name(node: Node, kind: str, taken: set[str]) -> str:
 class _Builder:
     """Copies parts of the rewritten graph into programs; shared weights stay shared tensors."""
 
-    def __init__(
-        self, whole: GraphModule, constants: set[Node], stored: dict[Node, Tensor], names: Mapping[Node, str]
-    ) -> None:
-        self.whole, self.constants, self.stored, self.names = whole, constants, stored, names
+    def __init__(self, whole: GraphModule, constants: set[Node], names: Mapping[Node, str]) -> None:
+        self.whole, self.constants, self.names = whole, constants, names
+        self.stored: dict[Node, Tensor] = {}
 
     def evaluate(self, node: Node) -> Any:
         """The value of a node that depends on weights only (computed once, without gradients)."""
+        if node.op == "get_attr":
+            return _weight(self.whole, node).detach()
         if node not in self.stored:
-            if node.op == "get_attr":
-                return _weight(self.whole, node).detach()
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), self.evaluate)
             with torch.no_grad():
                 self.stored[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return self.stored[node]
 
     def program(
-        self, available: list[Node], wanted: list[Node], outputs: tuple[str, ...], drop_unused: bool = False
+        self,
+        available: list[Node],
+        wanted: list[Node],
+        outputs: tuple[str, ...] | None = None,
+        over: Mapping[Node, frozenset[str]] | None = None,
     ) -> Program:
+        """The program that makes `wanted` of `available`. Without `outputs` they have the nodes' names, and inputs that are
+        not read are left out. `over` (what nodes depend on): of timesteps it takes many, and of requests one."""
         graph, env, root, weights = Graph(), {}, nn.Module(), {}
         for node in available:
             env[node] = graph.placeholder(self.names[node])
             env[node].meta["val"] = node.meta["val"]
+        given = dict(env)
+        if over is not None:
+            steps = next(n for n in available if over[n] == {"schedule"} and isinstance(_batch(n), torch.SymInt))
+            for node in available:
+                if over[node] == {"request"} and not isinstance(_batch(node), int):
+                    env[node] = _for_each(graph, env[steps], env[node])
 
         def weight(name: str, tensor: Tensor, source: Node) -> Node:
             flat = name.replace(".", "_")
@@ -274,7 +284,7 @@ class _Builder:
             elif node in self.constants:
                 new = weight(f"constant_{node.name}", self.evaluate(node), node)
             elif isinstance(seen, torch.SymInt):
-                new = self._size(graph, env, available, node, get)
+                new = _size(graph, env, available, node, get)
             else:
                 args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), get)
                 new = graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
@@ -283,40 +293,61 @@ class _Builder:
             return new
 
         # in the graph's order, so that `get` finds what a node reads: it must not go as deep as the network is
-        needed, todo = set[Node](), list(wanted)
-        while todo:
-            node = todo.pop()
-            if node in env or node in needed:
-                continue
-            needed.add(node)
-            if node.op == "call_function" and node not in self.constants and not isinstance(node.meta.get("val"), torch.SymInt):
-                todo += node.all_input_nodes
+        needed = _ancestors(wanted, {*env, *self.constants})
         for node in self.whole.graph.nodes:
             if node in needed:
                 get(node)
-        results = [env[node] for node in wanted]
-        graph.output(tuple(results))
-        if drop_unused:
+        graph.output(tuple(env[node] for node in wanted))
+        if outputs is None:
+            prune(graph)
             for node in available:
-                if not env[node].users:
-                    graph.erase_node(env[node])
-        kept = tuple(self.names[n] for n in available if not drop_unused or env[n].users)
-        module = GraphModule(root, graph)
-        return Program(module.eval(), kept, outputs, weights)
+                if not given[node].users:
+                    graph.erase_node(given.pop(node))
+        kept = tuple(self.names[n] for n in given)
+        return Program(GraphModule(root, graph).eval(), kept, outputs or tuple(self.names[n] for n in wanted), weights)
 
-    def _size(
-        self, graph: Graph, env: dict[Node, Node], available: list[Node], node: Node, get: Callable[[Node], Node]
-    ) -> Node:
-        """A dynamic size, read from an input of this program where one has it."""
-        expression = node.meta["val"].node.expr
-        for source in available:
-            for dim, size in enumerate(getattr(value(source), "shape", ())):
-                if isinstance(size, torch.SymInt) and size.node.expr == expression:
-                    return graph.call_function(aten.sym_size.int, (env[source], dim))
-        if node.target == aten.sym_size.int:
-            raise ValueError(f"partition: size {expression} is not known to the program that needs it")
-        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), get)
-        return graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+
+def _ancestors(nodes: list[Node], stop: Set[Node] = frozenset()) -> set[Node]:
+    """`nodes` and all that they are computed from, sizes not followed, nothing of `stop` nor behind it."""
+    found, todo = set[Node](), list(nodes)
+    while todo:
+        node = todo.pop()
+        if node in found or (node in stop and node not in nodes):
+            continue
+        found.add(node)
+        if node not in stop and not isinstance(node.meta.get("val"), torch.SymInt):
+            todo += node.all_input_nodes
+    return found
+
+
+def _batch(node: Node) -> Any:
+    """The leading size of a node's value; 1 for a number."""
+    return value(node).shape[0] if value(node).ndim else 1
+
+
+def _for_each(graph: Graph, steps: Node, one: Node) -> Node:
+    """`one`, an input with rows of a batch, made an input with the rows of one request, repeated for each of `steps`."""
+    traced = value(one)
+    (symbol,) = traced.shape[0].node.expr.free_symbols
+    rows = sizes(traced.shape, {str(symbol): 1})
+    with traced.fake_mode:
+        one.meta["val"] = torch.empty(rows, dtype=traced.dtype)
+    count = emit(graph, aten.sym_size.int, (steps, 0))
+    wide = emit(graph, aten.expand.default, (emit(graph, aten.unsqueeze.default, (one, 0)), [count, *[-1] * len(rows)]))
+    return emit(graph, aten.reshape.default, (wide, [-1, *rows[1:]]))
+
+
+def _size(graph: Graph, env: dict[Node, Node], available: list[Node], node: Node, get: Callable[[Node], Node]) -> Node:
+    """A dynamic size, read from an input of this program where one has it."""
+    expression = node.meta["val"].node.expr
+    for source in available:
+        for dim, size in enumerate(getattr(value(source), "shape", ())):
+            if isinstance(size, torch.SymInt) and size.node.expr == expression:
+                return graph.call_function(aten.sym_size.int, (env[source], dim))
+    if node.target == aten.sym_size.int:
+        raise ValueError(f"partition: size {expression} is not known to the program that needs it")
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), get)
+    return graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
 
 
 def _count(module: GraphModule, nodes: list[Node], known: dict[str, int], weights: bool = True) -> Counts:
@@ -328,45 +359,3 @@ def _count(module: GraphModule, nodes: list[Node], known: dict[str, int], weight
             weight_bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
         )
     return total
-
-
-def _count_program(program: Program, known: dict[str, int]) -> Counts:
-    return _count(program.module, list(program.module.graph.nodes), known)
-
-
-class Batched(nn.Module):
-    """The schedule program over all timesteps at once: inputs `[T, ...]` -> tables `[T, ...]`, row t for step t.
-
-    The program was traced with a leading axis of length 1, and its ops treat rows alike; `check` proves that.
-    """
-
-    def __init__(self, program: Program) -> None:
-        super().__init__()
-        self.inner = _any_rows(program.module)
-
-    def forward(self, timesteps: Tensor) -> tuple[Tensor, ...]:
-        """`timesteps [T]` -> one table per output, `[T, *shape of the step's input]`."""
-        return tuple(table.unsqueeze(1) for table in self.inner(timesteps))
-
-    @torch.no_grad()
-    def check(self, timesteps: Tensor) -> None:
-        """Raise ValueError unless every row equals the program run at that timestep alone."""
-        tables = self(timesteps)
-        for row in range(len(timesteps)):
-            alone = self.inner(timesteps[row : row + 1])
-            for table, one in zip(tables, alone, strict=True):
-                if table[row].shape != one.shape or not torch.allclose(table[row], one, rtol=1e-5, atol=1e-5):
-                    raise ValueError("the schedule program mixes timesteps; it cannot be run over all of them at once")
-
-
-def _any_rows(module: GraphModule) -> GraphModule:
-    """A copy whose reshapes keep the leading axis, whatever its length: traced with one row, they name that one."""
-    module = GraphModule(module, _copy(module).graph)
-    for node in module.graph.nodes:
-        if node.target not in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
-            continue
-        source, shape = node.args
-        if list(shape)[:1] == [1] and len(shape) > 1 and value(source).ndim and value(source).shape[0] == 1:
-            node.args = (source, [-1, *shape[1:]])
-    module.recompile()
-    return module

@@ -75,12 +75,14 @@ def reassociate(module: GraphModule, depends: dict[Node, frozenset[str]], known:
             product = emit(graph, aten.matmul.default, (key, query_heads))  # [B, N, M, d] x [N, d, D]
             rows = emit(graph, aten.flatten.using_ints, (emit(graph, aten.mul.Tensor, (product, factor)), 1, 2))
             folded = emit(graph, aten.transpose.int, (rows, 1, 2))
-        end, scale, residual = _absorb(merged, hidden)
+        end, scale, residual = _absorb(merged, hidden, depends)
         with graph.inserting_before(end):
-            if not isinstance(scale, Node):
-                # an expression on a value of the graph keeps device and dtype; folded away by the partition
-                scale = emit(graph, aten.full.default, ([], float(scale)), {"dtype": value(hidden).dtype})
-            new = emit(graph, FUSED, (hidden, folded, values, scale, residual))
+            if scale is not None:  # of M rows, once per request, and not of L rows in every step
+                if isinstance(scale, Node) and value(scale).ndim:
+                    scale = emit(graph, aten.unsqueeze.default, (scale, -1))
+                values = emit(graph, aten.mul.Tensor, (values, scale))
+            one = emit(graph, aten.full.default, ([], 1.0), {"dtype": value(hidden).dtype})
+            new = emit(graph, FUSED, (hidden, folded, values, one, residual))
         end.replace_all_uses_with(new)
         fired.append(Fired("reassociate", node.name, plain, cheaper))
     prune(graph)
@@ -126,16 +128,23 @@ def _is_call(node: Any, target: Any, *args: Any) -> bool:
     return isinstance(node, Node) and node.target == target and node.args[1:] == args
 
 
-def _absorb(merged: Node, hidden: Node) -> tuple[Node, Any, bool]:
-    """Follow `* scale` and `+ h` behind the attention: (last node absorbed, scale, residual)."""
-    end, scale = merged, 1.0
+def _absorb(merged: Node, hidden: Node, depends: dict[Node, frozenset[str]]) -> tuple[Node, Any, bool]:
+    """Follow `* scale` and `+ h` behind the attention: (last node absorbed, scale or None, residual).
+
+    A scale is one number, or one for each row `[B, 1, 1]`, that the step does not change.
+    """
+    end, scale = merged, None
     user = next(iter(end.users)) if len(end.users) == 1 else None
     if user is not None and user.target == aten.mul.Tensor:
-        other = user.args[1] if user.args[0] is end else user.args[0]
-        if not isinstance(other, Node) or (is_tensor(other) and value(other).ndim == 0):
-            end, scale = user, other  # type: ignore[assignment]
+        other: Any = user.args[1] if user.args[0] is end else user.args[0]
+        if not isinstance(other, Node) or (_one_a_row(other) and not {"step", "schedule"} & depends.get(other, {"step"})):
+            end, scale = user, other
             user = next(iter(end.users)) if len(end.users) == 1 else None
     if user is not None and user.target == aten.add.Tensor and hidden in user.args and not user.kwargs:
         if str(value(user).shape) == str(value(hidden).shape):
             return user, scale, True
     return end, scale, False
+
+
+def _one_a_row(node: Node) -> bool:
+    return is_tensor(node) and (value(node).ndim == 0 or (value(node).ndim == 3 and value(node).shape[1:] == (1, 1)))

@@ -24,8 +24,12 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from motionrt.export.compiler.partition import Partition, Program, partition
+
+
+BATCH = 4  # the most requests that share a call, unless said otherwise
 
 
 @contextmanager
@@ -34,19 +38,18 @@ def meta(dtype: torch.dtype = torch.float32) -> Iterator[None]:
 
     A parameter is replaced as it is registered, before it is drawn or its memory is touched.
     """
-    register = nn.Module.register_parameter
 
-    def without_memory(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and param.device.type != "meta":
-            kind = dtype if param.is_floating_point() else param.dtype
-            param = nn.Parameter(torch.empty(param.shape, dtype=kind, device="meta"), requires_grad=False)
-        register(self, name, param)
+    def without_memory(module: nn.Module, name: str, param: nn.Parameter | None) -> nn.Parameter | None:
+        if param is None or param.device.type == "meta":
+            return None  # as it is
+        kind = dtype if param.is_floating_point() else param.dtype
+        return nn.Parameter(torch.empty(param.shape, dtype=kind, device="meta"), requires_grad=False)
 
-    nn.Module.register_parameter = without_memory  # type: ignore[method-assign]
+    hook = register_module_parameter_registration_hook(without_memory)
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        hook.remove()
 
 
 def fake_parameters(module: nn.Module, mode: FakeTensorMode) -> None:
@@ -72,12 +75,18 @@ def faked(module: nn.Module) -> Iterator[FakeTensorMode]:
 
 
 def fake_partition(
-    module: nn.Module, args: tuple[Tensor, ...], inputs: Mapping[str, str], *, outputs: tuple[str, ...]
+    module: nn.Module, args: tuple[Tensor, ...], inputs: Mapping[str, str], *, outputs: tuple[str, ...], batch: int = BATCH
 ) -> Partition:
-    """`partition` of a module whose weights are not there; `args` give dtypes and shapes, all fixed."""
+    """`partition` of a module whose weights are not there; `args` give dtypes and shapes, of one request.
+
+    `batch`: the most requests that a call may have; where it is more than 1, axis 0 of every argument is dynamic.
+    """
+    rows = torch.export.Dim("batch", min=1, max=batch) if batch > 1 else None
     with faked(module.eval()):
-        fakes = tuple(torch.empty(arg.shape, dtype=arg.dtype) for arg in args)
-        cut = partition(module, fakes, inputs, outputs=outputs)
+        shapes = [arg.shape if rows is None else (2 * arg.shape[0], *arg.shape[1:]) for arg in args]
+        fakes = tuple(torch.empty(shape, dtype=arg.dtype) for shape, arg in zip(shapes, args, strict=True))
+        dynamic = None if rows is None else tuple({0: rows} for _ in args)
+        cut = partition(module, fakes, inputs, outputs=outputs, dynamic_shapes=dynamic)
     gc.collect()  # traces of a big model hold each other in cycles
     return cut
 
@@ -97,10 +106,10 @@ def weights_by_class(cut: Partition, widths: Mapping[str, int] | None = None) ->
 
     widths: bytes of an element of a weight as it is stored, by name; where there is none, of the traced one.
 
-    A weight counts where it is needed most often: step before request before schedule before constant. Tables that were
-    folded from constants are no parameters.
+    A weight counts where it is needed most often: step before timeline before request before schedule before constant. Tables
+    that were folded from constants are no parameters.
     """
-    programs = {"step": cut.step, "request": cut.request, "schedule": cut.schedule}
+    programs = {kind: cut.programs[kind] for kind in ("step", "timeline", "request", "schedule") if kind in cut.programs}
     direct = {kind: {str(n.target) for n in p.weights.values() if n.op == "get_attr"} for kind, p in programs.items()}
     folded = [n for program in programs.values() for n in program.weights.values() if n.op != "get_attr"]
     direct["constant"] = {name for node in folded for name in leaves(node)}
@@ -113,7 +122,7 @@ def weights_by_class(cut: Partition, widths: Mapping[str, int] | None = None) ->
             len(names), sum(everything[name].numel() for name in names), sum(sizes_of[name] for name in names), flops
         )
 
-    for kind in ("step", "request", "schedule", "constant"):
+    for kind in (*programs, "constant"):
         names = {name for name in direct[kind] if name in everything} - seen
         seen |= names
         sizes[kind] = size(names, cut.classes[kind].flops)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from motionrt.export.checkpoints.files import CheckpointError, Lazy
-from motionrt.export.checkpoints.safetensors_file import Entry, Written, write_file
+from motionrt.export.checkpoints.safetensors_file import Entry, Written, read_header, write_file
 from motionrt.runtime.dtypes import DTYPES
 
 INLINE = 1024  # bytes: smaller tensors stay in the graph
@@ -65,21 +65,31 @@ def stored_as(weights: Mapping[str, Lazy], dtype: torch.dtype | None) -> dict[st
     }
 
 
-def store(model: ir.Model, path: Path, weights: Mapping[str, Lazy], extra: Mapping[str, Lazy]) -> Written | None:
+def store(
+    model: ir.Model, path: Path, weights: Mapping[str, Lazy], extra: Mapping[str, Lazy], shared: Path | None = None
+) -> Written | None:
     """Write the values of `model`'s initializers `weights` beside the graph file `path`, and point the graph at them.
 
     `extra`: tensors that the file holds for others than the graph (the torch program of the same graph). None where there
-    is nothing to write: no file is made. In place; `model` is then ready to be serialised.
+    is nothing to write: no file is made. `shared`: a file of another graph in the same folder that has these weights already:
+    it is pointed at, and what it does not have (tables of this graph's own sizes) is kept inside the graph. In place; `model` is
+    then ready to be serialised.
     """
-    entries = [Entry(name, lazy.dtype, tuple(lazy.shape), lazy.read) for name, lazy in {**extra, **weights}.items()]
-    if not entries:
-        return None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = path.with_suffix(".safetensors")
-    written = write_file(data, entries)
-    graph, casts = model.graph, []
-    for name in weights:
-        place = written.tensors[name]
+    graph, casts, written = model.graph, [], None
+    if shared is not None:
+        data, places = shared, read_header(shared)[0]
+        places = {name: places[name] for name, lazy in weights.items() if name in places and _equal(places[name], lazy)}
+        for name in weights.keys() - places.keys():
+            graph.initializers[name].const_value = ir.tensor(weights[name].read().float().numpy(), name=name)
+    else:
+        entries = [Entry(name, lazy.dtype, tuple(lazy.shape), lazy.read) for name, lazy in {**extra, **weights}.items()]
+        if not entries:
+            return None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = path.with_suffix(".safetensors")
+        written = write_file(data, entries)
+        places = {name: written.tensors[name] for name in weights}
+    for name, place in places.items():
         kind, value = ir.DataType(ONNX[place.dtype]), graph.initializers[name]
         outside = ir.ExternalTensor(
             data.name, place.offset, place.size, kind, shape=ir.Shape(place.shape), name=name, base_dir=path.parent
@@ -101,6 +111,11 @@ def store(model: ir.Model, path: Path, weights: Mapping[str, Lazy], extra: Mappi
         else:
             graph.extend(casts)
     return written
+
+
+def _equal(one: Lazy, other: Lazy) -> bool:
+    """Whether two tensors are the same in dtype, shape and every value."""
+    return one.dtype == other.dtype and tuple(one.shape) == tuple(other.shape) and torch.equal(one.read(), other.read())
 
 
 ONNX = {getattr(torch, name): dtype.onnx for name, dtype in DTYPES.items()}

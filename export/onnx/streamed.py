@@ -1,6 +1,6 @@
 """ONNX graphs of models that do not fit in memory: traced with fake tensors, weights streamed into a file beside the graph.
 
-    entry = stream_program(stage / "graphs" / "step.onnx", cut, cut.step, weights.get)
+    entry = stream_program(stage / "graphs" / "step.onnx", cut, "step", weights.get, ranges)
     entry = stream_module(stage / "graphs" / "text.onnx", module, examples, ("text",), weights.get, ranges)
 
 One tensor at a time is in memory; `onnx_stored` says how weights are kept. What comes out passes the ONNX checker and shape
@@ -11,76 +11,70 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from motionrt.export.checkpoints.files import InMemory, Lazy
+from motionrt.export.checkpoints.files import CheckpointError, InMemory, Lazy
 from motionrt.export.compiler.liveness import live_bytes
 from motionrt.export.compiler.partition import Partition, Program
 from motionrt.export.compiler.weightless import faked, materialise
 from motionrt.export.onnx.from_torch import (
     OPSET,
+    RESULT,
     Example,
     Range,
     bare,
     check_parity,
     dynamic_axes,
     dynamic_shapes,
+    optimise,
     outputs_of,
     port,
-    quick_rules,
 )
 from motionrt.export.onnx.functions import symbolic_forms
 from motionrt.export.onnx.rewrites import rewrite
 from motionrt.export.onnx.stored import INLINE, Computed, narrowest, store
 from motionrt.export.onnx.torch_programs import check_program, weights_of, write_program
+from motionrt.runtime.media.video import replacing
 
 Find = Callable[[str], Lazy | None]
-_RESULT = "result of "
 
 
 def stream_program(
-    path: Path, cut: Partition, program: Program, find: Find, torch_program: Path | None = None
+    path: Path, cut: Partition, kind: str, find: Find, ranges: Mapping[str, Range], torch_program: Path | None = None
 ) -> dict[str, Any]:
-    """Write one program of a partition that was traced with fake weights; its manifest entry.
+    """Write the program `kind` of a partition that was traced with fake weights; its manifest entry.
 
-    `find(name)` gives the weights of the module that was cut, by its own names; None for tables that it holds itself.
-    Sizes are the traced ones. `torch_program`: where the same program goes in its torch form, without its weights; the entry
-    then has the key `program`.
+    `find(name)` gives the weights of the module that was cut, by its own names; None for tables that it holds itself. A
+    dynamic size is "steps" where timesteps are taken all at once, and "batch" elsewhere, of the range that `ranges` gives;
+    other sizes are the traced ones. `torch_program`: where the same program goes in its torch form, without its weights; the
+    entry then has the key `program`.
     """
-    nodes = [node for node in program.module.graph.nodes if node.op == "placeholder"]
-    mode = nodes[0].meta["val"].fake_mode if nodes else next(program.module.buffers()).fake_mode
-    with mode:
-        feed = {
-            name: torch.empty(node.meta["val"].shape, dtype=node.meta["val"].dtype)
-            for name, node in zip(program.inputs, nodes, strict=True)
-        }
-        example = Example({}, feed)
-        return _stream(
-            path, program.module, [example, example], program.outputs, {}, lambda name: _of(cut, program, name, find),
-            torch_program,
-        )  # fmt: skip
+    program, size = cut.programs[kind], "steps" if kind in ("schedule", "timeline") else "batch"
+    values = [node.meta["val"] for node in program.module.graph.nodes if node.op == "placeholder"]
+    mode = values[0].fake_mode if values else next(program.module.buffers()).fake_mode
+    dynamic = any(isinstance(length, torch.SymInt) for value in values for length in value.shape)
 
+    def sized(rows: int) -> Example:
+        shapes = ([_at(length, rows) for length in value.shape] for value in values)
+        feed = [torch.empty(shape, dtype=value.dtype) for shape, value in zip(shapes, values, strict=True)]
+        return Example({size: rows} if dynamic else {}, dict(zip(program.inputs, feed, strict=True)))
 
-def stream_tables(
-    path: Path, cut: Partition, module: nn.Module, find: Find, ranges: Mapping[str, Range], torch_program: Path | None = None
-) -> dict[str, Any]:
-    """Write the schedule program over all timesteps at once: `module` is `Batched(cut.schedule)`."""
-    program = cut.schedule
-    mode = next(module.buffers()).fake_mode
-    kind = next(n for n in program.module.graph.nodes if n.op == "placeholder").meta["val"].dtype
     with mode:
-        examples = [Example({"steps": n}, {"timesteps": torch.empty(n, dtype=kind)}) for n in (5, 8)]
         return _stream(
-            path, module, examples, program.outputs, ranges,
-            lambda name: _of(cut, program, name.removeprefix("inner."), find), torch_program,
+            path, program.module, [sized(2), sized(3)], program.outputs, ranges if dynamic else {},
+            lambda name: _of(cut, program, name, find), torch_program,
         )  # fmt: skip
 
 
@@ -107,8 +101,12 @@ def stream_module(
     outputs: Sequence[str],
     find: Find,
     ranges: Mapping[str, Range] | None = None,
+    *,
+    shared: Path | None = None,
 ) -> dict[str, Any]:
     """Write a module that was built with `meta`; `find` knows its parameters, and buffers that it does not are its own.
+
+    `shared`: the file beside `path` that another graph's weights are in, and these too: none is written.
 
     Feeds of the examples give dtypes and shapes; the axes in which the first two differ are dynamic.
     """
@@ -123,7 +121,7 @@ def stream_module(
 
     with faked(module):
         fakes = [Example(e.sizes, {n: torch.empty(v.shape, dtype=v.dtype) for n, v in e.feed.items()}) for e in examples]
-        return _stream(path, module, fakes, outputs, ranges or {}, value)
+        return _stream(path, module, fakes, outputs, ranges or {}, value, shared=shared)
 
 
 def stream_real(
@@ -135,22 +133,31 @@ def stream_real(
     *,
     atol: float = 2e-5,
     torch_program: Path | None = None,
+    external: Mapping[str, NDArray[Any]] | None = None,
 ) -> dict[str, Any]:
     """Write a module that is in memory; weights are stored as float16 where that loses nothing.
 
-    Graph and program are run on all examples: |ours - module| <= atol * max(1, max |module|), or `ParityError`.
+    Graph and program are run on all examples: |ours - module| <= atol * max(1, max |module|), or `ParityError`, and no graph.
+    `external` names tensors that stay outside: a weight equal to one takes its name, and is stored nowhere.
     """
     module = module.eval()
     state = weights_of(module)
     wanted = [outputs_of(module, example.feed) for example in examples]
+    known = {(value.shape, value.tobytes()): name for name, value in (external or {}).items()}
+    arrays = ((name, value.detach().numpy()) for name, value in state.items() if known)
+    outside = {name: known[key] for name, value in arrays if (key := (value.shape, value.tobytes())) in known}
 
     def find(name: str) -> Lazy | None:
         return InMemory(narrowest(state[name].detach())) if name in state else None
 
-    entry = _stream(path, module, examples, outputs, ranges, find, torch_program, wanted)
-    check_parity(path, path.stem, outputs, examples, wanted, atol)
-    if torch_program is not None:
-        check_program(torch_program, entry["program"], path.with_suffix(".safetensors"), examples, wanted, atol)
+    try:
+        entry = _stream(path, module, examples, outputs, ranges, find, torch_program, wanted, outside)
+        check_parity(path, outputs, examples, wanted, atol, external or {})
+        if torch_program is not None:
+            check_program(torch_program, entry["program"], path.with_suffix(".safetensors"), examples, wanted, atol)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
     return entry
 
 
@@ -163,10 +170,11 @@ def _stream(
     value: Find,
     torch_program: Path | None = None,
     wanted: Sequence[Sequence[Tensor]] | None = None,
+    outside: Mapping[str, str] = MappingProxyType({}),
+    shared: Path | None = None,
 ) -> dict[str, Any]:
-    """`value`: weights by the module's names. `wanted`: outputs at the first two examples, where a trace cannot tell."""
-    import onnx_ir
-    import onnxscript.optimizer
+    """`value`: weights by the module's names. `wanted`: outputs at the first two examples, where a trace cannot tell.
+    `outside`: weights that are stored elsewhere, and their names there; `shared`: as of `stream_module`."""
     from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
 
     first, second = examples[0], examples[min(1, len(examples) - 1)]
@@ -180,12 +188,13 @@ def _stream(
         program = program.run_decompositions(symbolic_forms())
         activations = live_bytes(program.graph)
         exported = torch.onnx.export(
-            program, input_names=names, output_names=[f"{_RESULT}{n}" for n in outputs], opset_version=OPSET, dynamo=True,
+            program, input_names=names, output_names=[f"{RESULT}{n}" for n in outputs], opset_version=OPSET, dynamo=True,
             verbose=False, optimize=False,
         )  # fmt: skip
     assert exported is not None
     model = exported.model
     weights: dict[str, Lazy] = {}
+    inline = sys.maxsize if outside else INLINE  # a graph whose weights are elsewhere has no file beside it
 
     def known(name: str) -> Lazy:
         found = value(name)
@@ -197,18 +206,17 @@ def _stream(
         raw = getattr(initializer.const_value, "raw", None)
         if isinstance(raw, FakeTensor):
             weights[name], initializer.const_value = known(name), None  # so that nothing tries to fold it
-        elif isinstance(raw, Tensor) and raw.numel() * raw.element_size() >= INLINE:
+        elif isinstance(raw, Tensor) and (name in outside or raw.numel() * raw.element_size() >= inline):
             weights[name], initializer.const_value = value(name) or InMemory(raw), None
     with _quiet(), torch._subclasses.fake_tensor.unset_fake_temporarily():
-        with quick_rules():
-            onnxscript.optimizer.optimize_ir(model)
+        optimise(model)
         fuse_rms_normalization(model)  # alone: its rotations repeat no tables, which ONNX Runtime refuses beyond a batch of one
         rewrite(model, lambda name: weights[name].read().float().numpy())
         for name, initializer in model.graph.initializers.items():
             held = initializer.const_value
-            if held is not None and held.nbytes >= INLINE:  # tables that the rewrites made
+            if held is not None and held.nbytes >= inline:  # tables that the rewrites made
                 weights[name], initializer.const_value = InMemory(torch.from_numpy(held.numpy())), None
-        weights = {name: lazy for name, lazy in weights.items() if name in model.graph.initializers}
+        weights = {name: lazy for name, lazy in weights.items() if name in model.graph.initializers and name not in outside}
     entry: dict[str, Any] = {}
     extra: dict[str, Lazy] = {}
     if torch_program is not None:
@@ -217,9 +225,10 @@ def _stream(
             if name not in weights:
                 extra[name] = value(name) or InMemory(own.detach())
     with _quiet(), torch._subclasses.fake_tensor.unset_fake_temporarily():
-        written = store(model, path, weights, extra)
-        proto = bare(onnx_ir.serde.serialize_model(model))
-        _check(path, proto)
+        written = store(model, path, weights, extra, shared)
+        _leave_outside(model.graph, outside)
+        proto = bare(ir.serde.serialize_model(model))
+        _publish(path, proto, checked=not outside)
         at = wanted[:2] if wanted is not None else _shapes(examples, results)
     entry |= {
         "inputs": [port(n, first.feed[n], axes[n], ranges) for n in names],
@@ -235,30 +244,44 @@ def _stream(
 
 def _shapes(examples: Sequence[Example], results: Sequence[Tensor]) -> list[list[Tensor]]:
     """Outputs at the sizes of the first two examples, as meta tensors: shapes and dtypes are all that is asked of them."""
-    first, second = examples[0], examples[min(1, len(examples) - 1)]
-    symbols = {str(s): (first.sizes, second.sizes) for r in results for d in r.shape for s in _free(d)}
-    found: list[list[Tensor]] = [[], []]
-    for result in results:
-        for index, sizes in enumerate((first.sizes, second.sizes)):
-            if len(symbols) > 1:
-                raise ValueError("outputs may depend on one dynamic size")
-            only = next((sizes[n] for n in sizes if first.sizes[n] != second.sizes[n]), 0)
-            dims = [d if isinstance(d, int) else int(d.node.expr.subs(dict.fromkeys(_free(d), only))) for d in result.shape]
-            found[index].append(torch.empty(dims, dtype=result.dtype, device="meta"))
-    return found
+    first, second = examples[0].sizes, examples[min(1, len(examples) - 1)].sizes
+    if len({str(symbol) for result in results for length in result.shape for symbol in _symbols(length)}) > 1:
+        raise ValueError("outputs may depend on one dynamic size")
+    changed = next((name for name in first if first[name] != second[name]), None)
+    return [
+        [torch.empty([_at(n, sizes.get(changed, 0)) for n in r.shape], dtype=r.dtype, device="meta") for r in results]
+        for sizes in (first, second)
+    ]
 
 
-def _free(dim: Any) -> list[Any]:
-    return [] if isinstance(dim, int) else list(dim.node.expr.free_symbols)
+def _symbols(length: Any) -> Set[Any]:
+    return set() if isinstance(length, int) else length.node.expr.free_symbols  # type: ignore[no-any-return]
 
 
-def _check(path: Path, model: onnx.ModelProto) -> None:
-    """Publish `model` as `path` once the ONNX checker and shape inference have nothing against it."""
-    from motionrt.export.checkpoints.files import CheckpointError
-    from motionrt.runtime.files import replacing
+def _at(length: Any, size: int) -> int:
+    """A length with `size` for its symbol."""
+    return length if isinstance(length, int) else int(length.node.expr.subs(dict.fromkeys(_symbols(length), size)))
 
+
+def _leave_outside(graph: ir.Graph, names: Mapping[str, str]) -> None:
+    """Give initializers the names that they have where they are stored, and no data, in place."""
+    for name, there in names.items():
+        if (value := graph.initializers.pop(name, None)) is not None:
+            assert value.dtype is not None and value.shape is not None
+            value.const_value = ir.ExternalTensor(
+                "weights-stay-in-their-package", None, None, value.dtype, shape=value.shape, name=there
+            )
+            value.name = there
+            graph.register_initializer(value)
+
+
+def _publish(path: Path, model: onnx.ModelProto, checked: bool) -> None:
+    """Write `model` as `path`, if `checked` once the ONNX checker and shape inference have nothing against it: they read weights
+    that lie beside it."""
     with replacing(path, CheckpointError) as partial:
         partial.write_bytes(model.SerializeToString(deterministic=True))
+        if not checked:
+            return
         onnx.checker.check_model(str(partial), full_check=False)
         inferred = path.with_name(f"{partial.name}.inferred")
         try:

@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from motionrt.export.systems.rows import guided, like, paired, repeated, solved
+
 INPUTS: Mapping[str, str] = MappingProxyType(
     {
         "latents": "step",
@@ -73,8 +75,8 @@ def fix_positions(patch_embed: Any, frames: int, height: int, width: int, rule: 
 class CogVideoXStep(nn.Module):
     """One denoising step of a CogVideoX image-to-video transformer with Motion-Adapters.
 
-    Equations: v = v_u + g (v_c - v_u);  x0 = p0 x + p1 v;  x' = c0 x + c1 x0 + c2 x0_previous + c3 noise, with
-    (p0, p1, c0, c1, c2, c3) a row of `solver_rows`. B batch, F C H W latent frames, channels, height, width.
+    Guidance v = v_u + g (v_c - v_u), then the solver's update with a row of `solver_rows`: see rows.py.
+    B batch, F C H W latent frames, channels, height, width.
     """
 
     def __init__(
@@ -111,28 +113,23 @@ class CogVideoXStep(nn.Module):
         image_latents: Tensor,
         motion_scale: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """`latents`, `previous_x0`, `noise`, `image_latents` `[B, F, C, H, W]`; `coefficients [6]`; `guidance []`;
-        `timestep [1]` int64; `text`, `negative_text` `[B, Lt, Dt]`; `motion [B, M, D]`; `motion_scale []`
-        -> (next latents, x0), both `[B, F, C, H, W]`.
+        """`latents`, `previous_x0`, `noise`, `image_latents` `[B, F, C, H, W]`; `coefficients [B, 6]`; `guidance [B]`;
+        `timestep [B]` int64; `text`, `negative_text` `[B, Lt, Dt]`; `motion [B, M, D]`; `motion_scale [B]`
+        -> (next latents, x0), both `[B, F, C, H, W]`. Row b is of request b, which may be at a step of its own.
         """
-        batch = latents.shape[0]
-        sample = torch.cat([torch.cat([latents, latents]), torch.cat([image_latents, image_latents])], dim=2)
         unconditional: Tensor = self.unconditional_motion  # type: ignore[assignment]
-        tokens = torch.cat([unconditional.expand(batch, -1, -1), motion.to(unconditional.dtype)])
         kind = unconditional.dtype  # of the weights; guidance and solver keep what came in, fp32 in a bundle
+        sample = repeated(torch.cat([latents, image_latents], dim=2), 2)
+        tokens = paired(unconditional.expand(latents.shape[0], -1, -1), motion.to(kind))
         output = self.transformer(
             hidden_states=sample.to(kind),
-            encoder_hidden_states=torch.cat([negative_text, text]).to(kind),
-            timestep=timestep.expand(2 * batch),
+            encoder_hidden_states=paired(negative_text, text).to(kind),
+            timestep=repeated(timestep, 2),
             image_rotary_emb=(self.rope_cos, self.rope_sin) if self.rotary else None,
-            attention_kwargs={"motion": tokens, "motion_scale": motion_scale.to(kind)},
+            attention_kwargs={"motion": tokens, "motion_scale": like(repeated(motion_scale.to(kind), 2), tokens)},
             return_dict=False,
         )[0].to(latents.dtype)
-        without, with_conditions = output[:batch], output[batch:]
-        guided = without + guidance * (with_conditions - without)
-        p0, p1, c0, c1, c2, c3 = coefficients.unbind()
-        x0 = p0 * latents + p1 * guided
-        return c0 * latents + c1 * x0 + c2 * previous_x0 + c3 * noise, x0
+        return solved(coefficients, latents, guided(output, like(guidance, latents)), previous_x0, noise)
 
 
 def solver_rows(scheduler: Any, steps: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -1,6 +1,6 @@
-"""Stable Video Diffusion (img2vid) with MotionRAG's released checkpoints as a bundle, without ever holding the model.
+"""Stable Video Diffusion (img2vid) with MotionRAG's released checkpoints as a system, without ever holding the model.
 
-    export_svd(Sources(base=..., motionrag=..., ...), out)
+    export_system(svd_system(Sources(base=..., motionrag=..., ...)), out)
 
 The still is read twice: as CLIP's image embedding (the one token of context) and as the VAE's latent of the still with a
 little noise on it. A prompt is for the search alone. Guidance rises over the frames from 1 to the number that is asked for.
@@ -15,17 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from motionrt.export.checkpoints.files import CheckpointError, Lazy, check_pipeline, open_component, read_json
-from motionrt.export.checkpoints.motionrag_files import MotionRAG, convert_folder, open_motionrag
-from motionrt.export.checkpoints.parts import Part, taken
-from motionrt.export.checkpoints.sentence import add_text_query, sentence_encoder
+from motionrt.export.checkpoints.encoders import weights_of
+from motionrt.export.checkpoints.files import (
+    CheckpointError,
+    Component,
+    KeyReport,
+    Lazy,
+    check_pipeline,
+    open_component,
+    read_json,
+)
+from motionrt.export.checkpoints.motionrag_files import MotionRAG, open_motionrag
 from motionrt.export.compiler.weightless import meta
-from motionrt.export.onnx.from_torch import Example
-from motionrt.export.systems.published import plain, step_args, svd_step
-from motionrt.export.systems.stage import Sources, Stage, encoders, unconditional_tokens
+from motionrt.export.systems import motionrag_graphs as motionrag
+from motionrt.export.systems.decoding import PICTURES, decoding_loop, tile_size, tiles_quality
+from motionrt.export.systems.motionrag_graphs import BATCH, GUIDANCE, VIDEO, Sources
+from motionrt.export.systems.steps import plain, step_args, svd_step
 from motionrt.export.systems.svd_step import INPUTS, euler_rows, spatial_attentions
-from motionrt.export.write import staged
-from motionrt.runtime.decode import tile_size
+from motionrt.export.systems.system import Array, Graph, Network, Schedules, Step, System
+from motionrt.runtime.bundle.manifest import Output
 
 FIRST_GUIDANCE, FPS = 1.0, 7
 MOTION_BUCKET, NOISE_LEVEL = 127.0, 0.02
@@ -91,41 +99,39 @@ class DecodeTemporal(nn.Module):
         return torch.cat(chunks, dim=1)
 
 
-def _vae(base: Path) -> tuple[Any, dict[str, Lazy], Any]:
+def _vae(component: Component) -> tuple[Any, dict[str, Lazy], KeyReport]:
     from diffusers import AutoencoderKLTemporalDecoder
 
-    component = open_component(base, "vae", "AutoencoderKLTemporalDecoder")
     with meta():
         vae = AutoencoderKLTemporalDecoder(**plain(component.config))
-    weights, report = taken("vae.", vae, component, "vae")
+    weights, report = weights_of(vae, component, "vae", "vae.")
     return vae.eval(), weights, report
 
 
-def encode_part(base: Path, size: tuple[int, int]) -> Part:
+def encode_network(image_encoder: Component, component: Component, size: tuple[int, int]) -> Network:
     """CLIP's image encoder and the VAE's encoder as one graph. `force_upcast` of the VAE's config: its encoder leaves the range
     of float16, so that diffusers runs it in float32 there; the same is declared of ours."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    component = open_component(base, "image_encoder", "CLIPVisionModelWithProjection")
     with meta():
-        clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**component.config))
-    weights, clip_report = taken(
-        "clip.", clip, component, "image_encoder",
-        optional=lambda key: "a range, made anew" if key.endswith("position_ids") else None,
+        clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**image_encoder.config))
+    weights, clip_report = weights_of(
+        clip, image_encoder, "image_encoder", "clip.",
+        unused=lambda key: "a range, made anew" if key.endswith("position_ids") else None,
     )  # fmt: skip
-    upcast = open_component(base, "vae", "AutoencoderKLTemporalDecoder").config.get("force_upcast", True)
-    vae, more, report = _vae(base)
+    vae, more, report = _vae(component)
     module = EncodeStill(clip.eval(), vae, size).eval()
     del vae.decoder
-    return Part(module, weights | more, (clip_report, report), ("vae.*",) if upcast else ())
+    wide = ("vae.*",) if component.config.get("force_upcast", True) else ()
+    return Network(module, weights | more, (clip_report, report), wide)
 
 
-def decode_part(base: Path) -> Part:
+def decode_network(component: Component) -> Network:
     """The temporal decoder."""
-    vae, weights, _ = _vae(base)
+    vae, weights, _ = _vae(component)
     module = DecodeTemporal(vae).eval()
     del vae.encoder, vae.quant_conv
-    return Part(module, weights, ())
+    return Network(module, weights)
 
 
 def adapter_blocks(config: dict[str, Any]) -> dict[str, int]:
@@ -137,89 +143,92 @@ def adapter_blocks(config: dict[str, Any]) -> dict[str, int]:
     return {f"unet.{path}": attention.to_q.in_features for path, attention in spatial_attentions(unet)}
 
 
-def step_weights(base: Path, files: MotionRAG) -> tuple[dict[str, Lazy], Any]:
+def step_weights(component: Component, files: MotionRAG) -> tuple[dict[str, Lazy], KeyReport]:
     """The step's weights by its own names: the base's UNet and the adapters."""
     from diffusers import UNetSpatioTemporalConditionModel
 
-    component = open_component(base, "unet", "UNetSpatioTemporalConditionModel")
     with meta():
         unet = UNetSpatioTemporalConditionModel(**plain(component.config))
-    weights, report = taken("unet.", unet, component, "unet")
+    weights, report = weights_of(unet, component, "unet", "unet.")
     return weights | dict(files.adapter), report
 
 
-def export_svd(
-    sources: Sources,
-    out: Path,
-    *,
-    frames: int = 16,
-    height: int = 576,
-    width: int = 1024,
-    say: Callable[[str], None] = lambda text: None,
-) -> list[str]:
-    """Write the bundle `out`, whole or not at all; what became of the keys, one line per file.
+def svd_system(
+    sources: Sources, *, frames: int = 16, height: int = 576, width: int = 1024, say: Callable[[str], None] = lambda text: None
+) -> System:
+    """The system of the files that `sources` names: every file is opened and every key checked, and nothing is written.
 
-    Every file is opened and checked before anything is written: `CheckpointError` names what does not fit.
+    `CheckpointError` names what does not fit. `say` is told what takes its time: VideoMAE, for the one clip that is encoded here.
     """
     base, size = sources.base, (height, width)
     check_pipeline(base, "StableVideoDiffusionPipeline")
-    config = plain(open_component(base, "unet", "UNetSpatioTemporalConditionModel").config)
-    vae_config = open_component(base, "vae", "AutoencoderKLTemporalDecoder").config
-    factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+    unet = open_component(base, "unet", "UNetSpatioTemporalConditionModel")
+    vae = open_component(base, "vae", "AutoencoderKLTemporalDecoder")
+    config = plain(unet.config)
+    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
     if frames < 2 or height % (8 * factor) or width % (8 * factor):
         raise CheckpointError(
             f"frames is {frames} and the size {height}x{width}; allowed: 2 frames or more, multiples of {8 * factor} pixels."
         )
     latents = (frames, config["out_channels"], height // factor, width // factor)
-    blocks = adapter_blocks(config)
-    files = open_motionrag(sources.motionrag, blocks, overlay=False, sos=sources.sos)
-    motion = (files.cama_size.num_queries, files.cama_size.dim)
-    model = {
-        "frames": frames, "height": height, "width": width, "fps": FPS, "latents": list(latents),
-        "motion_tokens": list(motion), "max_references": 9, "default_references": 9,
-    }  # fmt: skip
-    made = encoders(sources, files, frames, size)
-    checked = [made.motion(), made.appearance(), encode_part(base, size)]
-    reports = [*files.reports, step_weights(base, files)[1], *(report for part in checked for report in part.reports)]
+    files = open_motionrag(sources.motionrag, adapter_blocks(config), overlay=False, sos=sources.sos)
+    tokens = (files.cama_size.num_queries, files.cama_size.dim)
+    networks = motionrag.motionrag_networks(sources, files, frames, size)
+    image_encoder = open_component(base, "image_encoder", "CLIPVisionModelWithProjection")
+    encode = sources.keeping(encode_network(image_encoder, vae, size))
+    weights, step_report = step_weights(unet, files)
     scheduler = _scheduler(base)
-
-    query = sentence_encoder(sources.text_query)
-    reports += query.part.reports if query is not None else ()
-    convert_folder(sources.motionrag, sources.converted)  # nothing is written before this line
-    files = open_motionrag(sources.converted, blocks, overlay=False, sos=sources.sos)
-    made = encoders(sources, files, frames, size)
-    weights, _ = step_weights(base, files)
+    query = sources.sentence_encoder()
     say("unconditional tokens")
-    unconditional = unconditional_tokens(made.motion(), frames, size)
+    unconditional = motionrag.unconditional_tokens(networks["motion"], frames, size)
     ids = (FPS - 1.0, MOTION_BUCKET, NOISE_LEVEL)
     step = svd_step(
-        config, latents=latents, motion=motion, unconditional=unconditional, time_ids=ids,
-        first_guidance=FIRST_GUIDANCE,
+        config, latents=latents, motion=tokens, unconditional=unconditional, time_ids=ids, first_guidance=FIRST_GUIDANCE
+    )
+
+    made = (networks["motion"], networks["appearance"], encode, query.network)
+    released = sources.target_range == "released"
+    clip, picture = (frames, *size), Array(("batch", 3, *size))
+    args = {name: Array(("batch", *v.shape[1:]), v.dtype) for name, v in step_args(INPUTS, config, latents, tokens).items()}
+    euler = {n: motionrag.solver_table(*euler_rows(scheduler, n), GUIDANCE) for n in sources.steps}
+    # chunks of one size are one graph, run for each; a rest is a chunk inside the graph
+    count = frames if frames % DECODED else DECODED
+    tile = (tile_size(latents[2], sources.tiles), tile_size(latents[3], sources.tiles))
+    loops = {VIDEO: motionrag.denoising_loop({"euler": euler}, ("euler", motionrag.default_steps(sources)))}
+    schedules: dict[str, Schedules] = {VIDEO: {"euler": euler}}
+    if count < frames or tile != latents[2:]:
+        loops[PICTURES], schedules[PICTURES] = decoding_loop(
+            ("decode",), [(count, count)] * (frames // count), latents, tile, factor
+        )
+    return System(
+        "svd",
+        inputs=motionrag.motionrag_inputs(size, GUIDANCE, prompted=False, released_range=released),
+        graphs={
+            **motionrag.motionrag_graphs(networks, query.graph(), clip, tokens),
+            "encode": Graph(
+                encode, {"image": picture, "noise": picture}, ("image_context", "image_latents"), {"batch": BATCH}
+            ),
+            "decode": Graph(
+                sources.keeping(decode_network(vae)), {"latents": Array(("batch", count, latents[1], *tile))}, ("video",),
+                {"batch": BATCH},
+            ),
+        },
+        steps=(Step(Network(step, sources.kept(weights)), INPUTS, args, motionrag.STEP_OUTPUTS, motionrag.STEP_SIZES),),
+        plan=motionrag.motionrag_plan(
+            prompted=False, released_range=released, decode=PICTURES if PICTURES in loops else "decode"
+        ),
+        loops=loops,
+        schedules=schedules,
+        output=Output("video", *clip, float(FPS)),
+        memory=motionrag.motionrag_memory(clip, FPS, tokens),
+        tokenizers={"text_query": query.tokenizer},
+        approximations=tiles_quality(("decode",), sources.tiles),
+        provenance={
+            "dtype": sources.dtype, "sos_token": dict(files.sos), "target_range": sources.target_range,
+            "first_guidance": FIRST_GUIDANCE, "time_ids": list(ids),
+        },
+        reports=(*files.reports, step_report, *(report for network in made for report in network.reports)),
     )  # fmt: skip
-
-    with staged(out) as folder:
-        stage = Stage(folder, say, sources)
-        query_tokenizer, query_digest = add_text_query(stage, query)
-        digests = stage.add_encoders(made, model)
-        picture = torch.empty(1, 3, *size, device="meta")
-        stage.add(
-            "encode", encode_part(base, size), [Example({}, {"image": picture, "noise": picture})] * 2,
-            ("image_context", "image_latents"),
-        )  # fmt: skip
-        # chunks of one size are one graph, run for each (`motionrt.runtime.decode`); a rest is a chunk inside the graph
-        tile = (tile_size(length, sources.tiles) for length in latents[2:])
-        shape = (1, frames if frames % DECODED else DECODED, latents[1], *tile)
-        feed = {"latents": torch.empty(shape, device="meta")}
-        stage.add("decode", decode_part(base), [Example({}, feed)] * 2, ("video",))
-
-        cut = stage.add_step(step, step_args(INPUTS, config, latents, motion), INPUTS, weights)
-        return stage.finish(
-            "svd", model, cut, reports,
-            solvers={"euler": {n: euler_rows(scheduler, n) for n in sources.steps}},
-            tokenizers={"text_query": query_tokenizer},
-            digests={"text_query": query_digest, **digests},
-            chosen={"sos_token": dict(files.sos), "first_guidance": FIRST_GUIDANCE, "time_ids": list(ids)},
-        )  # fmt: skip
 
 
 def _scheduler(base: Path) -> Any:

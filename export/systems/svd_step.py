@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from motionrt.export.systems.motionrag import MotionAdapter, MotionAdapterCrossAttention, merge_heads, split_heads
+from motionrt.export.systems.rows import guided, like, paired, repeated, solved
 
 INPUTS: Mapping[str, str] = MappingProxyType(
     {
@@ -98,8 +99,8 @@ def install_svd_adapter(unet: Any, motion_width: int) -> None:
 class SvdStep(nn.Module):
     """One denoising step of SVD's image-to-video UNet with Motion-Adapters.
 
-    v = v_u + g_f (v_c - v_u) with g_f rising from `first_guidance` to g over the frames;  x0 = p0 x + p1 v;
-    x' = c0 x + c1 x0 + c2 x0_previous + c3 noise, x being the latents over sqrt(sigma^2 + 1): see `euler_rows`.
+    v = v_u + g_f (v_c - v_u) with g_f rising from `first_guidance` to g over the frames, then the solver's update (rows.py) of
+    x, the latents over sqrt(sigma^2 + 1): see `euler_rows`.
     """
 
     def __init__(
@@ -139,39 +140,34 @@ class SvdStep(nn.Module):
         image_latents: Tensor,
         motion_scale: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """`latents`, `previous_x0`, `noise` `[B, F, 4, H, W]`; `coefficients [6]`; `guidance []`, of the last frame;
-        `timestep [1]` float32, log(sigma) / 4; `image_context [B, 1, Dc]`; `motion [B, M, D]`; `image_latents
-        [B, 4, H, W]`; `motion_scale []` -> (next latents, x0), both `[B, F, 4, H, W]`.
+        """`latents`, `previous_x0`, `noise` `[B, F, 4, H, W]`; `coefficients [B, 6]`; `guidance [B]`, of the last frame;
+        `timestep [B]` float32, log(sigma) / 4; `image_context [B, 1, Dc]`; `motion [B, M, D]`; `image_latents
+        [B, 4, H, W]`; `motion_scale [B]` -> (next latents, x0), both `[B, F, 4, H, W]`. Row b is of request b, which may be
+        at a step of its own.
         """
-        batch, frames = latents.shape[:2]
-        still = image_latents[:, None].expand(-1, frames, -1, -1, -1)
-        conditioned = torch.cat([latents, still], dim=2)
+        still = image_latents[:, None].expand(-1, latents.shape[1], -1, -1, -1)
         # without conditions: no image. zeros of the latents' shape, and so no input of the request
         nothing = torch.zeros(still.shape, dtype=latents.dtype, device=latents.device)
         kind = self.unconditional_motion.dtype  # of the weights; guidance and solver keep what came in, fp32 in a bundle
-        sample = torch.cat([torch.cat([latents, nothing], dim=2), conditioned]).to(kind)
-        self.conditions.context = torch.cat([torch.zeros_like(image_context), image_context]).to(kind)
-        unconditional = self.unconditional_motion.expand(batch, -1, -1)
-        self.conditions.motion = torch.cat([unconditional, motion.to(kind)])
-        self.conditions.scale = motion_scale.to(kind)
+        sample = paired(torch.cat([latents, nothing], dim=2), torch.cat([latents, still], dim=2)).to(kind)
+        self.conditions.context = paired(torch.zeros_like(image_context), image_context).to(kind)
+        unconditional = self.unconditional_motion.expand(latents.shape[0], -1, -1)
+        self.conditions.motion = paired(unconditional, motion.to(kind))
+        self.conditions.scale = like(repeated(motion_scale.to(kind), 2), unconditional)
         output = self.network(sample, timestep).to(latents.dtype)
         self.conditions.context = self.conditions.motion = None
-        without, with_conditions = output[:batch], output[batch:]
-        scale = self.first_guidance + (guidance - self.first_guidance) * self.ramp.to(output.dtype)
-        guided = without + scale * (with_conditions - without)
-        p0, p1, c0, c1, c2, c3 = coefficients.unbind()
-        x0 = p0 * latents + p1 * guided
-        return c0 * latents + c1 * x0 + c2 * previous_x0 + c3 * noise, x0
+        scale = self.first_guidance + (like(guidance, latents) - self.first_guidance) * self.ramp.to(output.dtype)
+        return solved(coefficients, latents, guided(output, scale), previous_x0, noise)
 
     def network(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        """The UNet on `[B, F, 8, H, W]` -> `[B, F, 4, H, W]`: as diffusers' forward, with ONE row of time embedding for
-        all frames and samples (the release repeats it for each), so that what follows from it is a small table."""
+        """The UNet on `[2 B, F, 8, H, W]` -> `[2 B, F, 4, H, W]`: as diffusers' forward, with one row of time embedding for
+        each request (the release repeats it for samples and frames before the embedding)."""
         unet: Any = self.unet
         batch, frames = sample.shape[:2]
         x = sample.flatten(0, 1)
         time = unet.time_embedding(unet.time_proj(timestep).to(x.dtype))
         ids = unet.add_time_proj(self.time_ids).reshape(1, -1).to(x.dtype)
-        embedding = (time + unet.add_embedding(ids)).expand(batch * frames, -1)
+        embedding = repeated(time + unet.add_embedding(ids), 2 * frames)
         images = torch.zeros(batch, frames, dtype=x.dtype, device=x.device)  # 0: every row is a frame of a video
         context = self.conditions.context
         assert context is not None

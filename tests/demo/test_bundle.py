@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from motionrt.export.onnx.from_torch import Example, Range, onnx_from_torch
+from motionrt.export.onnx.from_torch import Example, Range
+from motionrt.export.onnx.streamed import stream_real
 from motionrt.export.systems.cogvideox_step import INPUTS
 from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from motionrt.runtime.bundle.bundle import Bundle
@@ -44,17 +45,17 @@ def test_rewritten_step_equals_the_plain_one_over_all_steps(bundle: Bundle, expo
     eager = export.eager_step(CHECKPOINT)
     solver = bundle.solver("dpm", 8)
     feed = {name: value.numpy() for name, value in export.step_feed(1, seed).items()}
-    feed["guidance"] = np.array(2.0, np.float32)
+    feed["guidance"] = np.array([2.0], np.float32)
     inputs = {port.name for port in bundle.graph("request").inputs}
     state = feed | request({name: feed[name] for name in inputs})
-    tables = schedule({"timesteps": solver.timesteps})
+    tables = schedule({"timestep": solver.timesteps})
     wanted = {port.name for port in bundle.graph("step").inputs}
     shape = (1, *bundle.model.latents)
     ours = plain = noise(seed, 0, shape)
     ours_x0 = plain_x0 = np.zeros(shape, np.float32)
     for index, row in enumerate(solver.coefficients):
-        shared = {"coefficients": row, "noise": noise(seed, index + 1, shape)}
-        values = state | shared | {name: table[index] for name, table in tables.items()}
+        shared = {"coefficients": row[None], "noise": noise(seed, index + 1, shape)}
+        values = state | shared | {name: table[index : index + 1] for name, table in tables.items()}
         values |= {"latents": ours, "previous_x0": ours_x0}
         result = step({name: values[name] for name in wanted})
         ours, ours_x0 = result["next_latents"], result["x0"]
@@ -69,8 +70,8 @@ def test_motion_scale_zero_is_the_base_model(bundle: Bundle, export: ModuleType)
     """With scale 0 the motion tokens have no say at all: bit for bit the same step."""
     backend = OnnxRuntimeBackend(threads=1)
     request, step = backend.load(bundle, "request"), backend.load(bundle, "step")
-    feed = {name: value.numpy() for name, value in export.step_feed(1).items()} | {"motion_scale": np.array(0.0, np.float32)}
-    tables = backend.load(bundle, "schedule")({"timesteps": np.array([500])})
+    feed = {name: value.numpy() for name, value in export.step_feed(1).items()} | {"motion_scale": np.array([0.0], np.float32)}
+    tables = backend.load(bundle, "schedule")({"timestep": np.array([500])})
     results = []
     for factor in (1.0, -3.0):
         changed = feed | {"motion": (feed["motion"] * factor).astype(np.float32)}
@@ -95,7 +96,7 @@ def test_reexport_reproduces_the_shipped_graph(bundle: Bundle, export: ModuleTyp
     model = demo.load(CHECKPOINT)
     decode = export.Method({"autoencoder": model.autoencoder}, lambda self, x: self.autoencoder.decode(x))
     examples = [Example({"batch": b}, {"latents": torch.randn(b, *demo.LATENTS)}) for b in (2, 3)]
-    onnx_from_torch(tmp_path / "decode.onnx", decode, examples, ("video",), {"batch": Range(1, 1, 4)})
+    stream_real(tmp_path / "decode.onnx", decode, examples, ("video",), {"batch": Range(1, 1, 4)})
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(tmp_path / "decode.onnx"), providers=["CPUExecutionProvider"])

@@ -22,7 +22,7 @@ from motionrt.runtime.by_path import load_by_path  # noqa: E402
 
 Run = Callable[..., tuple[int, str, str]]
 HERE = Path(__file__).parent
-models = load_by_path(Path(__file__).resolve().parents[2] / "tests/helpers/real_models.py")
+models = load_by_path(Path(__file__).resolve().parents[2] / "tests/helpers/tiny_models.py")
 sentence = load_by_path(Path(__file__).resolve().parents[2] / "tests/export/checkpoints/test_sentence.py")
 COGVIDEOX, SVD = "cogvideox-5b-i2v", "svd"
 PARTS = {  # files of a download -> where their tensors are

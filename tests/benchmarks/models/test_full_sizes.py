@@ -13,7 +13,7 @@ pytest.importorskip("diffusers")
 from motionrt.benchmarks.models import full_sizes  # noqa: E402
 from motionrt.export.compiler.weightless import fake_partition, weights_by_class  # noqa: E402
 from motionrt.export.systems import cogvideox_step as cogvideox  # noqa: E402
-from motionrt.export.systems.published import COGVIDEOX_5B_I2V, OUTPUTS, cogvideox_step, step_args  # noqa: E402
+from motionrt.export.systems.steps import COGVIDEOX_5B_I2V, OUTPUTS, cogvideox_step, step_args  # noqa: E402
 from motionrt.runtime.bundle.footprint import plan_memory  # noqa: E402
 
 

@@ -39,8 +39,8 @@ from motionrt.export.checkpoints.motionrag_files import (  # noqa: E402
     overlay_shapes,
 )
 from motionrt.export.checkpoints.safetensors_file import Entry, read_header, sparse_file, write_file  # noqa: E402
-from motionrt.runtime.by_path import load_by_path  # noqa: E402
 from motionrt.runtime.files import sha256_of  # noqa: E402
+from motionrt.runtime.by_path import load_by_path  # noqa: E402
 
 release = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/release_files.py")
 BLOCKS = {f"transformer.transformer_blocks.{i}.attn1": 64 for i in range(2)}

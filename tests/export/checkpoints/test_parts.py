@@ -23,7 +23,7 @@ from motionrt.runtime.bundle.bundle import Dim  # noqa: E402
 from motionrt.runtime.by_path import load_by_path  # noqa: E402
 from motionrt.runtime.decode import decode_video  # noqa: E402
 
-models = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/real_models.py")
+models = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/tiny_models.py")
 HEIGHT, WIDTH = 16, 32
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,16 @@ pytest.importorskip("diffusers")
 from diffusers import CogVideoXTransformer3DModel, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from motionrt.benchmarks.counts import COGVIDEOX, MOTION, UNET  # noqa: E402
 from motionrt.export.compiler.partition import Partition  # noqa: E402
 from motionrt.export.compiler.weightless import fake_partition, leaves, materialise, weights_by_class  # noqa: E402
 from motionrt.export.systems import cogvideox_step as cogvideox  # noqa: E402
 from motionrt.export.systems import svd_step as svd  # noqa: E402
 from motionrt.export.systems.motionrag import MotionAdapterCrossAttention, install_cogvideox_adapter  # noqa: E402
-from motionrt.export.systems.published import OUTPUTS, cogvideox_step, step_args, structure  # noqa: E402
+from motionrt.export.systems.steps import OUTPUTS, cogvideox_step, step_args, structure  # noqa: E402
+from motionrt.runtime.by_path import load_by_path  # noqa: E402
+
+_counts = load_by_path(Path(__file__).resolve().parents[3] / "benchmarks" / "counts.py")
+COGVIDEOX, UNET, MOTION = _counts.COGVIDEOX, _counts.UNET, _counts.MOTION
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -36,13 +40,13 @@ def filled(args: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(seed)
     feed = {name: torch.randn(value.shape, generator=draw) for name, value in args.items()}
     feed["timestep"] = torch.tensor([0.4]) if args["timestep"].is_floating_point() else torch.tensor([500])
-    return feed | {"guidance": torch.tensor(2.5), "motion_scale": torch.tensor(0.7)}
+    return feed | {"guidance": torch.tensor([2.5]), "motion_scale": torch.tensor([0.7])}
 
 
 def run(cut: Partition, feed: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[Tensor]:
     """The programs of a fake partition with the weights of `state`, one buffer at a time."""
     env = dict(feed)
-    for program in (cut.schedule, cut.request, cut.step):
+    for program in cut.programs.values():
         for name in program.weights:
             setattr(program.module, name, materialise(cut, program, name, state.get))
         with torch.no_grad():
@@ -77,7 +81,7 @@ def test_cogvideox_programs_without_weights_equal_the_step_once_they_are_read(
             return_dict=False,
         )[0]  # fmt: skip
         guided = v[:1] + feed["guidance"] * (v[1:] - v[:1])
-        c = feed["coefficients"]
+        c = feed["coefficients"][0]
         x0 = c[0] * feed["latents"] + c[1] * guided
         want = [c[2] * feed["latents"] + c[3] * x0 + c[4] * feed["previous_x0"] + c[5] * feed["noise"], x0]
     cut = native
@@ -86,7 +90,7 @@ def test_cogvideox_programs_without_weights_equal_the_step_once_they_are_read(
         cut = fake_partition(step, tuple(args.values()), cogvideox.INPUTS, outputs=OUTPUTS)
     state = {f"transformer.{name}": value for name, value in transformer.state_dict().items()}
     equal(run(cut, feed, state), want)
-    learned = {n for p in (cut.step, cut.request, cut.schedule) for node in p.weights.values() for n in leaves(node)}
+    learned = {n for p in cut.programs.values() for node in p.weights.values() for n in leaves(node)}
     assert ("transformer.patch_embed.pos_embedding" in learned) == (frames == 3)
 
 
@@ -127,7 +131,7 @@ def test_svd_programs_without_weights_equal_diffusers_unet_with_plain_adapters(
         v = unet(sample, feed["timestep"], torch.cat([torch.zeros_like(context), context]), ids, return_dict=False)[0]
     scale = torch.linspace(1.0, 2.5, frames).view(1, -1, 1, 1, 1)  # per-frame guidance as in diffusers' pipeline
     guided = v[:1] + scale * (v[1:] - v[:1])
-    c = feed["coefficients"]
+    c = feed["coefficients"][0]
     x0 = c[0] * feed["latents"] + c[1] * guided
     want = [c[2] * feed["latents"] + c[3] * x0 + c[4] * feed["previous_x0"] + c[5] * feed["noise"], x0]
     equal(run(cut, feed, state), want)
@@ -187,7 +191,7 @@ def cogvideox_scheduler() -> Any:
 
 @pytest.mark.slow
 def test_partition_of_cogvideox_at_full_width_counts_the_released_weights() -> None:
-    # two of 42 blocks; all of them, and SVD, are rows of benchmarks/models/partition_report.py
+    # two of 42 blocks; all of them, and SVD, are rows of benchmarks/partition_report.py
     sizes = weights_by_class(structure("cogvideox-5b-i2v", frames=17, layers=2))
     block = 2 * (512 * 18432 + 18432)
     ends = (3072 * 512 + 512) + (512 * 512 + 512) + (512 * 6144 + 6144)

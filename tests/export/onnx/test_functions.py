@@ -13,8 +13,9 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from motionrt.export.onnx.from_torch import OPSET, Example, Range, onnx_from_torch
+from motionrt.export.onnx.from_torch import OPSET, Example, Range
 from motionrt.export.onnx.functions import DOMAIN, add_functions, function_name, motion_cross_attention_function
+from motionrt.export.onnx.streamed import stream_real
 from motionrt.kernels.motion_cross_attention import motion_cross_attention, reference
 
 
@@ -42,7 +43,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("onnx") / "step.onnx"
     examples = [Example({"length": n, "batch": b}, feed(n, b)) for n, b in ((6, 2), (9, 3), (17, 1))]
     ranges = {"length": Range(1, 6, 64), "batch": Range(1, 2, 4)}
-    onnx_from_torch(path, Step(), examples, ("first", "second"), ranges)  # raises unless ONNX Runtime agrees at all three
+    stream_real(path, Step(), examples, ("first", "second"), ranges)  # raises unless ONNX Runtime agrees at all three
     return path
 
 
@@ -71,12 +72,12 @@ def test_an_assignment_to_a_slice_is_a_join_where_it_can_be(
 ) -> None:
     examples = [Example({"batch": n}, {"x": torch.arange(6.0 * n).reshape(n, 6)}) for n in (2, 3)]
     module = Assigned(start, end, step)
-    onnx_from_torch(tmp_path / "graph.onnx", module, examples, ("y",), {"batch": Range(1, 2, 4)})  # raises where numbers differ
+    stream_real(tmp_path / "graph.onnx", module, examples, ("y",), {"batch": Range(1, 2, 4)})  # raises where numbers differ
     kinds = {node.op_type for node in onnx.load(tmp_path / "graph.onnx").graph.node}
     assert not joined or "ScatterND" not in kinds
 
 
-def test_onnx_from_torch_keeps_the_op_as_one_node_with_a_function(exported: Path) -> None:
+def test_stream_real_keeps_the_op_as_one_node_with_a_function(exported: Path) -> None:
     model = onnx.load(exported)
     onnx.checker.check_model(model, full_check=True)
     ours = [node.op_type for node in model.graph.node if node.domain == DOMAIN]

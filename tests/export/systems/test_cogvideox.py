@@ -27,8 +27,8 @@ from motionrt.runtime.memory.rows import Reference  # noqa: E402
 from motionrt.runtime.pipeline import MotionPipeline  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-models = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/real_models.py")
-plainly = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/real_reference.py")
+models = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/tiny_models.py")
+plainly = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/diffusers_reference.py")
 FRAMES, SEED, LAYERS, STEPS, SIZE = 17, 11, 3, 4, (16, 32)
 
 

@@ -20,15 +20,15 @@ from safetensors.torch import load_file  # noqa: E402
 from motionrt.export.systems import cogvideox_step as cogvideox  # noqa: E402
 from motionrt.export.systems import svd_step as svd  # noqa: E402
 from motionrt.export.systems.cogvideox import EncodeCausal  # noqa: E402
-from motionrt.export.systems.published import cogvideox_step, svd_step  # noqa: E402
+from motionrt.export.systems.steps import cogvideox_step, svd_step  # noqa: E402
 from motionrt.export.systems.svd import EncodeStill  # noqa: E402
 from motionrt.runtime.by_path import load_by_path  # noqa: E402
 from motionrt.runtime.loop import dynamic_guidance, sample  # noqa: E402
 from motionrt.runtime.noise import noise  # noqa: E402
 from motionrt.runtime.pipeline import _ENCODER_DRAW  # noqa: E402
 
-models = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/real_models.py")
-plainly = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/real_reference.py")
+models = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/tiny_models.py")
+plainly = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/diffusers_reference.py")
 SEED, STEPS, SIZE, LAYERS = 3, 4, (16, 32), 3
 Change = Callable[[Any], Any]
 
@@ -114,11 +114,11 @@ def ours(
         still = encode(video["image"], torch.from_numpy(noise(SEED, _ENCODER_DRAW, (1, *shape[1:]))))
     state = {
         "text": text, "negative_text": negative, "motion": motion, "image_latents": still,
-        "motion_scale": torch.tensor(scale),
+        "motion_scale": torch.tensor([scale]),
     }  # fmt: skip
     return sample(
         in_torch(step), latents=noise(SEED, 0, (1, *shape)), state={name: value.numpy() for name, value in state.items()},
-        tables={"timestep": timesteps[:, None]}, coefficients=rows(coefficients),
+        tables={"timestep": timesteps}, coefficients=rows(coefficients),
         guidance=np.asarray(dynamic_guidance(guidance, timesteps) if dynamic else guidance, np.float32),
         noise=lambda index: noise(SEED, index + 1 - late, (1, *shape)),
     )  # fmt: skip
@@ -211,11 +211,11 @@ def test_svd_denoiser_is_that_of_diffusers_pipeline_until_it_is_broken(broken: s
         encode = EncodeStill(parts["image_encoder"], parts["vae"], SIZE)
         context, latents = encode(image, torch.from_numpy(noise(SEED, _ENCODER_DRAW, (1, 3, *SIZE))))
     state = {
-        "image_context": context.numpy(), "image_latents": latents.numpy(), "motion_scale": np.float32(1),
+        "image_context": context.numpy(), "image_latents": latents.numpy(), "motion_scale": np.ones(1, np.float32),
         "motion": tokens(3 if broken == "motion" else 1).numpy(),
     }  # fmt: skip
     got = sample(
-        in_torch(step), latents=noise(SEED, 0, (1, frames, 4, 8, 16)), state=state, tables={"timestep": timesteps[:, None]},
+        in_torch(step), latents=noise(SEED, 0, (1, frames, 4, 8, 16)), state=state, tables={"timestep": timesteps},
         coefficients=rows, guidance=3.0, noise=lambda index: np.zeros(1),
     )  # fmt: skip
     assert apart(got, want) < 1e-5 if broken is None else apart(got, want) > 1e-3

@@ -14,10 +14,10 @@ pytest.importorskip("diffusers")
 from motionrt.export.compiler.partition import Partition, partition  # noqa: E402
 from motionrt.export.systems import cogvideox_step as cogvideox  # noqa: E402
 from motionrt.export.systems import svd_step as svd  # noqa: E402
-from motionrt.export.systems.published import OUTPUTS, Latents, cogvideox_step, step_args, svd_step  # noqa: E402
+from motionrt.export.systems.steps import OUTPUTS, Latents, cogvideox_step, step_args, svd_step  # noqa: E402
 from motionrt.runtime.by_path import load_by_path  # noqa: E402
 
-models = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/real_models.py")
+models = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/tiny_models.py")
 MOTION = (5, 64)
 MODELS: dict[str, tuple[Callable[..., Any], Any, dict[str, Any], Latents]] = {
     "cogvideox": (cogvideox_step, cogvideox.INPUTS, models.cogvideox_config(3, heads=2), (3, 4, 4, 8)),
@@ -45,8 +45,8 @@ def request(inputs: Any, config: dict[str, Any], latents: Latents) -> dict[str, 
     draw = torch.Generator().manual_seed(1)
     values = {name: torch.randn(v.shape, generator=draw) for name, v in step_args(inputs, config, latents, MOTION).items()}
     time = torch.tensor([500]) if inputs is cogvideox.INPUTS else torch.tensor([0.4])
-    fixed = {"coefficients": torch.tensor([0.8, -0.6, 0.7, 0.3, 0.0, 0.0]), "guidance": torch.tensor(3.0)}
-    return {**values, **fixed, "timestep": time, "motion_scale": torch.tensor(1.0)}
+    fixed = {"coefficients": torch.tensor([[0.8, -0.6, 0.7, 0.3, 0.0, 0.0]]), "guidance": torch.tensor([3.0])}
+    return {**values, **fixed, "timestep": time, "motion_scale": torch.tensor([1.0])}
 
 
 def rewritten(cut: Partition, values: dict[str, Any]) -> list[Any]:

@@ -22,8 +22,8 @@ from motionrt.runtime.memory.rows import Reference  # noqa: E402
 from motionrt.runtime.pipeline import MotionPipeline  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-models = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/real_models.py")
-plainly = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/real_reference.py")
+models = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/tiny_models.py")
+plainly = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/diffusers_reference.py")
 FRAMES, HEIGHT, WIDTH, SEED, STEPS = 17, 16, 32, 5, 3  # sizes of the CogVideoX tests: the encoders are the same graphs
 
 

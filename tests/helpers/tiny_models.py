@@ -6,6 +6,7 @@ Loaded by path: the tests are not a package.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -165,52 +166,51 @@ def write_svd(folder: Path, config: dict[str, Any] = UNET, dtype: torch.dtype = 
 def sources(folder: Path, seed: int, steps: tuple[int, ...], encoders: Path | None = None) -> Any:
     """What an export of the files in `folder` is told, `encoders` being elsewhere if given; `seed`: of the sos token."""
     from motionrt.export.checkpoints.motionrag_files import SosToken
-    from motionrt.export.systems.stage import Sources
+    from motionrt.export.systems.motionrag_graphs import Sources
 
     where = encoders or folder
     return Sources(
-        folder / "base", folder / "rag", where / "videomae", where / "dinov2", folder / "converted",
-        sos=SosToken(seed=seed), steps=steps,
-    )  # fmt: skip
+        folder / "base", folder / "rag", where / "videomae", where / "dinov2", sos=SosToken(seed=seed), steps=steps
+    )
 
 
 @contextlib.contextmanager
 def shared_graphs(store: Path) -> Iterator[None]:
-    """Exports in the block take the packaged text encoder, and put every graph but a step's into `store` or find it there: no
-    session needs the same weights, module and sizes exported twice."""
-    from motionrt.export.systems.stage import Stage, digest_of
+    """Exports in the block take the demo's graph of the packaged text encoder, and put every graph but a step's into `store` or
+    find it there: no session needs the same weights, module and sizes exported twice."""
+    from motionrt.export.exporter import Writer
 
-    plain = Stage.add
+    plain = Writer.add
 
-    def add(self: Any, name: str, part: Any, examples: Any, outputs: Any, **sizes: Any) -> None:
+    def add(self: Any, name: str, graph: Any) -> None:
+        network = graph.network
+        if network.package is not None:
+            self.graphs[name] = packaged_text_query(self.folder)
+            return
         settings = sorted(
-            (k, str(v)) for k, v in vars(part.module).items() if isinstance(v, int | str | list | tuple | torch.dtype)
+            (k, str(v)) for k, v in vars(network.module).items() if isinstance(v, int | str | list | tuple | torch.dtype)
         )
-        shapes = [{port: tuple(value.shape) for port, value in example.feed.items()} for example in examples]
-        kept = store / f"{name}-{digest_of(part.weights, repr([settings, shapes, outputs, repr(part.module)]))[:16]}"
-        data = f"graphs/{name}.safetensors"
+        about = repr([settings, graph.inputs, graph.outputs, graph.sizes, graph.weights_of, repr(network.module)])
+        kept = store / f"{name}-{hashlib.sha256((network.digest() + about).encode()).hexdigest()[:16]}"
+        files = (f"{name}.onnx", f"{graph.weights_of or name}.safetensors")
         if kept.is_dir():
-            for file in (f"{name}.onnx", f"{name}.safetensors"):
+            for file in files:
                 shutil.copy(kept / file, self.folder / "graphs" / file)
             self.graphs[name] = json.loads((kept / "entry.json").read_text())
             return
-        plain(self, name, part, examples, outputs, **sizes)
-        assert self.graphs[name]["data"]["file"] == data
+        plain(self, name, graph)
         kept.mkdir(parents=True)
-        for file in (f"{name}.onnx", f"{name}.safetensors"):
+        for file in files:
             shutil.copy(self.folder / "graphs" / file, kept / file)
         (kept / "entry.json").write_text(json.dumps(self.graphs[name]))
 
-    with patch.object(Stage, "add", add), patch.object(Stage, "add_text_query", packaged_text_query):
+    with patch.object(Writer, "add", add):
         yield
 
 
-def packaged_text_query(self: Any) -> tuple[str, str]:
-    """`Stage.add_text_query` with the demo's graph of the same encoder, which need not be exported in every test."""
+def packaged_text_query(folder: Path) -> dict[str, Any]:
+    """Copies the demo's graph of the packaged encoder, which need not be exported in every test, into a bundle; its entry."""
     demo = Path(__file__).resolve().parents[2] / "demo" / "bundle"
-    manifest = json.loads((demo / "bundle.json").read_text())
-    entry = dict(manifest["graphs"]["text_query"])
-    shutil.copy(demo / entry.pop("file"), self.folder / "graphs" / "text_query.onnx")
-    del entry["sha256"]
-    self.graphs["text_query"] = entry
-    return (demo / "tokenizers" / "text_query.json").read_text(), manifest["digests"]["text_query"]
+    entry: dict[str, Any] = json.loads((demo / "bundle.json").read_text())["graphs"]["text_query"]
+    shutil.copy(demo / entry["file"], folder / entry["file"])
+    return entry

@@ -1,0 +1,254 @@
+"""The one exporter: any `System` as a bundle, whole or not at all.
+
+    lines = export_system(system, out, say=print)     # what became of the keys of its files, a line each
+
+Weights of published models are streamed: the largest thing in memory is one tensor. A module that is in memory is checked against
+its graph. bundle.json is filled in from the structs that the run side reads it by, and read once more before it is published.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors.numpy import save_file
+from torch import Tensor
+
+import motionrt
+from motionrt.export.compiler.partition import Partition, Program, partition
+from motionrt.export.compiler.weightless import fake_partition, weights_by_class
+from motionrt.export.onnx.from_torch import Example
+from motionrt.export.onnx.streamed import stream_module, stream_program, stream_real
+from motionrt.export.onnx.torch_programs import FOLDER as PROGRAMS
+from motionrt.export.systems.system import Graph, Step, System
+from motionrt.runtime.bundle.manifest import FORMAT, MemorySpec, read_manifest
+from motionrt.runtime.files import sha256_of
+
+Say = Callable[[str], None]
+_TABLES = "rows.safetensors"
+OVER_STEPS = ("schedule", "timeline")  # classes of the compiler whose graphs take all timesteps at once
+
+
+def silent(text: str) -> None:
+    """Says nothing."""
+
+
+def export_system(system: System, out: Path, *, programs: bool = True, say: Say = silent) -> list[str]:
+    """Write the bundle `out`, whole or not at all; what became of the keys of its files, one line per file.
+
+    `programs`: with the torch programs of the loops' graphs; `say` is told which graph is next. Nothing but weights is read from
+    here on: `system` was checked when it was made. Raises `ParityError` for a graph that does not give what its module gives.
+    """
+    with staged(out) as folder:
+        writer = Writer(folder, programs, say)
+        for name, graph in system.graphs.items():
+            writer.add(name, graph)
+        reports = [writer.cut(step) for step in system.steps]
+        writer.finish(system, reports)
+    return [report.summary() for report in system.reports]
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A directory to write into; it takes the place of `out` when the block ends well, and vanishes otherwise."""
+    partial, old = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.old")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    (partial / "graphs").mkdir(parents=True)
+    (partial / "tokenizers").mkdir()
+    try:
+        yield partial
+        if out.exists():
+            os.replace(out, old)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+class Writer:
+    """The files of one bundle in the making: graphs are added one after the other, then `finish`. `graphs`: their entries."""
+
+    def __init__(self, folder: Path, programs: bool, say: Say) -> None:
+        self.folder, self.programs, self.say = folder, programs, say
+        self.graphs: dict[str, dict[str, Any]] = {}
+        self.tables: dict[str, list[str]] = {}  # graph of a loop -> graphs that make tables for all of its steps
+        self.empty: set[str] = set()  # graphs that a cut left nothing for
+
+    def add(self, name: str, graph: Graph) -> None:
+        """Write one graph; its network stays as it is."""
+        self.say(name)
+        path, network, examples = self._path(name), graph.network, graph.examples()
+        if graph.real:
+            outside = {name: lazy.read().numpy() for name, lazy in (network.weights or {}).items()}
+            entry = stream_real(path, network.module, examples, graph.outputs, graph.sizes, external=outside)
+            if network.package is not None:
+                entry["weights"] = msgspec.to_builtins(network.package)
+        else:
+            shared = self.folder / self.graphs[graph.weights_of]["data"]["file"] if graph.weights_of else None
+            module = copy.deepcopy(network.module)  # a trace uses up a module without weights
+            find = (network.weights or {}).get
+            entry = stream_module(path, module, examples, graph.outputs, find, graph.sizes, shared=shared)
+            if graph.weights_of:
+                entry["data"] = self.graphs[graph.weights_of]["data"]
+        if network.wide:
+            entry["wide"] = list(network.wide)
+        self._keep(name, entry)
+        gc.collect()
+
+    def cut(self, step: Step) -> dict[str, Any]:
+        """Write the graphs that a step is cut into, with their torch programs; what the manifest says of the cut."""
+        self.say("partition")
+        module, weights, most = step.network.module, step.network.weights, step.sizes["batch"].max
+        feeds = step.examples()
+        if weights is None:
+            rows = torch.export.Dim("batch", min=1, max=most)
+            first = tuple(feeds[0].values())
+            cut = partition(module, first, step.changes, outputs=step.outputs, dynamic_shapes=tuple({0: rows} for _ in first))
+        else:
+            cut = fake_partition(module, tuple(feeds[-1].values()), step.changes, outputs=step.outputs, batch=most)
+        for kind, program in cut.programs.items():
+            name = f"{kind}{step.suffix}"
+            if not program.outputs:
+                self.empty.add(name)
+                continue
+            self.say(name)
+            torch_program = self.folder / PROGRAMS / f"{name}.pt2" if self.programs else None
+            if weights is None:
+                examples = _program_examples(cut, kind, feeds)
+                entry = stream_real(
+                    self._path(name), program.module, examples, program.outputs, step.sizes, torch_program=torch_program
+                )
+            else:
+                entry = stream_program(self._path(name), cut, kind, weights.get, step.sizes, torch_program)
+            self._keep(name, entry)
+            if kind in OVER_STEPS:
+                self.tables.setdefault(f"step{step.suffix}", []).append(name)
+        if step.plain:
+            examples = [Example({"batch": _rows(feed)}, feed) for feed in feeds]
+            name = f"step{step.suffix}_plain"
+            self._keep(name, stream_real(self._path(name), module, examples, step.outputs, step.sizes))
+        widths = {name: lazy.dtype.itemsize for name, lazy in (weights or {}).items()}
+        classes = {kind: asdict(size) for kind, size in weights_by_class(cut, widths).items()}
+        return {**cut.report(), "weights": classes}
+
+    def _path(self, name: str) -> Path:
+        return self.folder / "graphs" / f"{name}.onnx"
+
+    def _keep(self, name: str, entry: dict[str, Any]) -> None:
+        self.graphs[name] = {"file": f"graphs/{name}.onnx", "sha256": sha256_of(self._path(name)), **entry}
+
+    def finish(self, system: System, partitions: list[dict[str, Any]]) -> None:
+        """Write rows, tokenizers, keys.json and bundle.json; `BundleError` for a manifest that the run side would not take."""
+        schedules = {
+            f"{loop}/{name}/{steps}": rows
+            for loop, entries in system.schedules.items()
+            for name, lengths in entries.items()
+            for steps, rows in lengths.items()
+        }
+        save_file(schedules, self.folder / _TABLES)
+        for name, tokenizer in system.tokenizers.items():
+            (self.folder / "tokenizers" / f"{name}.json").write_text(tokenizer.json, encoding="utf-8")
+        if system.reports:
+            keys = json.dumps([asdict(report) for report in system.reports], indent=1)
+            (self.folder / "keys.json").write_text(f"{keys}\n", encoding="utf-8")
+        loops = {
+            name: msgspec.structs.replace(loop, tables=tuple(t for graph in loop.graphs for t in self.tables.get(graph, ())))
+            for name, loop in system.loops.items()
+        }
+        manifest = {
+            "format": FORMAT,
+            "name": system.name,
+            "motionrt": motionrt.__version__,
+            "inputs": _sparse(system.inputs),
+            "plan": [_sparse(node) for node in system.plan if (node if isinstance(node, str) else node.graph) not in self.empty],
+            "loops": _sparse(loops),
+            "graphs": self.graphs,
+            "tables": self._file(_TABLES),
+            "output": _sparse(system.output),
+            "memory": None if system.memory is None else _sparse(self._fingerprinted(system, system.memory)),
+            "tokenizers": {
+                name: {**self._file(f"tokenizers/{name}.json"), "max_length": text.max_length, "pad_id": text.pad_id}
+                for name, text in system.tokenizers.items()
+            },
+            "approximations": [msgspec.to_builtins(entry) for entry in system.approximations],
+            "partition": partitions[0] if len(partitions) == 1 else dict(enumerate(partitions)),
+            "provenance": {**system.provenance, **self._counted(system, partitions), "torch": torch.__version__},
+        }
+        (self.folder / "bundle.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        read_manifest(self.folder / "bundle.json")
+
+    def _counted(self, system: System, partitions: list[dict[str, Any]]) -> dict[str, Any]:
+        """Lines about the keys; bytes that each graph keeps resident, of a request's state, and of a row of the tables."""
+        files = {name: self.folder / entry["data"]["file"] for name, entry in self.graphs.items() if "data" in entry}
+        hoisted = [tensor for partition in partitions for tensor in partition["hoisted"]]
+        memory = {
+            "weights": {name: files[name].stat().st_size if name in files else 0 for name in self.graphs},
+            "request_state": sum(tensor["bytes"] for tensor in hoisted if tensor["class"] == "request"),
+            "schedule_row": sum(tensor["bytes"] for tensor in hoisted if tensor["class"] in OVER_STEPS),
+        }
+        return {"keys": [report.summary() for report in system.reports], "memory": memory}
+
+    def _file(self, relative: str) -> dict[str, str]:
+        return {"file": relative, "sha256": sha256_of(self.folder / relative)}
+
+    def _fingerprinted(self, system: System, memory: MemorySpec) -> MemorySpec:
+        """`memory` with the SHA-256 of all that made its vectors and records: networks, tokenizer, clip size and record."""
+        networks = {name: system.graphs[name].network.digest() for name in (memory.query, *memory.graphs)}
+        made = {
+            "networks": networks,
+            "tokenizer": hashlib.sha256(system.tokenizers[memory.tokenizer].json.encode()).hexdigest(),
+            "clip": msgspec.to_builtins(memory.clip),
+            "record": msgspec.to_builtins(memory.record),
+        }
+        text = json.dumps(made, sort_keys=True)
+        return msgspec.structs.replace(memory, fingerprint=hashlib.sha256(text.encode()).hexdigest())
+
+
+def _program_examples(cut: Partition, kind: str, feeds: Sequence[Mapping[str, Tensor]]) -> list[Example]:
+    """Inputs of a program of a real module, from inputs of the whole step and what the programs before it make of them."""
+    found = []
+    for feed in feeds:
+        values, tables = dict(feed), {name for name in cut.schedule.inputs}
+        for before, program in cut.programs.items():
+            if before == kind:
+                break
+            if before == "timeline":  # for one request at a time: each row here is a request at a step of its own
+                rows = [_run(program, {n: v[i : i + 1] for n, v in values.items()}) for i in range(_rows(feed))]
+                values |= {name: torch.cat([row[name] for row in rows]) for name in program.outputs}
+            else:
+                values |= _run(program, values)
+            tables |= set(program.outputs) if before == "schedule" else set()
+        inputs = {name: values[name] for name in cut.programs[kind].inputs}
+        if kind == "timeline":
+            inputs = {name: value if name in tables else value[:1] for name, value in inputs.items()}
+        found.append(Example({"steps" if kind in OVER_STEPS else "batch": _rows(feed)}, inputs))
+    return found
+
+
+def _run(program: Program, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return dict(zip(program.outputs, program.module(*(values[name] for name in program.inputs)), strict=True))
+
+
+def _rows(feed: Mapping[str, Tensor]) -> int:
+    return next(iter(feed.values())).shape[0]
+
+
+def _sparse(value: Any) -> Any:
+    """A struct of the manifest as JSON, without what says nothing: null, and empty lists and objects."""
+    value = msgspec.to_builtins(value, str_keys=True)
+    if isinstance(value, dict):
+        return {key: _sparse(entry) for key, entry in value.items() if entry not in (None, {}, [], ())}
+    return [_sparse(entry) for entry in value] if isinstance(value, list | tuple) else value
