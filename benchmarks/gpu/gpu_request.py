@@ -28,7 +28,6 @@ from motionrt.benchmarks.gpu.gpu_ceilings import facts, waiting
 from motionrt.benchmarks.models import full_step
 from motionrt.benchmarks.models.full_step import step_inputs
 from motionrt.export.checkpoints.parts import AppearanceTokens, MotionTokens, Preprocess, picked
-from motionrt.export.compiler.partition import Batched
 from motionrt.export.systems.cogvideox_step import INPUTS
 from motionrt.export.systems.motionrag import Cama, Resampler
 
@@ -211,7 +210,7 @@ def request(bench: Bench) -> None:
     module = full_step.build_step(size, bench.dtype, bench.device)
     cut = full_step.cut(size, bench.dtype, bench.device, module)
     timesteps = torch.linspace(999, 20, bench.options.steps).long()
-    schedule, decoder = Batched(cut.schedule).to(bench.device), cogvideox_decoder(bench)
+    schedule, decoder = cut.schedule.module.to(bench.device), cogvideox_decoder(bench)
     given = {name: values[name].cpu() for name, kind in INPUTS.items() if kind == "request"}
     noise = [torch.randn(values["noise"].shape, generator=torch.Generator().manual_seed(i)) for i in range(len(timesteps) + 1)]
 
@@ -229,7 +228,7 @@ def request(bench: Bench) -> None:
         tables = schedule(timesteps.to(bench.device))
 
         def step(index: int, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-            rows = dict(zip(cut.schedule.outputs, (table[index] for table in tables), strict=True))
+            rows = dict(zip(cut.schedule.outputs, (table[index : index + 1] for table in tables), strict=True))
             everything = {**known, **rows, **state}
             found = graph.run({name: everything[name] for name in cut.step.inputs})
             return found["next_latents"], found["x0"]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch.fx import Graph, GraphModule, Node
 
@@ -142,12 +142,13 @@ def _through(node: Node, known: dict[Node, Broadcast], graph: Graph) -> Broadcas
     nodes = [n for n in node.all_input_nodes if n in known]
     if not nodes:
         return None
-    target, args, kwargs = node.target, node.args, node.kwargs
+    target: Any = node.target
+    args: Any = node.args
     if target in POINTWISE:
         return _through_pointwise(node, known, graph)
     if target in (aten.cat.default, aten.stack.default):
         return _through_join(node, known, graph)
-    source: Any = args[0]
+    source = args[0]
     if not isinstance(source, Node) or source not in known or any(n in known for n in nodes if n is not source):
         return None
     have = known[source]
@@ -160,31 +161,29 @@ def _through(node: Node, known: dict[Node, Broadcast], graph: Graph) -> Broadcas
             keep = replace(keep, outer=1, inner=1)
         if not keep:
             return None
-        new = emit(graph, target, (_partial(source, keep, known, graph), *args[1:]), dict(kwargs))
+        new = emit(graph, target, (_partial(source, keep, known, graph), *args[1:]), dict(node.kwargs))
         return replace(keep, base=new, dims=frozenset(after(d) for d in keep.dims))
 
     if target == aten.linear.default:
         return same([rank - 1])
     if target == aten.layer_norm.default:
-        normalised: Any = args[1]
-        return same(range(rank - len(normalised), rank))
+        return same(range(rank - len(args[1]), rank))
     if target in (aten.slice.Tensor, aten.softmax.int, aten.split.Tensor, aten.split_with_sizes.default):
         position = 2 if target in (aten.split.Tensor, aten.split_with_sizes.default) else 1
-        where: Any = args[position] if len(args) > position else 0
-        return same([where % rank])
+        return same([(args[position] if len(args) > position else 0) % rank])
     if target.__name__ == "getitem":
         return same()
     if target == aten.unsqueeze.default:
-        new_axis = args[1] % (rank + 1)  # type: ignore[operator]
+        new_axis = args[1] % (rank + 1)
         return same(after=lambda d: d + (d >= new_axis))
     if target == aten.select.int:
-        axis = args[1] % rank  # type: ignore[operator]
+        axis = args[1] % rank
         return same([axis], lambda d: d - (d > axis))
     if target == aten.transpose.int:
-        a, b = (x % rank for x in args[1:3])  # type: ignore[operator]
+        a, b = (x % rank for x in args[1:3])
         return same(after=lambda d: b if d == a else a if d == b else d)
     if target == aten.permute.default:
-        order: Any = [x % rank for x in args[1]]  # type: ignore[union-attr]
+        order = [x % rank for x in args[1]]
         return same(after=lambda d: order.index(d))
     if target in VIEWS:
         return _through_view(node, source, have, known, graph)
@@ -298,7 +297,8 @@ def kept_by_view(before: Sequence[Any], after: Sequence[Any], have: Broadcast) -
 
 def _laid(sizes: Sequence[Any], axes: Sequence[int], after: Sequence[Any]) -> tuple[frozenset[int], Any] | None:
     """(axes that the product of `sizes` fills, what is left of it inside axis 0), from one end; None where it does not fit."""
-    rest, full = math.prod(_number(size) for size in sizes), set()
+    full: set[int] = set()
+    rest = math.prod(_number(size) for size in sizes)
     for axis in axes:
         size = _number(after[axis])
         if rest == 1:

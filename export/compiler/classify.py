@@ -26,9 +26,10 @@ FREE = {
 
 
 MIXED = frozenset({"schedule", "request"})
-# What a table of request and schedule must save. A row of it is read in every step, and T rows are kept: at fewer FLOPs for
-# each of its bytes the step computes the value itself in about the time that it takes to read it (a CPU does about 5 FLOPs
-# while it reads a byte, a GPU 20 to 300). So sums and products of what is there already never become a table.
+# What a table of request and schedule must save. Every row of it is written once and read once, and T rows are kept: it counts
+# as twice its bytes, so that a sum of a request's value and a schedule's, which would be read in its place, stays a sum in the
+# step. And the step computes a value itself unless that takes this many FLOPs for each of those bytes: about the time that it
+# takes to move them (a CPU does about 5 FLOPs while it reads a byte, a GPU 20 to 300).
 FLOPS_PER_BYTE = 64
 
 
@@ -96,8 +97,8 @@ def frontier(
     """Nodes of `early` whose values `late` ones read: a minimum cut, with capacity the bytes of each tensor.
 
     Each early node n is on the early side (source) or, computed where it is read, on the late one (sink). Reading what stands
-    on the early side costs its bytes once. Only two sorts of node may be on the late side: free ones, and those that mix
-    schedule and request, which cost 1 / `FLOPS_PER_BYTE` bytes for each of their FLOPs there. Among equal cuts, early inputs
+    on the early side costs its bytes, twice if it mixes schedule and request. Only two sorts of node may be on the late side:
+    free ones, and those that mix, which cost there a byte for `FLOPS_PER_BYTE` of their FLOPs. Among equal cuts, early inputs
     win for schedule and request (fewer nodes in the step), and the weights themselves for constants (views stay at the place
     of use).
     """
@@ -108,7 +109,7 @@ def frontier(
     for node in nodes:
         kinds = depends[node]
         if isinstance(node.meta.get("val"), Tensor):
-            capacity = 1 if node.op == "get_attr" else max(bytes_of(node, known), 1) * scale
+            capacity = 1 if node.op == "get_attr" else max(bytes_of(node, known), 1) * scale * (1 + (kinds == MIXED))
             flow.add_edge(("in", node), ("out", node), capacity=capacity)
         else:  # a list (split) is not a tensor: it cannot cross, its items can
             flow.add_edge(("in", node), ("out", node))

@@ -173,7 +173,8 @@ def _weight(module: GraphModule, node: Node) -> Tensor:
 def _sizes_of_one(module: GraphModule) -> dict[str, int]:
     """Every symbol of a dynamic size as 1."""
     values = (value(node) for node in module.graph.nodes if node.op == "placeholder")
-    return {str(symbol): 1 for v in values for size in v.shape if not isinstance(size, int) for symbol in size.node.expr.free_symbols}
+    symbolic = [size for tensor in values for size in tensor.shape if not isinstance(size, int)]
+    return {str(symbol): 1 for size in symbolic for symbol in size.node.expr.free_symbols}
 
 
 def _split(

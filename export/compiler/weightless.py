@@ -28,7 +28,6 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from motionrt.export.compiler.partition import Partition, Program, partition
 
-
 BATCH = 4  # the most requests that share a call, unless said otherwise
 
 
@@ -45,7 +44,7 @@ def meta(dtype: torch.dtype = torch.float32) -> Iterator[None]:
         kind = dtype if param.is_floating_point() else param.dtype
         return nn.Parameter(torch.empty(param.shape, dtype=kind, device="meta"), requires_grad=False)
 
-    hook = register_module_parameter_registration_hook(without_memory)
+    hook = register_module_parameter_registration_hook(without_memory)  # type: ignore[arg-type]
     try:
         yield
     finally:

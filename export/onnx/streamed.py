@@ -247,7 +247,7 @@ def _shapes(examples: Sequence[Example], results: Sequence[Tensor]) -> list[list
     first, second = examples[0].sizes, examples[min(1, len(examples) - 1)].sizes
     if len({str(symbol) for result in results for length in result.shape for symbol in _symbols(length)}) > 1:
         raise ValueError("outputs may depend on one dynamic size")
-    changed = next((name for name in first if first[name] != second[name]), None)
+    changed = next((name for name in first if first[name] != second[name]), "")
     return [
         [torch.empty([_at(n, sizes.get(changed, 0)) for n in r.shape], dtype=r.dtype, device="meta") for r in results]
         for sizes in (first, second)
@@ -276,8 +276,7 @@ def _leave_outside(graph: ir.Graph, names: Mapping[str, str]) -> None:
 
 
 def _publish(path: Path, model: onnx.ModelProto, checked: bool) -> None:
-    """Write `model` as `path`, if `checked` once the ONNX checker and shape inference have nothing against it: they read weights
-    that lie beside it."""
+    """Write `model` as `path`; if `checked`, once the ONNX checker and shape inference have nothing against it."""
     with replacing(path, CheckpointError) as partial:
         partial.write_bytes(model.SerializeToString(deterministic=True))
         if not checked:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from motionrt.export.compiler.broadcasts import _kept_axes
-from motionrt.export.compiler.partition import Batched, Partition, partition
+from motionrt.export.compiler.broadcasts import Broadcast, kept_by_view
+from motionrt.export.compiler.partition import Partition, partition
 from motionrt.export.systems.motionrag import MotionAdapterCrossAttention, split_heads
+from motionrt.export.systems.rows import repeated
 from motionrt.kernels.motion_cross_attention import motion_cross_attention, reference
 
 INPUTS = {"x": "step", "timestep": "schedule", "context": "request"}
@@ -24,7 +25,7 @@ INPUTS = {"x": "step", "timestep": "schedule", "context": "request"}
 def compose(cut: Partition, feed: Mapping[str, Tensor]) -> list[Tensor]:
     env = dict(feed)
     with torch.no_grad():
-        for program in (cut.schedule, cut.request, cut.step):
+        for program in cut.programs.values():
             env.update(zip(program.outputs, program.module(*(env[n] for n in program.inputs)), strict=True))
     return [env[name] for name in cut.step.outputs]
 
@@ -157,32 +158,129 @@ def test_partition_refuses_wrong_declarations(kinds: dict[str, str]) -> None:
         partition(Shared(), feed, kinds, outputs=("y", "q"))
 
 
-def test_batched_schedule_equals_row_by_row() -> None:
-    _, cut, _ = modulated(2, 5, 16, 2, 3)
-    Batched(cut.schedule).check(torch.tensor([1, 500, 999]))
+@pytest.mark.parametrize("frames", [1, 3], ids=["halves", "halves and frames"])
+def test_tables_have_one_row_for_each_request_whose_timestep_is_its_own(frames: int) -> None:
+    """Each row of a timestep's path repeated in place is computed once; requests of a batch are at steps of their own."""
+
+    class Halves(Modulated):
+        def forward(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+            rows, many = repeated(timestep, 2 * frames), repeated(repeated(x, 2), frames)
+            return super().forward(many, rows, repeated(context, 2 * frames)).unflatten(0, (-1, 2 * frames)).sum(1)
+
+    torch.manual_seed(0)
+    module = Halves(16, 2, 12).eval()
+    batch = torch.export.Dim("batch", min=1, max=4)
+
+    def feed(size: int) -> tuple[Tensor, ...]:
+        return torch.randn(size, 5, 16), torch.randint(0, 1000, (size,)), torch.randn(size, 3, 12)
+
+    cut = partition(module, feed(2), INPUTS, outputs=("y",), dynamic_shapes=({0: batch},) * 3)
+    assert cut.classes["schedule"].flops == 2 * (4 * 16 + 16 * 32)  # of one row
+    tables = [h for h in cut.hoisted if h.kind == "schedule"]
+    assert [h.shape for h in tables] == [(1, 1, 16)] * 2
+    for size in (1, 2, 3):
+        values = feed(size)
+        with torch.no_grad():
+            want = module(*values)
+            alone = [cut.schedule.module(one) for one in values[1].split(1)]
+            together = cut.schedule.module(values[1])  # as the graph `schedule` runs: rows of one batch are steps of a loop
+        torch.testing.assert_close(compose(cut, dict(zip(INPUTS, values, strict=True)))[0], want, atol=2e-6, rtol=1e-5)
+        for number, table in enumerate(together):
+            assert table.shape[0] == size
+            torch.testing.assert_close(table, torch.cat([row[number] for row in alone]), atol=1e-6, rtol=1e-6)
 
 
-def test_batched_schedule_refuses_a_program_that_mixes_timesteps() -> None:
-    class Mixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(1, 4)
+class Controlled(nn.Module):
+    """A branch reads the timestep and a condition, and not the latents, as SparseCtrl does; its result is added to them."""
 
-        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
-            return x * self.linear(timestep.float().softmax(0)[:, None] * timestep[:, None])
+    def __init__(self, channels: int = 64, kernel: int = 3) -> None:
+        super().__init__()
+        self.time, self.hint = nn.Linear(4, channels), nn.Conv2d(3, channels, kernel, padding=kernel // 2)
+        self.mix = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
+        self.out, self.into = nn.Conv2d(channels, 4, kernel, padding=kernel // 2), nn.Conv2d(4, 4, 1)
 
-    feed = (torch.randn(1, 4), torch.tensor([7]))
-    cut = partition(Mixed(), feed, {"x": "step", "timestep": "schedule"}, outputs=("y",))
-    # over one timestep the softmax is 1 and leaves the graph, so rows are independent; summing them is not
-    Batched(cut.schedule).check(torch.tensor([3, 5]))
+    def forward(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        time = self.time((timestep[:, None].float() * torch.arange(1, 5) / 1000).sin())
+        both = torch.cat([x, -x], dim=1).unflatten(1, (2, 4)).flatten(0, 1)  # two rows of a request
+        hidden = repeated(F.silu(self.hint(context)), 2) + repeated(time, 2)[:, :, None, None]
+        residual = self.out(F.silu(self.mix(hidden)))
+        return self.into(both + residual).unflatten(0, (-1, 2)).sum(1)
 
-    class Summed(Mixed):
-        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
-            return x * self.linear(timestep.float().sum()[None, None])
 
-    cut = partition(Summed(), feed, {"x": "step", "timestep": "schedule"}, outputs=("y",))
-    with pytest.raises(ValueError, match="mixes timesteps"):
-        Batched(cut.schedule).check(torch.tensor([3, 5]))
+def controlled(module: Controlled) -> tuple[Partition, Callable[[int], tuple[Tensor, ...]]]:
+    def feed(size: int) -> tuple[Tensor, ...]:
+        return torch.randn(size, 4, 8, 8), torch.randint(0, 1000, (size,)), torch.randn(size, 3, 8, 8)
+
+    batch = torch.export.Dim("batch", min=1, max=8)
+    return partition(module.eval(), feed(2), INPUTS, outputs=("y",), dynamic_shapes=({0: batch},) * 3), feed
+
+
+def test_what_reads_request_and_timestep_but_no_latents_is_a_table_made_in_one_call() -> None:
+    torch.manual_seed(0)
+    module = Controlled()
+    cut, feed = controlled(module)
+    assert list(cut.programs) == ["schedule", "request", "timeline", "step"]
+    timeline = cut.programs["timeline"]
+    (table,) = timeline.outputs
+    assert table in cut.step.inputs and [h.shape for h in cut.hoisted if h.kind == "timeline"] == [(2, 4, 8, 8)]
+    convolution = 2 * 2 * 64 * 9 * (64 * 64 + 64 * 4)  # of both rows at 8 x 8 places
+    assert cut.classes["timeline"].flops == convolution
+    assert cut.classes["step"].flops == 2 * 2 * 64 * 4 * 4  # `into` alone
+    assert ops(cut.programs["request"].module).count("aten.conv2d.default") == 1  # the hint, which knows no timestep
+
+    timesteps = torch.tensor([999, 640, 320, 10, 1])
+    for requests in (1, 3):
+        x, _, context = feed(requests)
+        with torch.no_grad():
+            made = dict(zip(cut.schedule.outputs, cut.schedule.module(timesteps), strict=True)) | {"timestep": timesteps}
+            lines = []
+            for one in context.split(1):  # once per request, over all timesteps
+                known = made | {"context": one}
+                known |= dict(
+                    zip(cut.request.outputs, cut.request.module(*(known[n] for n in cut.request.inputs)), strict=True)
+                )
+                (line,) = timeline.module(*(known[name] for name in timeline.inputs))
+                lines.append(line.unflatten(0, (len(timesteps), -1)))
+            for t in range(len(timesteps)):
+                at = [(t + number) % len(timesteps) for number in range(requests)]  # each at a step of its own
+                rows = torch.cat([line[step] for line, step in zip(lines, at, strict=True)])
+                given = {"x": x, table: rows}
+                got = cut.step.module(*(given[name] for name in cut.step.inputs))[0]
+                torch.testing.assert_close(got, module(x, timesteps[at], context), atol=2e-6, rtol=1e-5)
+
+
+def test_a_sum_of_request_and_schedule_stays_in_the_step() -> None:
+    """Its table would be T times the hint, to save one addition."""
+
+    class Added(Controlled):
+        def forward(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+            time = self.time(timestep[:, None].float() * torch.arange(1, 5))
+            return x[:, :1] * F.silu(self.hint(context) + time[:, :, None, None])
+
+    cut, feed = controlled(Added())
+    assert list(cut.programs) == ["schedule", "request", "step"] and "timeline" not in cut.classes
+    values = feed(3)
+    torch.testing.assert_close(compose(cut, dict(zip(INPUTS, values, strict=True))), list(cut.whole(*values)))
+
+
+def test_a_cheap_product_of_request_and_schedule_stays_in_the_step_too() -> None:
+    class Thin(Controlled):
+        """4 x 4 weights at every place: few FLOPs for each byte of the table."""
+
+        def forward(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+            return x + self.into(F.silu(self.out(self.hint(context))) + timestep[:, None, None, None])
+
+    cut, _ = controlled(Thin())
+    assert "timeline" not in cut.programs and cut.classes["step"].flops == 2 * 64 * 4 * 4
+
+
+def test_request_and_schedule_of_fixed_batch_stay_in_the_step() -> None:
+    """Timesteps without a dynamic size: one call could not take all of them."""
+    module = Controlled().eval()
+    feed = (torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 3, 8, 8))
+    cut = partition(module, feed, INPUTS, outputs=("y",))
+    assert "timeline" not in cut.programs
+    torch.testing.assert_close(compose(cut, dict(zip(INPUTS, feed, strict=True)))[0], module(*feed), atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -227,14 +325,16 @@ def test_motion_cross_attention_scale_zero_returns_the_input_bit_for_bit() -> No
     assert torch.equal(out, h)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     factors=st.lists(st.sampled_from([1, 2, 3, 4]), min_size=1, max_size=5),
     cuts=st.tuples(st.lists(st.booleans(), min_size=5, max_size=5), st.lists(st.booleans(), min_size=5, max_size=5)),
     uniform=st.lists(st.booleans(), min_size=5, max_size=5),
+    outer=st.sampled_from([1, 2, 3]),
+    inner=st.sampled_from([1, 2, 3]),
 )
-def test_axes_stay_uniform_through_a_view_exactly_as_claimed(
-    factors: list[int], cuts: tuple[list[bool], list[bool]], uniform: list[bool]
+def test_repetition_goes_through_a_view_exactly_as_claimed(
+    factors: list[int], cuts: tuple[list[bool], list[bool]], uniform: list[bool], outer: int, inner: int
 ) -> None:
     def merged(cut: list[bool]) -> list[int]:
         sizes = [factors[0]]
@@ -243,14 +343,51 @@ def test_axes_stay_uniform_through_a_view_exactly_as_claimed(
         return sizes
 
     before, after = merged(cuts[0]), merged(cuts[1])
-    have = frozenset(d for d, size in enumerate(before) if uniform[d] and size > 1)
-    sources, targets = _kept_axes(before, after, have)
-    assert sources <= have
-    base = torch.randn([1 if d in have else size for d, size in enumerate(before)])
-    want = base.expand(before).reshape(after)
-    partial = base.expand([1 if d in sources else size for d, size in enumerate(before)])
-    got = partial.reshape([1 if e in targets else size for e, size in enumerate(after)]).expand(after)
-    assert torch.equal(got, want)
-    for e in range(len(after)):  # nothing that a run of whole axes would have kept is lost
-        if have == frozenset(d for d, size in enumerate(before) if size > 1):
-            assert (e in targets) == (after[e] > 1)
+    dims = frozenset(d for d, size in enumerate(before) if uniform[d] and size > 1)
+    if 0 in dims or before[0] == 1:
+        outer = inner = 1
+    before[0], after[0] = before[0] * outer * inner, after[0] * outer * inner
+    none: Any = None
+    have = Broadcast(none, dims, outer, inner)
+    rows = before[0] // outer // inner
+    base = torch.randn([rows if d == 0 and d not in dims else 1 if d in dims else size for d, size in enumerate(before)])
+
+    def spread(kept: Broadcast) -> Tensor:
+        """What `have` describes, with what `kept` names left unrepeated."""
+        x = base.expand([1 if d in kept.dims else -1 if d not in dims else size for d, size in enumerate(before)])
+        x = x if kept.inner != 1 else x.repeat_interleave(inner, 0)
+        return x if kept.outer != 1 else x.repeat(outer, *[1] * (x.ndim - 1))
+
+    want = spread(Broadcast(none)).reshape(after)
+    kept, found = kept_by_view(before, after, have)
+    assert kept.dims <= have.dims and found.rows[0] in (1, outer) or found.dims or kept.dims
+    shape = [1 if e in found.dims else size for e, size in enumerate(after)]
+    shape[0] //= found.outer * found.inner
+    got = spread(kept).reshape(shape).repeat_interleave(found.inner, 0).repeat(found.outer, *[1] * (len(after) - 1))
+    assert torch.equal(got.expand(after), want)
+    if have.rows == (1, 1) and dims == frozenset(d for d, size in enumerate(before) if size > 1):
+        assert found.dims == frozenset(e for e, size in enumerate(after) if size > 1)  # nothing that is uniform is lost
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "have", "want"),
+    [
+        ((5, 2), (10,), ({1}, 1, 1), ((), 1, 2)),
+        ((5, 6, 4), (10, 3, 4), ({1}, 1, 1), ((1,), 1, 2)),
+        ((2, 3), (6,), ({0}, 1, 1), ((), 2, 1)),
+        ((10, 7), (5, 2, 7), ((), 1, 2), ((1,), 1, 1)),
+        ((30, 7), (10, 3, 7), ((), 1, 6), ((1,), 1, 2)),
+        ((6, 4), (2, 3, 4), ((), 2, 1), ((0,), 1, 1)),
+        ((5, 4), (20,), ({0}, 1, 1), ((), 5, 1)),
+        ((5, 2, 4), (40,), ({1}, 1, 1), ((), 1, 1)),
+    ],
+    ids=[
+        "merged into rows", "partly merged into rows", "all rows over", "rows split again", "frames split from halves",
+        "rows over split again", "rows of places", "in the middle: lost",
+    ],
+)  # fmt: skip
+def test_rows_that_a_view_makes(before: Any, after: Any, have: Any, want: Any) -> None:
+    none: Any = None
+    dims, outer, inner = have
+    _, found = kept_by_view(before, after, Broadcast(none, frozenset(dims), outer, inner))
+    assert (tuple(found.dims), found.outer, found.inner) == want

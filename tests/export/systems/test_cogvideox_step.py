@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,10 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXTransformer3DModel, DDPMScheduler
 
 from motionrt.export.compiler.partition import partition
+from motionrt.export.systems import svd_step as svd
 from motionrt.export.systems.cogvideox_step import INPUTS, CogVideoXStep, solver_rows
 from motionrt.export.systems.motionrag import install_cogvideox_adapter
+from motionrt.export.systems.published import cogvideox_step, step_args, svd_step
 
 CONFIG: dict[str, Any] = {
     "prediction_type": "v_prediction",
@@ -86,32 +89,70 @@ def test_rewritten_denoiser_equals_the_plain_one_over_all_steps(rotary: bool) ->
 
     def feed(batch: int) -> dict[str, torch.Tensor]:
         frames, text = (batch, 3, 4, 8, 8), (batch, 6, 16)
-        shapes = [frames, frames, frames, (6,), (), None, text, text, (batch, 5, 24), frames, ()]
+        shapes = [frames, frames, frames, (batch, 6), (batch,), None, text, text, (batch, 5, 24), frames, (batch,)]
         return {
-            name: torch.tensor([500]) if shape is None else torch.randn(shape)
+            name: torch.randint(0, 1000, (batch,)) if shape is None else torch.randn(shape)
             for name, shape in zip(INPUTS, shapes, strict=True)
         }
 
     batch = torch.export.Dim("batch", min=1, max=8)
     example = feed(2)
-    shapes = tuple({0: batch} if value.ndim > 1 else {} for value in example.values())
+    shapes = tuple({0: batch} for _ in example)
     cut = partition(step, tuple(example.values()), INPUTS, outputs=("next", "x0"), dynamic_shapes=shapes)
     assert sum(f.rule == "reassociate" for f in cut.fired) == 2  # one adapter per block
+    assert {h.shape[0] for h in cut.hoisted if h.kind == "schedule"} == {1}  # of one request: no row for a half of guidance
 
     timesteps, rows = solver_rows(CogVideoXDPMScheduler(**CONFIG), 8)
-    for size in (1, 3):  # sizes that were not traced
-        env = feed(size) | {"guidance": torch.tensor(3.0), "motion_scale": torch.tensor(0.8)}
+    for size in (1, 2, 3):  # each row at a step, guidance and scale of its own
+        env = feed(size) | {"guidance": 3.0 + torch.arange(size), "motion_scale": 0.8 - torch.arange(size) / 3}
         plain = (env["latents"], torch.zeros_like(env["latents"]))
         ours = tuple(part.clone() for part in plain)
         with torch.no_grad():
+            tables = dict(zip(cut.schedule.outputs, cut.schedule.module(torch.from_numpy(timesteps)), strict=True))
             request = dict(
                 zip(cut.request.outputs, cut.request.module(*(env[n] for n in cut.request.inputs)), strict=True)
             )
-            for timestep, row in zip(timesteps, rows, strict=True):
-                env |= {"timestep": torch.tensor([int(timestep)]), "coefficients": torch.from_numpy(row)}
+            for index in range(len(timesteps)):
+                at = [(index + 3 * row) % len(timesteps) for row in range(size)]
+                env |= {"timestep": torch.from_numpy(timesteps[at]), "coefficients": torch.from_numpy(rows[at])}
                 env["noise"] = torch.randn_like(env["noise"])
                 plain = step(**(env | {"latents": plain[0], "previous_x0": plain[1]}))
-                tables = dict(zip(cut.schedule.outputs, cut.schedule.module(env["timestep"]), strict=True))
-                state = env | request | tables | {"latents": ours[0], "previous_x0": ours[1]}
+                state = env | request | {name: table[at] for name, table in tables.items()}
+                state |= {"latents": ours[0], "previous_x0": ours[1]}
                 ours = cut.step.module(*(state[n] for n in cut.step.inputs))
         torch.testing.assert_close(ours[0], plain[0], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["cogvideox tiny", pytest.param("svd tiny", marks=pytest.mark.slow)])
+def test_rows_of_a_batch_are_what_they_are_alone(model: str, counts: ModuleType) -> None:
+    """The plain step: the rows of one call are requests at steps, and with numbers, of their own."""
+    make, config, inputs, latents = {
+        "cogvideox tiny": (cogvideox_step, counts.COGVIDEOX, INPUTS, (3, 4, 6, 8)),
+        "svd tiny": (svd_step, counts.UNET, svd.INPUTS, (3, 4, 8, 16)),
+    }[model]
+    step: Any = make(config, latents=latents, motion=counts.MOTION)  # type: ignore[operator]
+    draw = torch.Generator().manual_seed(0)
+    state = {
+        name: torch.randn(value.shape, generator=draw) * 0.3 if value.ndim == 1 else
+        torch.randn(value.shape, generator=draw) * value[0].numel() ** -0.5
+        for name, value in step.named_parameters()
+    }  # fmt: skip
+    step.load_state_dict(state, strict=False, assign=True)
+    args = step_args(inputs, config, latents, counts.MOTION)
+    feed = {name: torch.randn((3, *value.shape[1:]), generator=draw) for name, value in args.items()}
+    feed["timestep"] = torch.tensor([999, 400, 3]) if inputs is INPUTS else torch.tensor([0.9, 0.4, -1.2])
+    with torch.no_grad():
+        together = step(**feed)
+        cut = partition(
+            step, tuple(feed.values()), inputs, outputs=("next", "x0"),
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4)},) * len(feed),
+        )  # fmt: skip
+        known = dict(feed)
+        for program in cut.programs.values():
+            known.update(zip(program.outputs, program.module(*(known[n] for n in program.inputs)), strict=True))
+        for row in range(3):
+            alone = step(**{name: value[row : row + 1] for name, value in feed.items()})
+            for whole, one in zip(together, alone, strict=True):
+                torch.testing.assert_close(whole[row : row + 1], one, atol=1e-5, rtol=1e-5)
+    for name, whole in zip(("next", "x0"), together, strict=True):
+        torch.testing.assert_close(known[name], whole, atol=1e-5, rtol=1e-5)
