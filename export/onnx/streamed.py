@@ -46,7 +46,7 @@ from motionrt.export.onnx.functions import symbolic_forms
 from motionrt.export.onnx.rewrites import rewrite
 from motionrt.export.onnx.stored import INLINE, Computed, narrowest, store
 from motionrt.export.onnx.torch_programs import check_program, weights_of, write_program
-from motionrt.runtime.media.video import replacing
+from motionrt.runtime.files import replacing
 
 Find = Callable[[str], Lazy | None]
 

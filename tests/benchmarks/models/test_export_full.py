@@ -23,7 +23,7 @@ from motionrt.export.checkpoints.safetensors_file import read_header  # noqa: E4
 from motionrt.export.engines.build import Options  # noqa: E402
 from motionrt.export.engines.onnx_forms import build_forms  # noqa: E402
 from motionrt.export.systems import cogvideox  # noqa: E402
-from motionrt.export.systems.published import cogvideox_step, step_args  # noqa: E402
+from motionrt.export.systems.steps import cogvideox_step, step_args  # noqa: E402
 from motionrt.export.systems.stage import Sources, Stage, encoders  # noqa: E402
 from motionrt.export.systems.svd import encode_part, export_svd  # noqa: E402
 from motionrt.runtime.backends.onnx_form import form_folder  # noqa: E402
@@ -34,7 +34,7 @@ from motionrt.runtime.pipeline import MotionPipeline  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[3]
-models = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/real_models.py")
+models = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/tiny_models.py")
 FRAMES, SIZE, LATENTS, MOTION = 9, (16, 32), (3, 4, 4, 8), (3, 64)
 
 

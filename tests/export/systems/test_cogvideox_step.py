@@ -14,7 +14,7 @@ from motionrt.export.compiler.partition import partition
 from motionrt.export.systems import svd_step as svd
 from motionrt.export.systems.cogvideox_step import INPUTS, CogVideoXStep, solver_rows
 from motionrt.export.systems.motionrag import install_cogvideox_adapter
-from motionrt.export.systems.published import cogvideox_step, step_args, svd_step
+from motionrt.export.systems.steps import cogvideox_step, step_args, svd_step
 
 CONFIG: dict[str, Any] = {
     "prediction_type": "v_prediction",
