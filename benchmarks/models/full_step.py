@@ -97,8 +97,8 @@ def feed(size: Size, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> 
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("latents", "previous_x0", "noise", "image_latents"), video)
     shapes |= {"text": text, "negative_text": text, "motion": (1, size.motion_tokens, size.motion_width)}
     values = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
-    values["coefficients"] = torch.tensor([0.8, -0.6, 0.7, 0.3, 0.0, 0.0])
-    values["guidance"], values["motion_scale"] = torch.tensor(3.0), torch.tensor(1.0)
+    values["coefficients"] = torch.tensor([[0.8, -0.6, 0.7, 0.3, 0.0, 0.0]])
+    values["guidance"], values["motion_scale"] = torch.tensor([3.0]), torch.ones(1)
     moved = {name: value.to(device, dtype) for name, value in values.items()}
     moved["timestep"] = torch.tensor([500], device=device)
     return {name: moved[name] for name in INPUTS}
@@ -111,11 +111,12 @@ def cut(size: Size, dtype: torch.dtype, device: str = "cpu", step: CogVideoXStep
 
 
 def known_values(programs: Partition, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`values` and everything that the schedule and request programs make of them: the step takes its inputs from here."""
+    """`values` and everything that the programs before the step make of them: the step takes its inputs from here."""
     known = dict(values)
     with torch.no_grad():
-        for program in (programs.schedule, programs.request):
-            known.update(zip(program.outputs, program.module(*(known[name] for name in program.inputs)), strict=True))
+        for kind, program in programs.programs.items():
+            if kind != "step":
+                known.update(zip(program.outputs, program.module(*(known[name] for name in program.inputs)), strict=True))
     return known
 
 

@@ -77,7 +77,7 @@ def _make(model: Model, adapter: bool, folder: Path, plain: str, ours: str) -> N
     _, reads = export_step(folder / f"{ours}.onnx", cut, values)
     _save(folder, ours, arrays(reads), cut.classes["step"].flops)
     if adapter:
-        silent = known_values(cut, {**values, "motion_scale": torch.tensor(0.0)})
+        silent = known_values(cut, {**values, "motion_scale": torch.zeros_like(values["motion_scale"])})
         np.savez(folder / "scale_0.npz", **arrays({name: silent[name].contiguous() for name in reads}))  # type: ignore[arg-type]
     export(folder / f"{plain}.onnx", model.step(adapter=adapter), values, model.outputs)
     _save(folder, plain, arrays(values), cut.original.flops)

@@ -70,7 +70,7 @@ def torch_calls(model: Model, options: argparse.Namespace) -> tuple[Calls, dict[
         return run
 
     values = model.feed()
-    silent = {**values, "motion_scale": torch.tensor(0.0)}
+    silent = {**values, "motion_scale": torch.zeros_like(values["motion_scale"])}
     calls: Calls = {}
     flops: dict[str, int] = {}
     for adapter, plain, ours in ((False, "base", "base_ours"), (True, "released", "folded")):

@@ -84,11 +84,10 @@ SOURCES = {"demo": demo_graphs, "cogvideox-5b": cogvideox_graphs, "svd": svd_gra
 
 
 def _programs(cut: Any, feed: dict[str, Any]) -> Iterator[Graph]:
-    """The three programs of a partition as ONNX, each exported when it is its turn."""
+    """The programs of a partition as ONNX, each exported when it is its turn."""
     import torch
 
-    for name in ("schedule", "request", "step"):
-        program = getattr(cut, name)
+    for name, program in cut.programs.items():
         for node in program.module.graph.nodes:  # views were traced over memory that a rewrite may have laid out anew
             if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
                 node.target = torch.ops.aten.reshape.default
