@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from motionrt.benchmarks import harness
 from motionrt.runtime.backends.seam import Backend, Graph
+from motionrt.runtime.bundle.manifest import Loop
 from motionrt.runtime.cli.bench import made_up
 from motionrt.runtime.loop import Call, Outputs, run_loop
 from motionrt.runtime.noise import noise
@@ -62,7 +63,8 @@ def answer(pipeline: MotionPipeline, request: Request) -> Result:
 def plain_frames(pipeline: MotionPipeline, request: Request) -> Frames:
     """The frames of `request` by the step as it was written, which computes everything in every step."""
     step = step_request(pipeline, request)
-    return answer(pipeline, replace(request, given=step.denoise(pipeline.graph(step.graph(plain=True)), plain=True))).frames
+    latents = step.denoise(pipeline.graph(step.loop(plain=True).graphs[0]), plain=True)
+    return answer(pipeline, replace(request, given=latents)).frames
 
 
 @dataclass(frozen=True)
@@ -78,32 +80,30 @@ class StepRequest:
     rows: NDArray[np.float32]
     seed: int
 
-    def graph(self, *, plain: bool) -> str:
-        """The graph of the first step."""
+    def loop(self, *, plain: bool) -> Loop:
+        """The loop around the step in one of its forms; the plain one reads no tables."""
         loop = self.pipeline.bundle.manifest.loops[self.name]
         if not plain:
-            return loop.graphs[0]
+            return loop
         if loop.plain is None:
             raise ValueError(f"loop '{self.name}' of bundle '{self.pipeline.bundle.name}' carries no plain step")
-        return loop.plain
+        return msgspec.structs.replace(loop, graphs=(loop.plain,), tables=())
 
     @property
     def shape(self) -> list[int]:
         """Sizes of what is denoised."""
-        loop = self.pipeline.bundle.manifest.loops[self.name]
+        loop = self.loop(plain=False)
         return list(self.pipeline.bundle.port(loop.graphs[0], next(iter(loop.gives))).shape)
 
     def calls(self, *, plain: bool) -> Generator[Call, Outputs, dict[str, Any]]:
         """The loop of the runtime: graphs that make its tables, where it has such, then every step."""
         manifest = self.pipeline.bundle.manifest
-        loop, stream = manifest.loops[self.name], list(manifest.loops).index(self.name)
-        if plain:
-            loop = msgspec.structs.replace(loop, graphs=(self.graph(plain=True),), tables=())
+        stream = list(manifest.loops).index(self.name)
 
         def draw(step: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
             return noise(self.seed, stream, step, shape)
 
-        return run_loop(self.name, loop, manifest.graphs, self.rows, self.values, draw)
+        return run_loop(self.name, self.loop(plain=plain), manifest.graphs, self.rows, self.values, draw)
 
     def denoise(self, step: Graph, *, plain: bool) -> Arrays:
         """What the loop gives at its end, all steps run by `step`."""
@@ -118,13 +118,14 @@ class StepRequest:
 
     def one_step(self, *, plain: bool) -> Arrays:
         """The inputs of a step in the middle of the schedule; what the step before it hands on is random."""
-        loop = self.pipeline.bundle.manifest.loops[self.name]
-        ports = [self.pipeline.bundle.port(self.graph(plain=plain), port) for port in loop.carry.values()]
-        carried = {output: noise(1, 0, index, port.shape) for index, (output, port) in enumerate(zip(loop.carry, ports, strict=True))}
+        loop = self.loop(plain=plain)
+        handed: Arrays = {}
+        for index, (output, port) in enumerate(loop.carry.items()):
+            handed[output] = noise(1, 0, index, self.pipeline.bundle.port(loop.graphs[0], port).shape)
         calls = self.calls(plain=plain)
         call = next(calls)
-        while call.step <= call.steps // 2:  # the graphs that make tables are step 0 of 0
-            call = calls.send(carried if call.loop else self.pipeline.graph(call.graph)(inputs_of(call)))
+        while call.step <= call.steps // 2:  # graphs that make tables are step 0 of 0
+            call = calls.send(handed if call.loop else self.pipeline.graph(call.graph)(inputs_of(call)))
         return inputs_of(call)
 
 

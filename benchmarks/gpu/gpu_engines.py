@@ -157,8 +157,8 @@ def run(bundle: Path, backend: Backend, facts: Mapping[str, Mapping[str, Any]], 
         apart = np.abs(got.frames.astype(int) - expected.frames.astype(int))
         seconds = harness.clock(lambda: answer(pipeline, request), rounds=max(options.rounds // 10, 1), warmups=1)
     row = {
-        "what": f"{opened.name} request", **harness.summary(seconds), "warmups": 1, "backend": backend.label, "dtype": options.dtype,
-        "shape": list(got.frames.shape),
+        "what": f"{opened.name} request", **harness.summary(seconds), "warmups": 1, "backend": backend.label,
+        "dtype": options.dtype, "shape": list(got.frames.shape),
         "error": {"mean_grey_levels": float(apart.mean()), "max_grey_levels": int(apart.max()), "to": "onnxruntime fp32"},
     }  # fmt: skip
     path = harness.append_row("gpu_engines", row, folder=options.results)

@@ -2,12 +2,12 @@
 
 Graphs: text_query (the packaged sentence encoder, its real weights), motion (VideoMAE-base and Resampler), appearance
 (DINOv2-large and Resampler), cama. The structure is the exporter's own, of files of the released shapes; only the values
-are drawn. Times do not depend on values; parity does not either, because both ways read the same weights.
+are drawn. Times do not depend on values; parity does not either, because both ways read the same weights. The plan ends with
+motion tokens: nothing can be generated.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import zlib
@@ -20,15 +20,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from motionrt.benchmarks import harness
 from motionrt.benchmarks.models.sparse_models import MOTIONRAG, MotionSizes, write_encoders, write_motionrag
 from motionrt.export.checkpoints.files import Lazy
 from motionrt.export.checkpoints.motionrag_files import SosToken, open_motionrag
-from motionrt.export.checkpoints.parts import Part
-from motionrt.export.systems.stage import Encoders, Sources, Stage, encoders
-from motionrt.export.write import staged, write_manifest
+from motionrt.export.checkpoints.text_query import packaged_encoder
+from motionrt.export.exporter import export_system
+from motionrt.export.systems import motionrag_graphs as motionrag
+from motionrt.export.systems.system import Network, System
 from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from motionrt.runtime.bundle.bundle import Bundle
+from motionrt.runtime.bundle.manifest import Output
 from motionrt.runtime.indexing.clips import ClipEncoders, index_clips
 from motionrt.runtime.media.video import write_video
 from motionrt.runtime.memory.memory import MotionMemory
@@ -66,50 +67,37 @@ class Drawn:
         return 0.02 * value + (0.0 if self.name.endswith("bias") else 1.0)
 
 
-def drawn(part: Part) -> Part:
-    """`part` with drawn weights in the place of those of its files."""
-    weights: dict[str, Lazy] = {name: Drawn(name, tuple(lazy.shape)) for name, lazy in part.weights.items()}
-    return replace(part, weights=weights)
+def drawn(network: Network) -> Network:
+    """`network` with drawn weights in the place of those of its files."""
+    weights: dict[str, Lazy] = {name: Drawn(name, tuple(lazy.shape)) for name, lazy in (network.weights or {}).items()}
+    return replace(network, weights=weights)
 
 
-def drawn_encoders(folder: Path, sizes: Sizes) -> tuple[Sources, Encoders]:
-    """What an export is told, and the exporter's parts of files of `sizes` (of zeros, in `folder`), with drawn weights."""
+def conditioning_system(folder: Path, sizes: Sizes) -> System:
+    """text_query, motion, appearance and cama of files of `sizes` (of zeros, in `folder`), with drawn float32 weights."""
     write_encoders(folder, sizes, torch.float32)
     write_motionrag(folder / "rag", BLOCK, sizes, torch.float32)
     sos = SosToken(seed=42)
     files = open_motionrag(folder / "rag", BLOCK, overlay=False, sos=sos)
-    sources = Sources(folder, folder / "rag", folder / "videomae", folder / "dinov2", folder, dtype="float32", sos=sos)
-    made = encoders(sources, files, sizes.frames, sizes.picture)
-    return sources, Encoders(*(lambda make=make: drawn(make()) for make in (made.motion, made.appearance, made.cama)))
-
-
-def copy_text_query(stage: Stage) -> tuple[str, str]:
-    """The demo's text_query, which is the encoder that every exporter packs: (its tokenizer's JSON, its digest)."""
-    demo = harness.ROOT / "demo" / "bundle"
-    manifest = json.loads((demo / "bundle.json").read_text(encoding="utf-8"))
-    shutil.copyfile(demo / "graphs" / "text_query.onnx", stage.path("text_query"))
-    stage.graphs["text_query"] = manifest["graphs"]["text_query"]
-    tokenizer = (demo / manifest["tokenizers"]["text_query"]["file"]).read_text(encoding="utf-8")
-    return tokenizer, manifest["digests"]["text_query"]
-
-
-def write_bundle(out: Path, sources: Sources, parts: Encoders, sizes: Sizes, say: Callable[[str], None]) -> None:
-    """Export text_query, motion, appearance and cama in float32 as the bundle `out`; it has no step, and cannot generate."""
-    model = {
-        "frames": sizes.frames, "height": sizes.picture[0], "width": sizes.picture[1], "fps": FPS, "latents": [1, 1, 1, 1],
-        "motion_tokens": [sizes.cama.num_queries, sizes.cama.dim], "max_references": REFERENCES,
-        "default_references": REFERENCES,
-    }  # fmt: skip
-    with staged(out) as folder:
-        stage = Stage(folder, say, sources)
-        tokenizer, digest = copy_text_query(stage)
-        digests = stage.add_encoders(parts, model)
-        write_manifest(
-            folder, name="full-encoders", model=model, graphs=stage.graphs,
-            solvers={"none": {1: (np.zeros(1, np.int64), np.zeros((1, 6), np.float32))}}, default_solver=("none", 1),
-            tokenizers={"text_query": (tokenizer, 256, 0)}, guidance=1.0, digests={"text_query": digest, **digests},
-            partition={}, provenance={"weights": "random"},
-        )  # fmt: skip
+    sources = motionrag.Sources(folder, folder / "rag", folder / "videomae", folder / "dinov2", "float32", sos)
+    networks = motionrag.motionrag_networks(sources, files, sizes.frames, sizes.picture)
+    clip, tokens, query = (sizes.frames, *sizes.picture), (sizes.cama.num_queries, sizes.cama.dim), packaged_encoder()
+    inputs = motionrag.motionrag_inputs(sizes.picture, 1.0, prompted=False)
+    return System(
+        "full-encoders",
+        inputs={name: inputs[name] for name in ("image", "prompt")},
+        graphs=motionrag.motionrag_graphs(
+            {name: drawn(network) for name, network in networks.items()}, query.graph(), clip, tokens, REFERENCES, REFERENCES
+        ),
+        steps=(),
+        plan=("appearance", "cama"),
+        loops={},
+        schedules={},
+        output=Output("motion", *clip, float(FPS)),
+        memory=motionrag.motionrag_memory(clip, FPS, tokens, REFERENCES, REFERENCES),
+        tokenizers={"text_query": query.tokenizer},
+        provenance={"weights": "random"},
+    )
 
 
 def moving_picture(number: int, frames: int, size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -135,9 +123,7 @@ def write_clips(folder: Path, count: int, size: tuple[int, int], rate: int = 24,
 def write_memory(path: Path, bundle: Path, clips: Sequence[tuple[Path, str]], threads: int, say: Callable[[str], None]) -> None:
     """Index `clips` with the graphs of `bundle` into the memory `path`."""
     opened = Bundle.open(bundle)
-    tokens, width = list(opened.model.motion_tokens), opened.port("text_query", "embedding").dims[-1].max
-    dims: dict[str, int | list[int]] = {"embedding": width, "motion": tokens, "appearance": tokens}
-    with MotionMemory.create(path, digests=opened.digests, dims=dims) as memory:
+    with MotionMemory.for_bundle(path, opened) as memory:
         made = ClipEncoders.from_bundle(opened, OnnxRuntimeBackend(threads))
         items = [(file, caption, None) for file, caption in clips]
         report = index_clips(memory, made, items, progress=lambda done, name: say(f"clip {done} of {len(items)} read"))
@@ -153,7 +139,7 @@ def prepare(folder: Path, count: int, threads: int, say: Callable[[str], None], 
     sizes = RELEASED
     if not (folder / "bundle" / "bundle.json").exists():
         with tempfile.TemporaryDirectory(prefix="motionrt-encoders-") as work:
-            write_bundle(folder / "bundle", *drawn_encoders(Path(work), sizes), sizes, say)
+            export_system(conditioning_system(Path(work), sizes), folder / "bundle", say=say)
     height, width = videos or sizes.picture
     place = folder / f"{height}x{width}"
     if not (place / "done").exists():

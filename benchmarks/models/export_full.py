@@ -28,12 +28,13 @@ from motionrt.benchmarks import harness
 from motionrt.benchmarks.models.anonymous_memory import AnonymousMemory
 from motionrt.benchmarks.models.sparse_models import RELEASED, write_cogvideox, write_svd
 from motionrt.export.checkpoints.motionrag_files import SosToken
+from motionrt.export.exporter import export_system
 from motionrt.export.onnx import streamed as onnx_streamed
 from motionrt.export.onnx.torch_programs import FOLDER as PROGRAMS
 from motionrt.export.onnx.torch_programs import write_program
-from motionrt.export.systems.cogvideox import export_cogvideox
-from motionrt.export.systems.stage import Sources
-from motionrt.export.systems.svd import export_svd
+from motionrt.export.systems.cogvideox import cogvideox_system
+from motionrt.export.systems.motionrag_graphs import Sources
+from motionrt.export.systems.svd import svd_system
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.dtypes import WEIGHTS
 
@@ -126,8 +127,7 @@ WRITERS = {"cogvideox-5b-i2v": write_cogvideox, "svd": write_svd}
 def export(root: Path, request: Request, *, limit: float = LIMIT) -> dict[str, Any]:
     """Export what a writer left in `root` to `root/bundle` and look at it; the row. MemoryError if `limit` was not kept."""
     sources = Sources(
-        root / "base", root / "rag", root / "videomae", root / "dinov2", root / "converted", request.dtype, SosToken(seed=42),
-        steps=request.steps,
+        root / "base", root / "rag", root / "videomae", root / "dinov2", request.dtype, SosToken(seed=42), steps=request.steps
     )  # fmt: skip
     bundle, stages = root / "bundle", list[dict[str, Any]]()
     program_seconds = 0.0
@@ -155,9 +155,10 @@ def export(root: Path, request: Request, *, limit: float = LIMIT) -> dict[str, A
         end("open and check files")
         if request.model == "svd":
             height, width = request.size
-            export_svd(sources, bundle, frames=request.frames, height=height, width=width, say=end)
+            system = svd_system(sources, frames=request.frames, height=height, width=width, say=end)
         else:
-            export_cogvideox(sources, bundle, frames=request.frames, say=end)
+            system = cogvideox_system(sources, frames=request.frames, say=end)
+        export_system(system, bundle, say=end)
         seconds, cpu_seconds = perf_counter() - start, process_time() - used
         end("inspect")
         graphs = inspect(bundle)

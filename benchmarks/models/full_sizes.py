@@ -157,7 +157,7 @@ def _program(name: str, program: Program, repeated: int = 1) -> GraphSize:
 
 
 def _of_one(value: Any) -> Any:
-    """A traced value for one request or one timestep: every dynamic size as 1. On the meta device, as only its size is asked."""
+    """A traced value for one request or one timestep, every dynamic size being 1; on the meta device: it is only counted."""
     if isinstance(value, (list, tuple)):
         return [_of_one(part) for part in value]
     if not isinstance(value, Tensor):

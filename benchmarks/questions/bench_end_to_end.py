@@ -27,7 +27,7 @@ from motionrt.runtime.media.video import write_video
 from motionrt.runtime.pipeline import MotionPipeline, Request, Result
 
 LEVELS = 1  # of 255: rounding to pixels may fall on either side
-ROWS = {"request": "request_state", "text_query": "search"}  # `request` is the whole of it here; a search begins with its vector
+ROWS = {"request": "request_state", "text_query": "search"}  # `request` is all of it here, and a search begins with its vector
 UNACCOUNTED = 0.05  # of the time to the first frame, at the median
 
 

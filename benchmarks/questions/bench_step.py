@@ -79,7 +79,7 @@ def demo(options: argparse.Namespace) -> tuple[harness.Comparison, dict[str, Any
     """Check the demo's step over a whole schedule, then time one step: (times, what all rows say, what each one says)."""
     pipeline = open_pipeline(options.bundle, threads=options.threads)
     request, bundle = step_request(pipeline), pipeline.bundle
-    forms = {"plain": request.graph(plain=True), "rewritten": request.graph(plain=False)}
+    forms = {"plain": request.loop(plain=True).graphs[0], "rewritten": request.loop(plain=False).graphs[0]}
     steps = {name: open_graph(bundle.graph_path(graph), options.threads) for name, graph in forms.items()}
     steps |= demo_rivals(options.checkpoint, request, options)
     whole = check_schedule(request, steps)
