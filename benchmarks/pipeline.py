@@ -60,6 +60,16 @@ def answer(pipeline: MotionPipeline, request: Request) -> Result:
     return pipeline.batch([request])[0]
 
 
+def recorded(pipeline: MotionPipeline, request: Request) -> tuple[dict[str, Arrays], Result]:
+    """The inputs of each graph's first call while `request` is answered, and the answer."""
+    job, seen = pipeline.start(request), dict[str, Arrays]()
+    while job.call is not None:
+        if job.call.graph not in seen:
+            seen[job.call.graph] = inputs_of(job.call)
+        next(job)
+    return seen, pipeline.result(job)
+
+
 def plain_frames(pipeline: MotionPipeline, request: Request) -> Frames:
     """The frames of `request` by the step as it was written, which computes everything in every step."""
     step = step_request(pipeline, request)

@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motionrt.benchmarks import harness
-from motionrt.benchmarks.pipeline import DEMO, answer, any_request, open_pipeline
+from motionrt.benchmarks.pipeline import DEMO, answer, any_request, open_pipeline, recorded
 from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from motionrt.runtime.backends.seam import Backend, Checked, fetch
+from motionrt.runtime.backends.seam import Backend, fetch
 from motionrt.runtime.backends.tensorrt.engine_file import FLAVORS
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.cli.diagnosis import examine
@@ -35,31 +35,6 @@ from motionrt.runtime.pipeline import Result
 # Relative to ONNX Runtime's fp32 (L2, the worst output): gates against mistakes, not figures of accuracy.
 ALLOWED = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 Arrays = Mapping[str, Any]
-
-
-class Recorder(OnnxRuntimeBackend):
-    """ONNX Runtime on the CPU, which keeps the inputs of each graph's first call: `seen`, by graph."""
-
-    def __init__(self) -> None:
-        super().__init__(1)
-        self.seen: dict[str, dict[str, NDArray[Any]]] = {}
-
-    def load(self, bundle: Bundle, name: str) -> Checked:
-        """The graph; see `Backend`."""
-        return Recorded(super().load(bundle, name), self.seen)
-
-
-class Recorded(Checked):
-    """A graph that puts the inputs of its first call into `seen`."""
-
-    def __init__(self, graph: Checked, seen: dict[str, dict[str, NDArray[Any]]]) -> None:
-        super().__init__(graph.spec, graph.executor)
-        self.seen = seen
-
-    def run(self, inputs: Arrays) -> dict[str, Any]:
-        """See `Checked.run`."""
-        self.seen.setdefault(self.spec.name, {name: np.array(value) for name, value in inputs.items()})
-        return super().run(inputs)
 
 
 def missing(flavor: str) -> tuple[str | None, str]:
@@ -77,12 +52,12 @@ def missing(flavor: str) -> tuple[str | None, str]:
 
 def record(bundle: Path) -> tuple[dict[str, dict[str, NDArray[Any]]], Result]:
     """(inputs of every graph that a request runs, the request's result), by ONNX Runtime on the CPU."""
-    recorder = Recorder()
-    with open_pipeline(bundle, backend=recorder) as pipeline:
-        result = answer(pipeline, any_request(pipeline))
-        if pipeline.bundle.manifest.memory is not None:  # its references were drawn, not searched for
-            pipeline.embed("a red star moves right")
-    return recorder.seen, result
+    with open_pipeline(bundle, threads=1) as pipeline:
+        seen, result = recorded(pipeline, any_request(pipeline))
+        if (memory := pipeline.bundle.manifest.memory) is not None:  # its references were drawn, not searched for
+            tokens = pipeline.bundle.tokenize(memory.tokenizer, "a red star moves right")
+            seen[memory.query] = {port.name: tokens[port.name] for port in pipeline.bundle.graph(memory.query).inputs}
+    return seen, result
 
 
 def error_of(got: Arrays, want: Arrays) -> float:
