@@ -16,18 +16,16 @@ from torch import Tensor, nn
 from motionrt.export.checkpoints.text_query import packaged_encoder
 from motionrt.export.compiler.partition import Partition, partition
 from motionrt.export.exporter import export_system
-from motionrt.export.onnx.from_torch import Range
-from motionrt.export.systems import motionrag_graphs as motionrag
 from motionrt.export.systems.cogvideox_step import INPUTS, CogVideoXStep, solver_rows
-from motionrt.export.systems.motionrag_graphs import BATCH, STEP_OUTPUTS, VIDEO
-from motionrt.export.systems.system import Array, Graph, Network, Step, System, TokenizerText
-from motionrt.runtime.bundle.manifest import Output
+from motionrt.export.systems.decoding import Decoding
+from motionrt.export.systems.motionrag_system import BATCH, Base, motionrag_system, solver_table
+from motionrt.export.systems.system import Array, Graph, Network, System, TokenizerText
 from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.files import sha256_of
 
 HERE = Path(__file__).resolve().parent
+STEP_OUTPUTS = ("next_latents", "x0")
 GUIDANCE = 2.0
-REFERENCES, MOST_REFERENCES = 4, 8
 
 
 @functools.cache
@@ -68,7 +66,7 @@ def step_inputs() -> dict[str, Array]:
 
 
 def step_feed(batch: int, seed: int = 0) -> dict[str, Tensor]:
-    """Random inputs of the step, each request at a step of its own; the first with guidance 2.5, timestep 500, motion scale 1."""
+    """Random inputs of the step, each request at a step of its own, the first at 500 with guidance 2.5 and all motion."""
     draw, rows = torch.Generator().manual_seed(seed), torch.arange(batch)
     chosen = {"guidance": 2.5 + rows / 4, "timestep": 500 - 100 * rows, "motion_scale": 1 - rows / 4}
     shapes = {name: [batch, *array.dims[1:]] for name, array in step_inputs().items()}
@@ -98,7 +96,10 @@ def demo_system(checkpoint: Path) -> System:
     """The system of a checkpoint; all of it is in memory, and so every graph is checked against its module."""
     demo = sibling("model")
     model = demo.load(checkpoint)
-    clip, tokens = (demo.FRAMES, demo.SIZE, demo.SIZE), (demo.TOKENS, demo.WIDTH)
+
+    def graph(module: nn.Module, inputs: dict[str, Array], output: str) -> Graph:
+        return Graph(Network(module.eval()), inputs, (output,), {"batch": BATCH})
+
     motion = Method(
         {"encoder": model.motion_encoder, "proj": model.motion_proj}, lambda self, video: self.proj(self.encoder(video))
     )
@@ -107,43 +108,35 @@ def demo_system(checkpoint: Path) -> System:
     )
     encode = Method({"autoencoder": model.autoencoder}, lambda self, image: self.autoencoder.encode_image(image))
     decode = Method({"autoencoder": model.autoencoder}, lambda self, latents: self.autoencoder.decode(latents))
-    networks = {
-        "motion": Network(motion.eval(), None), "appearance": Network(appearance.eval(), None), "cama": Network(model.cama, None)
-    }  # fmt: skip
-    query = packaged_encoder()
-    ids = {"input_ids": Array(("batch", demo.TEXT_TOKENS), torch.int64, demo.VOCABULARY)}
-    step = CogVideoXStep(model.denoiser, model.uncond_motion, demo.LATENTS).eval()
+    networks = {name: Network(m.eval()) for name, m in {"motion": motion, "appearance": appearance, "cama": model.cama}.items()}
     ddim = demo.scheduler()
     dpm = CogVideoXDPMScheduler.from_config(ddim.config)
-    solvers = {
-        "ddim": {n: motionrag.solver_table(*solver_rows(ddim, n), GUIDANCE) for n in range(1, 51)},
-        "dpm": {n: motionrag.solver_table(*solver_rows(dpm, n), GUIDANCE) for n in range(2, 51)},
-    }
     words = (HERE / "tokenizer.json").read_text(encoding="utf-8")
-    return System(
-        "demo",
-        inputs=motionrag.motionrag_inputs(clip[1:], GUIDANCE),
-        graphs={
-            "text": Graph(Network(model.text, None), ids, ("text",), {"batch": BATCH}),
-            **motionrag.motionrag_graphs(networks, query.graph(), clip, tokens, REFERENCES, MOST_REFERENCES),
-            "encode": Graph(
-                Network(encode.eval(), None), {"image": Array(("batch", 3, *clip[1:]))}, ("image_latents",), {"batch": BATCH}
-            ),
-            "decode": Graph(
-                Network(decode.eval(), None), {"latents": Array(("batch", *demo.LATENTS))}, ("video",), {"batch": BATCH}
-            ),
-        },
-        steps=(
-            Step(
-                Network(step, None), INPUTS, step_inputs(), STEP_OUTPUTS, {"batch": BATCH, "steps": Range(1, 8, 1000)}, plain=True
-            ),
+    return motionrag_system(
+        Base(
+            name="demo",
+            clip=(demo.FRAMES, demo.SIZE, demo.SIZE),
+            fps=demo.FPS,
+            encode=graph(encode, {"image": Array(("batch", 3, demo.SIZE, demo.SIZE))}, "image_latents"),
+            decoding=Decoding({"decode": graph(decode, {"latents": Array(("batch", *demo.LATENTS))}, "video")}),
+            step=Network(CogVideoXStep(model.denoiser, model.uncond_motion, demo.LATENTS).eval()),
+            changes=INPUTS,
+            inputs=step_inputs(),
+            solvers={
+                "ddim": {n: solver_table(*solver_rows(ddim, n), GUIDANCE) for n in range(1, 51)},
+                "dpm": {n: solver_table(*solver_rows(dpm, n), GUIDANCE) for n in range(2, 51)},
+            },
+            text=graph(model.text, {"input_ids": Array(("batch", demo.TEXT_TOKENS), torch.int64, demo.VOCABULARY)}, "text"),
+            tokenizer=TokenizerText(words, demo.TEXT_TOKENS, demo.PAD),
         ),
-        plan=motionrag.motionrag_plan(),
-        loops={VIDEO: motionrag.denoising_loop(solvers, ("ddim", 8), plain="step_plain")},
-        schedules={VIDEO: solvers},
-        output=Output("video", *clip, float(demo.FPS)),
-        memory=motionrag.motionrag_memory(clip, demo.FPS, tokens, REFERENCES, MOST_REFERENCES),
-        tokenizers={"text": TokenizerText(words, demo.TEXT_TOKENS, demo.PAD), "text_query": query.tokenizer},
+        networks,
+        packaged_encoder(),
+        (demo.TOKENS, demo.WIDTH),
+        guidance=GUIDANCE,
+        steps=8,
+        references=4,
+        most=8,
+        plain=True,
         provenance={"checkpoint": sha256_of(checkpoint)},
     )
 

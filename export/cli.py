@@ -66,7 +66,7 @@ def export(
     assert base is not None and motionrag is not None and videomae is not None and dinov2 is not None
     from motionrt.export.checkpoints.motionrag_files import SosToken
     from motionrt.export.exporter import export_system
-    from motionrt.export.systems.motionrag_graphs import Sources
+    from motionrt.export.systems.motionrag_system import Sources
 
     sources = Sources(
         base=base,

@@ -2,8 +2,8 @@
 
     lines = export_system(system, out, say=print)     # what became of the keys of its files, a line each
 
-Weights of published models are streamed: the largest thing in memory is one tensor. A module that is in memory is checked against
-its graph. bundle.json is filled in from the structs that the run side reads it by, and read once more before it is published.
+Weights of published models are streamed: the largest thing in memory is one tensor. Of a module that is in memory, graphs are
+checked against it. bundle.json is filled in from the structs that the run side reads, and read before it is published.
 """
 
 from __future__ import annotations
@@ -12,10 +12,7 @@ import copy
 import gc
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,7 +30,7 @@ from motionrt.export.onnx.streamed import stream_module, stream_program, stream_
 from motionrt.export.onnx.torch_programs import FOLDER as PROGRAMS
 from motionrt.export.systems.system import Graph, Step, System
 from motionrt.runtime.bundle.manifest import FORMAT, MemorySpec, read_manifest
-from motionrt.runtime.files import sha256_of
+from motionrt.runtime.files import replacing_folder, sha256_of
 
 Say = Callable[[str], None]
 _TABLES = "rows.safetensors"
@@ -47,10 +44,10 @@ def silent(text: str) -> None:
 def export_system(system: System, out: Path, *, programs: bool = True, say: Say = silent) -> list[str]:
     """Write the bundle `out`, whole or not at all; what became of the keys of its files, one line per file.
 
-    `programs`: with the torch programs of the loops' graphs; `say` is told which graph is next. Nothing but weights is read from
-    here on: `system` was checked when it was made. Raises `ParityError` for a graph that does not give what its module gives.
+    `programs`: with the torch programs of the loops' graphs; `say` is told which graph is next. Nothing but weights is read
+    here: `system` was checked when it was made. Raises `ParityError` for a graph that does not give what its module gives.
     """
-    with staged(out) as folder:
+    with replacing_folder(out) as folder:
         writer = Writer(folder, programs, say)
         for name, graph in system.graphs.items():
             writer.add(name, graph)
@@ -59,29 +56,13 @@ def export_system(system: System, out: Path, *, programs: bool = True, say: Say 
     return [report.summary() for report in system.reports]
 
 
-@contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A directory to write into; it takes the place of `out` when the block ends well, and vanishes otherwise."""
-    partial, old = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.old")
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    (partial / "graphs").mkdir(parents=True)
-    (partial / "tokenizers").mkdir()
-    try:
-        yield partial
-        if out.exists():
-            os.replace(out, old)
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
 class Writer:
     """The files of one bundle in the making: graphs are added one after the other, then `finish`. `graphs`: their entries."""
 
     def __init__(self, folder: Path, programs: bool, say: Say) -> None:
         self.folder, self.programs, self.say = folder, programs, say
+        for inside in ("graphs", "tokenizers"):
+            (folder / inside).mkdir(parents=True, exist_ok=True)
         self.graphs: dict[str, dict[str, Any]] = {}
         self.tables: dict[str, list[str]] = {}  # graph of a loop -> graphs that make tables for all of its steps
         self.empty: set[str] = set()  # graphs that a cut left nothing for
@@ -136,6 +117,7 @@ class Writer:
             if kind in OVER_STEPS:
                 self.tables.setdefault(f"step{step.suffix}", []).append(name)
         if step.plain:
+            self.say(f"step{step.suffix}_plain")
             examples = [Example({"batch": _rows(feed)}, feed) for feed in feeds]
             name = f"step{step.suffix}_plain"
             self._keep(name, stream_real(self._path(name), module, examples, step.outputs, step.sizes))
@@ -172,12 +154,12 @@ class Writer:
             "name": system.name,
             "motionrt": motionrt.__version__,
             "inputs": _sparse(system.inputs),
-            "plan": [_sparse(node) for node in system.plan if (node if isinstance(node, str) else node.graph) not in self.empty],
+            "plan": [_sparse(node) for node in system.plan if getattr(node, "graph", node) not in self.empty],
             "loops": _sparse(loops),
             "graphs": self.graphs,
             "tables": self._file(_TABLES),
             "output": _sparse(system.output),
-            "memory": None if system.memory is None else _sparse(self._fingerprinted(system, system.memory)),
+            "memory": None if system.memory is None else _sparse(self.fingerprinted(system, system.memory)),
             "tokenizers": {
                 name: {**self._file(f"tokenizers/{name}.json"), "max_length": text.max_length, "pad_id": text.pad_id}
                 for name, text in system.tokenizers.items()
@@ -203,7 +185,7 @@ class Writer:
     def _file(self, relative: str) -> dict[str, str]:
         return {"file": relative, "sha256": sha256_of(self.folder / relative)}
 
-    def _fingerprinted(self, system: System, memory: MemorySpec) -> MemorySpec:
+    def fingerprinted(self, system: System, memory: MemorySpec) -> MemorySpec:
         """`memory` with the SHA-256 of all that made its vectors and records: networks, tokenizer, clip size and record."""
         networks = {name: system.graphs[name].network.digest() for name in (memory.query, *memory.graphs)}
         made = {
@@ -220,7 +202,7 @@ def _program_examples(cut: Partition, kind: str, feeds: Sequence[Mapping[str, Te
     """Inputs of a program of a real module, from inputs of the whole step and what the programs before it make of them."""
     found = []
     for feed in feeds:
-        values, tables = dict(feed), {name for name in cut.schedule.inputs}
+        values, tables = dict(feed), set(cut.schedule.inputs)
         for before, program in cut.programs.items():
             if before == kind:
                 break

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from motionrt.kernels.launching import OPTIONS, batch_stride, capability, k_major, on_device, precision
-from motionrt.kernels.motion_cross_attention import check
+from motionrt.kernels.motion_cross_attention_limits import check
 from motionrt.kernels.tiles import Tile, choose_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)

@@ -185,6 +185,9 @@ class Job:
             if not self.references:
                 self.fallback = self._query.nothing()
         if self.references:
+            for place, item in enumerate(self.references):
+                if not item.record:  # kept on demand: it is made of its file now
+                    self.references[place] = replace(item, record=(yield from _made(self.bundle, item)))
             values |= self._recorded()
         elif self._query is not None or self._off:
             values |= absent(manifest)
@@ -264,10 +267,11 @@ class Job:
             raise InputError(f"references is {count}; this bundle takes 1 to {spec.max}.{advice}")
         by_hand = [] if given is None or isinstance(given, int) else list(given)
         for item in by_hand:
-            if isinstance(item, int | np.integer):
-                continue
+            record: Mapping[str, Any] = getattr(item, "record", {})
+            if isinstance(item, int | np.integer) or not record and getattr(item, "source_sha256", None):
+                continue  # of a memory; its record may be one that is made on demand
             for part in spec.record:
-                shape = getattr(getattr(item, "record", {}).get(part.name), "shape", None)
+                shape = getattr(record.get(part.name), "shape", None)
                 if shape != part.dims:
                     raise InputError(
                         f"references holds {item!r:.60} whose {part.name} is {shape}; this bundle takes references (or ids of "
@@ -359,6 +363,20 @@ def to_frames(video: NDArray[Any]) -> NDArray[np.uint8]:
         raise BackendError("the decoder gave NaN or infinite values; export the bundle again, or lower the guidance.")
     pixels = np.clip(np.rint((video[0] + 1) * 127.5), 0, 255).astype(np.uint8)
     return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+
+
+def _made(bundle: Bundle, reference: Reference) -> Generator[Call, Outputs, dict[str, NDArray[Any]]]:
+    """The record of a reference that was kept without one: its file, cut again, through the graphs that index clips."""
+    from motionrt.runtime.indexing.encoders import reference_calls
+
+    calls = reference_calls(bundle, reference)
+    try:
+        graph, inputs = next(calls)
+        while True:
+            outputs = yield Call(graph, inputs)
+            graph, inputs = calls.send({name: np.asarray(value) for name, value in outputs.items()})
+    except StopIteration as end:
+        return dict(end.value)
 
 
 def _by_id(memory: Memory | None, number: Any) -> Reference:

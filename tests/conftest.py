@@ -128,7 +128,7 @@ def fake_memory(fake_bundle: Path, fake_clips: dict[str, Path], tmp_path_factory
 def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """tests/helpers/fake_engine.py, and its GPU and TensorRT in place of the real ones: every TensorRTBackend runs on them."""
     from motionrt.runtime.backends import auto as choose
-    from motionrt.runtime.backends import open as backends
+    from motionrt.runtime.backends import kinds as backends
     from motionrt.runtime.backends.machine import Gpu
     from motionrt.runtime.backends.tensorrt import backend as tensorrt
     from motionrt.runtime.backends.tensorrt.device_memory import Cuda

@@ -26,8 +26,8 @@ pytest.importorskip("onnxscript")
 from PIL import Image  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
+from motionrt.export.exporter import Writer  # noqa: E402
 from motionrt.export.systems import svd_step as svd  # noqa: E402
-from motionrt.export.systems.stage import Stage  # noqa: E402
 from motionrt.runtime.backends.onnx_form import form_folder  # noqa: E402
 from motionrt.runtime.backends.open import RunOptions, open_backend  # noqa: E402
 from motionrt.runtime.bundle.bundle import Bundle  # noqa: E402
@@ -154,7 +154,7 @@ def from_files_to_a_video(made: Cell, run: Run, monkeypatch: pytest.MonkeyPatch)
     """Every command with its defaults, from released files to a video."""
     model, kind, at = made.model, made.kind, made.folder
     size = ("--frames", "9", "--height", "16", "--width", "32") if model == "svd" else ()  # the default takes minutes a video
-    monkeypatch.setattr(Stage, "add_text_query", models.packaged_text_query)  # docs/models.md's test exports it anew
+    monkeypatch.setattr(Writer, "add", models.adding())  # docs/models.md's test exports it anew
     status, out, err = run(
         "export", model, "--base", at / "base", "--motionrag", at / "rag", "--videomae", at / "videomae", "--dinov2",
         at / "dinov2", "--sos-token", f"seed:{plainly.SOS_SEED}", "-o", made.bundle, *size,

@@ -93,7 +93,7 @@ class AsReleased(nn.Module):
         without, with_conditions = output.to(latents.dtype).chunk(2)
         scale = 1 + (guidance - 1) * self.ramp.to(output.dtype)
         guided = without + scale * (with_conditions - without)
-        p0, p1, c0, c1, c2, c3 = coefficients[0].unbind()  # of one request
+        p0, p1, c0, c1, c2, c3 = coefficients[0].unbind()
         x0 = p0 * latents + p1 * guided
         return c0 * latents + c1 * x0 + c2 * previous_x0 + c3 * noise, x0
 
@@ -121,7 +121,7 @@ def feed(size: Size, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str
     values = {name: torch.randn(value.shape, generator=draw).to(device, dtype) for name, value in args.items()}
     values["coefficients"] = torch.tensor([[0.5, -0.4, 0.7, 0.3, 0.0, 0.0]]).to(device, dtype)
     values["guidance"] = torch.tensor([3.0]).to(device, dtype)
-    values["motion_scale"] = torch.ones(1).to(device, dtype)
+    values["motion_scale"] = torch.tensor([1.0]).to(device, dtype)
     values["timestep"] = torch.tensor([0.7], device=device)
     return {name: values[name] for name in INPUTS}
 

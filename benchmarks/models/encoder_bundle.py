@@ -2,8 +2,7 @@
 
 Graphs: text_query (the packaged sentence encoder, its real weights), motion (VideoMAE-base and Resampler), appearance
 (DINOv2-large and Resampler), cama. The structure is the exporter's own, of files of the released shapes; only the values
-are drawn. Times do not depend on values; parity does not either, because both ways read the same weights. The plan ends with
-motion tokens: nothing can be generated.
+are drawn. Times do not depend on values; parity does not either, because both ways read the same weights.
 """
 
 from __future__ import annotations
@@ -15,26 +14,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from motionrt.benchmarks.models.sparse_models import MOTIONRAG, MotionSizes, write_encoders, write_motionrag
-from motionrt.export.checkpoints.files import Lazy
 from motionrt.export.checkpoints.motionrag_files import SosToken, open_motionrag
 from motionrt.export.checkpoints.text_query import packaged_encoder
 from motionrt.export.exporter import export_system
-from motionrt.export.systems import motionrag_graphs as motionrag
-from motionrt.export.systems.system import Network, System
+from motionrt.export.systems.decoding import Decoding
+from motionrt.export.systems.motionrag_system import Base, Sources, motionrag_networks, motionrag_system
+from motionrt.export.systems.system import Graph, Network, System
 from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from motionrt.runtime.bundle.bundle import Bundle
-from motionrt.runtime.bundle.manifest import Output
 from motionrt.runtime.indexing.clips import ClipEncoders, index_clips
 from motionrt.runtime.media.video import write_video
 from motionrt.runtime.memory.memory import MotionMemory
 
-FPS, REFERENCES = 8, 9  # 9 references of 25 tokens, and the still's, are what CAMA's 256 positions hold
+FPS = 8
 BLOCK = {"transformer.transformer_blocks.0.attn1": 64}  # an adapter must be there to be opened; nothing here uses it
 SUBJECTS = ("a red kite", "two white horses", "the old ferry", "a paper lantern", "thick smoke", "a small dog")
 MOTIONS = ("drifts slowly to the left", "turns around on the spot", "rises and falls again", "runs towards the camera")
@@ -69,34 +68,34 @@ class Drawn:
 
 def drawn(network: Network) -> Network:
     """`network` with drawn weights in the place of those of its files."""
-    weights: dict[str, Lazy] = {name: Drawn(name, tuple(lazy.shape)) for name, lazy in (network.weights or {}).items()}
-    return replace(network, weights=weights)
+    return replace(network, weights={name: Drawn(name, tuple(lazy.shape)) for name, lazy in (network.weights or {}).items()})
 
 
-def conditioning_system(folder: Path, sizes: Sizes) -> System:
-    """text_query, motion, appearance and cama of files of `sizes` (of zeros, in `folder`), with drawn float32 weights."""
+def drawn_system(folder: Path, sizes: Sizes) -> System:
+    """text_query, motion, appearance and cama of files of `sizes` (of zeros, in `folder`), with drawn weights in float32.
+
+    It has no step, and cannot generate: its output is the motion that cama predicts.
+    """
     write_encoders(folder, sizes, torch.float32)
     write_motionrag(folder / "rag", BLOCK, sizes, torch.float32)
     sos = SosToken(seed=42)
     files = open_motionrag(folder / "rag", BLOCK, overlay=False, sos=sos)
-    sources = motionrag.Sources(folder, folder / "rag", folder / "videomae", folder / "dinov2", "float32", sos)
-    networks = motionrag.motionrag_networks(sources, files, sizes.frames, sizes.picture)
-    clip, tokens, query = (sizes.frames, *sizes.picture), (sizes.cama.num_queries, sizes.cama.dim), packaged_encoder()
-    inputs = motionrag.motionrag_inputs(sizes.picture, 1.0, prompted=False)
-    return System(
-        "full-encoders",
-        inputs={name: inputs[name] for name in ("image", "prompt")},
-        graphs=motionrag.motionrag_graphs(
-            {name: drawn(network) for name, network in networks.items()}, query.graph(), clip, tokens, REFERENCES, REFERENCES
-        ),
-        steps=(),
-        plan=("appearance", "cama"),
-        loops={},
-        schedules={},
-        output=Output("motion", *clip, float(FPS)),
-        memory=motionrag.motionrag_memory(clip, FPS, tokens, REFERENCES, REFERENCES),
-        tokenizers={"text_query": query.tokenizer},
-        provenance={"weights": "random"},
+    sources = Sources(folder, folder / "rag", folder / "videomae", folder / "dinov2", dtype="float32", sos=sos)
+    networks = motionrag_networks(sources, files, sizes.frames, sizes.picture)
+    nothing = Network(torch.nn.Identity())
+    base = Base(
+        "full-encoders", (sizes.frames, *sizes.picture), FPS, Graph(nothing, {}, ()), Decoding({}), nothing, {}, {},
+        {"none": {1: np.zeros((1, 9), np.float32)}},
+    )  # fmt: skip
+    whole = motionrag_system(
+        base, {name: drawn(network) for name, network in networks.items()}, packaged_encoder(),
+        (sizes.cama.num_queries, sizes.cama.dim), provenance={"weights": "random"},
+    )  # fmt: skip
+    graphs = {name: graph for name, graph in whole.graphs.items() if graph.outputs}
+    inputs = {name: entry for name, entry in whole.inputs.items() if name in ("image", "prompt")}
+    output = msgspec.structs.replace(whole.output, value="motion")
+    return replace(
+        whole, inputs=inputs, graphs=graphs, steps=(), plan=("appearance", "cama"), loops={}, schedules={}, output=output
     )
 
 
@@ -139,7 +138,7 @@ def prepare(folder: Path, count: int, threads: int, say: Callable[[str], None], 
     sizes = RELEASED
     if not (folder / "bundle" / "bundle.json").exists():
         with tempfile.TemporaryDirectory(prefix="motionrt-encoders-") as work:
-            export_system(conditioning_system(Path(work), sizes), folder / "bundle", say=say)
+            export_system(drawn_system(Path(work), sizes), folder / "bundle", say=say)
     height, width = videos or sizes.picture
     place = folder / f"{height}x{width}"
     if not (place / "done").exists():

@@ -33,7 +33,7 @@ from motionrt.export.onnx import streamed as onnx_streamed
 from motionrt.export.onnx.torch_programs import FOLDER as PROGRAMS
 from motionrt.export.onnx.torch_programs import write_program
 from motionrt.export.systems.cogvideox import cogvideox_system
-from motionrt.export.systems.motionrag_graphs import Sources
+from motionrt.export.systems.motionrag_system import Sources
 from motionrt.export.systems.svd import svd_system
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.dtypes import WEIGHTS
@@ -127,7 +127,8 @@ WRITERS = {"cogvideox-5b-i2v": write_cogvideox, "svd": write_svd}
 def export(root: Path, request: Request, *, limit: float = LIMIT) -> dict[str, Any]:
     """Export what a writer left in `root` to `root/bundle` and look at it; the row. MemoryError if `limit` was not kept."""
     sources = Sources(
-        root / "base", root / "rag", root / "videomae", root / "dinov2", request.dtype, SosToken(seed=42), steps=request.steps
+        root / "base", root / "rag", root / "videomae", root / "dinov2", request.dtype, SosToken(seed=42),
+        steps=request.steps,
     )  # fmt: skip
     bundle, stages = root / "bundle", list[dict[str, Any]]()
     program_seconds = 0.0

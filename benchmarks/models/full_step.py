@@ -98,7 +98,7 @@ def feed(size: Size, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> 
     shapes |= {"text": text, "negative_text": text, "motion": (1, size.motion_tokens, size.motion_width)}
     values = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
     values["coefficients"] = torch.tensor([[0.8, -0.6, 0.7, 0.3, 0.0, 0.0]])
-    values["guidance"], values["motion_scale"] = torch.tensor([3.0]), torch.ones(1)
+    values["guidance"], values["motion_scale"] = torch.tensor([3.0]), torch.tensor([1.0])
     moved = {name: value.to(device, dtype) for name, value in values.items()}
     moved["timestep"] = torch.tensor([500], device=device)
     return {name: moved[name] for name in INPUTS}

@@ -189,7 +189,7 @@ def svd_model(
             for key, value in released.step_args(svd.INPUTS, config, latents, motion).items()
         }
         fixed = {"coefficients": torch.tensor([[0.8, -0.6, 0.7, 0.3, 0.0, 0.0]]), "timestep": torch.tensor([0.4])}
-        return {**values, **fixed, "guidance": torch.tensor([3.0]), "motion_scale": torch.ones(1)}
+        return {**values, **fixed, "guidance": torch.tensor([3.0]), "motion_scale": torch.tensor([1.0])}
 
     widths = config["block_out_channels"]
     shape = {"B": 2, "F": latents[0], "H": latents[2], "W": latents[3], "D": widths[0], "M": motion[0]}

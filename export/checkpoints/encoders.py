@@ -44,17 +44,20 @@ def weights_of(
     inside: str = "",
     aliases: Mapping[str, str] | None = None,
     unused: Callable[[str], str | None] = lambda key: None,
+    added: str = "",
 ) -> tuple[dict[str, Lazy], KeyReport]:
     """The weights of `module`, with `prefix` before their names, from a component whose keys have `inside` in front.
 
-    `unused(key)`: why a key may be there and is not read, or None. Every other key must fit: `CheckpointError`.
+    `unused(key)`: why a key may be there and is not read, or None. Weights with `added` in their names come from elsewhere.
+    Every other key must fit: `CheckpointError`.
     """
+    state = {name: tuple(value.shape) for name, value in module.state_dict().items() if not (added and added in name)}
     tensors = {key.removeprefix(inside): lazy for key, lazy in component.tensors.items()}
     names = {}
-    for name in module.state_dict():
+    for name in state:
         renamed = (name.replace(ours, theirs) for ours, theirs in _RENAMED if ours in name and name not in tensors)
         names[name] = next((key for key in renamed if key in tensors), name)
-    wanted = {names[name]: tuple(value.shape) for name, value in module.state_dict().items()}
+    wanted = {names[name]: shape for name, shape in state.items()}
     ignored = {key: why for key in tensors if key not in wanted and (why := unused(key)) is not None}
     found, report = check_keys(tensors, wanted, what=what, file=component.folder, aliases=aliases, ignored=ignored)
     return {f"{prefix}{name}": found[key] for name, key in names.items()}, report

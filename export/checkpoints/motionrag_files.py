@@ -10,8 +10,8 @@
 | `motion_transformer` | CAMA (`transformer.`), the appearance Resampler (`condition_proj.`); `sos_token` is usually not saved |
 | `17_frames` (CogVideoX) | query, key and value projections of every block, retuned for 17 frames |
 
-Each is a `.ckpt` (bare dict, or Lightning's with `state_dict`), which is mapped and not loaded, or a `.safetensors` of its tensors.
-Heads are 64 wide in all of them, so every other size is read off the tensors.
+Each is a `.ckpt` (bare dict, or Lightning's with `state_dict`), which is mapped and not loaded, or a `.safetensors` of the same
+tensors. Heads are 64 wide in all of them, so every other size is read off the tensors.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ import sympy  # type: ignore[import-untyped]
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from motionrt.export.compiler.graph_edit import Fired, emit, is_one, is_tensor, prune, size_arg, value
+from motionrt.export.compiler.graph_edit import Fired, ancestors, emit, is_one, is_tensor, prune, size_arg, value
 
 aten = torch.ops.aten
 
@@ -78,6 +79,44 @@ def sink_broadcasts(module: GraphModule) -> list[Fired]:
                 node.target = aten.reshape.default
     prune(graph)
     return fired
+
+
+def pack_tables(module: GraphModule, depends: Mapping[Node, frozenset[str]]) -> None:
+    """Join the schedule's tables whose rows the step repeats: one table, repeated by one node and then split.
+
+    A denoiser reads dozens of tables `[B, 1, D]`, each for both halves of guidance; one by one they would be as many inputs of
+    the step and two nodes each. Exact: only where values lie changes.
+    """
+    graph, groups = module.graph, dict[tuple[Any, ...], list[tuple[Node, Node]]]()
+    for node in graph.nodes:
+        wide: Any = node.args[0] if node.target == aten.reshape.default else None
+        source: Any = wide.args[0] if isinstance(wide, Node) and wide.target == aten.expand.default else None
+        if source is None or depends.get(source) != frozenset({"schedule"}):
+            continue
+        shape, times = value(source).shape, wide.args[1]
+        axis = next((d for d, size in enumerate(shape) if d and not is_one(size)), 0)
+        ones = axis and all(is_one(size) for d, size in enumerate(shape) if d not in (0, axis))
+        if ones and len(times) > 1 and {*times[:1], *times[2:]} == {-1} and node.args[1][0] == -1:
+            groups.setdefault((times[1], axis, len(shape), value(node).ndim, value(node).dtype), []).append((node, source))
+    for (times, axis, rank, left, _), found in groups.items():
+        if len(found) == 1:
+            continue
+        first = next(n for n in graph.nodes if n.op == "call_function" and "step" in depends.get(n, ()))
+        early = ancestors([source for _, source in found])
+        for node in list(graph.nodes):
+            if node in early and node.op != "placeholder":
+                first.prepend(node)
+        widths = [value(source).shape[axis] for _, source in found]
+        with graph.inserting_before(first):
+            table = emit(graph, aten.cat.default, ([source for _, source in found], axis))
+            table._rename("tables")
+            wide = emit(graph, aten.expand.default, (table, [-1, times, *[-1] * (rank - 2)]))
+            flat = [sum(widths) if d == axis else 1 for d in range(rank - left + 1, rank)]
+            rows = emit(graph, aten.reshape.default, (wide, [-1, *flat]))
+            pieces = emit(graph, aten.split_with_sizes.default, (rows, widths, axis - (rank - left)))
+            for number, (node, _) in enumerate(found):
+                node.replace_all_uses_with(emit(graph, operator.getitem, (pieces, number)))
+    prune(graph)
 
 
 def _spread(graph: Graph, found: Broadcast, shape: Any, keep: Broadcast | None = None) -> Node:

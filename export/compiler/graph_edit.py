@@ -5,7 +5,7 @@ Graphs are aten level (`torch.export`, `run_decompositions({})`), with parameter
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,16 +65,35 @@ def prune(graph: torch.fx.Graph) -> None:
             graph.erase_node(node)
 
 
+def ancestors(nodes: Iterable[Node], stop: Set[Node] = frozenset()) -> set[Node]:
+    """`nodes` and all that they are computed from, nothing behind those of `stop`; what only gives sizes is not followed."""
+    found, todo = set[Node](), list(nodes)
+    while todo:
+        node = todo.pop()
+        if node in found:
+            continue
+        found.add(node)
+        if node not in stop and not isinstance(node.meta.get("val"), torch.SymInt):
+            todo += node.all_input_nodes
+    return found
+
+
+def read_size(graph: torch.fx.Graph, size: torch.SymInt) -> Node | None:
+    """A node that reads a symbolic size from an input of the graph, if one has an axis of it."""
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            for dim, other in enumerate(getattr(value(node), "shape", ())):
+                if not isinstance(other, int) and other.node.expr == size.node.expr:
+                    return emit(graph, aten.sym_size.int, (node, dim))
+    return None
+
+
 def size_arg(graph: torch.fx.Graph, size: Any) -> Any:
-    """A size as a graph argument: an int, or a node that reads an equal symbolic size from an input."""
+    """A size as a graph argument: an int, or a node that has an equal symbolic size."""
     if isinstance(size, int):
         return size
-    for node in graph.nodes:
-        if node.op != "placeholder":
-            break
-        for dim, other in enumerate(getattr(value(node), "shape", ())):
-            if not isinstance(other, int) and other.node.expr == size.node.expr:
-                return emit(graph, aten.sym_size.int, (node, dim))
+    if (found := read_size(graph, size)) is not None:
+        return found
     for node in graph.nodes:  # composite sizes, such as 2 * batch, are computed somewhere already
         seen = node.meta.get("val")
         if isinstance(seen, torch.SymInt) and seen.node.expr == size.node.expr:

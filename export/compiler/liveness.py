@@ -8,7 +8,6 @@ sizes count as they were traced.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,10 +33,9 @@ def live_bytes(graph: Graph) -> int:
         ends.setdefault(number, []).append(node)
     live = most = 0
     for number, node in enumerate(nodes):
-        if owner.get(node) is node:
-            live += _size(node.meta.get("val"))
+        live += _bytes(node) if node in last else 0
         most = max(most, live)
-        live -= sum(_size(dead.meta.get("val")) for dead in ends.get(number, ()))
+        live -= sum(_bytes(dead) for dead in ends.get(number, ()))
     return most
 
 
@@ -56,16 +54,7 @@ def _looked_into(node: Node) -> Node | None:
     return None
 
 
-def _size(value: Any) -> int:
-    if isinstance(value, (list, tuple)):
-        return sum(map(_size, value))
-    if not isinstance(value, Tensor):
-        return 0
-    return math.prod(_hint(size) for size in value.shape) * value.element_size()
-
-
-def _hint(size: Any) -> int:
-    if isinstance(size, int):
-        return size
-    assert isinstance(size, torch.SymInt)
-    return int(size.node.hint or 1)
+def _bytes(node: Node) -> int:
+    leaves = torch.utils._pytree.tree_leaves(node.meta.get("val"))
+    tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor))
+    return sum(math.prod(n if isinstance(n, int) else n.node.hint or 1 for n in t.shape) * t.element_size() for t in tensors)

@@ -12,7 +12,7 @@ and casts may be recomputed on either side (free); what else is invariant must s
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from motionrt.export.compiler.broadcasts import sink_broadcasts
+from motionrt.export.compiler.broadcasts import pack_tables, sink_broadcasts
 from motionrt.export.compiler.classify import MIXED, bytes_of, depends_on, floating, flops, frontier
-from motionrt.export.compiler.graph_edit import Fired, emit, fake_mode, prune, sizes, value
+from motionrt.export.compiler.graph_edit import Fired, ancestors, emit, fake_mode, prune, read_size, sizes, value
 from motionrt.export.compiler.rewrites import reassociate, softmax_of_one
 
 aten = torch.ops.aten
@@ -38,14 +38,6 @@ class Counts:
     parameters: int = 0
     weight_bytes: int = 0
     flops: int = 0
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            self.nodes + other.nodes,
-            self.parameters + other.parameters,
-            self.weight_bytes + other.weight_bytes,
-            self.flops + other.flops,
-        )
 
 
 @dataclass(frozen=True)
@@ -139,6 +131,7 @@ def partition(
 
     fired = softmax_of_one(whole) + sink_broadcasts(whole)
     fired += reassociate(whole, depends_on(whole, inputs), known)
+    pack_tables(whole, depends_on(whole, inputs))
     whole.recompile()
     depends = depends_on(whole, inputs)
     programs, hoisted = _split(whole, depends, inputs, outputs, known)
@@ -192,7 +185,7 @@ def _split(
     cut = frontier(depends, known, [n for n in nodes if n not in late], late)
     constants = {n for n in cut if not depends[n] and n.op != "get_attr"}
     into_step = [n for n in nodes if n in cut and depends[n]]
-    mixed = {n for n in _ancestors([n for n in into_step if depends[n] == MIXED]) if depends[n] == MIXED}
+    mixed = {n for n in ancestors([n for n in into_step if depends[n] == MIXED]) if depends[n] == MIXED}
     early = [n for n in nodes if n not in late and depends[n] and depends[n] != MIXED]
     cut = frontier(depends, known, early, mixed)
     into_timeline = [n for n in nodes if n in cut]
@@ -284,9 +277,11 @@ class _Builder:
                 new = weight(str(node.target), _weight(self.whole, node), node)
             elif node in self.constants:
                 new = weight(f"constant_{node.name}", self.evaluate(node), node)
-            elif isinstance(seen, torch.SymInt):
-                new = _size(graph, env, available, node, get)
+            elif isinstance(seen, torch.SymInt) and (size := read_size(graph, seen)) is not None:
+                new = size
             else:
+                if node.op == "placeholder" or node.target == aten.sym_size.int:
+                    raise ValueError(f"partition: {node} is not known to the program that needs it")
                 args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), get)
                 new = graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
             new.meta["val"] = seen
@@ -294,7 +289,7 @@ class _Builder:
             return new
 
         # in the graph's order, so that `get` finds what a node reads: it must not go as deep as the network is
-        needed = _ancestors(wanted, {*env, *self.constants})
+        needed = ancestors(wanted, {*env, *self.constants})
         for node in self.whole.graph.nodes:
             if node in needed:
                 get(node)
@@ -306,19 +301,6 @@ class _Builder:
                     graph.erase_node(given.pop(node))
         kept = tuple(self.names[n] for n in given)
         return Program(GraphModule(root, graph).eval(), kept, outputs or tuple(self.names[n] for n in wanted), weights)
-
-
-def _ancestors(nodes: list[Node], stop: Set[Node] = frozenset()) -> set[Node]:
-    """`nodes` and all that they are computed from, sizes not followed, nothing of `stop` nor behind it."""
-    found, todo = set[Node](), list(nodes)
-    while todo:
-        node = todo.pop()
-        if node in found or (node in stop and node not in nodes):
-            continue
-        found.add(node)
-        if node not in stop and not isinstance(node.meta.get("val"), torch.SymInt):
-            todo += node.all_input_nodes
-    return found
 
 
 def _batch(node: Node) -> Any:
@@ -338,25 +320,11 @@ def _for_each(graph: Graph, steps: Node, one: Node) -> Node:
     return emit(graph, aten.reshape.default, (wide, [-1, *rows[1:]]))
 
 
-def _size(graph: Graph, env: dict[Node, Node], available: list[Node], node: Node, get: Callable[[Node], Node]) -> Node:
-    """A dynamic size, read from an input of this program where one has it."""
-    expression = node.meta["val"].node.expr
-    for source in available:
-        for dim, size in enumerate(getattr(value(source), "shape", ())):
-            if isinstance(size, torch.SymInt) and size.node.expr == expression:
-                return graph.call_function(aten.sym_size.int, (env[source], dim))
-    if node.target == aten.sym_size.int:
-        raise ValueError(f"partition: size {expression} is not known to the program that needs it")
-    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), get)
-    return graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
-
-
 def _count(module: GraphModule, nodes: list[Node], known: dict[str, int], weights: bool = True) -> Counts:
-    total = Counts(nodes=sum(n.op == "call_function" for n in nodes), flops=sum(flops(n, known) for n in nodes))
-    if weights:
-        tensors = {n.target: _weight(module, n) for n in module.graph.nodes if n.op == "get_attr"}
-        total += Counts(
-            parameters=sum(t.numel() for t in tensors.values()),
-            weight_bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
-        )
-    return total
+    tensors = {n.target: _weight(module, n) for n in module.graph.nodes if n.op == "get_attr" and weights}
+    return Counts(
+        sum(n.op == "call_function" for n in nodes),
+        sum(t.numel() for t in tensors.values()),
+        sum(t.numel() * t.element_size() for t in tensors.values()),
+        sum(flops(n, known) for n in nodes),
+    )

@@ -26,6 +26,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from motionrt.export.compiler.graph_edit import ancestors
 from motionrt.export.compiler.partition import Partition, Program, partition
 
 BATCH = 4  # the most requests that share a call, unless said otherwise
@@ -51,25 +52,19 @@ def meta(dtype: torch.dtype = torch.float32) -> Iterator[None]:
         hook.remove()
 
 
-def fake_parameters(module: nn.Module, mode: FakeTensorMode) -> None:
-    """Put fake CPU tensors in the place of meta ones, in place: the exporter refuses a mix of devices."""
-    for part in module.modules():
-        stores: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
-        for store in stores:
-            for name, tensor in list(store.items()):
-                if tensor is None or tensor.device.type != "meta":
-                    continue
-                with mode:
-                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                store[name] = nn.Parameter(fake, requires_grad=False) if store is part._parameters else fake
-
-
 @contextmanager
 def faked(module: nn.Module) -> Iterator[FakeTensorMode]:
-    """Trace in the block: `module`, built with `meta`, has fake CPU parameters; real tensors may be mixed in."""
+    """Trace in the block: `module`, built with `meta`, has fake CPU parameters (the exporter refuses a mix of devices), in
+    place; real tensors may be mixed in."""
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-    fake_parameters(module, mode)
     with mode:
+        for part in module.modules():
+            stores: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+            for store in stores:
+                for name, tensor in store.items():
+                    if tensor is not None and tensor.device.type == "meta":
+                        fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                        store[name] = nn.Parameter(fake, requires_grad=False) if store is part._parameters else fake
         yield mode
 
 
@@ -137,17 +132,7 @@ def parameters(module: GraphModule) -> dict[str, Tensor]:
 
 def leaves(node: Node) -> set[str]:
     """Names of the weights that a constant node is computed from."""
-    return {str(item.target) for item in _ancestors(node) if item.op == "get_attr"}
-
-
-def _ancestors(node: Node) -> set[Node]:
-    """`node` and every node that it is computed from."""
-    todo, seen = [node], {node}
-    while todo:
-        fresh = [n for n in todo.pop().all_input_nodes if n not in seen]
-        seen.update(fresh)
-        todo += fresh
-    return seen
+    return {str(item.target) for item in ancestors([node]) if item.op == "get_attr"}
 
 
 def materialise(cut: Partition, program: Program, name: str, read: Callable[[str], Tensor | None]) -> Tensor:
@@ -156,7 +141,7 @@ def materialise(cut: Partition, program: Program, name: str, read: Callable[[str
     `read(weight)` returns None for what is no weight of the checkpoint: tables that the module itself holds.
     """
     root = program.weights[name]
-    needed = _ancestors(root)
+    needed = ancestors([root])
     values: dict[Node, Any] = {}
     with torch.no_grad():
         for node in cut.rewritten.graph.nodes:

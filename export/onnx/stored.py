@@ -71,9 +71,9 @@ def store(
     """Write the values of `model`'s initializers `weights` beside the graph file `path`, and point the graph at them.
 
     `extra`: tensors that the file holds for others than the graph (the torch program of the same graph). None where there
-    is nothing to write: no file is made. `shared`: a file of another graph in the same folder that has these weights already:
-    it is pointed at, and what it does not have (tables of this graph's own sizes) is kept inside the graph. In place; `model` is
-    then ready to be serialised.
+    is nothing to write: no file is made. `shared`: a file of another graph in the same folder that has these weights
+    already: it is pointed at, and what it does not have (tables of this graph's own sizes) is kept inside the graph. In place;
+    `model` is then ready to be serialised.
     """
     graph, casts, written = model.graph, [], None
     if shared is not None:

@@ -67,7 +67,7 @@ def stream_program(
     dynamic = any(isinstance(length, torch.SymInt) for value in values for length in value.shape)
 
     def sized(rows: int) -> Example:
-        shapes = ([_at(length, rows) for length in value.shape] for value in values)
+        shapes = ([_at(n, dict.fromkeys(_symbols(n), rows)) for n in value.shape] for value in values)
         feed = [torch.empty(shape, dtype=value.dtype) for shape, value in zip(shapes, values, strict=True)]
         return Example({size: rows} if dynamic else {}, dict(zip(program.inputs, feed, strict=True)))
 
@@ -151,7 +151,7 @@ def stream_real(
         return InMemory(narrowest(state[name].detach())) if name in state else None
 
     try:
-        entry = _stream(path, module, examples, outputs, ranges, find, torch_program, wanted, outside)
+        entry = _stream(path, module, examples, outputs, ranges, find, torch_program, outside)
         check_parity(path, outputs, examples, wanted, atol, external or {})
         if torch_program is not None:
             check_program(torch_program, entry["program"], path.with_suffix(".safetensors"), examples, wanted, atol)
@@ -169,12 +169,11 @@ def _stream(
     ranges: Mapping[str, Range],
     value: Find,
     torch_program: Path | None = None,
-    wanted: Sequence[Sequence[Tensor]] | None = None,
     outside: Mapping[str, str] = MappingProxyType({}),
     shared: Path | None = None,
 ) -> dict[str, Any]:
-    """`value`: weights by the module's names. `wanted`: outputs at the first two examples, where a trace cannot tell.
-    `outside`: weights that are stored elsewhere, and their names there; `shared`: as of `stream_module`."""
+    """`value`: weights by the module's names. `outside`: those that are stored elsewhere, and their names there; `shared`: as of
+    `stream_module`."""
     from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
 
     first, second = examples[0], examples[min(1, len(examples) - 1)]
@@ -184,6 +183,7 @@ def _stream(
         warnings.simplefilter("ignore")
         shapes = dynamic_shapes(module, [first, second], ranges) if ranges else None
         program = torch.export.export(module, tuple(first.feed.values()), dynamic_shapes=shapes, strict=False)
+        inputs = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"][-len(names) :]
         results = [n.meta["val"] for n in program.graph.output_node().args[0] if isinstance(n, torch.fx.Node)]
         program = program.run_decompositions(symbolic_forms())
         activations = live_bytes(program.graph)
@@ -229,7 +229,7 @@ def _stream(
         _leave_outside(model.graph, outside)
         proto = bare(ir.serde.serialize_model(model))
         _publish(path, proto, checked=not outside)
-        at = wanted[:2] if wanted is not None else _shapes(examples, results)
+        at = _shapes(examples, inputs, results)
     entry |= {
         "inputs": [port(n, first.feed[n], axes[n], ranges) for n in names],
         "outputs": [
@@ -242,25 +242,28 @@ def _stream(
     return entry
 
 
-def _shapes(examples: Sequence[Example], results: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Outputs at the sizes of the first two examples, as meta tensors: shapes and dtypes are all that is asked of them."""
-    first, second = examples[0].sizes, examples[min(1, len(examples) - 1)].sizes
-    if len({str(symbol) for result in results for length in result.shape for symbol in _symbols(length)}) > 1:
-        raise ValueError("outputs may depend on one dynamic size")
-    changed = next((name for name in first if first[name] != second[name]), "")
-    return [
-        [torch.empty([_at(n, sizes.get(changed, 0)) for n in r.shape], dtype=r.dtype, device="meta") for r in results]
-        for sizes in (first, second)
-    ]
+def _shapes(examples: Sequence[Example], inputs: Sequence[Tensor], results: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Outputs at the sizes of the first two examples, as meta tensors: shapes and dtypes are all that is asked of them.
+
+    `inputs`: the traced inputs; a symbol has the value with which they have the shapes of an example.
+    """
+    found = []
+    for example in (examples[0], examples[min(1, len(examples) - 1)]):
+        known: dict[Any, int] = {}
+        for traced, value in zip(inputs, example.feed.values(), strict=True):
+            for length, actual in zip(traced.shape, value.shape, strict=True):
+                for symbol in _symbols(length):
+                    known[symbol] = actual // int(length.node.expr.subs({symbol: 1}))  # lengths are multiples of one size
+        found.append([torch.empty([_at(n, known) for n in r.shape], dtype=r.dtype, device="meta") for r in results])
+    return found
 
 
 def _symbols(length: Any) -> Set[Any]:
     return set() if isinstance(length, int) else length.node.expr.free_symbols  # type: ignore[no-any-return]
 
 
-def _at(length: Any, size: int) -> int:
-    """A length with `size` for its symbol."""
-    return length if isinstance(length, int) else int(length.node.expr.subs(dict.fromkeys(_symbols(length), size)))
+def _at(length: Any, known: Mapping[Any, int]) -> int:
+    return length if isinstance(length, int) else int(length.node.expr.subs(known))
 
 
 def _leave_outside(graph: ir.Graph, names: Mapping[str, str]) -> None:

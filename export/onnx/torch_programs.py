@@ -90,13 +90,19 @@ def check_program(
         with torch.no_grad():
             got = run.module(*example.feed.values())
         for name, ours, theirs in zip(entry["outputs"], got, outputs, strict=True):
-            error = float((ours.double() - theirs.double()).abs().max()) if theirs.numel() else 0.0
-            limit = atol * max(1.0, float(theirs.abs().max())) if theirs.numel() else 0.0
-            if ours.shape != theirs.shape or ours.dtype != theirs.dtype or not error <= limit:
-                raise ParityError(
-                    f"program {path.stem}, output `{name}` at {dict(example.sizes)}: it differs from its module by "
-                    f"{error:.2e}, allowed {limit:.2e} (shapes {tuple(ours.shape)}, {tuple(theirs.shape)})"
-                )
+            compare(f"program {path.stem}, output `{name}` at {dict(example.sizes)}: it", ours, theirs, atol)
+
+
+def compare(what: str, ours: Tensor, theirs: Tensor, atol: float) -> None:
+    """`ParityError` unless |ours - theirs| <= atol * max(1, max |theirs|), of the same shape and dtype."""
+    alike = ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    error = float((ours.double() - theirs.double()).abs().amax()) if alike and theirs.numel() else 0.0
+    limit = atol * max(1.0, float(theirs.abs().max()) if theirs.numel() else 0.0)
+    if not alike or not error <= limit:
+        raise ParityError(
+            f"{what} differs from its module by {error:.2e}, allowed {limit:.2e} ({ours.dtype} {tuple(ours.shape)}, "
+            f"{theirs.dtype} {tuple(theirs.shape)})"
+        )
 
 
 def _bare(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +17,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from motionrt.export.checkpoints.encoders import text_encoder, weights_of
-from motionrt.export.checkpoints.files import (
-    CheckpointError,
-    Component,
-    KeyReport,
-    Lazy,
-    check_pipeline,
-    open_component,
-    read_json,
-)
-from motionrt.export.checkpoints.motionrag_files import MotionRAG, open_motionrag
+from motionrt.export.checkpoints.files import CheckpointError, check_pipeline, open_component, read_json
+from motionrt.export.checkpoints.motionrag_files import open_motionrag
 from motionrt.export.checkpoints.tokenizers import tokenizer_json
 from motionrt.export.compiler.weightless import meta
-from motionrt.export.systems import motionrag_graphs as motionrag
-from motionrt.export.systems.cogvideox_step import INPUTS, CogVideoXStep, solver_rows
-from motionrt.export.systems.decoding import PICTURES, decoding_loop, tile_size, tiles_quality
-from motionrt.export.systems.motionrag_graphs import BATCH, GUIDANCE, VIDEO, Sources
-from motionrt.export.systems.steps import Latents, cogvideox_step, plain, step_args
-from motionrt.export.systems.system import Array, Graph, Network, Schedules, Step, System, TokenizerText
-from motionrt.runtime.bundle.manifest import Loop, Output
+from motionrt.export.systems.cogvideox_step import INPUTS, solver_rows
+from motionrt.export.systems.decoding import Decoding, decoding, tile_size
+from motionrt.export.systems.motionrag_system import (
+    BATCH,
+    GUIDANCE,
+    Base,
+    Sources,
+    motionrag_networks,
+    motionrag_system,
+    solver_table,
+    unconditional_tokens,
+)
+from motionrt.export.systems.steps import Latents, cogvideox_step, plain, step_inputs
+from motionrt.export.systems.system import Array, Graph, Network, System, TokenizerText
 
 FPS = 8
-# tests/export/systems/test_decoding.py holds the second half of it
-TILES_ERROR = "not measured with released weights; with random ones, RMS below 5 % of the video's spread, as diffusers' own tiles"
+# what is known of tiles; tests/export/systems/test_decoding.py holds it
+TILES_ERROR = "not measured with released weights; with random ones, RMS below 5 % of the video's spread, and below diffusers'"
 
 
 class EncodeCausal(nn.Module):
@@ -108,43 +107,21 @@ def chunks(frames: int) -> tuple[int, int]:
     return first, 2 if frames > first else 0
 
 
-@dataclass(frozen=True)
-class Decoder:
-    """The decoder's graphs, and the loop over its chunks and tiles where it does not run in one piece."""
-
-    graphs: dict[str, Graph]
-    loops: dict[str, Loop]
-    schedules: dict[str, Schedules]
-
-    @property
-    def name(self) -> str:
-        """What the plan runs."""
-        return PICTURES if self.loops else "decode"
-
-
-def vae_network(component: Component, make: Callable[[Any], nn.Module], half: str) -> Network:
-    """One `half` ("encoder" or "decoder") of the VAE of `component` inside `make`'s module, all keys of the file checked."""
+def open_vae(base: Path) -> tuple[Any, Network]:
+    """The VAE of a folder, without weights, and its network: their places, every key checked."""
     from diffusers import AutoencoderKLCogVideoX
 
+    component = open_component(base, "vae", "AutoencoderKLCogVideoX")
     with meta():
-        vae = AutoencoderKLCogVideoX(**plain(component.config))
+        vae = AutoencoderKLCogVideoX(**plain(component.config)).eval()
     weights, report = weights_of(vae, component, "vae", "vae.")
-    delattr(vae, "decoder" if half == "encoder" else "encoder")
-    return Network(make(vae.eval()).eval(), weights, (report,))
+    return vae, Network(vae, weights, (report,))
 
 
-def decoder(
-    component: Component, latents: Latents, tiles: int = 1, keeping: Callable[[Network], Network] = lambda network: network
-) -> Decoder:
-    """The graph `decode`, and `decode_next` where there is more than one chunk of frames; `tiles` along height and width;
-    `keeping` decides what the weights are kept in."""
+def decoder(vae: Any, network: Network, latents: Latents, tiles: int = 1) -> Decoding:
+    """The graph `decode`, and `decode_next` where there is more than one chunk of frames; `tiles` along height and width."""
     first, after = chunks(latents[0])
     size = (tile_size(latents[2], tiles), tile_size(latents[3], tiles))
-    whole = keeping(vae_network(component, lambda vae: DecodeCausal(vae, keep=after > 0), "decoder"))
-    vae: Any = whole.module.vae
-
-    def chunk(frames: int) -> dict[str, Array]:
-        return {"latents": Array(("batch", frames, latents[1], *size))}
 
     def pictures(frames: int, kept: Mapping[str, Tensor] | None = None) -> tuple[int, dict[str, Tensor]]:
         """How many pictures a chunk of latent frames makes, and what it leaves for the next one; on the meta device."""
@@ -153,19 +130,20 @@ def decoder(
             video, left = vae.decoder(torch.empty(1, latents[1], frames, *size, device="meta"), conv_cache=given)
         return video.shape[2], flat_caches(left)
 
+    def graph(frames: int, caches: Mapping[str, Tensor], weights_of: str | None = None) -> Graph:
+        module = DecodeCausal(vae, tuple(caches), keep=after > 0).eval()
+        inputs = {"latents": (frames, latents[1], *size), **{name: tuple(value.shape[1:]) for name, value in caches.items()}}
+        arrays = {name: Array(("batch", *shape)) for name, shape in inputs.items()}
+        outputs = ("video", *(f"next_{name}" for name in kept)) if after else ("video",)
+        return Graph(Network(module, network.weights), arrays, outputs, {"batch": BATCH}, weights_of)
+
     count, kept = pictures(first)
-    made = [(first, count), *((after, pictures(after, kept)[0]) for _ in range((latents[0] - first) // max(1, after)))]
-    leaves = tuple(f"next_{name}" for name in kept) if after else ()
-    graphs = {"decode": Graph(whole, chunk(first), ("video", *leaves), {"batch": BATCH})}
+    graphs, made = {"decode": graph(first, {})}, [(first, count)]
     if after:
-        inputs = {**chunk(after), **{name: Array(("batch", *value.shape[1:])) for name, value in kept.items()}}
-        following = Network(DecodeCausal(vae, tuple(kept)).eval(), whole.weights)
-        graphs["decode_next"] = Graph(following, inputs, ("video", *leaves), {"batch": BATCH}, weights_of="decode")
-    if not after and size == latents[2:]:
-        return Decoder(graphs, {}, {})
-    scale = 2 ** (len(component.config["block_out_channels"]) - 1)
-    loop, rows = decoding_loop(tuple(graphs), made, latents, size, scale, tuple(kept) if after else ())
-    return Decoder(graphs, {PICTURES: loop}, {PICTURES: rows})
+        graphs["decode_next"] = graph(after, kept, "decode")
+        made += [(after, pictures(after, kept)[0])] * ((latents[0] - first) // after)
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    return decoding(graphs, made, latents, scale, caches=tuple(kept) if after else (), tiles_error=TILES_ERROR)
 
 
 def geometry(config: Mapping[str, Any], base: Path, frames: int) -> Latents:
@@ -186,84 +164,64 @@ def geometry(config: Mapping[str, Any], base: Path, frames: int) -> Latents:
     return (frames - 1) // ratio + 1, config["out_channels"], config["sample_height"], config["sample_width"]
 
 
-def step_weights(transformer: Component, files: MotionRAG, step: CogVideoXStep) -> tuple[dict[str, Lazy], KeyReport]:
-    """The step's weights by its own names: the base's transformer, 17_frames over it, and the adapters."""
-    from diffusers import CogVideoXTransformer3DModel
-
-    with meta():
-        model = CogVideoXTransformer3DModel(**plain(transformer.config))
-    weights, report = weights_of(model, transformer, "transformer", "transformer.")
-    weights |= files.overlay
-    weights |= files.adapter
-    unknown = weights.keys() - step.state_dict().keys() - {"transformer.patch_embed.pos_embedding"}
-    if unknown:
-        raise CheckpointError(f"the step has no weight {sorted(unknown)[0]}")
-    return weights, report
-
-
 def cogvideox_system(sources: Sources, *, frames: int = 17, say: Callable[[str], None] = lambda text: None) -> System:
     """The system of the files that `sources` names: every file is opened and every key checked, and nothing is written.
 
-    `CheckpointError` names what does not fit. `say` is told what takes its time: VideoMAE, for the one clip that is encoded here.
+    `CheckpointError` names what does not fit. `say` is told what takes its time.
     """
     base = sources.base
     check_pipeline(base, "CogVideoXImageToVideoPipeline")
     transformer = open_component(base, "transformer", "CogVideoXTransformer3DModel")
-    vae = open_component(base, "vae", "AutoencoderKLCogVideoX")
-    config = dict(transformer.config)
+    config = transformer.config
     latents = geometry(config, base, frames)
-    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
-    size = (latents[2] * factor, latents[3] * factor)
     width = config["num_attention_heads"] * config["attention_head_dim"]
     blocks = {f"transformer.transformer_blocks.{i}.attn1": width for i in range(config["num_layers"])}
     overlay = frames != config["sample_frames"]
     files = open_motionrag(sources.motionrag, blocks, overlay=overlay, sos=sources.sos)
     tokens = (files.cama_size.num_queries, files.cama_size.dim)
     step = cogvideox_step(config, latents=latents, motion=tokens, positions=sources.positions)
-    weights, step_report = step_weights(transformer, files, step)
-    schedulers = _schedulers(base)
+    weights, report = weights_of(step.transformer, transformer, "transformer", "transformer.", added=".processor.")
+    weights = {**weights, **files.overlay, **files.adapter}
+    solvers = {
+        name: {n: solver_table(*solver_rows(scheduler, n), GUIDANCE) for n in sources.steps}
+        for name, scheduler in _schedulers(base).items()
+    }
     length = config["max_text_seq_length"]
     words, pad = tokenizer_json(base / "tokenizer")
     text = sources.keeping(text_encoder(base))
-    networks = motionrag.motionrag_networks(sources, files, frames, size)
-    encode = sources.keeping(vae_network(vae, lambda model: EncodeCausal(model, latents[0]), "encoder"))
+    vae, vae_network = open_vae(base)
+    vae_network = sources.keeping(vae_network)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    size = (latents[2] * factor, latents[3] * factor)
+    networks = motionrag_networks(sources, files, frames, size)
+    encode = replace(vae_network, module=EncodeCausal(vae, latents[0]).eval())
     query = sources.sentence_encoder()
-    decoding = decoder(vae, latents, sources.tiles, sources.keeping)
     say("unconditional tokens")
-    step.unconditional_motion = motionrag.unconditional_tokens(networks["motion"], frames, size)
-
-    made = (text, networks["motion"], networks["appearance"], encode, query.network)
-    released = sources.target_range == "released"
-    clip = (frames, *size)
-    ids = {"input_ids": Array(("batch", length), torch.int64)}
+    step.unconditional_motion = unconditional_tokens(networks["motion"], frames, size)
     still = {"image": Array(("batch", 3, *size)), "noise": Array(("batch", *latents[1:]))}
-    args = {name: Array(("batch", *v.shape[1:]), v.dtype) for name, v in step_args(INPUTS, config, latents, tokens).items()}
-    solvers = {
-        name: {n: motionrag.solver_table(*solver_rows(scheduler, n), GUIDANCE) for n in sources.steps}
-        for name, scheduler in schedulers.items()
-    }
-    return System(
-        "cogvideox-5b-i2v",
-        inputs=motionrag.motionrag_inputs(size, GUIDANCE, released_range=released),
-        graphs={
-            "text": Graph(text, ids, ("text",), {"batch": BATCH}),
-            **motionrag.motionrag_graphs(networks, query.graph(), clip, tokens),
-            "encode": Graph(encode, still, ("image_latents",), {"batch": BATCH}),
-            **decoding.graphs,
-        },
-        steps=(Step(Network(step, sources.kept(weights)), INPUTS, args, motionrag.STEP_OUTPUTS, motionrag.STEP_SIZES),),
-        plan=motionrag.motionrag_plan(released_range=released, decode=decoding.name),
-        loops={VIDEO: motionrag.denoising_loop(solvers, ("dpm", motionrag.default_steps(sources))), **decoding.loops},
-        schedules={VIDEO: solvers, **decoding.schedules},
-        output=Output("video", *clip, float(FPS)),
-        memory=motionrag.motionrag_memory(clip, FPS, tokens),
-        tokenizers={"text": TokenizerText(words, length, pad), "text_query": query.tokenizer},
-        approximations=tiles_quality(tuple(decoding.graphs), sources.tiles, TILES_ERROR),
+    return motionrag_system(
+        Base(
+            name="cogvideox-5b-i2v",
+            clip=(frames, *size),
+            fps=FPS,
+            encode=Graph(encode, still, ("image_latents",), {"batch": BATCH}),
+            decoding=decoder(vae, vae_network, latents, sources.tiles),
+            step=Network(step, sources.kept(weights)),
+            changes=INPUTS,
+            inputs=step_inputs(INPUTS, config, latents, tokens),
+            solvers=solvers,
+            text=Graph(text, {"input_ids": Array(("batch", length), torch.int64)}, ("text",), {"batch": BATCH}),
+            tokenizer=TokenizerText(words, length, pad),
+        ),
+        networks,
+        query,
+        tokens,
+        released_range=sources.target_range == "released",
         provenance={
             "dtype": sources.dtype, "positions": sources.positions, "sos_token": dict(files.sos),
             "target_range": sources.target_range, "overlay": "17_frames" if overlay else None,
         },
-        reports=(*files.reports, step_report, *(report for network in made for report in network.reports)),
+        reports=(*files.reports, report),
     )  # fmt: skip
 
 

@@ -1,21 +1,22 @@
 """Latents to pictures in parts that bound memory, as the rows of a loop: chunks of frames, and tiles of the picture.
 
-    shape = (tile_size(60, 2), tile_size(90, 2))             # latents of a tile, where there are 2 along each side
-    loop, rows = decoding_loop(("decode", "decode_next"), [(3, 9), (2, 8)], (5, 16, 60, 90), shape, 8, caches)
+    size = (tile_size(60, 2), tile_size(90, 2))              # latents of a tile, where there are 2 along each side
+    made = decoding({"decode": ..., "decode_next": ...}, [(3, 9), (2, 8)], (5, 16, 60, 90), 8, caches=caches)
 
 Chunks are exact where the decoder hands on what its convolutions read of the frames before (`caches`): there is no seam. Tiles
-overlap and are blended linearly: a tile's group norms see the tile alone, so tiles are an approximation that an export opts into.
+overlap and are blended linearly. A tile's group norms see the tile alone: tiles are an approximation that an export opts into.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from motionrt.export.systems.system import Schedules, lengths
+from motionrt.export.systems.system import Graph, Schedules, lengths
 from motionrt.runtime.bundle.manifest import Approximation, Collect, Loop, Slice
 
 OVERLAP = 1 / 6  # of a tile, at least
@@ -45,41 +46,54 @@ def tile_size(length: int, count: int) -> int:
     return math.ceil(length / (count - (count - 1) * OVERLAP))
 
 
-def decoding_loop(
-    graphs: Sequence[str],
+@dataclass(frozen=True)
+class Decoding:
+    """Graphs that make `video` of `latents`, and the loop over them where they do not run in one piece."""
+
+    graphs: Mapping[str, Graph]
+    loops: Mapping[str, Loop] = field(default_factory=dict)
+    schedules: Mapping[str, Schedules] = field(default_factory=dict)
+    approximations: tuple[Approximation, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What the plan runs."""
+        return PICTURES if self.loops else "decode"
+
+
+def decoding(
+    graphs: Mapping[str, Graph],
     chunks: Sequence[tuple[int, int]],
     latents: tuple[int, int, int, int],
-    tile: tuple[int, int],
     scale: int,
+    *,
     caches: Sequence[str] = (),
-) -> tuple[Loop, Schedules]:
-    """The loop `pictures` and its rows. For each tile all its chunks follow one another, the first by `graphs[0]`, which has no
-    caches, the others by the last of `graphs`.
+    tiles_error: str = "not measured",
+) -> Decoding:
+    """The loop `pictures` over `decode` and `decode_next`, if there is more to do than one call.
 
-    `chunks`: (latent frames, pictures) of each; `latents` F, C, H, W; `tile`: height and width of the graphs' latents; `scale`:
-    pixels per latent along a side; `caches`: inputs `NAME` of the second graph that output `next_NAME` of the step before gives.
+    For each tile all its chunks follow one another: the first by the first of `graphs`, the others by the last. `chunks`:
+    (latent frames, pictures) of each; `latents` F, C, H, W; `scale`: pixels per latent along a side; `caches`: inputs `NAME` of
+    the last graph, given by output `next_NAME` of the step before; `tiles_error`: what is known of the error of tiles.
     """
-    tiled = tile != latents[2:]
-    columns = ("graph", "frame", "top", "left", "out_frame", "out_top", "out_left")
+    tile = next(iter(graphs.values())).inputs["latents"].dims[3:]
+    tiled, columns = tile != latents[2:], ("graph", "frame", "top", "left", "out_frame", "out_top", "out_left")
+    if not tiled and len(chunks) == 1:
+        return Decoding(graphs)
     ramps = ("top_before", "top_after", "left_before", "left_after") if tiled else ()
-
-    def rows() -> Iterator[list[int]]:
-        for top in tiles_of(latents[2], tile[0]):
-            for left in tiles_of(latents[3], tile[1]):
-                frame = picture = 0
-                for index, (count, pictures) in enumerate(chunks):
-                    graph = min(index, len(graphs) - 1)
-                    overlaps = [scale * size for size in (top.before, top.after, left.before, left.after)] if tiled else []
-                    yield [graph, frame, top.start, left.start, picture, scale * top.start, scale * left.start, *overlaps]
-                    frame, picture = frame + count, picture + pictures
-                assert frame == latents[0], "chunks do not make up the latents"
-
-    table = np.array(list(rows()), np.float32)
-    schedules = {"chunks": {len(table): table}}
-    frames = sum(pictures for _, pictures in chunks)
+    rows = []
+    for top, left in itertools.product(*(tiles_of(length, int(size)) for length, size in zip(latents[2:], tile, strict=True))):
+        frame = picture = 0
+        for index, (count, pictures) in enumerate(chunks):
+            row = [min(index, len(graphs) - 1), frame, top.start, left.start, picture, scale * top.start, scale * left.start]
+            rows.append(row + [scale * size for size in (top.before, top.after, left.before, left.after)][: len(ramps)])
+            frame, picture = frame + count, picture + pictures
+    if frame != latents[0]:
+        raise ValueError(f"chunks {list(chunks)} do not make up {latents[0]} latent frames")
+    schedules = {"chunks": {len(rows): np.array(rows, np.float32)}}
     video = Collect(
         "video",
-        (frames, 3, scale * latents[2], scale * latents[3]),
+        (picture, 3, scale * latents[2], scale * latents[3]),
         {1: "out_frame", 3: "out_top", 4: "out_left"},
         {3: ("top_before", "top_after"), 4: ("left_before", "left_after")} if tiled else {},
     )
@@ -87,14 +101,11 @@ def decoding_loop(
         graphs=tuple(graphs),
         columns=columns + ramps,
         schedules=lengths(schedules),
-        default=("chunks", len(table)),
+        default=("chunks", len(rows)),
         carry={f"next_{name}": name for name in caches},
         slices={"latents": Slice("latents", {1: "frame", 3: "top", 4: "left"})},
         collect={"video": video},
     )
-    return loop, schedules
-
-
-def tiles_quality(graphs: Sequence[str], tiles: int, known: str = "not measured") -> tuple[Approximation, ...]:
-    """What a bundle says of tiles, with what is `known` of their error; nothing for the whole picture."""
-    return (Approximation("tiles", tuple(graphs), {"tiles along a side": tiles, "error": known}),) if tiles > 1 else ()
+    quality = {"tiles": len(rows) // len(chunks), "error": tiles_error}
+    approximations = (Approximation("tiles", tuple(graphs), quality),) if tiled else ()
+    return Decoding(graphs, {PICTURES: loop}, {PICTURES: schedules}, approximations)

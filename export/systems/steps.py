@@ -20,6 +20,7 @@ from motionrt.export.compiler.weightless import fake_partition, meta
 from motionrt.export.systems import cogvideox_step as cogvideox
 from motionrt.export.systems import svd_step as svd
 from motionrt.export.systems.motionrag import install_cogvideox_adapter
+from motionrt.export.systems.system import Array
 
 OUTPUTS = ("next_latents", "x0")
 
@@ -113,6 +114,14 @@ def step_args(
     time = torch.float32 if "image_context" in inputs else torch.int64
     values["timestep"] = torch.empty(1, dtype=time, device="meta")
     return {name: values[name] for name in inputs}
+
+
+def step_inputs(
+    inputs: Mapping[str, str], config: Mapping[str, Any], latents: Latents, motion: tuple[int, int]
+) -> dict[str, Array]:
+    """`step_args` of any number of requests."""
+    args = step_args(inputs, config, latents, motion)
+    return {name: Array(("batch", *value.shape[1:]), value.dtype) for name, value in args.items()}
 
 
 def structure(model: str, *, frames: int, layers: int | None = None, dtype: torch.dtype = torch.bfloat16) -> Partition:

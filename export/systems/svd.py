@@ -16,24 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from motionrt.export.checkpoints.encoders import weights_of
-from motionrt.export.checkpoints.files import (
-    CheckpointError,
-    Component,
-    KeyReport,
-    Lazy,
-    check_pipeline,
-    open_component,
-    read_json,
-)
-from motionrt.export.checkpoints.motionrag_files import MotionRAG, open_motionrag
+from motionrt.export.checkpoints.files import CheckpointError, check_pipeline, open_component, read_json
+from motionrt.export.checkpoints.motionrag_files import open_motionrag
 from motionrt.export.compiler.weightless import meta
-from motionrt.export.systems import motionrag_graphs as motionrag
-from motionrt.export.systems.decoding import PICTURES, decoding_loop, tile_size, tiles_quality
-from motionrt.export.systems.motionrag_graphs import BATCH, GUIDANCE, VIDEO, Sources
-from motionrt.export.systems.steps import plain, step_args, svd_step
+from motionrt.export.systems.decoding import decoding, tile_size
+from motionrt.export.systems.motionrag_system import (
+    BATCH,
+    GUIDANCE,
+    Base,
+    Sources,
+    motionrag_networks,
+    motionrag_system,
+    solver_table,
+    unconditional_tokens,
+)
+from motionrt.export.systems.steps import plain, step_inputs, svd_step
 from motionrt.export.systems.svd_step import INPUTS, euler_rows, spatial_attentions
-from motionrt.export.systems.system import Array, Graph, Network, Schedules, Step, System
-from motionrt.runtime.bundle.manifest import Output
+from motionrt.export.systems.system import Array, Graph, Network, System
 
 FIRST_GUIDANCE, FPS = 1.0, 7
 MOTION_BUCKET, NOISE_LEVEL = 127.0, 0.02
@@ -99,39 +98,32 @@ class DecodeTemporal(nn.Module):
         return torch.cat(chunks, dim=1)
 
 
-def _vae(component: Component) -> tuple[Any, dict[str, Lazy], KeyReport]:
+def open_vae(base: Path) -> tuple[Any, Network]:
+    """The VAE of a folder, without weights, and its network: their places, every key checked."""
     from diffusers import AutoencoderKLTemporalDecoder
 
+    component = open_component(base, "vae", "AutoencoderKLTemporalDecoder")
     with meta():
-        vae = AutoencoderKLTemporalDecoder(**plain(component.config))
+        vae = AutoencoderKLTemporalDecoder(**plain(component.config)).eval()
     weights, report = weights_of(vae, component, "vae", "vae.")
-    return vae.eval(), weights, report
+    return vae, Network(vae, weights, (report,))
 
 
-def encode_network(image_encoder: Component, component: Component, size: tuple[int, int]) -> Network:
+def still_encoder(base: Path, vae: Any, network: Network, size: tuple[int, int]) -> Network:
     """CLIP's image encoder and the VAE's encoder as one graph. `force_upcast` of the VAE's config: its encoder leaves the range
     of float16, so that diffusers runs it in float32 there; the same is declared of ours."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+    component = open_component(base, "image_encoder", "CLIPVisionModelWithProjection")
     with meta():
-        clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**image_encoder.config))
-    weights, clip_report = weights_of(
-        clip, image_encoder, "image_encoder", "clip.",
+        clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**component.config)).eval()
+    weights, report = weights_of(
+        clip, component, "image_encoder", "clip.",
         unused=lambda key: "a range, made anew" if key.endswith("position_ids") else None,
     )  # fmt: skip
-    vae, more, report = _vae(component)
-    module = EncodeStill(clip.eval(), vae, size).eval()
-    del vae.decoder
-    wide = ("vae.*",) if component.config.get("force_upcast", True) else ()
-    return Network(module, weights | more, (clip_report, report), wide)
-
-
-def decode_network(component: Component) -> Network:
-    """The temporal decoder."""
-    vae, weights, _ = _vae(component)
-    module = DecodeTemporal(vae).eval()
-    del vae.encoder, vae.quant_conv
-    return Network(module, weights)
+    wide = ("vae.*",) if vae.config.get("force_upcast", True) else ()
+    weights |= network.weights or {}
+    return Network(EncodeStill(clip, vae, size).eval(), weights, (report, *network.reports), wide)
 
 
 def adapter_blocks(config: dict[str, Any]) -> dict[str, int]:
@@ -143,29 +135,19 @@ def adapter_blocks(config: dict[str, Any]) -> dict[str, int]:
     return {f"unet.{path}": attention.to_q.in_features for path, attention in spatial_attentions(unet)}
 
 
-def step_weights(component: Component, files: MotionRAG) -> tuple[dict[str, Lazy], KeyReport]:
-    """The step's weights by its own names: the base's UNet and the adapters."""
-    from diffusers import UNetSpatioTemporalConditionModel
-
-    with meta():
-        unet = UNetSpatioTemporalConditionModel(**plain(component.config))
-    weights, report = weights_of(unet, component, "unet", "unet.")
-    return weights | dict(files.adapter), report
-
-
 def svd_system(
     sources: Sources, *, frames: int = 16, height: int = 576, width: int = 1024, say: Callable[[str], None] = lambda text: None
 ) -> System:
     """The system of the files that `sources` names: every file is opened and every key checked, and nothing is written.
 
-    `CheckpointError` names what does not fit. `say` is told what takes its time: VideoMAE, for the one clip that is encoded here.
+    `CheckpointError` names what does not fit. `say` is told what takes its time.
     """
     base, size = sources.base, (height, width)
     check_pipeline(base, "StableVideoDiffusionPipeline")
     unet = open_component(base, "unet", "UNetSpatioTemporalConditionModel")
-    vae = open_component(base, "vae", "AutoencoderKLTemporalDecoder")
     config = plain(unet.config)
-    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    vae, vae_network = open_vae(base)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if frames < 2 or height % (8 * factor) or width % (8 * factor):
         raise CheckpointError(
             f"frames is {frames} and the size {height}x{width}; allowed: 2 frames or more, multiples of {8 * factor} pixels."
@@ -173,61 +155,47 @@ def svd_system(
     latents = (frames, config["out_channels"], height // factor, width // factor)
     files = open_motionrag(sources.motionrag, adapter_blocks(config), overlay=False, sos=sources.sos)
     tokens = (files.cama_size.num_queries, files.cama_size.dim)
-    networks = motionrag.motionrag_networks(sources, files, frames, size)
-    image_encoder = open_component(base, "image_encoder", "CLIPVisionModelWithProjection")
-    encode = sources.keeping(encode_network(image_encoder, vae, size))
-    weights, step_report = step_weights(unet, files)
+    networks = motionrag_networks(sources, files, frames, size)
+    encode = sources.keeping(still_encoder(base, vae, vae_network, size))
+    ids = (FPS - 1.0, MOTION_BUCKET, NOISE_LEVEL)
+    step = svd_step(config, latents=latents, motion=tokens, time_ids=ids, first_guidance=FIRST_GUIDANCE)
+    weights, report = weights_of(step.unet, unet, "unet", "unet.", added=".processor.")
     scheduler = _scheduler(base)
     query = sources.sentence_encoder()
     say("unconditional tokens")
-    unconditional = motionrag.unconditional_tokens(networks["motion"], frames, size)
-    ids = (FPS - 1.0, MOTION_BUCKET, NOISE_LEVEL)
-    step = svd_step(
-        config, latents=latents, motion=tokens, unconditional=unconditional, time_ids=ids, first_guidance=FIRST_GUIDANCE
-    )
+    step.unconditional_motion = unconditional_tokens(networks["motion"], frames, size)
 
-    made = (networks["motion"], networks["appearance"], encode, query.network)
-    released = sources.target_range == "released"
-    clip, picture = (frames, *size), Array(("batch", 3, *size))
-    args = {name: Array(("batch", *v.shape[1:]), v.dtype) for name, v in step_args(INPUTS, config, latents, tokens).items()}
-    euler = {n: motionrag.solver_table(*euler_rows(scheduler, n), GUIDANCE) for n in sources.steps}
+    picture = Array(("batch", 3, *size))
     # chunks of one size are one graph, run for each; a rest is a chunk inside the graph
     count = frames if frames % DECODED else DECODED
     tile = (tile_size(latents[2], sources.tiles), tile_size(latents[3], sources.tiles))
-    loops = {VIDEO: motionrag.denoising_loop({"euler": euler}, ("euler", motionrag.default_steps(sources)))}
-    schedules: dict[str, Schedules] = {VIDEO: {"euler": euler}}
-    if count < frames or tile != latents[2:]:
-        loops[PICTURES], schedules[PICTURES] = decoding_loop(
-            ("decode",), [(count, count)] * (frames // count), latents, tile, factor
-        )
-    return System(
-        "svd",
-        inputs=motionrag.motionrag_inputs(size, GUIDANCE, prompted=False, released_range=released),
-        graphs={
-            **motionrag.motionrag_graphs(networks, query.graph(), clip, tokens),
-            "encode": Graph(
+    decode = Graph(
+        sources.keeping(Network(DecodeTemporal(vae).eval(), vae_network.weights)),
+        {"latents": Array(("batch", count, latents[1], *tile))}, ("video",), {"batch": BATCH},
+    )  # fmt: skip
+    return motionrag_system(
+        Base(
+            name="svd",
+            clip=(frames, *size),
+            fps=FPS,
+            encode=Graph(
                 encode, {"image": picture, "noise": picture}, ("image_context", "image_latents"), {"batch": BATCH}
             ),
-            "decode": Graph(
-                sources.keeping(decode_network(vae)), {"latents": Array(("batch", count, latents[1], *tile))}, ("video",),
-                {"batch": BATCH},
-            ),
-        },
-        steps=(Step(Network(step, sources.kept(weights)), INPUTS, args, motionrag.STEP_OUTPUTS, motionrag.STEP_SIZES),),
-        plan=motionrag.motionrag_plan(
-            prompted=False, released_range=released, decode=PICTURES if PICTURES in loops else "decode"
+            decoding=decoding({"decode": decode}, [(count, count)] * (frames // count), latents, factor),
+            step=Network(step, sources.kept({**weights, **files.adapter})),
+            changes=INPUTS,
+            inputs=step_inputs(INPUTS, config, latents, tokens),
+            solvers={"euler": {n: solver_table(*euler_rows(scheduler, n), GUIDANCE) for n in sources.steps}},
         ),
-        loops=loops,
-        schedules=schedules,
-        output=Output("video", *clip, float(FPS)),
-        memory=motionrag.motionrag_memory(clip, FPS, tokens),
-        tokenizers={"text_query": query.tokenizer},
-        approximations=tiles_quality(("decode",), sources.tiles),
+        networks,
+        query,
+        tokens,
+        released_range=sources.target_range == "released",
         provenance={
             "dtype": sources.dtype, "sos_token": dict(files.sos), "target_range": sources.target_range,
             "first_guidance": FIRST_GUIDANCE, "time_ids": list(ids),
         },
-        reports=(*files.reports, step_report, *(report for network in made for report in network.reports)),
+        reports=(*files.reports, report),
     )  # fmt: skip
 
 

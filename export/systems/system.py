@@ -39,7 +39,7 @@ class Network:
     """
 
     module: nn.Module
-    weights: Mapping[str, Lazy] | None
+    weights: Mapping[str, Lazy] | None = None
     reports: tuple[KeyReport, ...] = ()
     wide: tuple[str, ...] = ()
     package: Weights | None = None
@@ -155,7 +155,7 @@ class TokenizerText:
 
 @dataclass(frozen=True)
 class System:
-    """One system. A plan may name graphs that a cut turns out not to have (nothing changes with the request): they are left out.
+    """One system. A plan may name graphs that a cut turns out not to have (nothing depends on the request): they are left out.
 
     `schedules`: loop -> its rows, which fill in the loop's own `schedules`. The `fingerprint` of `memory` is the exporter's to
     fill in. `provenance`: what a bundle tells people of where it came from; `reports`: of the files' keys.

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from motionrt.runtime.backends.kinds import BACKENDS, ONNXRUNTIME, BackendKind
 from motionrt.runtime.backends.machine import Gpu, find_gpus
-from motionrt.runtime.backends.open import BACKENDS, ONNXRUNTIME, BackendKind, RunOptions, open_backend
+from motionrt.runtime.backends.open import RunOptions, open_backend
 from motionrt.runtime.backends.seam import Backend, Checked
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.errors import BackendError, InputError

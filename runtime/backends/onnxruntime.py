@@ -11,19 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from motionrt.runtime.backends.kinds import GPU_BUILD, ONNXRUNTIME, PROVIDERS
 from motionrt.runtime.backends.onnx_form import find_form
 from motionrt.runtime.backends.onnx_weights import package_weights
-from motionrt.runtime.backends.open import GPU_BUILD, ONNXRUNTIME
 from motionrt.runtime.backends.seam import Array, Checked, DeviceValue, Executor, first_line
 from motionrt.runtime.bundle.bundle import Bundle, Port
 from motionrt.runtime.dtypes import DTYPES, PORTS
 from motionrt.runtime.errors import BackendError, BundleError, InputError
 
-PROVIDERS = {  # by device: the wanted one, and what may run what that leaves
-    "cpu": ("CPUExecutionProvider",),
-    "cuda": ("CUDAExecutionProvider",),
-    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider"),
-}
 _NO_FALLBACK = "session.disable_cpu_ep_fallback"
 
 
@@ -198,7 +193,7 @@ class OrtArray(DeviceValue):
         assert host is not None or value is not None
         self.device: OrtDevice = device
         self._host, self._value = host, value
-        self._rows: dict[int, OrtArray] = {}
+        self._rows: dict[tuple[int, int], OrtArray] = {}  # by first row and how many; -1: that row without its axis
         self.shape = host.shape if host is not None else tuple(value.shape())
         self.dtype = host.dtype if host is not None else np.dtype(_NAMES[value.data_type()])
 
@@ -213,11 +208,16 @@ class OrtArray(DeviceValue):
     def __getitem__(self, index: Any) -> OrtArray:
         if self._host is None:
             self._host = self._value.numpy()
-        if not isinstance(index, int | np.integer):
+        if isinstance(index, int | np.integer):
+            key = int(index), -1
+        elif isinstance(index, slice) and index.step in (None, 1):
+            start, stop, _ = index.indices(len(self))
+            key = start, max(stop - start, 0)
+        else:
             return OrtArray(self.device, np.ascontiguousarray(self._host[index]))
-        if int(index) not in self._rows:
-            self._rows[int(index)] = OrtArray(self.device, np.array(self._host[index]))
-        return self._rows[int(index)]
+        if key not in self._rows:
+            self._rows[key] = OrtArray(self.device, np.array(self._host[index]))
+        return self._rows[key]
 
     def to_host(self) -> Array:
         """See `DeviceValue`."""

@@ -120,11 +120,10 @@ class Checked:
         device, feed = self.executor.device, dict[str, Any]()
         for name in self._ports:
             value = inputs[name]
-            if isinstance(value, DeviceValue):
-                feed[name] = value if value.device == device else value.to_host()
-            else:
-                feed[name] = _contiguous(value)
-                self._check_finite(name, feed[name])
+            if not (isinstance(value, DeviceValue) and value.device == device):
+                value = _contiguous(fetch(value))
+                self._check_finite(name, value)
+            feed[name] = value
         try:
             return self.executor.execute(feed)
         except MotionRTError:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from motionrt.runtime.backends.open import ONNXRUNTIME, TORCH
+from motionrt.runtime.backends.kinds import ONNXRUNTIME, TORCH
 from motionrt.runtime.backends.seam import Array, Backend, Checked, DeviceValue, Executor, first_line
 from motionrt.runtime.backends.torch_program import load_program
 from motionrt.runtime.bundle.bundle import Bundle, GraphSpec, Port
@@ -92,7 +92,7 @@ class TorchBackend:
 
 
 class TorchValue(DeviceValue):
-    """A tensor on `device`. `dtype` is that of the port; the tensor may have the one that a program computes in."""
+    """A tensor on `device`, of the port's `dtype`; a graph that computes in less converts it, and others may read it too."""
 
     def __init__(self, tensor: Tensor, dtype: np.dtype[Any] | str) -> None:
         self.tensor, self.device = tensor, tensor.device
@@ -127,8 +127,9 @@ class TorchExecutor(Executor):
         outputs: Sequence[str],
         device: torch.device,
     ) -> None:
-        """`examples`: tensors (fake ones do) like the program's inputs, in its order: values are given their dtype once, and
-        their layout where the axis before the last is the dense one (a kernel would copy another); results the declared dtypes.
+        """`examples`: tensors (fake ones do) like the program's inputs, in its order. Values are converted to their dtypes
+        once, and given their layout where the axis before the last is the dense one (a kernel would copy another). Results
+        have the declared dtypes.
         """
         self.spec, self.outputs, self.device = spec, tuple(outputs), torch.zeros((), device=device).device  # with its number
         self.dtypes = {name: example.dtype for name, example in examples.items()}
@@ -174,8 +175,7 @@ class TorchExecutor(Executor):
 
     def place(self, port: Port, array: Array) -> TorchValue:
         """See `Executor`. The array is copied: what is on the device must not change with the caller's."""
-        tensor = torch.from_numpy(array.copy()).to(self.device, self.dtypes.get(port.name))
-        return TorchValue(self._laid_out(port.name, tensor), port.dtype)
+        return TorchValue(self._laid_out(port.name, torch.from_numpy(array.copy()).to(self.device)), port.dtype)
 
     def execute(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """See `Executor`."""

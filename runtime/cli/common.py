@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 import typer
 
-from motionrt.runtime.backends.open import TENSORRT, RunOptions, open_backend
+from motionrt.runtime.backends.kinds import TENSORRT
+from motionrt.runtime.backends.open import RunOptions, open_backend
 from motionrt.runtime.errors import InputError, MotionRTError
 from motionrt.runtime.memory.search import Search
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import motionrt
+from motionrt.runtime.backends.kinds import BACKENDS, ONNXRUNTIME, TENSORRT, TORCH, onnxruntime_facts, tensorrt_facts
 from motionrt.runtime.backends.machine import Gpu, find_gpus
-from motionrt.runtime.backends.open import BACKENDS, ONNXRUNTIME, TENSORRT, TORCH, onnxruntime_facts, tensorrt_facts
 from motionrt.runtime.backends.tensorrt.engine_file import FLAVORS, EngineFile, Machine
 from motionrt.runtime.backends.tensorrt.estimate import available_memory, estimate_from_bundle
 from motionrt.runtime.bundle.bundle import Bundle

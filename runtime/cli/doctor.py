@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from motionrt.runtime.backends.open import TENSORRT
+from motionrt.runtime.backends.kinds import TENSORRT
 
 if TYPE_CHECKING:
     from rich.table import Table

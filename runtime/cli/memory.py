@@ -94,7 +94,8 @@ def memory_add(
     """
     from motionrt.runtime.bundle.bundle import Bundle
     from motionrt.runtime.cli import show as report
-    from motionrt.runtime.indexing.clips import ClipEncoders, index_clips
+    from motionrt.runtime.indexing.clips import index_clips
+    from motionrt.runtime.indexing.encoders import ClipEncoders
     from motionrt.runtime.indexing.sources import open_sources, write_failed
     from motionrt.runtime.memory.file import memory_spec
 
@@ -157,7 +158,7 @@ def memory_search(
     """
     from motionrt.runtime.bundle.bundle import Bundle
     from motionrt.runtime.cli import show as report
-    from motionrt.runtime.indexing.clips import ClipEncoders
+    from motionrt.runtime.indexing.encoders import ClipEncoders, cut
     from motionrt.runtime.media.video import read_image
     from motionrt.runtime.memory.file import memory_spec
 
@@ -175,10 +176,10 @@ def memory_search(
         else:
             encoders = ClipEncoders.of(pipeline.bundle, pipeline.graph)
             if image is not None:
-                part, array = encoders.part_of(image=read_image(image, spec.clip.height, spec.clip.width))
+                part, array = encoders.part_of_image(read_image(image, spec.clip.height, spec.clip.width))
             else:
                 assert video is not None
-                part, array = encoders.part_of(video=encoders.cut(video, start, None).video)
+                part, array = encoders.part_of_video(cut(spec, video, start, None).video)
             found = pipeline.memory.search_record(part, array, count, search)
     if found:
         report.console().print(report.found_table(found))

@@ -3,11 +3,13 @@ clip."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Iterator
 
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.bundle.manifest import NOISE, ColumnInput, ImageInput, Loop, Manifest, Node, NumberInput, TextInput
 
+_LEFT = 46  # columns for what is read
 _SHOWN = 3  # names in one place; the rest is counted
 
 
@@ -26,13 +28,15 @@ def picture(bundle: Bundle) -> Iterator[str]:
     if memory := manifest.memory:
         clips = [f"reference_{part.name}" for part in memory.record]
         rows[:0] = [([memory.text], memory.query, ["a vector"]), (["a vector"], "MEMORY", clips)]
-    left = min(44, max(len(_names(reads)) for reads, graph, _ in rows if graph))
+    left = min(_LEFT, max(len(_names(reads)) for reads, graph, _ in rows if graph))
     middle = max(len(graph) for _, graph, _ in rows)
     for reads, graph, gives in rows:
         if graph:
-            yield f"  {_names(reads):>{left}} ──▶ {graph:^{middle}} ──▶ {_names(gives)}"
+            *above, last = textwrap.wrap(_names(reads), left)
+            yield from (f"  {line:>{left}}" for line in above)
+            yield f"  {last:>{left}} ──▶ {graph:^{middle}} ──▶ {_names(gives)}"
         else:
-            yield f"  {'':{left}}     {reads[0]}"
+            yield f"  {reads[0]}"
     if memory is not None:
         yield ""
         clip = memory.clip
@@ -89,14 +93,11 @@ def _node(bundle: Bundle, node: Node) -> Iterator[tuple[list[str], str, list[str
 def _step_reads(manifest: Manifest, loop: Loop, graph: str) -> list[str]:
     made = {port.name for table in loop.tables for port in manifest.graphs[table].outputs}
     ports = [port.name for port in manifest.graphs[graph].inputs]
-    groups = [
-        ("carried", [p for p in ports if p in loop.carry.values()]), ("of the row", [p for p in ports if p in loop.feeds]),
-        ("of tables", [p for p in ports if p in made]), ("cut out", [p for p in ports if p in loop.slices]),
-    ]  # fmt: skip
-    inner = {name for _, names in groups for name in names} | {NOISE}
-    rest = [p for p in ports if p not in inner]
-    told = [f"{len(names)} {what}" for what, names in groups if names]
-    return [*told, *(["noise"] if NOISE in ports else []), *([f"{len(rest)} values"] if rest else [])]
+    kinds = (("what is carried", {*loop.carry.values()}), ("its row", {*loop.feeds}), ("tables", made), ("a part", {*loop.slices}))
+    inner = {NOISE}.union(*(names for _, names in kinds))
+    values = [port for port in ports if port not in inner]
+    told = [what for what, names in kinds if names & {*ports}] + ["noise"] * (NOISE in ports)
+    return [", ".join(told), *([f"{len(values)} values"] if len(values) > _SHOWN else values)]
 
 
 def _without_tokens(names: Iterable[str]) -> list[str]:

@@ -1,13 +1,7 @@
-"""Indexing: video files to clips of a motion memory, by the graphs that a bundle declares for it.
-
-What a clip's graphs are given, K clips at once: `video` float32 [K,F,3,H,W] in [-1,1], `image`, their first pictures
-[K,3,H,W], and `pixels`, `video` as uint8 [K,F,H,W,3]. They run in their order, each on what its ports name, also of what those
-before it gave; the record is taken from these values by name.
-"""
+"""Indexing: video files to clips of a motion memory."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,134 +10,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from motionrt.runtime.backends.seam import Backend, Graph
-from motionrt.runtime.bundle.bundle import Bundle
-from motionrt.runtime.bundle.manifest import GraphSpec, MemorySpec
 from motionrt.runtime.errors import InputError, MediaError, MemoryStoreError
+from motionrt.runtime.indexing.encoders import ClipEncoders, cut
 from motionrt.runtime.indexing.hashes import FileHashes
 from motionrt.runtime.indexing.sources import Item
-from motionrt.runtime.media.video import SPANS, DecodedClip, decode_clip, span_start
-from motionrt.runtime.memory.file import memory_spec
-from motionrt.runtime.memory.memory import Clip, MotionMemory, Reference
+from motionrt.runtime.media.video import SPANS, DecodedClip, span_start
+from motionrt.runtime.memory.memory import Clip, MotionMemory
 from motionrt.runtime.memory.rows import Layout
+
+__all__ = ["BATCH", "ClipEncoders", "IndexReport", "index_clips"]
 
 BATCH = 8  # clips through the encoders, and into the memory, at once
 SAME_ENCODER = 0.98  # cosine of two vectors of one caption, above which one encoder made both (float16 costs 1e-3)
-_hashes = FileHashes()  # of the files that records on demand are made of
-
-
-@dataclass(frozen=True)
-class ClipEncoders:
-    """What turns a captioned clip into what the memory keeps: the graphs that `spec` names, and the clips that they take.
-
-    tokenize: caption -> values for the query graph, B = 1; load: a graph by its name; graphs: what each of them declares.
-    """
-
-    spec: MemorySpec
-    tokenize: Callable[[str], Mapping[str, NDArray[np.int64]]]
-    load: Callable[[str], Graph]
-    graphs: Mapping[str, GraphSpec]
-
-    @classmethod
-    def from_bundle(cls, bundle: Bundle, backend: Backend) -> ClipEncoders:
-        """Those of `bundle`; a graph is loaded when it is first used."""
-        return cls.of(bundle, functools.cache(lambda name: backend.load(bundle, name)))
-
-    @classmethod
-    def of(cls, bundle: Bundle, load: Callable[[str], Graph]) -> ClipEncoders:
-        """Those of `bundle`, as `load` gives them by name. BundleError if its requests take no clips."""
-        spec = memory_spec(bundle)
-        return cls(spec, lambda text: bundle.tokenize(spec.tokenizer, text), load, bundle.graphs)
-
-    def embed(self, caption: str) -> NDArray[np.float32]:
-        """The vector of a caption, float32 [E]. Raises InputError if it is too long."""
-        (vector,) = self._run(self.spec.query, self.tokenize(caption)).values()
-        return vector.reshape(vector.shape[1:])
-
-    def cut(self, path: Path, start: float | None, end: float | None) -> DecodedClip:
-        """The clip of a file from `start` seconds on, up to `end` (`decode_clip`)."""
-        clip = self.spec.clip
-        return decode_clip(path, clip.frames, clip.height, clip.width, clip.fps, start, end)
-
-    def records(self, videos: NDArray[np.float32]) -> list[dict[str, NDArray[Any]]]:
-        """The record of each of `videos` [K,F,3,H,W]: parts as the graphs give them, of the sizes that the bundle declares.
-
-        InputError if a graph gives another shape, or another dtype for a part that is not float (no number is rounded to a
-        whole one without a word). A float part is rounded to its dtype where it is kept, and must be finite then.
-        """
-        values: dict[str, NDArray[Any]] = {"video": videos, "image": np.ascontiguousarray(videos[:, 0])}
-        reads = {name for graph in self.spec.graphs for name in self._reads(graph)}
-        if "pixels" in reads | {part.name for part in self.spec.record}:
-            values["pixels"] = np.ascontiguousarray(np.rint((videos + 1) * 127.5).astype(np.uint8).transpose(0, 1, 3, 4, 2))
-        for name in self.spec.graphs:
-            values |= self._run(name, values)
-        for part in self.spec.record:
-            got = values.get(part.name)
-            if got is None:
-                raise InputError(f"no graph of the memory gives `{part.name}` of the record. Export the bundle again.")
-            both_float = got.dtype.kind == "f" == np.dtype(part.dtype).kind
-            if got.shape != (len(videos), *part.dims) or not (both_float or got.dtype == part.dtype):
-                raise InputError(
-                    f"`{part.name}` of a clip came out as {got.dtype} {list(got.shape[1:])}; the bundle declares {part.dtype}"
-                    f" {list(part.dims)} for the record. Export the bundle again."
-                )
-        return [{part.name: values[part.name][row] for part in self.spec.record} for row in range(len(videos))]
-
-    def part_of(
-        self, image: NDArray[np.float32] | None = None, video: NDArray[np.float32] | None = None
-    ) -> tuple[str, NDArray[Any]]:
-        """The float part of the record that says most of a still [3,H,W] or a video [F,3,H,W], to search by: its name, it.
-
-        Of a still it is the first one that graphs make of `image` alone; of a video the first one that needs the video.
-        """
-        values: dict[str, NDArray[Any]] = {} if image is None else {"image": image[None]}
-        of_still, there = list[str](), {"image"}
-        for name in self.spec.graphs:
-            if there.issuperset(self._reads(name)):
-                of_still.append(name)
-                there |= {port.name for port in self.graphs[name].outputs}
-        for part in self.spec.record:
-            if np.dtype(part.dtype).kind == "f" and (part.name in there) == (image is not None):
-                break
-        else:
-            what = "a still" if image is not None else "a video and of no still"
-            raise InputError(f"records of this bundle have no float part that is made of {what}; search by a prompt.")
-        if video is not None:
-            return part.name, self.records(video[None])[0][part.name]
-        for name in of_still:
-            values |= self._run(name, values)
-        return part.name, values[part.name][0]
-
-    def _reads(self, name: str) -> list[str]:
-        return [port.name for port in self.graphs[name].inputs]
-
-    def _run(self, name: str, values: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
-        if missing := [port for port in self._reads(name) if port not in values]:
-            raise InputError(
-                f"graph '{name}' reads `{missing[0]}`; there are only {', '.join(values)}. Export the bundle again."
-            )
-        return self.load(name)({port: values[port] for port in self._reads(name)})
-
-
-def make_record(
-    bundle: Bundle, load: Callable[[str], Graph], reference: Reference, folder: Path = Path()
-) -> dict[str, NDArray[Any]]:
-    """The record of a clip whose memory does not keep it: its file is cut again, and the graphs of `bundle` run on it.
-
-    The arrays are those that a memory with records would have given back, up to what a backend's numbers depend on how many
-    clips it is given at once. load: a graph by its name; folder: where relative sources start. Raises MediaError if the file is
-    gone, or its bytes are not those that were indexed; InputError.
-    """
-    encoders, path = ClipEncoders.of(bundle, load), folder / reference.source
-    if _hashes.sha256(path) != reference.source_sha256:
-        raise MediaError(
-            f"the video file {path} is not the one that clip {reference.id} ({reference.caption[:80]!r}) was indexed from: its"
-            " bytes are others. Restore it, or remove the clip and add the file again."
-        )
-    end = reference.metadata.get("end_sec")
-    decoded = encoders.cut(path, reference.start, None if end is None else float(end))
-    (record,) = encoders.records(decoded.video[None])
-    return Layout(1, encoders.spec.record, "").rounded(record, f"the clip {path}")
 
 
 @dataclass
@@ -181,7 +59,8 @@ def index_clips(
     progress(done, path) is called after each item. Clips are added in batches: after a kill, or an error that concerns them
     all (a full disk, a failing backend), the earlier batches are there, the last is not, and the same call goes on from
     there; files that did not change meanwhile are not even read again (`FileHashes`).
-    A memory that makes records on demand keeps captions and vectors: the other graphs do not run.
+
+    For a memory that makes records on demand only captions are encoded: what is wrong with a record is said when it is used.
     """
     if span not in SPANS:
         raise InputError(f"the span rule is {span!r}; allowed are {', '.join(SPANS)}.")
@@ -250,7 +129,7 @@ class _Run:
         if waiting or self.memory.contains(sha256, start, caption):
             return None
         embedding = self._embedding(item)
-        return _Pending(item, start, sha256, encoders.cut(path, start, item.end), embedding)
+        return _Pending(item, start, sha256, cut(encoders.spec, path, start, item.end), embedding)
 
     def _embedding(self, item: Item) -> NDArray[np.float32]:
         given = item.embedding
@@ -304,7 +183,7 @@ class _Run:
         item, decoded = pending.item, pending.decoded
         limits = {"start_sec": item.start, "end_sec": item.end}
         metadata = {key: text for key, text in item.metadata.items() if key not in limits}
-        metadata |= {key: exact(value) for key, value in limits.items() if value is not None}
+        metadata |= {key: _exact(value) for key, value in limits.items() if value is not None}
         metadata["span"] = "explicit" if self.span == "start" and item.start is not None else self.span
         return Clip(
             item.caption, str(item.video), pending.start, decoded.duration, decoded.fps, pending.sha256,
@@ -312,7 +191,7 @@ class _Run:
         )  # fmt: skip
 
 
-def exact(seconds: float) -> str:
+def _exact(seconds: float) -> str:
     """A number as short text that is read back as the same number."""
     short = f"{seconds:.12g}"
     return short if float(short) == seconds else repr(float(seconds))

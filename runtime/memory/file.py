@@ -24,7 +24,7 @@ from motionrt.runtime.memory.store import plain_errors
 if TYPE_CHECKING:
     from motionrt.runtime.bundle.bundle import Bundle
 
-INDEX_THRESHOLD = 5_000  # clips up to which exact search is as fast as an index (benchmarks/bench_memory.py)
+INDEX_THRESHOLD = 5_000  # clips up to which exact search is as fast as an index (benchmarks/questions)
 Folder = str | os.PathLike[str]
 
 
@@ -51,7 +51,7 @@ class MemoryFile:
 
         embedding: numbers in a vector; record: what is kept of a clip; fingerprint: of what makes both (`check` compares it).
         tokens: how float parts are kept: as they are declared, or "float16", or "int8", which takes half the space of float16.
-        on_demand: records are not kept, but made of the clips' files when they are used (`indexing.clips.make_record`).
+        on_demand: records are not kept, but made of the clips' files when they are used (`indexing.encoders.make_record`).
         MemoryStoreError if there is one already or no place; InputError.
         """
         directory = Path(path)

@@ -94,7 +94,7 @@ class MotionMemory(MemoryFile, Searchable):
 
     def compact(self, threads: int = 1) -> None:
         """Give back the space of removed clips, and make the index one of exactly the clips that are there."""
-        with self._transaction() as db:
+        with self._writing(False) as db:  # not where it is read-only
             state = store.read_state(db, self.path)
         with self._view() as view:
             current = view.base is not None and view.base.content == state.content and view.base.count == state.clips

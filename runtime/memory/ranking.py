@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motionrt.runtime.errors import InputError, MemoryStoreError
-from motionrt.runtime.memory.rows import Layout, Reference
+from motionrt.runtime.memory.rows import DamagedRow, Layout, Reference
 from motionrt.runtime.memory.search import EVERYTHING, Search
 
 CHUNK = 4096  # rows read and scored at once by a scan
@@ -84,7 +84,11 @@ def scan(
         if part is None:
             yield np.array(ids, np.int64), layout.embeddings(ids, blobs)
         else:
-            yield np.array(ids, np.int64), directions(layout.records(ids, blobs, part)[part])
+            values = layout.unpack(ids, blobs, part)[part]
+            if not np.isfinite(values).all():
+                wrong = np.argmin(np.isfinite(values).reshape(len(ids), -1).all(axis=1))
+                raise DamagedRow(f"clip {ids[wrong]} has an impossible {part}")
+            yield np.array(ids, np.int64), directions(values)
 
 
 def rank_all(

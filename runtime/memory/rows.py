@@ -45,7 +45,7 @@ class Reference:
     """A retrieved clip. score: cosine with the query in [-1,1].
 
     record: the parts by name, float ones as float32, others in their dtype; empty where the memory makes records on demand
-    (`indexing.clips.make_record`). memory: its name in a `MemorySet`, where the score is multiplied by the memory's weight.
+    (`indexing.encoders.make_record`). memory: its name in a `MemorySet`, where the score is multiplied by the memory's weight.
     """
 
     id: int
@@ -180,7 +180,7 @@ class Layout:
         )  # fmt: skip
         return Row(told, embedding.astype("<f4").tobytes(), self._pack(clip.record, name))
 
-    def embeddings(self, ids: Sequence[int], blobs: Sequence[bytes]) -> NDArray[np.float32]:
+    def embeddings(self, ids: Sequence[int], blobs: Sequence[Any]) -> NDArray[np.float32]:
         """Stored embeddings as unit vectors [N,E]; DamagedRow names an impossible one."""
         values = _joined(ids, blobs, np.dtype(("<f4", (self.embedding,))), "embedding")
         with np.errstate(over="ignore", invalid="ignore"):
@@ -190,29 +190,30 @@ class Layout:
             raise DamagedRow(f"clip {ids[int(np.argmin(sound))]} has an impossible embedding")
         return np.asarray(values / np.sqrt(squares)[:, None], np.float32)
 
-    def records(self, ids: Sequence[int], blobs: Sequence[bytes], *names: str) -> dict[str, NDArray[Any]]:
-        """The named parts (all unless named) of stored records, each [N, *dims]; DamagedRow names an impossible one."""
-        rows, found = _joined(ids, blobs, self.dtype, "record"), dict[str, NDArray[Any]]()
-        for part in self.record:
+    def unpack(self, ids: Sequence[int], blobs: Sequence[Any], *names: str) -> dict[str, NDArray[Any]]:
+        """The named parts (all unless named) of stored records, each [N, *dims]; DamagedRow names one of another size."""
+        rows = _joined(ids, blobs, self.dtype, "record")
+        found: dict[str, NDArray[Any]] = {}
+        for part, is_float in self._parts:
             if names and part.name not in names:
                 continue
             values = rows[part.name]
-            if not _is_float(part):
-                found[part.name] = values.copy()
-                continue
-            if self.tokens == "int8":
+            if is_float and self.tokens == "int8":
                 values = (values["values"] * values["scale"]).reshape(len(blobs), *part.dims)
-            found[part.name] = values = values.astype(np.float32)
-            if not np.isfinite(values).all():
-                wrong = int(np.argmin(np.isfinite(values).reshape(len(blobs), -1).all(axis=1)))
-                raise DamagedRow(f"clip {ids[wrong]} has an impossible {part.name}")
+            found[part.name] = values.astype(np.float32 if is_float else part.dtype)
         return found
+
+    def unpack_one(self, number: int, blob: object) -> dict[str, NDArray[Any]]:
+        """The record of clip `number`."""
+        return {name: values.reshape(values.shape[1:]) for name, values in self.unpack([number], [blob]).items()}
 
     def rounded(self, record: Mapping[str, NDArray[Any]], what: str) -> dict[str, NDArray[Any]]:
         """A record as it would come back from a memory; InputError, which calls its clip `what`, if none can hold it."""
-        blob = self._pack(record, what)
-        assert blob is not None, "not for a layout without records"
-        return {name: np.asarray(values[0]) for name, values in self.records([0], [blob]).items()}
+        return self.unpack_one(0, self._pack(record, what))
+
+    @cached_property
+    def _parts(self) -> list[tuple[Part, bool]]:
+        return [(part, _is_float(part)) for part in self.record]
 
     def _stored(self, part: Part) -> np.dtype[Any]:
         if _is_float(part) and self.tokens == "int8":
@@ -283,7 +284,7 @@ def _floats(what: str, value: object, dims: tuple[int, ...]) -> NDArray[np.float
     return array
 
 
-def _joined(ids: Sequence[int], blobs: Sequence[bytes], kind: np.dtype[Any], part: str) -> NDArray[Any]:
+def _joined(ids: Sequence[int], blobs: Sequence[Any], kind: np.dtype[Any], part: str) -> NDArray[Any]:
     """Blobs as rows of `kind`; DamagedRow names one of another size, or of no bytes at all (a column may hold anything)."""
     for number, blob in zip(ids, blobs, strict=True):
         if not isinstance(blob, bytes) or len(blob) != kind.itemsize:

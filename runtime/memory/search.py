@@ -21,7 +21,7 @@ def _option(words: str, option: str | None = None) -> Any:
 
 @dataclass(frozen=True)
 class Search:
-    """What a search leaves out and how it orders. Commands that search have these options (`common.with_search_options`).
+    """What a search leaves out and how it orders. Commands that search have these options (`with_search_options`).
 
     where: {"dataset" or a metadata key: value, or list of allowed values}, all of which must hold; exclude_source: leave
     out clips of this source. minimum_score: a cosine; clips below it are left out. distinct: a cosine of the first float

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-import numpy as np
 
 from motionrt.runtime.errors import MemoryStoreError
 from motionrt.runtime.memory.rows import DamagedRow, Layout, Reference, Row
@@ -176,14 +175,12 @@ def read(
             rows[row[0]] = Row(row[1:-3], *row[-2:]), row[-3]
     if missing := [number for number in ids if number not in rows]:
         raise MemoryStoreError(f"the motion memory {path} has no clip {missing[0]}; use an id that search gave.")
-    found = [rows[number][0] for number in ids]
-    vectors, records = _arrays(layout, ids, found)
-    for number, (kept, checksum) in rows.items():
-        _check(number, kept, checksum)
-    clips = []
-    for number, score, row, record in zip(ids, scores, found, records, strict=True):
+    vectors, clips = layout.embeddings(ids, [rows[number][0].embedding for number in ids]), []
+    for number, score in zip(ids, scores, strict=True):
+        row, checksum = rows[number]
+        record = _checked(number, layout, row, checksum)
         caption, source, start, duration, fps, sha256, dataset, metadata = row.told
-        facts = {"dataset": dataset, "metadata": json.loads(metadata), "fps": fps, "source_sha256": sha256}
+        facts = {"dataset": dataset, "metadata": msgspec.json.decode(metadata), "fps": fps, "source_sha256": sha256}
         clips.append(Reference(number, score, caption, source, start, duration, record, **facts))
     return clips, vectors
 
@@ -204,8 +201,8 @@ def problems(db: sqlite3.Connection, path: Path) -> list[str]:
     for number, *told, checksum, embedding, record in db.execute(f"{_ROWS} ORDER BY id"):
         row = Row(tuple(told), embedding, record)
         try:
-            _arrays(layout, [number], [row])
-            _check(number, row, checksum)
+            layout.embeddings([number], [embedding])
+            _checked(number, layout, row, checksum)
             for tag in _tags(number, *told[-2:]):
                 tags += 1
                 if db.execute("SELECT 1 FROM tags WHERE key = ? AND value = ? AND id = ?", tag).fetchone() is None:
@@ -272,17 +269,11 @@ def _tags(number: int, dataset: str, metadata: str) -> list[tuple[str, str, int]
         raise DamagedRow(f"clip {number} has metadata that cannot be read ({error})") from error
 
 
-def _arrays(layout: Layout, ids: list[int], rows: list[Row]) -> tuple[Any, list[dict[str, Any]]]:
-    """Unit vectors [N,E] and the record of each row; DamagedRow."""
-    vectors = layout.embeddings(ids, [row.embedding for row in rows])
-    if layout.on_demand or not rows:
-        if unwanted := [number for number, row in zip(ids, rows, strict=True) if row.record is not None]:
-            raise DamagedRow(f"clip {unwanted[0]} has a record, which this memory makes on demand")
-        return vectors, [{} for _ in rows]
-    parts = layout.records(ids, [row.record or b"" for row in rows])
-    return vectors, [dict(zip(parts, map(np.asarray, row), strict=True)) for row in zip(*parts.values(), strict=True)]
-
-
-def _check(number: int, row: Row, checksum: int) -> None:
+def _checked(number: int, layout: Layout, row: Row, checksum: int) -> dict[str, Any]:
+    """The record of a row that is what was written; DamagedRow."""
+    if layout.on_demand != (row.record is None):
+        raise DamagedRow(f"clip {number} has {'no' if row.record is None else 'a'} record, as no clip of this memory")
+    record = {} if row.record is None else layout.unpack_one(number, row.record)
     if row.checksum(number) != checksum:
         raise DamagedRow(f"clip {number} is not what was written: its checksum differs")
+    return record

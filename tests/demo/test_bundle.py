@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -16,11 +19,11 @@ from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.files import sha256_of
-from motionrt.runtime.noise import noise
 from motionrt.runtime.pipeline import MotionPipeline
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 CHECKPOINT = DEMO / "checkpoint.safetensors"
+plain_run = load_by_path(DEMO.parent / "tests/helpers/plain_run.py")
 
 
 @pytest.fixture(scope="module")
@@ -33,57 +36,59 @@ def bundle() -> Bundle:
     return Bundle.open(DEMO / "bundle")
 
 
+@pytest.fixture(scope="module")
+def run(bundle: Bundle) -> Any:
+    return plain_run.PlainRun(bundle)
+
+
+def values_of(run: Any, feed: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """A step's inputs for one request, and what the graph `request` makes of them."""
+    values = {name: value.numpy() for name, value in feed.items()}
+    return values | run.call("request", {port.name: values[port.name] for port in run.bundle.graph("request").inputs})
+
+
 def test_bundle_was_exported_from_the_shipped_checkpoint(bundle: Bundle) -> None:
-    assert bundle.manifest["provenance"]["checkpoint"] == sha256_of(CHECKPOINT)
+    assert bundle.manifest.provenance["checkpoint"] == sha256_of(CHECKPOINT)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_rewritten_step_equals_the_plain_one_over_all_steps(bundle: Bundle, export: ModuleType, seed: int) -> None:
+def test_rewritten_step_equals_the_plain_one_over_all_steps(run: Any, export: ModuleType, seed: int) -> None:
     """Same noise, all steps, fp32: the shipped graphs against torch eager of the plain module, to 1e-4."""
-    backend = OnnxRuntimeBackend(threads=1)
-    request, schedule, step = (backend.load(bundle, name) for name in ("request", "schedule", "step"))
-    eager = export.eager_step(CHECKPOINT)
-    solver = bundle.solver("dpm", 8)
-    feed = {name: value.numpy() for name, value in export.step_feed(1, seed).items()}
-    feed["guidance"] = np.array([2.0], np.float32)
-    inputs = {port.name for port in bundle.graph("request").inputs}
-    state = feed | request({name: feed[name] for name in inputs})
-    tables = schedule({"timestep": solver.timesteps})
-    wanted = {port.name for port in bundle.graph("step").inputs}
-    shape = (1, *bundle.model.latents)
-    ours = plain = noise(seed, 0, shape)
-    ours_x0 = plain_x0 = np.zeros(shape, np.float32)
-    for index, row in enumerate(solver.coefficients):
-        shared = {"coefficients": row[None], "noise": noise(seed, index + 1, shape)}
-        values = state | shared | {name: table[index : index + 1] for name, table in tables.items()}
-        values |= {"latents": ours, "previous_x0": ours_x0}
-        result = step({name: values[name] for name in wanted})
-        ours, ours_x0 = result["next_latents"], result["x0"]
-        values = feed | shared | {"timestep": solver.timesteps[index : index + 1]}
-        result = eager(values | {"latents": plain, "previous_x0": plain_x0})
-        plain, plain_x0 = result["next_latents"], result["x0"]
+    eager, draw = export.eager_step(CHECKPOINT), plain_run.drawn(seed)
+    loop, rows = run.bundle.manifest.loops["video"], run.bundle.schedule("video", "dpm", 8).rows
+    values = values_of(run, export.step_feed(1, seed))
+    ours = plain_run.run_loop("video", loop, rows, values, run.ports, run.call, draw)["latents"]
+    plainly = msgspec.structs.replace(loop, graphs=(loop.plain,), tables=())
+    plain = plain_run.run_loop("video", plainly, rows, values, run.ports, lambda _, inputs: eager(inputs), draw)["latents"]
     assert np.abs(plain).max() > 0.5  # the run did something
     np.testing.assert_allclose(ours, plain, atol=1e-4)
 
 
-def test_motion_scale_zero_is_the_base_model(bundle: Bundle, export: ModuleType) -> None:
-    """With scale 0 the motion tokens have no say at all: bit for bit the same step."""
-    backend = OnnxRuntimeBackend(threads=1)
-    request, step = backend.load(bundle, "request"), backend.load(bundle, "step")
-    feed = {name: value.numpy() for name, value in export.step_feed(1).items()} | {"motion_scale": np.array([0.0], np.float32)}
-    tables = backend.load(bundle, "schedule")({"timestep": np.array([500])})
+def test_motion_scale_zero_is_the_base_model(run: Any, export: ModuleType) -> None:
+    """With scale 0 the motion tokens have no say at all: bit for bit the same video."""
+    loop, rows = run.bundle.manifest.loops["video"], run.bundle.schedule("video", "ddim", 2).rows
+    feed = export.step_feed(1) | {"motion_scale": torch.zeros(1)}
     results = []
     for factor in (1.0, -3.0):
-        changed = feed | {"motion": (feed["motion"] * factor).astype(np.float32)}
-        state = changed | request({p.name: changed[p.name] for p in bundle.graph("request").inputs})
-        state |= {name: table[0] for name, table in tables.items()}
-        results.append(step({p.name: state[p.name] for p in bundle.graph("step").inputs})["next_latents"])
+        values = values_of(run, feed | {"motion": feed["motion"] * factor})
+        results.append(plain_run.run_loop("video", loop, rows, values, run.ports, run.call, plain_run.drawn(0))["latents"])
     assert np.array_equal(*results)
+
+
+def test_manifest_says_what_the_system_is(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    nodes = [node.graph for node in manifest.nodes]
+    assert nodes == ["text", "text", "appearance", "cama", "encode", "request", "video", "decode"]
+    assert manifest.loops["video"].plain == "step_plain" and manifest.loops["video"].default == ("ddim", 8)
+    assert manifest.loops["video"].schedules == {"ddim": tuple(range(1, 51)), "dpm": tuple(range(2, 51))}
+    assert manifest.inputs["guidance"].default == 2.0 and manifest.memory.default == 4 and manifest.memory.max == 8
+    ports = {port.name for spec in manifest.graphs.values() for port in spec.inputs if not port.shared}
+    assert ports == {"timestep"}  # of the schedule: all else takes a batch
 
 
 def test_step_holds_no_schedule_and_no_adapter_projections(bundle: Bundle) -> None:
     """What the pass is for: the loop carries fewer weights and FLOPs than the released form, for the right reasons."""
-    report = bundle.manifest["partition"]
+    report = bundle.manifest.partition
     assert report["classes"]["step"]["flops"] < report["original"]["flops"]
     assert report["classes"]["schedule"]["parameters"] > 0.2 * report["original"]["parameters"]
     assert sum(rule["rule"] == "reassociate" for rule in report["rules"]) == 4  # one Motion-Adapter per block
@@ -128,12 +133,12 @@ def test_retrieved_motion_moves_the_same_image_differently() -> None:
 
 @pytest.mark.parametrize("length", [1, 5, 60])
 def test_text_query_embeds_as_its_package_does(bundle: Bundle, length: int) -> None:
-    from motionrt.export.checkpoints.packaged_text import packaged_encoder
+    from motionrt.export.checkpoints.text_query import packaged_encoder
 
     encoder = packaged_encoder()
     ids = bundle.tokenize("text_query", " ".join(["motion"] * length))
     ours = OnnxRuntimeBackend(threads=1).load(bundle, "text_query")(ids)["embedding"]
-    hidden = encoder.module.model(**{key: torch.from_numpy(value) for key, value in ids.items()}).last_hidden_state
+    hidden = encoder.network.module.model(**{key: torch.from_numpy(value) for key, value in ids.items()}).last_hidden_state
     want = torch.nn.functional.normalize(hidden.mean(dim=1), dim=-1).detach().numpy()
     np.testing.assert_allclose(ours, want, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1, atol=1e-5)

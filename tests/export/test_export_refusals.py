@@ -23,7 +23,7 @@ from motionrt.runtime.by_path import load_by_path  # noqa: E402
 Run = Callable[..., tuple[int, str, str]]
 HERE = Path(__file__).parent
 models = load_by_path(Path(__file__).resolve().parents[2] / "tests/helpers/tiny_models.py")
-sentence = load_by_path(Path(__file__).resolve().parents[2] / "tests/export/checkpoints/test_sentence.py")
+sentence = load_by_path(Path(__file__).resolve().parents[2] / "tests/export/checkpoints/test_text_query.py")
 COGVIDEOX, SVD = "cogvideox-5b-i2v", "svd"
 PARTS = {  # files of a download -> where their tensors are
     "transformer": "base/transformer/diffusion_pytorch_model.safetensors",
@@ -191,19 +191,26 @@ def test_a_download_with_one_fault_is_refused_before_anything_is_written(
 def test_a_whole_download_gets_past_the_checks(
     downloads: dict[str, Path], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The cases above are refused for their fault, and not because nothing would be accepted."""
-    from motionrt.export.systems import cogvideox as cogvideox_bundle
-    from motionrt.export.systems import svd as svd_bundle
+    """The cases above are refused for their fault, and not because nothing would be accepted; no file is opened after that."""
+    from motionrt.export import exporter
+    from motionrt.export.checkpoints import files
 
     class Reached(Exception):
         pass
 
-    def stop(*_: Any) -> None:
+    opened: list[str] = []
+    for module, name in ((files, "read_header"), (files, "open_torch_file")):
+        plain = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda path, plain=plain: opened.append(str(path)) or plain(path))
+
+    def stop(*_: Any, **__: Any) -> None:
         raise Reached
 
-    for name, module in ((COGVIDEOX, cogvideox_bundle), (SVD, svd_bundle)):
-        monkeypatch.setattr(module, "convert_folder", stop)
-        root = downloads[name]
+    monkeypatch.setattr(exporter, "replacing_folder", stop)
+    for name, root in downloads.items():
+        opened.clear()
         with pytest.raises(Reached):
             run("export", name, *options(root), "--dtype", "float32", "--sos-token", "seed:42", "-o", tmp_path / "bundle")
+        assert len(opened) == len(set(opened)), "a file was opened twice"
+        assert {Path(path).stem for path in opened} >= {"Motion-Adapter", "motion_transformer", "model"}
     assert not list(tmp_path.iterdir()) and json.loads((root / "base" / "model_index.json").read_text())

@@ -1,4 +1,4 @@
-"""diffusers' own pipelines with MotionRAG's plain adapters installed, on the runtime's noise: what a bundle must give.
+"""diffusers' own pipelines with MotionRAG's plain adapters installed, on noise that is handed to them: what a bundle must give.
 
 Loaded by path: the tests are not a package.
 """
@@ -6,7 +6,7 @@ Loaded by path: the tests are not a package.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,12 +20,11 @@ from torch import Tensor
 from motionrt.export.systems import svd_step as svd
 from motionrt.export.systems.motionrag import Cama, MotionAdapterCrossAttention, Resampler, install_cogvideox_adapter
 from motionrt.runtime.by_path import load_by_path
-from motionrt.runtime.noise import noise
-from motionrt.runtime.pipeline import _ENCODER_DRAW
 
 release = load_by_path(Path(__file__).resolve().parents[2] / "tests/helpers/release_files.py")
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SOS_SEED = 42
+Draw = Callable[[str, int, tuple[int, ...]], np.ndarray]  # (node, 0 at the start and t + 1 in step t, shape) -> normal numbers
 
 
 def seen(pictures: Tensor, short: int, size: int, mode: str) -> Tensor:
@@ -91,7 +90,7 @@ def adapter_state(files: Mapping[str, Any], name: str, inside: str) -> dict[str,
 def cogvideox_video(
     base: Path, config: Mapping[str, Any], scheduler_config: Mapping[str, Any], parts: Mapping[str, Any],
     files: Mapping[str, Any], *, image: Tensor, ids: Sequence[Tensor], motion: Tensor, unconditional: Tensor, frames: int,
-    kind: str = "dpm", steps: int = 4, guidance: float = 3.0, dynamic: bool = False, scale: float = 1.0, seed: int = 0,
+    kind: str = "dpm", steps: int = 4, guidance: float = 3.0, dynamic: bool = False, scale: float = 1.0, draw: Draw,
     learned: bool = False, dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, list[int]]:  # fmt: skip
     """(latents `[1, F, C, h, w]`, frames `[T, 3, H, W]` in [0, 1], noises drawn in each step) of diffusers' pipeline.
@@ -137,10 +136,10 @@ def cogvideox_video(
         draws[-1] += 1
         if 1 < len(draws) < steps and draws[-1] == 1:
             return torch.full(tuple(size), torch.nan, dtype=dtype)  # what a step between the ends draws first is thrown away
-        return torch.from_numpy(noise(seed, len(draws), size)).to(dtype)
+        return torch.from_numpy(draw("video", len(draws), tuple(size))).to(dtype)
 
     def encoder_noise(size: Any, **_: Any) -> Tensor:
-        return torch.from_numpy(noise(seed, _ENCODER_DRAW, (1, *latents[1:])))[:, :, None].to(dtype)
+        return torch.from_numpy(draw("encode", 0, (1, *latents[1:])))[:, :, None].to(dtype)
 
     def on_step(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         found["latents"] = values["latents"]
@@ -156,8 +155,8 @@ def cogvideox_video(
         video = pipe(
             image=(image + 1) / 2, prompt=None, prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1],
             height=image.shape[-2], width=image.shape[-1], num_frames=frames, num_inference_steps=steps,
-            guidance_scale=guidance, use_dynamic_cfg=dynamic, latents=torch.from_numpy(noise(seed, 0, (1, *latents))).to(dtype),
-            output_type="pt", callback_on_step_end=on_step, **extra,
+            guidance_scale=guidance, use_dynamic_cfg=dynamic, output_type="pt",
+            latents=torch.from_numpy(draw("video", 0, (1, *latents))).to(dtype), callback_on_step_end=on_step, **extra,
         ).frames  # fmt: skip
     return found["latents"], video[0], draws
 
@@ -175,7 +174,7 @@ class Handed(MotionAdapterCrossAttention):
 def svd_video(
     config: Mapping[str, Any], scheduler_config: Mapping[str, Any], parts: Mapping[str, Any], files: Mapping[str, Any], *,
     still: np.ndarray, motion: Tensor, unconditional: Tensor, frames: int, steps: int = 4, guidance: float = 3.0,
-    scale: float = 1.0, seed: int = 0, dtype: torch.dtype = torch.float32,
+    scale: float = 1.0, draw: Draw, dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(latents `[1, F, 4, h, w]`, frames `[F, 3, H, W]` in [0, 1]) of diffusers' pipeline; `still` uint8 `[H, W, 3]`."""
     from diffusers import EulerDiscreteScheduler, StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
@@ -203,13 +202,13 @@ def svd_video(
     found: dict[str, Tensor] = {}
 
     def encoder_noise(size: Any, **_: Any) -> Tensor:
-        return torch.from_numpy(noise(seed, _ENCODER_DRAW, tuple(size))).to(dtype)
+        return torch.from_numpy(draw("encode", 0, tuple(size))).to(dtype)
 
     def on_step(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         found["latents"] = values["latents"]
         return {}
 
-    start = torch.from_numpy(noise(seed, 0, (1, frames, 4, height // factor, width // factor))).to(dtype)
+    start = torch.from_numpy(draw("video", 0, (1, frames, 4, height // factor, width // factor))).to(dtype)
     with torch.no_grad(), patch.object(module, "randn_tensor", encoder_noise):
         video = pipe(
             Image.fromarray(still), height=height, width=width, num_frames=frames, num_inference_steps=steps,

@@ -166,7 +166,7 @@ def write_svd(folder: Path, config: dict[str, Any] = UNET, dtype: torch.dtype = 
 def sources(folder: Path, seed: int, steps: tuple[int, ...], encoders: Path | None = None) -> Any:
     """What an export of the files in `folder` is told, `encoders` being elsewhere if given; `seed`: of the sos token."""
     from motionrt.export.checkpoints.motionrag_files import SosToken
-    from motionrt.export.systems.motionrag_graphs import Sources
+    from motionrt.export.systems.motionrag_system import Sources
 
     where = encoders or folder
     return Sources(
@@ -180,12 +180,23 @@ def shared_graphs(store: Path) -> Iterator[None]:
     find it there: no session needs the same weights, module and sizes exported twice."""
     from motionrt.export.exporter import Writer
 
+    with patch.object(Writer, "add", adding(store)):
+        yield
+
+
+def adding(store: Path | None = None) -> Any:
+    """`Writer.add` of `shared_graphs`; without `store`, of the text encoder alone."""
+    from motionrt.export.exporter import Writer
+
     plain = Writer.add
 
     def add(self: Any, name: str, graph: Any) -> None:
         network = graph.network
         if network.package is not None:
             self.graphs[name] = packaged_text_query(self.folder)
+            return
+        if store is None:
+            plain(self, name, graph)
             return
         settings = sorted(
             (k, str(v)) for k, v in vars(network.module).items() if isinstance(v, int | str | list | tuple | torch.dtype)
@@ -204,8 +215,7 @@ def shared_graphs(store: Path) -> Iterator[None]:
             shutil.copy(self.folder / "graphs" / file, kept / file)
         (kept / "entry.json").write_text(json.dumps(self.graphs[name]))
 
-    with patch.object(Writer, "add", add):
-        yield
+    return add
 
 
 def packaged_text_query(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The loop over rows: what a step is given and what is carried, against the same recurrence in float64; no graph and no backend."""
+"""The loop over rows: what a step is given and what is carried, against the same recurrence in float64; no graph and no
+backend."""
 
 from __future__ import annotations
 

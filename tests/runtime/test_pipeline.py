@@ -21,6 +21,8 @@ from motionrt.runtime.backends.seam import Checked, Executor
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.bundle.manifest import File
 from motionrt.runtime.errors import BackendError, Cancelled, InputError, MediaError, MemoryStoreError
+from motionrt.runtime.indexing.clips import index_clips
+from motionrt.runtime.indexing.encoders import ClipEncoders
 from motionrt.runtime.job import to_frames
 from motionrt.runtime.memory.memory import Clip, MotionMemory, Reference
 from motionrt.runtime.memory.search import Search
@@ -168,6 +170,24 @@ def test_a_set_of_memories_is_a_memory(fake_bundle: Path, fake_memory: Path, sti
             with pytest.raises(InputError, match="the memory is a set"):
                 pipeline(still, "a red ball", references=[1])
         assert len(both) == 8  # still open
+
+
+def test_records_on_demand_are_made_by_the_job_and_give_the_same_frames(
+    pipeline: MotionPipeline, fake_bundle: Path, fake_clips: dict[str, Path], still: Still, tmp_path: Path
+) -> None:
+    """A clip whose record is not kept is cut again from its file: two calls more for each, and the same video."""
+    bundle, encoders = pipeline.bundle, ClipEncoders.from_bundle(pipeline.bundle, pipeline.backend)
+    with MotionMemory.for_bundle(tmp_path / "m", bundle, on_demand=True) as memory:
+        index_clips(memory, encoders, [(file, caption, None) for caption, file in fake_clips.items()])
+        with MotionPipeline.from_bundle(fake_bundle, memory, threads=1) as frugal:
+            job = frugal.start(frugal.request(still, "a red ball", references=2, seed=4))
+            calls = [call.graph for call in job]
+            assert calls[:5] == ["text_query", "motion", "appearance", "motion", "appearance"]
+            got = frugal.result(job)
+            assert all(set(found.record) == {"motion", "appearance"} for found in got.references)
+            again = frugal(still, "a red ball", references=memory.get([found.id for found in got.references]), seed=4)
+    np.testing.assert_array_equal(got.frames, pipeline(still, "a red ball", references=2, seed=4).frames)
+    np.testing.assert_array_equal(got.frames, again.frames)
 
 
 @pytest.mark.parametrize("kind", ["path", "pillow", "array", "rgba", "grey", "tiny", "wide"])

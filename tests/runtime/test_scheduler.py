@@ -84,7 +84,8 @@ def test_steps_share_a_batch_once_it_gave_the_same_bits(fake_bundle: Path, watch
     scheduler.run()
     assert scheduler.same["step"]
     steps = [size for name, size in backend.calls if name == "step"]
-    # the first two: together, and each alone for the proof; then pairs of other steps and schedules; the longer one's last alone
+    # the first two: together, and each alone for the proof; then pairs of other steps and schedules; the longer one's last
+    # alone
     assert steps == [2, 1, 1, 2, 2, 2, 1]
     assert all(job.failure is None for job in jobs)
 

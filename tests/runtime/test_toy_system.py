@@ -1,7 +1,8 @@
-"""A system that nobody ever published, in one file: one graph, two loops, a record of one uint8 array. Nothing in runtime/ knows it.
+"""A system that nobody ever published, in one file: one graph, two loops, a record of one uint8 array. Nothing in runtime/
+knows it.
 
-It mixes noise with the mean of the retrieved clips' pictures (loop `mix`), and then brings the result towards the first picture of
-the request (loop `settle`), with the same step graph: x' = x + pull (aim - x).
+It mixes noise with the mean of the retrieved clips' pictures (loop `mix`), and then brings the result towards the first
+picture of the request (loop `settle`), with the same step graph: x' = x + pull (aim - x).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from motionrt.runtime.backends.open import MODULES, TENSORRT
+from motionrt.runtime.backends.kinds import MODULES, TENSORRT
 from motionrt.runtime.backends.seam import Backend, Checked
 from motionrt.runtime.backends.tensorrt.device_memory import Cuda
 from motionrt.runtime.backends.tensorrt.engine_file import FLAVORS, EngineFile, Machine

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from motionrt.runtime.backends.kinds import ONNXRUNTIME, TENSORRT
 from motionrt.runtime.backends.machine import driver_version, find_gpus
-from motionrt.runtime.backends.open import ONNXRUNTIME, TENSORRT
 from motionrt.runtime.backends.seam import DeviceValue
 from motionrt.runtime.errors import BackendError
 

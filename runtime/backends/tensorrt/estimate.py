@@ -8,7 +8,7 @@ from pathlib import Path
 from motionrt.runtime.dtypes import DTYPES
 
 MIB = 2**20
-# Measured by benchmarks/bench_build.py: a builder process holds about 3x its engine above what it starts with, and an
+# Measured by benchmarks/questions/bench_build.py: a builder process holds about 3x its engine above what it starts with, and an
 # engine is its weights and some kernels. The time is that of a 610 MB fp16 engine, 10 s on two cores, and of small ones.
 START_BYTES, KERNEL_BYTES, MEMORY_PER_ENGINE = 220 * MIB, 6 * MIB, 3.0
 START_SECONDS, SECONDS_PER_MIB = 1.0, 0.016

@@ -8,7 +8,7 @@ import logging
 from types import ModuleType
 from typing import Any
 
-from motionrt.runtime.backends.open import MODULES
+from motionrt.runtime.backends.kinds import MODULES
 from motionrt.runtime.backends.tensorrt.engine_file import FLAVORS, EngineFile
 from motionrt.runtime.errors import BackendError, install
 

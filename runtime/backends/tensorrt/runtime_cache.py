@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import re
-from pathlib import Path
 from typing import Any
 
 from motionrt.runtime.backends.tensorrt.device_memory import Cuda
@@ -20,17 +19,12 @@ from motionrt.runtime.files import replacing
 log = logging.getLogger("motionrt")
 
 
-def cache_path(file: EngineFile, cuda: Cuda) -> Path:
-    """Where the cache of `file` for this GPU and driver lies."""
-    place = re.sub(r"[^A-Za-z0-9.]+", "_", f"{cuda.name}-{cuda.driver}")
-    return file.folder / f"{file.graph}-{place}-{file.engine_sha256[:12]}.rtxcache"
-
-
 class RuntimeCache:
-    """The runtime cache of one engine; every context of it shares the one `IRuntimeCache`."""
+    """The runtime cache of one engine, in the file `path`; every context of it shares the one `IRuntimeCache`."""
 
     def __init__(self, file: EngineFile, cuda: Cuda) -> None:
-        self.path = cache_path(file, cuda)
+        place = re.sub(r"[^A-Za-z0-9.]+", "_", f"{cuda.name}-{cuda.driver}")
+        self.path = file.folder / f"{file.graph}-{place}-{file.engine_sha256[:12]}.rtxcache"
         self._cache: Any = None
         self._known = b""
 

@@ -17,16 +17,15 @@ pytest.importorskip("onnxscript")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from motionrt.export.checkpoints.encoders import text_encoder  # noqa: E402
-from motionrt.export.checkpoints.files import open_component  # noqa: E402
-from motionrt.export.checkpoints.motionrag_files import CamaSize, ResamplerSize, SosToken, open_motionrag  # noqa: E402
+from motionrt.export.checkpoints.motionrag_files import CamaSize, ResamplerSize, SosToken  # noqa: E402
 from motionrt.export.checkpoints.safetensors_file import read_header  # noqa: E402
 from motionrt.export.engines.build import Options  # noqa: E402
 from motionrt.export.engines.onnx_forms import build_forms  # noqa: E402
+from motionrt.export.exporter import Writer  # noqa: E402
 from motionrt.export.systems import cogvideox  # noqa: E402
-from motionrt.export.systems.motionrag_graphs import Sources, motionrag_networks  # noqa: E402
-from motionrt.export.systems.steps import cogvideox_step, step_args  # noqa: E402
-from motionrt.export.systems.svd import encode_network, svd_system  # noqa: E402
+from motionrt.export.systems.motionrag_system import Sources  # noqa: E402
+from motionrt.export.systems.steps import step_args  # noqa: E402
+from motionrt.export.systems.svd import svd_system  # noqa: E402
 from motionrt.runtime.backends.onnx_form import form_folder  # noqa: E402
 from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend  # noqa: E402
 from motionrt.runtime.by_path import load_by_path  # noqa: E402
@@ -102,7 +101,8 @@ def world(scripts: tuple[Any, Any], toy: Any, tmp_path_factory: pytest.TempPathF
     root = tmp_path_factory.mktemp("full") / "work"
     sparse.write_cogvideox(root, toy)
     fill(root)
-    with models.shared_graphs(root.parent / "graphs"):  # for the packaged text encoder, which takes a while
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Writer, "add", models.adding())
         row = full.export(root, full.Request("cogvideox-5b-i2v", FRAMES, steps=(2,)))
     return root, row
 
@@ -139,7 +139,6 @@ def test_more_memory_than_allowed_is_no_row(
     scripts: tuple[Any, Any], world: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full, (root, _) = scripts[0], world
-    monkeypatch.setattr(full, "cogvideox_system", lambda *arguments, **named: None)
     monkeypatch.setattr(full, "export_system", lambda *arguments, **named: np.ones(30_000_000)[0])
     monkeypatch.setattr(full, "inspect", lambda bundle: {})
     with pytest.raises(MemoryError, match="beyond the page cache; allowed are 50"):
@@ -177,42 +176,20 @@ def test_memory_beyond_the_page_cache_is_what_was_written_to_and_not_what_was_ma
 
 
 def test_the_files_for_svd_are_those_that_its_export_takes(scripts: tuple[Any, Any], toy: Any, tmp_path: Path) -> None:
-    class Checked(Exception):
-        pass
-
-    def say(stage: str) -> None:
-        raise Checked(stage)
-
     scripts[1].write_svd(tmp_path, toy)
-    base, *others = (tmp_path / name for name in ("base", "rag", "videomae", "dinov2"))
-    sources = Sources(base, *others, sos=SosToken(seed=42), steps=(2,))
-    with pytest.raises(Checked, match="unconditional tokens"):  # which is said when every file has been checked
-        svd_system(sources, frames=3, height=16, width=32, say=say)
-    clip = open_component(base, "image_encoder", "CLIPVisionModelWithProjection")
-    vae = open_component(base, "vae", "AutoencoderKLTemporalDecoder")
-    assert encode_network(clip, vae, (16, 32)).wide == ("vae.*",)  # force_upcast: what diffusers does in float16
+    sources = Sources(
+        tmp_path / "base", tmp_path / "rag", tmp_path / "videomae", tmp_path / "dinov2", sos=SosToken(seed=42), steps=(2,)
+    )
+    system = svd_system(sources, frames=3, height=16, width=32)
+    assert system.graphs["encode"].network.wide == ("vae.*",)  # force_upcast: what diffusers does in float16
 
 
-def reference(root: Path, toy: Any, feeds: dict[str, dict[str, Any]], unconditional: Any) -> dict[str, list[Any]]:
+def reference(root: Path, feeds: dict[str, dict[str, Any]]) -> dict[str, list[Any]]:
     """Outputs of the modules behind the graphs, in fp32 with the same stored weights."""
-    sources = Sources(root / "base", root / "rag", root / "videomae", root / "dinov2")
-    blocks = {"transformer.transformer_blocks.0.attn1": 64}
-    files = open_motionrag(root / "rag", blocks, overlay=True, sos=SosToken(seed=42))
-    made = motionrag_networks(sources, files, FRAMES, SIZE)
-    step = cogvideox_step(toy.transformer, latents=LATENTS, motion=MOTION, unconditional=unconditional)
-    transformer = open_component(sources.base, "transformer", "CogVideoXTransformer3DModel")
-    vae = open_component(sources.base, "vae", "AutoencoderKLCogVideoX")
-    weights = cogvideox.step_weights(transformer, files, step)[0]
-    step.load_state_dict({name: lazy.read().float() for name, lazy in weights.items()}, strict=False, assign=True)
-
-    modules = {
-        "text": text_encoder(sources.base).loaded(),
-        "motion": made["motion"].loaded(),
-        "appearance": made["appearance"].loaded(),
-        "encode": cogvideox.vae_network(vae, lambda model: cogvideox.EncodeCausal(model, LATENTS[0]), "encoder").loaded(),
-        "decode": cogvideox.vae_network(vae, lambda model: cogvideox.DecodeCausal(model, keep=False), "decoder").loaded(),
-        "step": step,
-    }
+    sources = Sources(root / "base", root / "rag", root / "videomae", root / "dinov2", sos=SosToken(seed=42), steps=(2,))
+    system = cogvideox.cogvideox_system(sources, frames=FRAMES)
+    networks = {name: graph.network for name, graph in system.graphs.items()} | {"step": system.steps[0].network}
+    modules = {name: networks[name].loaded() for name in feeds}
     results = {}
     with torch.no_grad():
         for name, module in modules.items():
@@ -233,7 +210,7 @@ def test_a_bundle_of_bfloat16_files_computes_in_float32_and_its_form_in_float16_
 
     args = step_args(cogvideox.INPUTS, toy.transformer, LATENTS, MOTION)
     step = {name: normal(*value.shape) for name, value in args.items()} | {
-        "timestep": np.array([500]), "guidance": np.full(1, 2, np.float32), "motion_scale": np.ones(1, np.float32)
+        "timestep": np.array([500]), "guidance": np.array([2.0], "f4"), "motion_scale": np.array([1.0], "f4")
     }  # fmt: skip
     feeds = {
         "text": {"input_ids": draw.integers(0, 40, (1, models.TEXT_TOKENS))},
@@ -252,23 +229,19 @@ def test_a_bundle_of_bfloat16_files_computes_in_float32_and_its_form_in_float16_
             results = {name: list(pipeline.graph(name)(feed).values()) for name, feed in feeds.items() if name != "step"}
             state = dict(step)
             for name in ("schedule", "request", "step"):
-                wanted = [port.name for port in pipeline.bundle.graph(name).inputs]
-                state |= pipeline.graph(name)({port: state[port] for port in wanted})
+                state |= pipeline.graph(name)({port.name: state[port.name] for port in pipeline.bundle.graph(name).inputs})
             results["step"] = [state["next_latents"], state["x0"]]
             record = {name: results[name][0][0] for name in ("motion", "appearance")}
             references = [Reference(0, 1.0, "", "", 0.0, 1.0, record)]
             video = pipeline(still, "w5 w9", seed=1, steps=2, references=references).frames
             assert video.shape == (FRAMES, *SIZE, 3) and video.std() > 0
-            if precision == "float32":
-                grey = {"video": np.zeros((1, FRAMES, 3, *SIZE), "f4")}
-                unconditional = torch.from_numpy(pipeline.graph("motion")(grey)["motion"])
         made[precision] = results
     text = {key: stored.dtype for key, stored in read_header(root / "bundle" / "graphs" / "text.safetensors")[0].items()}
     assert {dtype for key, dtype in text.items() if key.startswith("model.")} == {torch.bfloat16}, text
     reads = ir.load(form_folder(root / "bundle", "float16") / "text.onnx").graph
     wide = [value.name for value in reads.initializers.values() if ".wo." in str(value.name)]
     assert wide and all(reads.initializers[name].dtype == ir.DataType.FLOAT for name in wide), wide
-    for name, want in reference(root, toy, feeds, unconditional).items():
+    for name, want in reference(root, feeds).items():
         for precision, allowed in (("float32", 2e-5), ("float16", 2e-3)):
             for ours, theirs in zip(made[precision][name], want, strict=True):
                 error = float(np.linalg.norm(ours - theirs.numpy()) / np.linalg.norm(theirs))

@@ -144,7 +144,7 @@ def test_the_base_model_is_the_adapted_one_at_scale_0(name: str) -> None:
     adapted, base = model.step(adapter=True), model.step(adapter=False)
     with torch.no_grad():
         want = base(**values)
-        silent = adapted(**{**values, "motion_scale": torch.zeros(1)})
+        silent = adapted(**{**values, "motion_scale": torch.zeros_like(values["motion_scale"])})
         moved = adapted(**values)
     for ours, theirs, other in zip(silent, want, moved, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)

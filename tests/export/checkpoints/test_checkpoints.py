@@ -23,8 +23,8 @@ from motionrt.export.checkpoints import files as checkpoints  # noqa: E402
 from motionrt.export.checkpoints import safetensors_file  # noqa: E402
 from motionrt.export.checkpoints.files import (  # noqa: E402
     CheckpointError,
+    check_keys,
     check_pipeline,
-    match,
     open_component,
     open_torch_file,
 )
@@ -34,13 +34,12 @@ from motionrt.export.checkpoints.motionrag_files import (  # noqa: E402
     ResamplerSize,
     SosToken,
     adapter_shapes,
-    convert_folder,
     open_motionrag,
     overlay_shapes,
 )
 from motionrt.export.checkpoints.safetensors_file import Entry, read_header, sparse_file, write_file  # noqa: E402
-from motionrt.runtime.files import sha256_of  # noqa: E402
 from motionrt.runtime.by_path import load_by_path  # noqa: E402
+from motionrt.runtime.files import sha256_of  # noqa: E402
 
 release = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/release_files.py")
 BLOCKS = {f"transformer.transformer_blocks.{i}.attn1": 64 for i in range(2)}
@@ -225,7 +224,7 @@ def test_pipeline_of_another_family_is_refused(tmp_path: Path) -> None:
 def test_match_uses_aliases_ignores_with_a_reason_and_reports_every_key(tmp_path: Path) -> None:
     save_file({"shared": torch.ones(4, 2), "position_ids": torch.arange(3), "w": torch.ones(2)}, tmp_path / "m.safetensors")
     tensors = read_header(tmp_path / "m.safetensors")[0]
-    found, report = match(
+    found, report = check_keys(
         tensors, {"shared": (4, 2), "embed": (4, 2), "w": (2,)}, what="T5", file=tmp_path / "m.safetensors",
         aliases={"embed": "shared"}, ignored={"position_ids": "a range", "absent": "never there"},
     )  # fmt: skip
@@ -427,22 +426,31 @@ def test_a_missing_file_names_those_that_are_there(files: Files, tmp_path: Path)
         open_motionrag(tmp_path / "nowhere", BLOCKS, overlay=True)
 
 
-def test_convert_writes_safetensors_once_and_gives_the_same_parts(files: Files, tmp_path: Path) -> None:
-    source = release.save(tmp_path / "source", files)
+def test_safetensors_of_the_same_tensors_are_taken_too_and_ckpt_files_are_mapped_and_not_loaded(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = release.save(tmp_path / "source", files), tmp_path / "converted"
+    load, mapped = torch.load, list[object]()
+    monkeypatch.setattr(torch, "load", lambda *args, **options: mapped.append(options.get("mmap")) or load(*args, **options))
     before = opened(source, files)
-    out = convert_folder(source, tmp_path / "converted")
-    names = sorted(path.name for path in out.iterdir())
-    assert names == ["17_frames.safetensors", "Motion-Adapter.safetensors", "motion_proj.safetensors",
-                     "motion_transformer.safetensors"]  # fmt: skip
+    assert mapped and all(mapped)
+    for path in source.iterdir():
+        checkpoints.convert(path, out / f"{path.stem}.safetensors")
     after = open_motionrag(out, BLOCKS, overlay=True, sos=SEED)
     for part in ("adapter", "overlay", "motion_proj", "appearance_proj", "cama"):
         ours = getattr(after, part)
         assert all(torch.equal(lazy.read(), ours[key].read()) for key, lazy in getattr(before, part).items()), part
     assert all(isinstance(lazy, safetensors_file.Stored) for lazy in after.adapter.values())
-    stamp = (out / "17_frames.safetensors").stat().st_mtime_ns
-    convert_folder(source, out)
-    assert (out / "17_frames.safetensors").stat().st_mtime_ns == stamp
-    files["17_frames.ckpt"]["state_dict"]["transformer.transformer_blocks.0.attn1.to_q.bias"] += 1
-    convert_folder(release.save(source, files), out)  # another file under the old name: converted again
+
+
+def test_a_conversion_is_done_once_and_again_for_another_file_under_the_old_name(files: Files, tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "17_frames.safetensors"
     key = "transformer.transformer_blocks.0.attn1.to_q.bias"
-    assert torch.equal(read_header(out / "17_frames.safetensors")[0][key].read(), files["17_frames.ckpt"]["state_dict"][key])
+    for count in (0, 1):
+        checkpoints.convert(release.save(source, files) / "17_frames.ckpt", out)
+        stamp = out.stat().st_mtime_ns
+        checkpoints.convert(source / "17_frames.ckpt", out)
+        assert out.stat().st_mtime_ns == stamp, count
+        held = files["17_frames.ckpt"]["state_dict"]
+        assert torch.equal(read_header(out)[0][key].read(), held[key])
+        held[key] = held[key] + 1

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from motionrt.export.compiler.broadcasts import Broadcast, kept_by_view
 from motionrt.export.compiler.partition import Partition, partition
 from motionrt.export.systems.motionrag import MotionAdapterCrossAttention, split_heads
-from motionrt.export.systems.rows import repeated
+from motionrt.export.systems.rows import paired, repeated
 from motionrt.kernels.motion_cross_attention import motion_cross_attention, reference
 
 INPUTS = {"x": "step", "timestep": "schedule", "context": "request"}
@@ -188,6 +188,31 @@ def test_tables_have_one_row_for_each_request_whose_timestep_is_its_own(frames: 
         for number, table in enumerate(together):
             assert table.shape[0] == size
             torch.testing.assert_close(table, torch.cat([row[number] for row in alone]), atol=1e-6, rtol=1e-6)
+
+
+def test_tables_that_the_step_repeats_alike_are_one() -> None:
+    """Both tables of the modulation: one input of the step, `[B, 1, 2 D]`, repeated for the halves and then split."""
+
+    class Halves(Modulated):
+        def forward(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+            both = paired(x, -x)
+            return super().forward(both, repeated(timestep, 2), paired(context, 1 - context)).unflatten(0, (-1, 2)).sum(1)
+
+    torch.manual_seed(0)
+    module = Halves(16, 2, 12).eval()
+    batch = torch.export.Dim("batch", min=1, max=4)
+
+    def feed(size: int) -> dict[str, Tensor]:
+        values = torch.randn(size, 5, 16), torch.randint(0, 1000, (size,)), torch.randn(size, 3, 12)
+        return dict(zip(INPUTS, values, strict=True))
+
+    cut = partition(module, tuple(feed(2).values()), INPUTS, outputs=("y",), dynamic_shapes=({0: batch},) * 3)
+    assert [(h.name, h.shape) for h in cut.hoisted if h.kind == "schedule"] == [("schedule_tables", (1, 1, 32))]
+    assert ops(cut.step.module).count("aten.split_with_sizes.default") == 1
+    for size in (1, 2, 3):
+        values = feed(size)
+        with torch.no_grad():
+            torch.testing.assert_close(compose(cut, values)[0], module(**values), atol=2e-6, rtol=1e-5)
 
 
 class Controlled(nn.Module):

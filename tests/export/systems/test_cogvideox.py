@@ -19,16 +19,17 @@ pytest.importorskip("onnxscript")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from motionrt.export.checkpoints.files import CheckpointError  # noqa: E402
-from motionrt.export.systems.cogvideox import export_cogvideox  # noqa: E402
+from motionrt.export.checkpoints.files import CheckpointError, InMemory  # noqa: E402
+from motionrt.export.exporter import Writer, export_system, silent  # noqa: E402
+from motionrt.export.systems.cogvideox import cogvideox_system  # noqa: E402
+from motionrt.runtime.bundle.bundle import Bundle  # noqa: E402
 from motionrt.runtime.by_path import load_by_path  # noqa: E402
-from motionrt.runtime.loop import dynamic_guidance  # noqa: E402
-from motionrt.runtime.memory.rows import Reference  # noqa: E402
-from motionrt.runtime.pipeline import MotionPipeline  # noqa: E402
+from motionrt.runtime.errors import BundleError  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 models = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/tiny_models.py")
 plainly = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/diffusers_reference.py")
+plain_run = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/plain_run.py")
 FRAMES, SEED, LAYERS, STEPS, SIZE = 17, 11, 3, 4, (16, 32)
 
 
@@ -51,7 +52,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     made = prepared(folder, LAYERS, folder)
     made["parts"] |= encoders
     with models.shared_graphs(tmp_path_factory.getbasetemp() / "graphs"):
-        export_cogvideox(made["sources"], folder / "bundle", frames=FRAMES)
+        export_system(cogvideox_system(made["sources"], frames=FRAMES), folder / "bundle")
     return made
 
 
@@ -64,8 +65,8 @@ def small(world: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 @pytest.fixture(scope="module")
-def pipeline(world: dict[str, Any]) -> MotionPipeline:
-    return MotionPipeline.from_bundle(world["folder"] / "bundle", threads=1)
+def run(world: dict[str, Any]) -> Any:
+    return plain_run.PlainRun(Bundle.open(world["folder"] / "bundle"))
 
 
 def pixels(size: tuple[int, ...], seed: int) -> np.ndarray:
@@ -73,7 +74,7 @@ def pixels(size: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def request_(world: dict[str, Any], pipeline: MotionPipeline) -> dict[str, Any]:
+def request_(world: dict[str, Any], run: Any) -> dict[str, Any]:
     """A still, three clips with tokens from the bundle's graphs, and the same tokens and their prediction in torch."""
     still = pixels((*SIZE, 3), 0)
     clips = torch.from_numpy(pixels((3, FRAMES, 3, *SIZE), 1)).float() / 127.5 - 1
@@ -86,44 +87,49 @@ def request_(world: dict[str, Any], pipeline: MotionPipeline) -> dict[str, Any]:
         target: plainly.predicted_motion(files, motion[:3], looks[:3], looks[index : index + 1])
         for index, target in ((3, "correct"), (4, "released"))
     }
-    ours = pipeline.graph("motion")({"video": clips.numpy()})["motion"]
-    theirs = pipeline.graph("appearance")({"image": stills.numpy()})["appearance"]
+    ours = run.call("motion", {"video": clips.numpy()})["motion"]
+    theirs = run.call("appearance", {"image": stills.numpy()})["appearance"]
     np.testing.assert_allclose(ours, motion[:3], atol=2e-5)
     np.testing.assert_allclose(theirs, looks, atol=2e-5)
-    references = [Reference(i, 1.0, "", "", 0.0, 1.0, ours[i], theirs[i]) for i in range(3)]
-    return {"still": still, "image": image, "references": references, "predicted": predicted, "unconditional": motion[3:]}
+    references = {"reference_motion": ours[None], "reference_appearance": theirs[None, :3]}
+    return {"image": image, "references": references, "predicted": predicted, "unconditional": motion[3:]}
+
+
+def given(run: Any, request: dict[str, Any], prompt: str, negative: str, scale: float) -> dict[str, Any]:
+    """The values of a request that the plan reads."""
+    image = request["image"].numpy()
+    texts = {"prompt": prompt, "negative_prompt": negative}
+    tokens = {key: run.bundle.tokenize("text", text, models.TEXT_TOKENS) for key, text in texts.items()}
+    ids = {f"{key}.input_ids": found["input_ids"] for key, found in tokens.items()}
+    ranges = run.bundle.manifest.inputs["image"].gives
+    stills = {name: ((image + 1) / 2 * (high - low) + low).astype(np.float32) for name, (low, high) in ranges.items()}
+    return {**stills, **ids, **request["references"], "motion_scale": np.array([scale], np.float32)}
 
 
 def compare(
-    made: dict[str, Any], pipeline: MotionPipeline, given: dict[str, Any], *, frames: int = FRAMES, kind: str = "dpm",
+    made: dict[str, Any], run: Any, request: dict[str, Any], *, frames: int = FRAMES, kind: str = "dpm",
     guidance: float = 3.0, dynamic: bool = False, scale: float = 1.0, target: str = "correct", learned: bool = False,
 ) -> None:  # fmt: skip
     """Assert that the bundle's latents and frames are those of diffusers' pipeline."""
-    prompt, negative = "w5 w9 w30", "w7"
-    ids = [torch.from_numpy(pipeline.bundle.tokenize("text", text)["input_ids"]) for text in (prompt, negative)]
+    values, draw = given(run, request, "w5 w9 w30", "w7", scale), plain_run.drawn(SEED)
+    ids = [torch.from_numpy(values[f"{name}.input_ids"]) for name in ("prompt", "negative_prompt")]
     assert ids[0].tolist() == [[5, 9, 30, 1, 0, 0]]
     latents, want, draws = plainly.cogvideox_video(
-        made["sources"].base, made["config"], models.SCHEDULER, made["parts"], made["files"], image=given["image"], ids=ids,
-        motion=given["predicted"][target], unconditional=given["unconditional"], frames=frames, kind=kind, steps=STEPS,
-        guidance=guidance, dynamic=dynamic, scale=scale, seed=SEED, learned=learned,
+        made["sources"].base, made["config"], models.SCHEDULER, made["parts"], made["files"], image=request["image"], ids=ids,
+        motion=request["predicted"][target], unconditional=request["unconditional"], frames=frames, kind=kind, steps=STEPS,
+        guidance=guidance, dynamic=dynamic, scale=scale, draw=draw, learned=learned,
     )  # fmt: skip
     # diffusers' own count of noises: we draw one per step, and its first of two is never seen
     assert draws == ([1, 2, 2, 1] if kind == "dpm" else [0] * STEPS)
-    rows = pipeline.bundle.solver(kind, STEPS)
-    seen: list[Any] = []
-    generate = pipeline.graph("step")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(pipeline._graphs, "step", lambda inputs: seen.append(generate(inputs)) or seen[-1])
-        result = pipeline(
-            given["still"], prompt, negative_prompt=negative, seed=SEED, steps=STEPS, solver=kind, motion_scale=scale,
-            guidance=dynamic_guidance(guidance, rows.timesteps) if dynamic else guidance, references=given["references"],
-        )  # fmt: skip
-    ours = seen[-1]["next_latents"]
-    assert len(seen) == STEPS and ours.shape == latents.shape
-    np.testing.assert_allclose(ours, latents, atol=1e-4 * max(1.0, float(latents.abs().max())))
-    pictures = np.rint(want.permute(0, 2, 3, 1).numpy() * 255)
-    assert result.frames.shape == pictures.shape == (frames, *SIZE, 3)
-    assert np.abs(result.frames.astype(int) - pictures).max() <= 1  # two roundings to whole numbers
+    times = run.bundle.schedule("video", kind, STEPS).rows[:, 1].astype(np.float64)
+    # diffusers' "dynamic" guidance, from 1 to `guidance` as time goes on: a column like any other
+    column = 1 + guidance * (1 - np.cos(np.pi * ((STEPS - times) / STEPS) ** 5.0)) / 2 if dynamic else guidance
+    steps: list[Any] = []
+    result = run(values, draw, schedules={"video": (kind, STEPS)}, columns={"guidance": column}, watch=steps.append)
+    assert len(steps) == STEPS and result["latents"].shape == latents.shape
+    np.testing.assert_allclose(result["latents"], latents, atol=1e-4 * max(1.0, float(latents.abs().max())))
+    assert result["video"].shape == (1, frames, 3, *SIZE)
+    np.testing.assert_allclose((result["video"][0].clip(-1, 1) + 1) / 2, want, atol=1 / 255)  # a step of 8 bits
 
 
 @pytest.mark.parametrize(
@@ -135,18 +141,17 @@ def compare(
     ids=["dpm, guidance, motion 1", "dpm, no guidance, motion 0.5", "ddim, motion 0.5", "ddim, no adapters", "dpm, dynamic"],
 )  # fmt: skip
 def test_bundle_gives_the_video_of_diffusers_pipeline_with_plain_adapters(
-    kind: str, guidance: float, dynamic: bool, scale: float, world: dict[str, Any], pipeline: MotionPipeline,
-    request_: dict[str, Any],
+    kind: str, guidance: float, dynamic: bool, scale: float, world: dict[str, Any], run: Any, request_: dict[str, Any],
 ) -> None:  # fmt: skip
-    compare(world, pipeline, request_, kind=kind, guidance=guidance, dynamic=dynamic, scale=scale)
+    compare(world, run, request_, kind=kind, guidance=guidance, dynamic=dynamic, scale=scale)
 
 
-def test_motion_changes_the_video(pipeline: MotionPipeline, request_: dict[str, Any]) -> None:
+def test_motion_changes_the_video(run: Any, request_: dict[str, Any]) -> None:
     off, half, full = (
-        pipeline(request_["still"], "w5", steps=2, motion_scale=scale, references=request_["references"]).frames
+        run(given(run, request_, "w5", "", scale), plain_run.drawn(0), schedules={"video": ("dpm", 2)})["video"]
         for scale in (0.0, 0.5, 1.0)
     )
-    assert min((off != full).mean(), (half != full).mean(), (off != half).mean()) > 0.2
+    assert min(np.abs(one - other).mean() for one, other in ((off, full), (half, full), (off, half))) > 1e-3
 
 
 def test_49_frames_use_the_learned_positions_and_not_the_retuned_projections(
@@ -154,37 +159,77 @@ def test_49_frames_use_the_learned_positions_and_not_the_retuned_projections(
 ) -> None:
     out = small["folder"] / "49"
     with models.shared_graphs(tmp_path_factory.getbasetemp() / "graphs"):
-        lines = export_cogvideox(small["sources"], out, frames=49)
+        lines = export_system(cogvideox_system(small["sources"], frames=49), out)
     assert not any(line.startswith("17_frames") for line in lines)
-    with MotionPipeline.from_bundle(out, threads=1) as pipeline:
-        assert pipeline.bundle.model.latents == (13, 4, 4, 8)
-        compare(small, pipeline, request_, frames=49)
+    run = plain_run.PlainRun(Bundle.open(out))
+    assert run.bundle.port("step", "latents").shape == (1, 13, 4, 4, 8)
+    compare(small, run, request_, frames=49)
 
 
 def test_switches_for_positions_and_target_range_change_what_they_say(
     small: dict[str, Any], request_: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     out = small["folder"] / "switched"
+    sources = replace(small["sources"], positions="learned", target_range="released")
     with models.shared_graphs(tmp_path_factory.getbasetemp() / "graphs"):
-        export_cogvideox(replace(small["sources"], positions="learned", target_range="released"), out, frames=FRAMES)
-    with MotionPipeline.from_bundle(out, threads=1) as pipeline:
-        assert pipeline.bundle.target_range == "released"
-        compare(small, pipeline, request_, target="released", learned=True)
-        for other in ({"target": "correct", "learned": True}, {"target": "released", "learned": False}):
-            with pytest.raises(AssertionError, match="Not equal to tolerance"):
-                compare(small, pipeline, request_, **other)
+        export_system(cogvideox_system(sources, frames=FRAMES), out)
+    run = plain_run.PlainRun(Bundle.open(out))
+    assert run.bundle.manifest.inputs["image"].gives == {"image": (-1.0, 1.0), "appearance_image": (0.0, 1.0)}
+    compare(small, run, request_, target="released", learned=True)
+    for other in ({"target": "correct", "learned": True}, {"target": "released", "learned": False}):
+        with pytest.raises(AssertionError, match="Not equal to tolerance"):
+            compare(small, run, request_, **other)
 
 
-def test_manifest_records_choices_keys_and_where_weights_belong(world: dict[str, Any], pipeline: MotionPipeline) -> None:
-    manifest: Any = pipeline.bundle.manifest
-    made = manifest["provenance"]
+def test_manifest_says_what_the_system_is(run: Any) -> None:
+    manifest = run.bundle.manifest
+    assert [node.graph for node in manifest.nodes] == [
+        "text", "text", "appearance", "cama", "encode", "request", "video", "pictures"
+    ]  # fmt: skip
+    assert manifest.nodes[1].writes == {"text": "negative_text"}
+    assert list(manifest.inputs) == ["image", "prompt", "negative_prompt", "motion_scale", "guidance"]
+    assert all(entry.help.endswith(".") for entry in manifest.inputs.values())
+    video, pictures = manifest.loops["video"], manifest.loops["pictures"]
+    assert video.tables == ("schedule",) and video.default == ("dpm", STEPS) and pictures.default == ("chunks", 2)
+    assert (run.bundle.schedule("video").rows[:, 2] == 3.0).all() and manifest.inputs["guidance"].default == 3.0
+    memory = manifest.memory
+    assert [(part.name, part.dtype, part.dims) for part in memory.record] == [
+        ("motion", "float16", (3, 64)), ("appearance", "float16", (3, 64))
+    ]  # fmt: skip
+    assert memory.absent == {"motion": "zeros", "motion_scale": 0} and memory.fingerprint.strip("0")
+    first, following = run.bundle.graph("decode"), run.bundle.graph("decode_next")
+    assert first.data == following.data and not (run.bundle.path / "graphs" / "decode_next.safetensors").exists()
+    batched = [spec for name, spec in run.bundle.graphs.items() if name != "schedule"]
+    assert all(port.shared for spec in batched for port in (*spec.inputs, *spec.outputs))
+    assert [(port.name, str(port.dims[0])) for port in run.bundle.graph("schedule").inputs] == [("timestep", "steps 1-1000")]
+    assert set(run.bundle.programs) == {"schedule", "request", "step"}
+
+
+def test_fingerprint_of_the_memory_follows_the_encoders_and_nothing_else(
+    world: dict[str, Any], small: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A denoiser of other weights reads the same memory; another VideoMAE makes another one."""
+    made = cogvideox_system(small["sources"], frames=FRAMES)
+    writer = Writer(world["folder"] / "bundle", False, silent)
+    same = writer.fingerprinted(made, made.memory).fingerprint
+    assert same == Bundle.open(world["folder"] / "bundle").manifest.memory.fingerprint
+    motion = made.graphs["motion"]
+    name = next(iter(motion.network.weights))
+    weights = {**motion.network.weights, name: InMemory(motion.network.weights[name].read() + 1)}
+    other = replace(made, graphs={**made.graphs, "motion": replace(motion, network=replace(motion.network, weights=weights))})
+    assert writer.fingerprinted(other, made.memory).fingerprint != same
+
+
+def test_manifest_records_choices_keys_and_where_weights_belong(world: dict[str, Any], run: Any) -> None:
+    manifest = run.bundle.manifest
+    made = manifest.provenance
     assert made["sos_token"]["source"] == "seed 42" and made["overlay"] == "17_frames" and made["positions"] == "released"
-    assert manifest["defaults"] == {"guidance": 3.0, "target_range": "correct"}
+    assert made["target_range"] == "correct" and manifest.approximations == ()
     used = 17 + 24 * LAYERS  # of the base's transformer: 17 around the blocks
     assert any(line.startswith(f"transformer: {used} keys used, 0 missing, 0 unexpected") for line in made["keys"])
     keys = json.loads((world["folder"] / "bundle" / "keys.json").read_text())
     assert {"Motion-Adapter", "17_frames", "transformer", "vae", "VideoMAE", "DINOv2"} <= {k["what"] for k in keys}
-    partition = manifest["partition"]
+    partition = manifest.partition
     assert sum(rule["rule"] == "reassociate" for rule in partition["rules"]) == LAYERS  # the adapter of every block
     weights = partition["weights"]
     assert weights["dead"]["parameters"] == 0 and weights["schedule"]["parameters"] > 0
@@ -195,17 +240,15 @@ def test_manifest_records_choices_keys_and_where_weights_belong(world: dict[str,
 
 
 def test_damaged_weights_beside_a_graph_are_found_when_it_is_loaded(world: dict[str, Any], tmp_path: Path) -> None:
-    from motionrt.runtime.errors import BundleError
-
     copy = tmp_path / "bundle"
     shutil.copytree(world["folder"] / "bundle", copy)
     data = bytearray((copy / "graphs" / "text.safetensors").read_bytes())
     data[-1] ^= 1
     (copy / "graphs" / "text.safetensors").write_bytes(data)
-    pipeline = MotionPipeline.from_bundle(copy, threads=1)
-    pipeline.graph("decode")
+    bundle = Bundle.open(copy)
+    assert bundle.graph_path("decode").is_file()
     with pytest.raises(BundleError, match="weights of graph 'text' of the bundle is damaged"):
-        pipeline.graph("text")
+        bundle.graph_path("text")
 
 
 @pytest.mark.parametrize(
@@ -244,7 +287,7 @@ def test_bad_bases_are_refused_before_anything_is_written(
     save_file(state, file)
     if change == "cut":
         file.write_bytes(file.read_bytes()[:-7])
-    sources = replace(small["sources"], base=base, converted=tmp_path / "converted")
+    sources = replace(small["sources"], base=base)
     with pytest.raises(CheckpointError, match=message):
-        export_cogvideox(sources, tmp_path / "out", frames=13 if change == "frames" else FRAMES)
+        export_system(cogvideox_system(sources, frames=13 if change == "frames" else FRAMES), tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"base"}

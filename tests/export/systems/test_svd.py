@@ -15,15 +15,16 @@ pytest.importorskip("onnxscript")
 from safetensors import safe_open  # noqa: E402
 
 from motionrt.export.checkpoints.files import CheckpointError  # noqa: E402
+from motionrt.export.exporter import export_system  # noqa: E402
 from motionrt.export.systems import svd_step as svd  # noqa: E402
-from motionrt.export.systems.svd import export_svd  # noqa: E402
+from motionrt.export.systems.svd import svd_system  # noqa: E402
+from motionrt.runtime.bundle.bundle import Bundle  # noqa: E402
 from motionrt.runtime.by_path import load_by_path  # noqa: E402
-from motionrt.runtime.memory.rows import Reference  # noqa: E402
-from motionrt.runtime.pipeline import MotionPipeline  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 models = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/tiny_models.py")
 plainly = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/diffusers_reference.py")
+plain_run = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/plain_run.py")
 FRAMES, HEIGHT, WIDTH, SEED, STEPS = 17, 16, 32, 5, 3  # sizes of the CogVideoX tests: the encoders are the same graphs
 
 
@@ -37,8 +38,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     models.release.save(folder / "rag", files)
     sources = models.sources(folder, plainly.SOS_SEED, (2, STEPS))
     with models.shared_graphs(tmp_path_factory.getbasetemp() / "graphs"):
-        export_svd(sources, folder / "bundle", frames=FRAMES, height=HEIGHT, width=WIDTH)
-    pipeline = MotionPipeline.from_bundle(folder / "bundle", threads=1)
+        system = svd_system(sources, frames=FRAMES, height=HEIGHT, width=WIDTH)
+        export_system(system, folder / "bundle")
+    run = plain_run.PlainRun(Bundle.open(folder / "bundle"))
 
     draw = np.random.default_rng(0)
     still = draw.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
@@ -46,11 +48,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     image = torch.from_numpy(still).permute(2, 0, 1)[None].float() / 127.5 - 1
     motion = plainly.motion_tokens(parts, files, torch.cat([clips, torch.zeros(1, *clips.shape[1:])]))
     looks = plainly.appearance_tokens(parts, files, torch.cat([clips[:, 0], image]))
-    ours = pipeline.graph("motion")({"video": clips.numpy()})["motion"]
-    theirs = pipeline.graph("appearance")({"image": clips[:, 0].numpy()})["appearance"]
+    ours = run.call("motion", {"video": clips.numpy()})["motion"]
+    theirs = run.call("appearance", {"image": clips[:, 0].numpy()})["appearance"]
     return {
-        "folder": folder, "parts": parts, "files": files, "sources": sources, "pipeline": pipeline, "still": still,
-        "references": [Reference(i, 1.0, "", "", 0.0, 1.0, ours[i], theirs[i]) for i in range(2)],
+        "folder": folder, "parts": parts, "files": files, "sources": sources, "run": run, "still": still,
+        "given": {"image": image.numpy(), "reference_motion": ours[None], "reference_appearance": theirs[None]},
         "predicted": plainly.predicted_motion(files, motion[:2], looks[:2], looks[2:]), "unconditional": motion[2:],
     }  # fmt: skip
 
@@ -61,28 +63,27 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ids=["guidance 1 to 3", "no adapters", "no guidance, motion 0.5"],
 )
 def test_bundle_gives_the_video_of_diffusers_pipeline_with_plain_adapters(
-    guidance: float, scale: float, world: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    guidance: float, scale: float, world: dict[str, Any]
 ) -> None:
-    pipeline: MotionPipeline = world["pipeline"]
-    seen: list[Any] = []
-    decode = pipeline.graph("decode")
-    monkeypatch.setitem(pipeline._graphs, "decode", lambda inputs: seen.append(inputs["latents"]) or decode(inputs))
-    result = pipeline(
-        world["still"], "", seed=SEED, steps=STEPS, guidance=guidance, motion_scale=scale, references=world["references"]
-    )
+    run, draw = world["run"], plain_run.drawn(SEED)
+    values = {**world["given"], "motion_scale": np.array([scale], np.float32)}
+    result = run(values, draw, schedules={"video": ("euler", STEPS)}, columns={"guidance": guidance})
     latents, frames = plainly.svd_video(
         models.UNET, models.EULER, world["parts"], world["files"], still=world["still"], motion=world["predicted"],
-        unconditional=world["unconditional"], frames=FRAMES, steps=STEPS, guidance=guidance, scale=scale, seed=SEED,
+        unconditional=world["unconditional"], frames=FRAMES, steps=STEPS, guidance=guidance, scale=scale, draw=draw,
     )  # fmt: skip
-    np.testing.assert_allclose(seen[0], latents, atol=2e-4 * max(1.0, float(latents.abs().max())))
-    want = np.rint(frames.permute(0, 2, 3, 1).numpy() * 255)
-    assert result.frames.shape == want.shape == (FRAMES, HEIGHT, WIDTH, 3)
-    assert np.abs(result.frames.astype(int) - want).max() <= 1  # two roundings to whole numbers
+    np.testing.assert_allclose(result["latents"], latents, atol=2e-4 * max(1.0, float(latents.abs().max())))
+    assert result["video"].shape == (1, FRAMES, 3, HEIGHT, WIDTH)
+    np.testing.assert_allclose((result["video"][0].clip(-1, 1) + 1) / 2, frames, atol=1 / 255)  # a step of 8 bits
 
 
 def test_the_step_has_no_cross_attention_left_and_there_is_no_text_graph(world: dict[str, Any]) -> None:
-    manifest: Any = world["pipeline"].bundle.manifest
-    assert "text" not in manifest["graphs"] and manifest["provenance"]["first_guidance"] == 1.0
+    manifest = world["run"].bundle.manifest
+    assert "text" not in manifest.graphs and manifest.provenance["first_guidance"] == 1.0
+    assert [node.graph for node in manifest.nodes] == ["appearance", "cama", "encode", "request", "video", "decode"]
+    assert list(manifest.inputs) == ["image", "prompt", "motion_scale", "guidance"]
+    assert manifest.inputs["prompt"].tokenizer is None
+    assert manifest.graphs["schedule"].inputs[0].dtype == "float32" and list(manifest.loops) == ["video"]
     with safe_open(world["folder"] / "bundle" / "graphs" / "step.safetensors", framework="numpy") as step:
         names = list(step.keys())
     assert any("attn1" in name for name in names)
@@ -95,7 +96,7 @@ def test_adapters_of_another_unet_are_refused(world: dict[str, Any], tmp_path: P
     name = next(key for key in state if key.endswith("to_q_ip.0.weight"))
     files["Motion-Adapter.ckpt"] = {**state, name: torch.ones(33, 32)}
     models.release.save(tmp_path / "rag", files)
-    sources = replace(world["sources"], motionrag=tmp_path / "rag", converted=tmp_path / "converted")
+    sources = replace(world["sources"], motionrag=tmp_path / "rag")
     with pytest.raises(CheckpointError, match=r"to_q_ip.0.weight` has the shape \[33, 32\]; \[32, 32\] is expected"):
-        export_svd(sources, tmp_path / "out", frames=FRAMES, height=HEIGHT, width=WIDTH)
+        export_system(svd_system(sources, frames=FRAMES, height=HEIGHT, width=WIDTH), tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"rag"}

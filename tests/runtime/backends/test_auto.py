@@ -19,9 +19,9 @@ from motionrt.runtime.backends.auto import choose
 from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.errors import BackendError, InputError
-from motionrt.runtime.indexing.clips import ENCODERS
 from motionrt.runtime.pipeline import MotionPipeline
 
+ENCODERS = ("text_query", "motion", "appearance")
 Run = Callable[..., tuple[int, str, str]]
 
 

@@ -23,7 +23,7 @@ from motionrt.runtime.backends.tensorrt.engine_file import (
     sorted_targets,
 )  # fmt: skip
 from motionrt.runtime.bundle.bundle import Bundle
-from motionrt.runtime.bundle.manifest import Data, Dim, GraphSpec, Port, Weights
+from motionrt.runtime.bundle.manifest import Dim, File, GraphSpec, Port, Weights
 from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.errors import EngineError, InputError
 from motionrt.runtime.files import sha256_of
@@ -98,10 +98,12 @@ def test_sorted_targets_refuses_what_is_none(target: str) -> None:
 
 
 WRONG_SIDE: dict[str, tuple[dict[str, Any], GraphSpec, list[str]]] = {
-    "another graph's ONNX": ({}, replace(SPEC, sha256="d" * 64), ["aaaaaaaaaaaa", "dddddddddddd"]),
-    "weights in a package": ({}, replace(SPEC, weights=Weights("p", "f", "e" * 64)), ["none", "eeeeeeeeeeee"]),
-    "weights beside the graph": ({}, replace(SPEC, data=Data("f", "e" * 64)), ["none", "eeeeeeeeeeee"]),
-    "other weights beside it": ({"weights_sha256": "d" * 64}, replace(SPEC, data=Data("f", "e" * 64)), ["dddddd", "eeeeee"]),
+    "another graph's ONNX": ({}, structs.replace(SPEC, sha256="d" * 64), ["aaaaaaaaaaaa", "dddddddddddd"]),
+    "weights in a package": ({}, structs.replace(SPEC, weights=Weights("p", "f", "e" * 64)), ["none", "eeeeeeeeeeee"]),
+    "weights beside the graph": ({}, structs.replace(SPEC, data=File("f", "e" * 64)), ["none", "eeeeeeeeeeee"]),
+    "other weights beside it": (
+        {"weights_sha256": "d" * 64}, structs.replace(SPEC, data=File("f", "e" * 64)), ["dddddd", "eeeeee"],
+    ),
     "no weights any more": ({"weights_sha256": "d" * 64}, SPEC, ["dddddddddddd", "none"]),
     "another graph": ({"graph": "decode"}, SPEC, ["decode", "step"]),
     "older motionrt": ({"motionrt": "0.0.1"}, SPEC, ["0.0.1", motionrt.__version__]),
@@ -224,7 +226,8 @@ def test_an_engine_of_other_weights_is_refused_by_name(large_bundle: tuple[Path,
     engine.check(before)
     fake.move_weights(bundle, "decode", "w_decode", fake.constants()["w_decode"] + 1)
     after = Bundle.open(bundle).graph("decode")
-    assert after == replace(before, data=Data(f"graphs/{beside.name}", sha256_of(beside))), "the same graph, other weights"
+    data = File(f"graphs/{beside.name}", sha256_of(beside))
+    assert after == structs.replace(before, data=data), "the same graph, other weights"
     with pytest.raises(EngineError) as refused:
         engine.check(after)
     was, now = before.weights_sha256[:12], after.weights_sha256[:12]
@@ -233,9 +236,10 @@ def test_an_engine_of_other_weights_is_refused_by_name(large_bundle: tuple[Path,
 
 
 def test_weights_of_a_graph_are_those_of_both_files() -> None:
-    package, data = Weights("p", "f", "1" * 64), Data("f", "2" * 64)
-    both = {replace(SPEC, weights=package, data=data), replace(SPEC, weights=replace(package, sha256="3" * 64), data=data)}
-    some = {SPEC, replace(SPEC, weights=package), replace(SPEC, data=data)}
+    package, data = Weights("p", "f", "1" * 64), File("f", "2" * 64)
+    other = structs.replace(package, sha256="3" * 64)
+    both = {structs.replace(SPEC, weights=package, data=data), structs.replace(SPEC, weights=other, data=data)}
+    some = {SPEC, structs.replace(SPEC, weights=package), structs.replace(SPEC, data=data)}
     assert {spec.weights_sha256 for spec in some} == {"", "1" * 64, "2" * 64}
     assert len({spec.weights_sha256 for spec in both | some}) == 5
 

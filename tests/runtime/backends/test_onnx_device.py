@@ -69,6 +69,9 @@ def test_tables_give_rows(fake_bundle: Path) -> None:
     on_device = OrtArray(OrtDevice("cpu", 0), value=OrtDevice("cpu", 0).upload(host))
     for table in (graph.put("modulation", host), on_device):
         assert len(table) == 3 and table.shape == (3, 4) and table.dtype == np.float32 and table[1] is table[1]
+        assert table[1:2] is table[1:2] and table[1:2].shape == (1, 4), "a row is uploaded once, however often it is fed"
+        with pytest.raises(IndexError):
+            table[3]
         for index in (0, 2, slice(1, 3), (slice(None), None)):
             np.testing.assert_array_equal(fetch(table[index]), host[index])
             np.testing.assert_array_equal(table[index].value.numpy(), host[index])

@@ -34,7 +34,7 @@ def bundle(fake_bundle: Path) -> Bundle:
     return Bundle.open(fake_bundle)
 
 
-@pytest.mark.parametrize("sizes", [{"B": 1, "K": 1, "T": 1, "L": 1}, {"B": 2, "K": 7, "T": 3, "L": 16}], ids=str)
+@pytest.mark.parametrize("sizes", [{"batch": 1, "K": 1, "T": 1, "L": 1}, {"batch": 2, "K": 7, "T": 3, "L": 16}], ids=str)
 def test_every_graph_runs_within_its_declared_sizes(bundle: Bundle, sizes: dict[str, int]) -> None:
     for name, spec in bundle.graphs.items():
         outputs = OnnxRuntimeBackend(1).load(bundle, name)(random_inputs(spec, sizes))
@@ -73,19 +73,19 @@ def _nan(value: NDArray[Any]) -> NDArray[Any]:
         (lambda i: i.update(noise=i["noise"].astype(np.float64)), "`noise` is float64; this bundle accepts float32"),
         (lambda i: i.update(guidance=2.0), "`guidance` is float, not an array; this bundle accepts"),
         (
-            lambda i: i.update(guidance=np.zeros(1, np.float32)),
-            r"`guidance` is \[1\]; this bundle accepts float32 \[\]",
+            lambda i: i.update(guidance=np.zeros((), np.float32)),
+            r"`guidance` is \[\]; this bundle accepts float32 \[batch 1-2\]",
         ),
-        (lambda i: i.update(latents=i["latents"][..., :3]), r"`latents` is \[1, 2, 4, 4, 3\]; .*\[B 1-2, 2, 4, 4, 4\]"),
+        (lambda i: i.update(latents=i["latents"][..., :3]), r"`latents` is \[1, 2, 4, 4, 3\]; .*\[batch 1-2, 2, 4, 4, 4\]"),
         (lambda i: i.update(latents=np.repeat(i["latents"], 3, 0)), r"`latents` is \[3, 2, 4, 4, 4\]"),
         (lambda i: i.update(latents=i["latents"][:0]), r"`latents` is \[0, 2, 4, 4, 4\]"),
-        (lambda i: i.update(noise=np.repeat(i["noise"], 2, 0)), "`noise` has B = 2 but `latents` has B = 1"),
+        (lambda i: i.update(noise=np.repeat(i["noise"], 2, 0)), "`noise` has batch = 2 but `latents` has batch = 1"),
         (lambda i: i.update(noise=_nan(i["noise"])), "`noise` has 2 NaN or infinite values of 128"),
-        (lambda i: i.update(guidance=np.array(np.nan, np.float32)), "`guidance` has 1 NaN"),
+        (lambda i: i.update(guidance=np.full(1, np.nan, np.float32)), "`guidance` has 1 NaN"),
     ],
 )
 def test_a_graph_refuses_an_input(bundle: Bundle, change: Callable[[Any], object], message: str) -> None:
-    inputs = random_inputs(bundle.graph("step"), {"B": 1})
+    inputs = random_inputs(bundle.graph("step"), {"batch": 1})
     change(inputs)
     with pytest.raises(InputError, match=message):
         OnnxRuntimeBackend(1).load(bundle, "step")(inputs)
@@ -130,9 +130,9 @@ def test_load_refuses_a_graph_that_is_none(edit_bundle: Edit, fake: ModuleType, 
 
 
 def test_load_refuses_ports_that_are_not_those_declared(edit_bundle: Edit) -> None:
-    path = edit_bundle(lambda m: m["graphs"]["text"]["outputs"][0].update(name="tokens"))
-    with pytest.raises(BundleError, match=r"has inputs \['input_ids'\] and outputs \['text'\]; bundle.json declares"):
-        OnnxRuntimeBackend(1).load(Bundle.open(path), "text")
+    path = edit_bundle(lambda m: m["graphs"]["motion"]["inputs"][0].update(name="frames"))
+    with pytest.raises(BundleError, match=r"has inputs \['video'\] and outputs \['motion'\]; bundle.json declares"):
+        OnnxRuntimeBackend(1).load(Bundle.open(path), "motion")
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def with_package(
 
 def test_load_reads_weights_from_a_package(with_package: tuple[Path, Path], fake_bundle: Path) -> None:
     inside, outside = Bundle.open(fake_bundle), Bundle.open(with_package[0])
-    inputs = random_inputs(inside.graph("text_query"), {"B": 2})
+    inputs = random_inputs(inside.graph("text_query"), {"batch": 2})
     expected = OnnxRuntimeBackend(1).load(inside, "text_query")(inputs)["embedding"]
     graph = OnnxRuntimeBackend(1).load(outside, "text_query")
     np.testing.assert_array_equal(graph(inputs)["embedding"], expected)

@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 import typer.main
 
-from motionrt.cli import app
-from motionrt.runtime.backends import open as backends
-from motionrt.runtime.backends.open import BACKENDS, RunOptions, open_backend
+from motionrt.runtime.backends import kinds as backends
+from motionrt.runtime.backends.kinds import BACKENDS
+from motionrt.runtime.backends.open import RunOptions, open_backend
 from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.cli.diagnosis import examine
+from motionrt.runtime.cli.main import app
 from motionrt.runtime.errors import BackendError, InputError, install
-from motionrt.runtime.indexing.clips import ENCODERS
 from motionrt.runtime.memory.memory import MotionMemory
 
+ENCODERS = ("text_query", "motion", "appearance")
 Run = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -106,7 +107,7 @@ def path(fake_bundle: Path, tmp_path: Path) -> Path:
 
 def tokens(memory: Path) -> list[np.ndarray[Any, Any]]:
     with MotionMemory.open(memory, readonly=True) as opened:
-        return [getattr(clip, name) for clip in opened.get(opened.ids()) for name in ("motion", "appearance")]
+        return [clip.record[name] for clip in opened.get(opened.ids()) for name in ("motion", "appearance")]
 
 
 def test_memory_commands_refuse_a_graph_without_an_engine(
@@ -152,7 +153,7 @@ def test_memory_commands_run_engines(
         np.testing.assert_array_equal(ours, theirs)
     for query in (["a ball"], ["--video", clips[0]]):
         assert run("memory", "search", tmp_path / "ours", *query, "-k", 1, *asked)[0] == 0
-    assert fake_gpu.library.deserialized == len(ENCODERS) + 2
+    assert fake_gpu.library.deserialized == len(ENCODERS) + 1 + 2, "the query's for a prompt, the record's for a video"
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,7 @@ def test_put_refuses(port: str, value: Any, message: str) -> None:
         (lambda i: i.update(x=np.ones((5, 3), np.float32)), r"`x` is \[5, 3\]; .*Change the array, or export"),
         (lambda i: i.update(ids=np.zeros(2, np.int64)), "`ids` has B = 2 but `x` has B = 1; they must be equal"),
         (lambda i: i.update(scale=np.array(np.nan, np.float32)), "`scale` has 1 NaN or infinite values of 1"),
+        (lambda i: i.update(x=Far("elsewhere", np.full((1, 3), np.nan, np.float32))), "`x` has 3 NaN"),
         (lambda i: i.update(x=Far("gpu", np.ones((1, 4), np.float32))), r"`x` is \[1, 4\]"),
         (lambda i: i.update(x=Far("gpu", np.ones((1, 3)))), "`x` is float64"),
     ],

@@ -25,15 +25,13 @@ from motionrt.runtime.backends.seam import Checked, fetch
 from motionrt.runtime.backends.tensorrt.backend import TensorRTBackend
 from motionrt.runtime.backends.tensorrt.device_memory import Cuda, DeviceArray, Pool, load_driver
 from motionrt.runtime.backends.tensorrt.graph import TensorRTExecutor
-from motionrt.runtime.backends.tensorrt.runtime_cache import cache_path
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.errors import BackendError, BackendWarning, EngineError, InputError
-from motionrt.runtime.loop import sample
-from motionrt.runtime.pipeline import MotionPipeline, Request
+from motionrt.runtime.pipeline import MotionPipeline
 
 DEMO = Path(__file__).resolve().parents[3] / "demo"
-ONE = {"B": (1, 1, 1), "T": (1, 4, 50), "L": (1, 8, 16), "K": (1, 4, 8)}
+ONE = {"batch": (1, 1, 1), "T": (1, 4, 50), "L": (1, 8, 16), "K": (1, 4, 8)}
 GRAPHS = ("text_query", "text", "appearance", "cama", "encode", "request", "schedule", "step", "decode")
 Make = Callable[..., TensorRTBackend]
 
@@ -94,33 +92,35 @@ def wanted(path: Path, graph: str, inputs: dict[str, Any]) -> dict[str, NDArray[
 
 
 @pytest.mark.parametrize("flavor", ["rtx", "tensorrt"])
-def test_pipeline_gives_what_onnxruntime_gives(make: Make, gpu: ModuleType, flavor: str, tmp_path: Path, driver: Any) -> None:
-    demo = Path(shutil.copytree(DEMO / "bundle", tmp_path / "bundle"))
-    for graph in GRAPHS:
-        gpu.write_engine(demo, graph, flavor)
-    frames = np.full((64, 64, 3), 90, np.uint8)
-    request = Request(frames, "a red star moves right", seed=3, steps=4, solver="dpm")
-    with MotionPipeline.from_bundle(demo, DEMO / "memory", threads=1) as reference:
-        expected = reference.batch([request])[0]
-    backend = make(flavor)
-    with MotionPipeline.from_bundle(demo, DEMO / "memory", backend=backend) as pipeline:
+def test_pipeline_gives_what_onnxruntime_gives(
+    make: Make, write: Any, path: Path, fake_memory: Path, still: Any, flavor: str, driver: Any
+) -> None:
+    write(*GRAPHS, flavor=flavor)
+    options: dict[str, Any] = {"seed": 3, "steps": 6, "solver": "dpm"}
+    with MotionPipeline.from_bundle(path, fake_memory, threads=1) as reference:
+        expected = reference(still, "a red ball", **options)
+    with MotionPipeline.from_bundle(path, fake_memory, backend=make(flavor)) as pipeline:
         pipeline.warm()
         driver.moved.update(up=0, down=0)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            got = pipeline.batch([request])[0]
+            got = pipeline(still, "a red ball", **options)
     np.testing.assert_array_equal(got.frames, expected.frames)
     assert got.backend == "tensorrt Fake GPU sm_89" and got.choice is None
     assert expected.backend == "onnxruntime CPUExecutionProvider"
+
+    def size(graph: str, port: str) -> int:
+        return 4 * int(np.prod(pipeline.bundle.port(graph, port).shape))
+
     # down: the query's embedding and the frames, nothing else
-    assert driver.moved["down"] == 4 * (384 + 17 * 3 * 64 * 64)
-    # up: the image for two graphs, the references' tokens, latents, their zeros and noise, and a few ids and numbers; neither
-    # what the request computed nor the schedule's tables, which were made there
-    model = pipeline.bundle.model
-    noisy = int((pipeline.bundle.solver("dpm", 4).coefficients[:, 5] != 0).sum())
-    image, tokens = 3 * 64 * 64, 2 * len(got.references) * int(np.prod(model.motion_tokens))
-    expected_up = 4 * (2 * image + tokens + (2 + noisy) * int(np.prod(model.latents)))
-    assert expected_up <= driver.moved["up"] < expected_up + 1024
+    assert driver.moved["down"] == size("text_query", "embedding") + size("decode", "video")
+    # up: the image for two graphs, the references' tokens, what the loop starts from, its noise, the zeros of both, and a few
+    # ids and numbers; neither what the request computed nor the schedule's tables, which were made there
+    latents = size("step", "latents")
+    noisy = int((pipeline.bundle.schedule("video", "dpm", 6).rows[:, -1] != 0).sum())
+    tokens = sum(4 * array.size for found in got.references for array in found.record.values())
+    expected_up = 2 * size("encode", "image") + tokens + (3 + noisy) * latents
+    assert expected_up <= driver.moved["up"] < expected_up + latents
 
 
 def test_graph_keeps_the_device_seam(make: Make, write: Any, path: Path, driver: Any) -> None:
@@ -157,35 +157,6 @@ def test_results_belong_to_the_caller(make: Make, write: Any, path: Path, flavor
             kept += [(results[name], expected[name]) for name in expected]
     for value, expectation in kept:
         np.testing.assert_array_equal(np.asarray(value), expectation)
-
-
-def test_sample_gives_host_latents_unless_told_otherwise(make: Make, write: Any, path: Path, driver: Any) -> None:
-    write("step")
-    bundle = Bundle.open(path)
-    step, reference, solver = make().load(bundle, "step"), OnnxRuntimeBackend(1).load(bundle, "step"), bundle.solver("dpm", 4)
-    inputs = inputs_of(path, "step")
-    state = {name: inputs[name] for name in ("context", "negative_context", "image_latents")}
-    table = np.random.default_rng(5).standard_normal((4, 4)).astype(np.float32)
-
-    def run(graph: Any, **options: Any) -> Any:
-        return sample(
-            graph,
-            latents=inputs["latents"],
-            state=state,
-            tables={"modulation": table},
-            coefficients=solver.coefficients,
-            guidance=2.0,
-            noise=lambda index: inputs["noise"],
-            **options,
-        )
-
-    expected, host = run(reference), run(step)
-    assert type(host) is np.ndarray
-    np.testing.assert_array_equal(host, expected)
-    before = driver.moved["down"]
-    kept = run(step, fetch=False)
-    assert isinstance(kept, DeviceArray) and driver.moved["down"] == before
-    np.testing.assert_array_equal(np.asarray(kept), expected)
 
 
 def test_a_buffer_knows_whose_value_it_holds(make: Make, write: Any, path: Path) -> None:
@@ -323,7 +294,8 @@ def test_rtx_captures_itself_and_keeps_its_compilation(make: Make, write: Any, p
     assert isinstance(step.executor, TensorRTExecutor)
     assert [config.cuda_graph_strategy for config in backend.library("rtx").module.configs] == ["whole", "disabled"]
     assert "cuStreamBeginCapture" not in driver.calls
-    kept = cache_path(step.executor.file, backend.cuda)
+    assert step.executor.cache is not None
+    kept = step.executor.cache.path
     assert kept.read_bytes() == b"compiled" and "Fake_GPU_CUDA_13.2" in kept.name
     assert kept.parent == step.executor.file.folder and not list(kept.parent.glob("*.partial"))
     written = kept.stat().st_mtime_ns
@@ -363,8 +335,8 @@ def test_many_shapes_keep_only_so_many_buffers(make: Make, write: Any, path: Pat
 FAILURES = {
     "execute_async_v3": "execute_async_v3 returned False: the reason in execute_async_v3",
     "set_tensor_address": "binding `\\w+`: the reason",
-    "set_input_shape": r"setting `timesteps` to \[3\]: the reason",
-    "infer_shapes": "the shapes of timesteps are not known",
+    "set_input_shape": r"setting `timestep` to \[3\]: the reason",
+    "infer_shapes": "the shapes of timestep are not known",
     "get_tensor_shape": r"the shape of output `modulation` is \[-1\], which depends on values",
     "create_execution_context": "create_execution_context gave nothing: the reason",
     "set_optimization_profile_async": "choosing profile 1: the reason",
@@ -404,7 +376,7 @@ def test_profiles_are_chosen_and_shapes_outside_are_refused(make: Make, write: A
     for steps, profile in ((4, 0), (9, 1)):
         graph(inputs_of(path, "schedule", T=steps))
         assert backend.library("rtx").module.contexts[-1].profile == profile
-    with pytest.raises(InputError, match=r"schedule input `timesteps` is \[5\]; this engine accepts .*\[4\].*motionrt build"):
+    with pytest.raises(InputError, match=r"schedule input `timestep` is \[5\]; this engine accepts .*\[4\].*motionrt build"):
         graph(inputs_of(path, "schedule", T=5))
     with pytest.raises(InputError, match="this bundle accepts"):
         graph(inputs_of(path, "schedule", T=51))
@@ -538,7 +510,7 @@ def test_of_engines_that_do_not_fit_the_nearest_is_told(make: Make, write: Any, 
 
 
 def test_a_fallback_is_said_where_an_engine_does_not_fit(make: Make, write: Any, path: Path) -> None:
-    write("step", "schedule", profiles=[{"T": (4, 4, 4), "B": (1, 1, 1)}])
+    write("step", "schedule", profiles=[{"T": (4, 4, 4), "batch": (1, 1, 1)}])
     _edit(path, targets=["sm_120"])
     bundle = Bundle.open(path)
     backend = make(fallback=OnnxRuntimeBackend(1))
@@ -550,7 +522,7 @@ def test_a_fallback_is_said_where_an_engine_does_not_fit(make: Make, write: Any,
         schedule = backend.load(bundle, "schedule")
         schedule(inputs_of(path, "schedule", T=4))
     inputs = inputs_of(path, "schedule", T=6)
-    with pytest.warns(BackendWarning, match=r"'schedule' runs outside its engine .*`timesteps` is \[6\]"):
+    with pytest.warns(BackendWarning, match=r"'schedule' runs outside its engine .*`timestep` is \[6\]"):
         got = schedule(inputs)
     np.testing.assert_array_equal(got["modulation"], wanted(path, "schedule", inputs)["modulation"])
     assert backend.used["text"].startswith("onnxruntime") and "rtx-sm_89+sm_120-float16" in backend.used["schedule"]
@@ -563,9 +535,11 @@ def test_pipeline_runs_partly_on_engines(make: Make, write: Any, path: Path, fak
         expected = reference(still, "a red ball", steps=4)
     with MotionPipeline.from_bundle(path, fake_memory, backend=make(fallback=OnnxRuntimeBackend(1))) as pipeline:
         got = pipeline(still, "a red ball", steps=4)
-        assert pipeline.text("a red ball").dtype == np.float32
-        prepared = pipeline.prepare(Request(still, "a red ball"))
-        assert isinstance(prepared.inputs["image_latents"], DeviceArray)
+        job = pipeline.start(pipeline.request(still, "a red ball", steps=4))
+        job.keep = True
+        for _ in job:
+            pass
+        assert isinstance(job.values["image_latents"], DeviceArray) and isinstance(job.values["context"], np.ndarray)
     np.testing.assert_array_equal(got.frames, expected.frames)
 
 
@@ -609,14 +583,3 @@ def test_without_cuda_python_it_says_what_to_install(monkeypatch: pytest.MonkeyP
 def test_open_backend_refuses_engines_for_another_backend() -> None:
     with pytest.raises(InputError, match="engines is 'x', which the backend onnxruntime does not use"):
         open_backend(RunOptions(engines="x"))
-
-
-def test_few_schedules_stay_on_the_gpu(make: Make, write: Any, path: Path) -> None:
-    write("schedule", "step")
-    with MotionPipeline.from_bundle(path, backend=make(fallback=OnnxRuntimeBackend(1))) as pipeline:
-        kept = [pipeline.schedule(pipeline.bundle.solver("ddim", steps)) for steps in (3, 4, 5)]
-        assert len(pipeline._schedules) == 2 and pipeline.schedule(pipeline.bundle.solver("ddim", 5)) is kept[-1]
-    with MotionPipeline.from_bundle(path, threads=1) as pipeline:
-        for steps in range(1, 11):
-            pipeline.schedule(pipeline.bundle.solver("ddim", steps))
-        assert len(pipeline._schedules) == 8

@@ -24,7 +24,6 @@ from pytest import MonkeyPatch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from motionrt.cli import main  # noqa: E402
 from motionrt.export.onnx.from_torch import Example, ParityError, Range, dynamic_shapes  # noqa: E402
 from motionrt.export.onnx.streamed import stream_real  # noqa: E402
 from motionrt.export.onnx.torch_programs import check_program, write_program  # noqa: E402
@@ -39,10 +38,10 @@ from motionrt.runtime.backends.seam import Checked, fetch  # noqa: E402
 from motionrt.runtime.backends.torch_backend import TorchBackend, TorchExecutor  # noqa: E402
 from motionrt.runtime.backends.torch_program import load_program  # noqa: E402
 from motionrt.runtime.bundle.bundle import Bundle, Dim, GraphSpec, Port  # noqa: E402
+from motionrt.runtime.cli.main import main  # noqa: E402
 from motionrt.runtime.dtypes import DTYPES  # noqa: E402
 from motionrt.runtime.errors import BackendError, BackendWarning, BundleError, InputError  # noqa: E402
 from motionrt.runtime.files import sha256_of  # noqa: E402
-from motionrt.runtime.loop import sample  # noqa: E402
 from motionrt.runtime.pipeline import MotionPipeline  # noqa: E402
 
 DEMO = Path(__file__).resolve().parents[3] / "demo"
@@ -65,9 +64,9 @@ class FakeStep(nn.Module):
         negative_context: Tensor,
         image_latents: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        guided = negative_context + guidance * (context - negative_context)
-        v = latents * modulation.view(1, 1, 4, 1, 1) + guided.view(-1, 1, 4, 1, 1) + image_latents
-        p0, p1, c0, c1, c2, c3 = coefficients.unbind()
+        guided = negative_context + guidance[:, None] * (context - negative_context)
+        v = latents * modulation.view(-1, 1, 4, 1, 1) + guided.view(-1, 1, 4, 1, 1) + image_latents
+        p0, p1, c0, c1, c2, c3 = coefficients[:, :, None, None, None, None].unbind(1)
         x0 = p0 * latents + p1 * v
         return c0 * latents + c1 * x0 + c2 * previous_x0 + c3 * noise, x0
 
@@ -75,7 +74,7 @@ class FakeStep(nn.Module):
 def step_feed(batch: int, seed: int = 0) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(seed)
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("latents", "previous_x0", "noise"), (batch, *LATENTS))
-    shapes |= {"coefficients": (6,), "guidance": (), "modulation": (4,)}
+    shapes |= {"coefficients": (batch, 6), "guidance": (batch,), "modulation": (batch, 4)}
     shapes |= {"context": (batch, 4), "negative_context": (batch, 4), "image_latents": (batch, *LATENTS)}
     return {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
 
@@ -94,7 +93,8 @@ def fake_programs(fake_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -
     shapes = dynamic_shapes(module, examples, {"B": Range(1, 1, 4)})
     entry = write_program(path / "programs" / "step.pt2", module, examples[0].feed, outputs, shapes)
     manifest = json.loads((path / "bundle.json").read_text())
-    (path / "bundle.json").write_text(json.dumps({**manifest, "programs": {"step": entry}}))
+    manifest["graphs"]["step"]["program"] = entry
+    (path / "bundle.json").write_text(json.dumps(manifest))
     return path
 
 
@@ -119,18 +119,19 @@ def place(graph: Checked, values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: graph.put(name, value) for name, value in values.items()}
 
 
-def loop(step: Any, seed: int = 0, steps: int = 5) -> NDArray[np.float32]:
-    rng = np.random.default_rng(seed)
-    feed = arrays(seed=seed)
-    return sample(
-        step,
-        latents=feed["latents"],
-        state={name: feed[name] for name in ("context", "negative_context", "image_latents")},
-        tables={"modulation": rng.standard_normal((steps, 4)).astype(np.float32)},
-        coefficients=(0.5 * rng.standard_normal((steps, 6))).astype(np.float32),
-        guidance=2.0,
-        noise=lambda index: np.random.default_rng(index).standard_normal((1, *LATENTS)).astype(np.float32),
-    )
+def loop(step: Checked, seed: int = 0, steps: int = 5) -> NDArray[np.float32]:
+    """The latents after `steps` steps: what all of them read and the tables are put once, as a pipeline does."""
+    rng, feed = np.random.default_rng(seed), arrays(seed=seed)
+    state = place(step, {name: feed[name] for name in ("context", "negative_context", "image_latents")})
+    tables = {"modulation": (steps, 4), "coefficients": (steps, 6), "guidance": (steps,)}
+    rows = place(step, {name: (0.5 * rng.standard_normal(shape)).astype(np.float32) for name, shape in tables.items()})
+    latents, x0 = feed["latents"], np.zeros_like(feed["latents"])
+    for t in range(steps):
+        noise = np.random.default_rng(t).standard_normal((1, *LATENTS)).astype(np.float32)
+        given = {name: table[t : t + 1] for name, table in rows.items()}
+        results = step.run({**state, **given, "latents": latents, "previous_x0": x0, "noise": noise})
+        latents, x0 = results["next_latents"], results["x0"]
+    return np.asarray(latents)
 
 
 # --- the same results as ONNX Runtime ---------------------------------------------------------------------------------
@@ -151,16 +152,14 @@ def test_the_demos_video_is_that_of_onnxruntime(demo_bundle: Path) -> None:
         backend = open_backend(RunOptions(name, threads=1, allow_onnxruntime=True))
         with MotionPipeline.from_bundle(demo_bundle, DEMO / "memory", backend=backend) as pipeline:
             assert (pipeline.graph("step").executor.device is not None) == (name == "torch")
-            decode = pipeline.graph("decode")
-
-            def keep(inputs: Mapping[str, Any], decode: Any = decode, name: str = name) -> dict[str, Any]:
-                latents[name].append(inputs["latents"])
-                result: dict[str, Any] = decode(inputs)
-                return result
-
-            pipeline._graphs["decode"] = keep
             for options in ({}, {"motion_scale": 0.0}, {"solver": "dpm", "steps": 6, "references": 3}):
-                frames[name].append(pipeline(image, prompt, seed=3, **options).frames)
+                job = pipeline.start(pipeline.request(image, prompt, seed=3, **options))
+                job.keep = True
+                for _ in job:
+                    pass
+                assert job.frames is not None
+                latents[name].append(np.asarray(job.values["latents"]))
+                frames[name].append(job.frames)
     for ours, theirs in zip(latents["torch"], latents["onnxruntime"], strict=True):
         assert np.abs(theirs).max() > 0.5
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
@@ -192,16 +191,16 @@ def demo_feed(name: str, seed: int = 0) -> dict[str, NDArray[Any]]:
     for before in ("schedule", "request") if name == "step" else ():
         backend = OnnxRuntimeBackend(1)
         made = backend.load(bundle, before)(demo_feed(before, seed))
-        feed |= {key: value[3] if before == "schedule" else value for key, value in made.items()}
+        feed |= {key: value[3:4] if before == "schedule" else value for key, value in made.items()}
     fixed = {"coefficients": [0.8, -0.6, 0.7, 0.3, 0.0, 0.0], "guidance": 2.0, "motion_scale": 1.0}
     for port in bundle.graph(name).inputs:
-        shape = tuple(dim.opt for dim in port.dims)
-        if port.name == "timesteps":
-            feed[port.name] = np.linspace(990, 10, shape[0]).astype(np.int64)
+        if port.name == "timestep":
+            feed[port.name] = np.linspace(990, 10, port.shape[0]).astype(port.dtype)
         elif port.name not in feed:
             value = fixed.get(port.name)
-            feed[port.name] = np.asarray(rng.standard_normal(shape) if value is None else value, port.dtype)
-    return {port.name: feed[port.name].reshape([dim.opt for dim in port.dims]) for port in bundle.graph(name).inputs}
+            drawn = rng.standard_normal(port.shape) if value is None else np.broadcast_to(value, port.shape)
+            feed[port.name] = np.asarray(drawn, port.dtype)
+    return {port.name: feed[port.name].reshape(port.shape) for port in bundle.graph(name).inputs}
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
@@ -313,8 +312,8 @@ def test_state_is_copied_once_for_a_loop(fake_programs: Path, monkeypatch: pytes
     for buffer in static.executor._static.inputs:
         monkeypatch.setattr(buffer, "copy_", lambda value, b=buffer: (copied.append(b.shape), b.set_(value.clone())))
     loop(static, steps=5)
-    assert copied.count((1, 4)) == 2  # context and negative context, each once
-    assert copied.count((4,)) == 5  # a row of the table, each step
+    assert copied.count((1, 4)) == 2 + 5  # context and negative context, each once, and a row of the modulation
+    assert copied.count((1, 6)) == 5  # a row of the table, each step
 
 
 def test_results_of_a_call_belong_to_the_caller(fake_programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,6 +342,18 @@ def test_put_copies_and_takes_any_layout(fake_programs: Path) -> None:
         value.setflags(write=False)
     np.testing.assert_array_equal(step(flipped)["x0"], step(frozen)["x0"])
     assert place(OnnxRuntimeBackend(1).load(Bundle.open(fake_programs), "step"), feed) == feed
+
+
+def test_a_value_loses_nothing_where_one_of_its_graphs_computes_in_less(fake_programs: Path) -> None:
+    bundle, feed = Bundle.open(fake_programs), arrays()
+    low, full = (TorchBackend(precision=precision).load(bundle, "step") for precision in ("bfloat16", "float32"))
+    held = place(low, feed)
+    low.run(held)
+    assert place(full, held) == held
+    for name, value in full(held).items():
+        np.testing.assert_array_equal(value, full(feed)[name])
+    for name, value in feed.items():
+        np.testing.assert_array_equal(np.asarray(held[name]), value)
 
 
 def test_compiled_step_equals_eager(fake_programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -439,8 +450,8 @@ def test_a_graph_without_a_program_is_refused_or_runs_where_that_is_allowed(fake
         (lambda i: i.update(noise=i["noise"].astype(np.float64)), "`noise` is float64; this bundle accepts float32"),
         (lambda i: i.update(guidance=2.0), "`guidance` is float, not an array"),
         (lambda i: i.update(latents=i["latents"][..., :3]), r"`latents` is \[1, 2, 4, 4, 3\]"),
-        (lambda i: i.update(noise=np.repeat(i["noise"], 2, 0)), "`noise` has B = 2 but `latents` has B = 1"),
-        (lambda i: i.update(guidance=np.array(np.nan, np.float32)), "`guidance` has 1 NaN"),
+        (lambda i: i.update(noise=np.repeat(i["noise"], 2, 0)), "`noise` has batch = 2 but `latents` has batch = 1"),
+        (lambda i: i.update(guidance=np.full(1, np.nan, np.float32)), "`guidance` has 1 NaN"),
     ],
 )
 def test_inputs_are_refused_as_onnxruntime_refuses_them(
@@ -526,18 +537,17 @@ def test_programs_are_checked_when_they_are_used(fake_programs: Path, fake_bundl
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda p: p.update(other=p["step"]), "'programs' has 'other', which is no graph"),
-        (lambda p: p["step"].update(file="../step.pt2"), "must lie inside"),
-        (lambda p: p["step"].update(sha256="0"), "must be 64 hex digits"),
-        (lambda p: p["step"]["inputs"].pop(), r"program 'step' has the ports"),
-        (lambda p: p["step"].update(outputs=[3]), r"program 'step' has the ports \[3\]"),
-        (lambda p: p["step"].pop("torch"), "lacks the key 'torch'"),
-        (lambda p: p["step"].update(extra=1), "unknown key 'extra'"),
+        (lambda p: p.update(file="../step.pt2"), "must lie inside"),
+        (lambda p: p.update(sha256="0"), "graph 'step': .*program.sha256"),
+        (lambda p: p["inputs"].pop(), "the program of graph 'step' has the ports"),
+        (lambda p: p.update(outputs=["y"]), r"the program of graph 'step' has the ports \['y'\]"),
+        (lambda p: p.pop("torch"), "graph 'step': .*torch"),
+        (lambda p: p.update(extra=1), "graph 'step': .*unknown field `extra`"),
     ],
 )
 def test_open_refuses_programs(edit_programs: Edit, change: Callable[[Any], object], message: str) -> None:
     with pytest.raises(BundleError, match=message):
-        Bundle.open(edit_programs(lambda m: change(m["programs"])))
+        Bundle.open(edit_programs(lambda m: change(m["graphs"]["step"]["program"])))
 
 
 def rewritten(path: Path, change: Callable[[str, bytes], bytes], extra: Mapping[str, bytes] | None = None) -> None:
@@ -550,7 +560,7 @@ def rewritten(path: Path, change: Callable[[str, bytes], bytes], extra: Mapping[
         for name, data in {**members, **{f"{root}/{k}": v for k, v in (extra or {}).items()}}.items():
             archive.writestr(name, data)
     manifest = json.loads((path / "bundle.json").read_text())
-    manifest["programs"]["step"]["sha256"] = sha256_of(file)
+    manifest["graphs"]["step"]["program"]["sha256"] = sha256_of(file)
     (path / "bundle.json").write_text(json.dumps(manifest))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from motionrt.runtime.backends import open as backends
+from motionrt.runtime.backends import kinds as backends
 from motionrt.runtime.backends.machine import Gpu, find_gpus
 from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.cli import diagnosis as doctor

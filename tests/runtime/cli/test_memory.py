@@ -223,6 +223,27 @@ def test_memory_of_int8_tokens(run: Run, fake_bundle: Path, folder: Path, tmp_pa
     assert status == 2 and "int4" in err and not (tmp_path / "other" / "memory.sqlite").exists()
 
 
+def test_memory_of_records_on_demand(run: Run, fake_bundle: Path, folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bare"
+    assert run("memory", "create", path, "-b", fake_bundle, "--on-demand")[0] == 0
+    status, out, _ = run("memory", "add", path, folder / "clip0.mp4", folder / "clip1.mp4", "-b", fake_bundle)
+    assert status == 0 and "2 added" in out
+    assert json.loads(run("memory", "stats", path, "--json")[1])["tokens"] == "on demand"
+    search = ["memory", "search", path, "-b", fake_bundle]
+    status, out, _ = run(*search, "a red ball moves right", "-k", 1)
+    assert status == 0 and captions(out) == ["a red ball moves right"]
+    for more in (["--video", folder / "clip1.mp4"], ["a ball", "--distinct", 0.9]):
+        status, _, err = run(*search, *more)
+        assert status == 2 and "makes records on demand: it cannot be searched by them, nor by `distinct`" in err
+
+
+def test_memory_search_shows_every_option_of_a_search(run: Run) -> None:
+    out = run("memory", "search", "--help")[1]
+    for option in ("--where", "--exclude-source", "--min-score", "--distinct", "--diversity"):
+        assert option in out
+    assert "Leave out copies: cosine of records" in out and "--search" not in out
+
+
 @pytest.fixture
 def generate(fake_bundle: Path, tmp_path: Path) -> list[object]:
     Image.new("RGB", (40, 30), (80, 80, 80)).save(tmp_path / "still.png")

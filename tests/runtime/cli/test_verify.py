@@ -28,7 +28,7 @@ def complete(large_bundle: Large) -> Large:
     step = manifest["graphs"]["step"]
     (path / "step.pt2").write_bytes(b"a program")
     ports = {kind: [port["name"] for port in step[kind]] for kind in ("inputs", "outputs")}
-    manifest["programs"] = {"step": {"file": "step.pt2", "sha256": sha256_of(path / "step.pt2"), "torch": "2.13", **ports}}
+    step["program"] = {"file": "step.pt2", "sha256": sha256_of(path / "step.pt2"), "torch": "2.13", **ports}
     (path / "bundle.json").write_text(json.dumps(manifest))
     engine = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/fake_engine.py")
     for graph in ("step", "decode"):
@@ -49,7 +49,7 @@ def test_verify_reads_every_file_and_counts(run: Run, complete: Large, monkeypat
         status, out, err = run("verify", path)
         assert (status, err) == (0, "") and sorted(read) == sorted(map(str, files))
         assert out == (
-            f"{path}: all sound: graphs 11, weights 2, tokenizers 2, solver tables 1, programs 1, engines 2; "
+            f"{path}: all sound: graphs 11, weights 2, tokenizers 2, tables of rows 1, programs 1, engines 2; "
             f"{total:,} bytes read.\n"
         )
     read.clear()
@@ -62,7 +62,7 @@ DAMAGED = {
     "graphs/decode.safetensors": "the weights of graph 'decode' of the bundle is damaged",
     "../site/fake_minilm/model.safetensors": "is not the file that this bundle was exported with",
     "tokenizers/text.json": "tokenizer 'text' of the bundle is damaged",
-    "solvers.safetensors": "the solver tables of the bundle is damaged",
+    "tables.safetensors": "the tables of rows of the bundle is damaged",
     "step.pt2": "program 'step' of the bundle is damaged",
     "engines/rtx-sm_89+sm_120-float16/step-0123456789ab.engine": "engine 'step' in .* is damaged",
 }
@@ -127,10 +127,10 @@ def test_verify_without_a_manifest_is_one_line(run: Run, complete: Large, conten
     assert status == 2 and not out and len(err.splitlines()) == 1 and "bundle.json" in err
 
 
-def test_verify_reads_what_the_solver_tables_hold(run: Run, complete: Large) -> None:
+def test_verify_reads_what_the_tables_hold(run: Run, complete: Large) -> None:
     path = complete[0]
     manifest = json.loads((path / "bundle.json").read_text())
-    manifest["solvers"]["entries"]["ddim"]["steps"].append(11)
+    manifest["loops"]["video"]["schedules"]["ddim"].append(11)
     (path / "bundle.json").write_text(json.dumps(manifest))
     status, out, err = run("verify", path)
-    assert status == 2 and not out and "hold no finite" in err and len(err.splitlines()) == 1
+    assert status == 2 and not out and "holds no finite" in err and len(err.splitlines()) == 1

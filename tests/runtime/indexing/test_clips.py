@@ -17,7 +17,8 @@ import pytest
 from motionrt.runtime.bundle.manifest import ClipSize, GraphSpec, MemorySpec, Part, Port
 from motionrt.runtime.errors import InputError, MediaError, MemoryStoreError
 from motionrt.runtime.indexing import clips as indexing
-from motionrt.runtime.indexing.clips import ClipEncoders, IndexReport, index_clips, make_record
+from motionrt.runtime.indexing.clips import IndexReport, index_clips
+from motionrt.runtime.indexing.encoders import ClipEncoders, make_record, reference_calls
 from motionrt.runtime.indexing.sources import Item
 from motionrt.runtime.media.video import read_clip, write_video
 from motionrt.runtime.memory.memory import MotionMemory
@@ -242,13 +243,13 @@ def test_nothing_becomes_a_whole_number_without_a_word(tmp_path: Path, value: An
 
 def test_what_a_still_and_a_video_are_searched_by() -> None:
     still, moving = np.zeros((3, H, W), np.float32), np.zeros((F, 3, H, W), np.float32)
-    assert [ENCODERS.part_of(image=still)[0], ENCODERS.part_of(video=moving)[0]] == ["appearance", "motion"]
-    assert ENCODERS.part_of(image=still)[1].shape == (1, 3) and ENCODERS.part_of(video=moving)[1].shape == (2, F)
-    assert general().part_of(video=moving)[0] == "course"
+    assert [ENCODERS.part_of_image(still)[0], ENCODERS.part_of_video(moving)[0]] == ["appearance", "motion"]
+    assert ENCODERS.part_of_image(still)[1].shape == (1, 3) and ENCODERS.part_of_video(moving)[1].shape == (2, F)
+    assert general().part_of_video(moving)[0] == "course"
     with pytest.raises(InputError, match="no float part that is made of a still; search by a prompt"):
-        general().part_of(image=still)
+        general().part_of_image(still)
     with pytest.raises(InputError, match="made of a video and of no still"):
-        encoders(RECORD[1:]).part_of(video=moving)
+        encoders(RECORD[1:]).part_of_video(moving)
 
 
 @pytest.fixture
@@ -273,6 +274,14 @@ def test_a_record_on_demand_is_the_one_that_would_have_been_kept(tmp_path: Path,
             index_clips(memory, ENCODERS, items, span=span)
         stored = memory.get(memory.ids().tolist())
     assert len(bare) == len(stored) == 6
+    asked = reference_calls(bundle, bare[0])  # as a job does it, call by call
+    name, inputs = next(asked)
+    assert (name, list(inputs)) == ("motion", ["video"])
+    name, inputs = asked.send(motion(inputs))
+    assert (name, list(inputs)) == ("appearance", ["image"])
+    with pytest.raises(StopIteration) as done:
+        asked.send(appearance(inputs))
+    assert np.array_equal(done.value.value["motion"], stored[0].record["motion"])
     for one, other in zip(bare, stored, strict=True):
         made = make_record(bundle, ENCODERS.load, one)
         assert one.record == {} and list(made) == list(other.record)
@@ -289,6 +298,8 @@ def test_a_record_on_demand_of_a_file_that_is_gone_or_changed_is_refused(tmp_pat
     assert np.array_equal(
         make_record(bundle, ENCODERS.load, moved, tmp_path)["motion"], make_record(bundle, ENCODERS.load, reference)["motion"]
     )
+    with pytest.raises(InputError, match="`end_sec` of clip 1 is 'late'"):
+        make_record(bundle, ENCODERS.load, replace(reference, metadata={"end_sec": "late"}))
     video(path, shift=3)
     with pytest.raises(MediaError, match=r"a.mp4 is not the one that clip 1 \('rises'\) was indexed from.*Restore it"):
         make_record(bundle, ENCODERS.load, reference)

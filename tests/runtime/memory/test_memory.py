@@ -322,9 +322,10 @@ def test_missing_and_damaged_truth(tmp_path: Path) -> None:
     ("DELETE FROM meta", "damaged"), ("UPDATE meta SET layout='['", "damaged"), ("UPDATE meta SET checksum=x'00'", "damaged"),
     ("UPDATE history SET clips='x'", "history ends in"), ("DELETE FROM history", "damaged"), ("DROP TABLE clips", "damaged"),
     ("UPDATE records SET record=x'00'", "damaged: clip 2 has 1 bytes of record"),
-    ("UPDATE records SET record=NULL", "damaged: clip 2 has 0 bytes of record"),
+    ("UPDATE records SET record=NULL", "damaged: clip 2 has no record"),
+    ("UPDATE records SET record='text'", "damaged: clip 2 has 0 bytes of record"),
     ("UPDATE vectors SET embedding=x'0000'", "2 bytes of embedding"),
-    (f"UPDATE records SET record=x'{'0000' * M * D + '007e' * M * D}'", "impossible appearance"),
+    (f"UPDATE records SET record=x'{'0000' * M * D + '007e' * M * D}'", "clip 2 is not what was written"),
     (f"UPDATE vectors SET embedding=x'{'0000c07f' * E}'", "impossible embedding"),
 ])  # fmt: skip
 def test_damage_inside_the_truth(tmp_path: Path, change: str, words: str) -> None:

@@ -420,6 +420,13 @@ def test_compact_gives_back_space_and_forgets(tmp_path: Path, threshold: int) ->
     assert [name for name in names(path) if name != "index.usearch" or threshold == 10] == wanted
 
 
+def test_a_reader_compacts_nothing(tmp_path: Path) -> None:
+    path = filled(tmp_path / "m", 30)
+    with MotionMemory.open(path, True, index_threshold=10) as reader, pytest.raises(MemoryStoreError, match="is read-only"):
+        reader.compact()
+    assert names(path) == ["memory.sqlite"]
+
+
 def test_stats(tmp_path: Path) -> None:
     path = filled(tmp_path / "m", 30)
     with MotionMemory.open(path, index_threshold=10) as memory:

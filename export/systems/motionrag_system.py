@@ -1,8 +1,8 @@
-"""What all bundles of MotionRAG share: its own graphs, the inputs that a request gives, the record of a clip, the denoising loop.
+"""What MotionRAG adds to a base model, whichever it is: with it, the base model is a system.
 
     files = open_motionrag(...)
     networks = motionrag_networks(sources, files, frames, (480, 720))
-    graphs = motionrag_graphs(networks, encoder.graph(), (17, 480, 720), (25, 1024))
+    system = motionrag_system(base, networks, sources.sentence_encoder(), (25, 1024), provenance={...}, reports=...)
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from motionrt.export.checkpoints.encoders import appearance_encoder, motion_encoder
-from motionrt.export.checkpoints.files import CheckpointError, Lazy
+from motionrt.export.checkpoints.files import CheckpointError, KeyReport, Lazy
 from motionrt.export.checkpoints.motionrag_files import MotionRAG, SosToken
 from motionrt.export.checkpoints.text_query import SentenceEncoder, packaged_encoder, sentence_encoder
 from motionrt.export.compiler.weightless import meta
 from motionrt.export.onnx.from_torch import Range
 from motionrt.export.onnx.stored import stored_as
-from motionrt.export.systems.system import Array, Graph, Network, Schedules, lengths
+from motionrt.export.systems.decoding import Decoding
+from motionrt.export.systems.system import Array, Graph, Network, Schedules, Step, System, TokenizerText, lengths
 from motionrt.runtime.bundle.manifest import (
     ClipSize,
     ColumnInput,
@@ -34,6 +35,7 @@ from motionrt.runtime.bundle.manifest import (
     MemorySpec,
     Node,
     NumberInput,
+    Output,
     Part,
     TextInput,
 )
@@ -45,7 +47,6 @@ BATCH = Range(1, 1, 4)
 CLIPS = Range(1, 4, 32)  # of the memory, encoded at once
 VIDEO = "video"  # the loop that denoises, and the value that it makes the frames of
 COLUMNS = ("graph", "timestep", "guidance", "p0", "p1", "c0", "c1", "c2", "c3")
-STEP_OUTPUTS, STEP_SIZES = ("next_latents", "x0"), {"batch": BATCH, "steps": Range(1, DEFAULT_STEPS, 1000)}
 PENDING = "0" * 64  # a fingerprint that the exporter fills in
 
 
@@ -121,82 +122,124 @@ def unconditional_tokens(motion: Network, frames: int, size: tuple[int, int]) ->
     return tokens
 
 
-def motionrag_graphs(
-    networks: Mapping[str, Network], text_query: Graph, clip: tuple[int, int, int], tokens: tuple[int, int],
-    references: int = REFERENCES, most: int = REFERENCES,
-) -> dict[str, Graph]:  # fmt: skip
-    """MotionRAG's own graphs; `clip` F, H, W; `tokens` M, D; `references` K, of a request
-    that says nothing, and at `most`.
+@dataclass(frozen=True)
+class Base:
+    """What a base model brings. `clip`: F, H, W of its videos, at `fps`; `encode`: the graph of the still; `changes`, `inputs`:
+    of its `step`, see `Step`; `solvers`: their rows, the default one's first; `text`, `tokenizer`: where it reads the prompt."""
 
-    `motion`: `video [B, F, 3, H, W]` -> `[B, M, D]`; `appearance`: `image [B, 3, H, W]` -> `[B, M, D]`; `cama`:
-    `reference_motion`, `reference_appearance` `[B, K, M, D]`, `appearance [B, M, D]` -> `motion [B, M, D]`.
+    name: str
+    clip: tuple[int, int, int]
+    fps: int
+    encode: Graph
+    decoding: Decoding
+    step: Network
+    changes: Mapping[str, str]
+    inputs: Mapping[str, Array]
+    solvers: Schedules
+    text: Graph | None = None
+    tokenizer: TokenizerText | None = None
+
+
+def motionrag_system(
+    base: Base,
+    networks: Mapping[str, Network],
+    query: SentenceEncoder,
+    tokens: tuple[int, int],
+    *,
+    guidance: float = GUIDANCE,
+    steps: int = DEFAULT_STEPS,
+    references: int = REFERENCES,
+    most: int = REFERENCES,
+    released_range: bool = False,
+    plain: bool = False,
+    provenance: Mapping[str, Any],
+    reports: tuple[KeyReport, ...] = (),
+) -> System:
+    """The system of `base` with MotionRAG's `networks` (motion, appearance, cama) and `tokens` M, D of a clip.
+
+    A request takes `references` clips unless it says otherwise, and at `most` that many, and `steps`, or the most that there
+    are rows for; `released_range`: DINOv2 sees the still in [0, 1] (A14.1); `plain`: with the graph of the step as it was.
     """
-    frames, *size = clip
-    pair = ("batch", "references", *tokens)
-    return {
-        "text_query": text_query,
-        "motion": Graph(networks["motion"], {"video": Array(("batch", frames, 3, *size))}, ("motion",), {"batch": CLIPS}),
-        "appearance": Graph(networks["appearance"], {"image": Array(("batch", 3, *size))}, ("appearance",), {"batch": CLIPS}),
+    frames, *size = base.clip
+    video, still, pair = Array(("batch", frames, 3, *size)), Array(("batch", 3, *size)), Array(("batch", "references", *tokens))
+    one = Array(("batch", *tokens))
+    counts = {"batch": BATCH, "references": Range(1, references, most)}
+    graphs = {
+        "text_query": query.graph(),
+        "motion": Graph(networks["motion"], {"video": video}, ("motion",), {"batch": CLIPS}),
+        "appearance": Graph(networks["appearance"], {"image": still}, ("appearance",), {"batch": CLIPS}),
         "cama": Graph(
-            networks["cama"],
-            {"reference_motion": Array(pair), "reference_appearance": Array(pair), "appearance": Array(("batch", *tokens))},
-            ("motion",),
-            {"batch": BATCH, "references": Range(1, references, most)},
+            networks["cama"], {"reference_motion": pair, "reference_appearance": pair, "appearance": one}, ("motion",), counts
         ),
+        "encode": base.encode,
+        **base.decoding.graphs,
     }
-
-
-def motionrag_inputs(
-    size: tuple[int, int], guidance: float, *, prompted: bool = True, released_range: bool = False
-) -> dict[str, Input]:
-    """What a request gives. `prompted`: the base model reads the prompt too, not the search alone; `released_range`: DINOv2 sees
-    the still in [0, 1] (A14.1)."""
-    gives = {"image": (-1.0, 1.0), **({"appearance_image": (0.0, 1.0)} if released_range else {})}
-    prompt = "What the video shows and how it moves; clips of the memory are found by it."
-    search = "How it is to move: clips of the memory are found by it, and the model itself reads no text."
-    tokenizer = "text" if prompted else None
-    inputs: dict[str, Input] = {
-        "image": ImageInput(*size, gives, "The still that the video begins with."),
-        "prompt": TextInput(tokenizer, None, prompt if prompted else search),
-        "negative_prompt": TextInput(tokenizer, "", "What the video should not show."),
-        "motion_scale": NumberInput(1.0, help="How strongly the motion of the clips is followed; 0: not at all."),
-        "guidance": ColumnInput(VIDEO, "guidance", guidance, "How strongly prompt and motion are followed; 1: no guidance."),
-    }
-    if not prompted:
-        del inputs["negative_prompt"]
-        inputs["guidance"] = ColumnInput(
-            VIDEO, "guidance", guidance, "How strongly still and motion are followed, for the last frame; the first has 1."
-        )
-    return inputs
-
-
-def motionrag_memory(
-    clip: tuple[int, int, int], fps: float, tokens: tuple[int, int], references: int = REFERENCES, most: int = REFERENCES
-) -> MemorySpec:
-    """What the memory keeps of a clip (F, H, W at `fps`): its motion and appearance tokens. A request takes `references` clips
-    unless it says otherwise, and at `most` that many; without any, no adapter has a say."""
-    return MemorySpec(
+    tokenizers, plan = {"text_query": query.tokenizer}, list[str | Node]()
+    if base.text is not None and base.tokenizer is not None:
+        graphs, tokenizers = {"text": base.text, **graphs}, {"text": base.tokenizer, **tokenizers}
+        plan.append(Node("text", {"input_ids": "prompt.input_ids"}))
+        plan.append(Node("text", {"input_ids": "negative_prompt.input_ids"}, {"text": "negative_text"}))
+    plan.append(Node("appearance", {"image": "appearance_image"}) if released_range else "appearance")
+    plan += ["cama", "encode", "request", VIDEO, base.decoding.name]
+    name, rows = next(iter(base.solvers.items()))
+    loop = Loop(
+        graphs=("step",),
+        columns=COLUMNS,
+        schedules=lengths(base.solvers),
+        default=(name, steps if steps in rows else max(rows)),
+        feeds={"timestep": ("timestep",), "guidance": ("guidance",), "coefficients": COLUMNS[3:]},
+        carry={"next_latents": "latents", "x0": "previous_x0"},
+        start={"latents": "noise", "previous_x0": "zeros"},
+        noise="c3",
+        gives={"latents": "latents"},
+        plain="step_plain" if plain else None,
+    )
+    memory = MemorySpec(
         text="prompt",
         query="text_query",
         tokenizer="text_query",
         default=references,
         max=most,
-        clip=ClipSize(*clip, float(fps)),
+        clip=ClipSize(*base.clip, float(base.fps)),
         record=(Part("motion", "float16", tokens), Part("appearance", "float16", tokens)),
         fingerprint=PENDING,
         graphs=("motion", "appearance"),
         absent={"motion": "zeros", "motion_scale": 0},
     )
+    sizes = {"batch": BATCH, "steps": Range(1, steps, 1000)}
+    return System(
+        base.name,
+        inputs=_inputs((base.clip[1], base.clip[2]), guidance, base.text is not None, released_range),
+        graphs=graphs,
+        steps=(Step(base.step, base.changes, base.inputs, ("next_latents", "x0"), sizes, plain=plain),),
+        plan=tuple(plan),
+        loops={VIDEO: loop, **base.decoding.loops},
+        schedules={VIDEO: base.solvers, **base.decoding.schedules},
+        output=Output("video", *base.clip, float(base.fps)),
+        memory=memory,
+        tokenizers=tokenizers,
+        approximations=base.decoding.approximations,
+        provenance=provenance,
+        reports=(*reports, *(report for graph in graphs.values() for report in graph.network.reports)),
+    )
 
 
-def motionrag_plan(*, prompted: bool = True, released_range: bool = False, decode: str = "decode") -> tuple[str | Node, ...]:
-    """From the inputs to the video; arguments as of `motionrag_inputs`, and the graph or loop that makes the pictures."""
-    text: list[str | Node] = [
-        Node("text", {"input_ids": "prompt.input_ids"}),
-        Node("text", {"input_ids": "negative_prompt.input_ids"}, {"text": "negative_text"}),
-    ]
-    appearance = Node("appearance", {"image": "appearance_image"}) if released_range else "appearance"
-    return (*(text if prompted else ()), appearance, "cama", "encode", "request", VIDEO, decode)
+def _inputs(size: tuple[int, int], guidance: float, prompted: bool, released_range: bool) -> dict[str, Input]:
+    """What a request gives. `prompted`: the base model reads the prompt too, and not the search alone."""
+    gives = {"image": (-1.0, 1.0), **({"appearance_image": (0.0, 1.0)} if released_range else {})}
+    inputs: dict[str, Input] = {"image": ImageInput(*size, gives, "The still that the video begins with.")}
+    if prompted:
+        prompt = "What the video shows and how it moves; clips of the memory are found by it."
+        inputs["prompt"] = TextInput("text", None, prompt)
+        inputs["negative_prompt"] = TextInput("text", "", "What the video should not show.")
+        guided = "How strongly prompt and motion are followed; 1: no guidance."
+    else:
+        prompt = "How it is to move: clips of the memory are found by it, and the model itself reads no text."
+        inputs["prompt"] = TextInput(None, None, prompt)
+        guided = "How strongly still and motion are followed in the last frame; in the first it is 1."
+    inputs["motion_scale"] = NumberInput(1.0, help="How strongly the motion of the clips is followed; 0: not at all.")
+    inputs["guidance"] = ColumnInput(VIDEO, "guidance", guidance, guided)
+    return inputs
 
 
 def solver_table(timesteps: NDArray[Any], coefficients: NDArray[np.float32], guidance: float) -> NDArray[np.float32]:
@@ -209,24 +252,3 @@ def solver_table(timesteps: NDArray[Any], coefficients: NDArray[np.float32], gui
         raise ValueError("a timestep is no float32")
     fixed = np.full(len(times), guidance, np.float32)
     return np.column_stack([np.zeros_like(times), times, fixed, coefficients]).astype(np.float32)
-
-
-def denoising_loop(schedules: Schedules, default: tuple[str, int], plain: str | None = None) -> Loop:
-    """The loop `video`: from noise to `latents`, with a solver's rows. The exporter fills in `tables`."""
-    return Loop(
-        graphs=("step",),
-        columns=COLUMNS,
-        schedules=lengths(schedules),
-        default=default,
-        feeds={"timestep": ("timestep",), "guidance": ("guidance",), "coefficients": COLUMNS[3:]},
-        carry={"next_latents": "latents", "x0": "previous_x0"},
-        start={"latents": "noise", "previous_x0": "zeros"},
-        noise="c3",
-        gives={"latents": "latents"},
-        plain=plain,
-    )
-
-
-def default_steps(sources: Sources) -> int:
-    """25, or the most that there are rows for."""
-    return DEFAULT_STEPS if DEFAULT_STEPS in sources.steps else max(sources.steps)

@@ -19,8 +19,9 @@ import torch.nn.functional as F  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from motionrt.export.checkpoints.files import CheckpointError  # noqa: E402
-from motionrt.export.checkpoints.sentence import FAMILIES, add_text_query, sentence_encoder  # noqa: E402
-from motionrt.export.systems.stage import Sources, Stage  # noqa: E402
+from motionrt.export.checkpoints.text_query import FAMILIES, sentence_encoder  # noqa: E402
+from motionrt.export.exporter import Writer, silent  # noqa: E402
+from motionrt.export.systems.system import TokenizerText  # noqa: E402
 
 WORDS, WIDTH, HEADS = 50, 32, 2
 SIZES: dict[str, Any] = {
@@ -124,17 +125,17 @@ def plain_gte(w: dict[str, Any], ids: Any) -> Any:
     return F.normalize(h[:, 0], dim=-1)
 
 
-def exported(folder: Path, out: Path) -> tuple[Callable[..., Any], dict[str, Any], tuple[str, int, int], str]:
-    """The graph of `folder` in ONNX Runtime, its manifest entry, and what is said of its tokenizer; its digest."""
+def exported(folder: Path, out: Path) -> tuple[Callable[..., Any], dict[str, Any], TokenizerText]:
+    """The graph of `folder` in ONNX Runtime, its manifest entry, and its tokenizer."""
     (out / "graphs").mkdir(parents=True)
-    stage = Stage(out, lambda text: None, Sources(out, out, out, out, out))
-    tokenizer, digest = add_text_query(stage, sentence_encoder(folder))
+    encoder, writer = sentence_encoder(folder), Writer(out, False, silent)
+    writer.add("text_query", encoder.graph())
     session = onnxruntime.InferenceSession(str(out / "graphs" / "text_query.onnx"), providers=["CPUExecutionProvider"])
 
     def call(ids: Any, mask: Any) -> Any:
         return session.run(["embedding"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]
 
-    return call, stage.graphs["text_query"], tokenizer, digest
+    return call, writer.graphs["text_query"], encoder.tokenizer
 
 
 def texts(batch: int, length: int) -> tuple[Any, Any]:
@@ -151,8 +152,8 @@ def texts(batch: int, length: int) -> tuple[Any, Any]:
 def test_folder_embeds_as_transformers_and_plain_pooling_do(family: str, pooling: str, tmp_path: Path) -> None:
     model = write_family(tmp_path, family, pooling)
     encoder = sentence_encoder(tmp_path)
-    assert encoder is not None and encoder.max_length == 20
-    module = encoder.part.loaded()
+    assert encoder.tokenizer.max_length == 20
+    module = encoder.network.loaded()
     for batch, length in ((1, 1), (2, 5), (3, 20)):
         ids, mask = texts(batch, length)
         ids = ids.masked_fill(mask == 0, model.config.pad_token_id)
@@ -168,11 +169,10 @@ def test_folder_embeds_as_transformers_and_plain_pooling_do(family: str, pooling
 
 def test_mean_pooling_is_exported_with_sizes_that_change(tmp_path: Path) -> None:
     write_family(tmp_path / "model", "bert", "mean")
-    call, entry, (_, longest, _), _ = exported(tmp_path / "model", tmp_path / "out")
-    encoder = sentence_encoder(tmp_path / "model")
-    assert encoder is not None and longest == 20
+    call, entry, tokenizer = exported(tmp_path / "model", tmp_path / "out")
+    assert tokenizer.max_length == 20
     assert [port["name"] for port in entry["inputs"]] == ["input_ids", "attention_mask"]
-    module = encoder.part.loaded()
+    module = sentence_encoder(tmp_path / "model").network.loaded()
     for batch, length in ((1, 1), (2, 5), (3, 20), (4, 8)):
         ids, mask = texts(batch, length)
         with torch.no_grad():
@@ -181,8 +181,9 @@ def test_mean_pooling_is_exported_with_sizes_that_change(tmp_path: Path) -> None
 
 def test_gte_as_released_embeds_as_its_description_says(tmp_path: Path) -> None:
     weights = write_gte(tmp_path / "gte")
-    call, entry, (tokenizer, longest, pad), digest = exported(tmp_path / "gte", tmp_path / "out")
-    assert (longest, pad) == (40, 0) and json.loads(tokenizer)["model"]["type"] == "WordLevel"
+    call, entry, tokenizer = exported(tmp_path / "gte", tmp_path / "out")
+    digest = sentence_encoder(tmp_path / "gte").network.digest()
+    assert (tokenizer.max_length, tokenizer.pad_id) == (40, 0) and json.loads(tokenizer.json)["model"]["type"] == "WordLevel"
     assert entry["outputs"][0]["dims"][1] == WIDTH and entry["inputs"][0]["dims"][1]["max"] == 40
     for length in (1, 7, 40):
         ids, mask = texts(1, length)
@@ -192,15 +193,8 @@ def test_gte_as_released_embeds_as_its_description_says(tmp_path: Path) -> None:
     weights["encoder.layer.1.mlp_ln.bias"] += 1
     save_file({f"new.{key}": value for key, value in weights.items()}, tmp_path / "gte" / "model.safetensors")
     other = sentence_encoder(tmp_path / "gte")
-    assert other is not None and len(other.part.reports[0].used) == len(weights)
-    assert digest != add_text_query(FakeStage(), other)[1]  # type: ignore[arg-type]
-
-
-class FakeStage:
-    """Takes a part and writes nothing."""
-
-    def add(self, *args: Any, **sizes: Any) -> None:
-        assert sizes["tokens"].max == 40
+    assert len(other.network.reports[0].used) == len(weights)
+    assert digest != other.network.digest() and other.graph().sizes["tokens"].max == 40
 
 
 def edit(path: Path, **changes: Any) -> None:
@@ -277,8 +271,8 @@ def test_lower_case_and_tokens_are_as_the_folder_says(tmp_path: Path) -> None:
     write_gte(tmp_path / "gte")
     edit(tmp_path / "gte" / "sentence_bert_config.json", do_lower_case=True, max_seq_length=9)
     found = sentence_encoder(tmp_path / "gte")
-    assert found is not None and found.max_length == 9 and found.width == WIDTH and found.pooling == "cls"
-    assert Tokenizer.from_str(found.tokenizer).encode("W5 w6").ids == [1, 5, 6, 2]
+    assert found.tokenizer.max_length == 9 and found.network.module.pooling == "cls"
+    assert Tokenizer.from_str(found.tokenizer.json).encode("W5 w6").ids == [1, 5, 6, 2]
     tensors(tmp_path / "gte", lambda s: s.update({"embeddings.word_embeddings.weight": torch.ones(49, WIDTH)}))
     edit(tmp_path / "gte" / "config.json", vocab_size=49)
     with pytest.raises(CheckpointError, match="has 50 tokens and the model 49"):
