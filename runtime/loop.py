@@ -30,13 +30,23 @@ Outputs = Mapping[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """Row `index` of a table `[T, ...]` that every step reads one of: it is fed as `table[index : index + 1]`."""
+    """What step `index` of `steps` reads of a table that has the same number of rows for every step."""
 
     table: Any
     index: int
+    steps: int
+
+    def of(self, table: Any) -> Any:
+        """The rows of this step in `table`: `self.table`, or the same on a device."""
+        count = len(table) // self.steps
+        return table[self.index * count : (self.index + 1) * count]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.table) // self.steps, *self.table.shape[1:])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        value = np.asarray(self.table[self.index : self.index + 1])
+        value = np.asarray(self.of(self.table))
         return value if dtype is None else value.astype(dtype)
 
 
@@ -122,7 +132,7 @@ def run_loop(
             if port in carried:
                 inputs[port] = carried[port]
             elif port in feeds or port in tables:
-                inputs[port] = Row(feeds[port] if port in feeds else tables[port], t)
+                inputs[port] = Row(feeds[port] if port in feeds else tables[port], t, len(rows))
             elif port == NOISE and loop.noise is not None:
                 silent = row[at[loop.noise]] == 0
                 inputs[port] = zeros[NOISE] if silent else draw(t + 1, spec.shape)

@@ -179,7 +179,7 @@ class MotionPipeline:
                 if before is not whole:
                     there = graph.put(port, whole)
                     placed[call.graph, port] = whole, there
-                inputs[port] = there[value.index : value.index + 1] if isinstance(value, Row) else there
+                inputs[port] = value.of(there) if isinstance(value, Row) else there
         outputs = graph.run(inputs)
         if call.key is not None:
             while len(self._kept) >= _KEPT:

@@ -21,7 +21,7 @@ import numpy as np
 from motionrt.runtime.bundle.manifest import GraphSpec
 from motionrt.runtime.errors import InputError, MotionRTError
 from motionrt.runtime.job import Job
-from motionrt.runtime.loop import Call, Row
+from motionrt.runtime.loop import Call
 from motionrt.runtime.pipeline import MotionPipeline
 
 
@@ -87,7 +87,7 @@ class Scheduler:
         call = first.call
         assert call is not None
         spec, group = self.pipeline.bundle.graph(call.graph), [first]
-        most = min([self.batch, *(port.dims[0].max for port in spec.inputs if port.shared)])
+        most = min([self.batch, *(port.dims[0].max // port.dims[0].min for port in spec.inputs if port.shared)])
         if call.key is not None or self.same.get(call.graph) is False and not self.inexact:
             return group
         for job in list(self._line)[1:]:
@@ -136,7 +136,7 @@ def may_share(spec: GraphSpec, one: Call, other: Call) -> bool:
     for port in spec.inputs:
         a, b = one.inputs[port.name], other.inputs[port.name]
         if port.shared:
-            if _shape(a)[1:] != _shape(b)[1:]:
+            if a.shape != b.shape:
                 return False
         elif a is not b and not np.array_equal(np.asarray(a), np.asarray(b)):
             return False
@@ -156,10 +156,5 @@ def split(spec: GraphSpec, outputs: Mapping[str, Any], count: int) -> list[dict[
     """The outputs of a batch of `count` as those of each: copies, so that one does not keep all."""
     shared = {port.name: port.shared for port in spec.outputs}
     host = {name: np.asarray(value) for name, value in outputs.items()}
-    return [
-        {name: value[i : i + 1].copy() if shared[name] else value for name, value in host.items()} for i in range(count)
-    ]
-
-
-def _shape(value: Any) -> tuple[int, ...]:
-    return (1, *value.table.shape[1:]) if isinstance(value, Row) else tuple(value.shape)
+    rows = {name: np.split(value, count) if shared[name] else [value] * count for name, value in host.items()}
+    return [{name: parts[i].copy() if shared[name] else parts[i] for name, parts in rows.items()} for i in range(count)]

@@ -26,7 +26,7 @@ from motionrt.runtime.errors import BundleError
 
 FORMAT = 2
 NOISE = "noise"  # the port that is given standard normal numbers of its size
-BATCH = "batch"  # the size of a port's first dimension that requests may share
+BATCH = "batch"  # the size of a port's first dimension that requests may share; `2*batch` is twice that, and so on
 
 Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Count = Annotated[int, Meta(ge=1)]
@@ -74,13 +74,13 @@ class Port(_Strict, frozen=True):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The sizes that it is tuned for, and of one request where requests may share it."""
-        return tuple(1 if dim.name == BATCH else dim.opt for dim in self.dims)
+        """The sizes that it is tuned for, and of one request where requests may share it (`2*batch` rows: two for each)."""
+        return tuple(dim.min if dim.name.endswith(BATCH) else dim.opt for dim in self.dims)
 
     @property
     def shared(self) -> bool:
         """Whether its rows belong to the requests of a batch."""
-        return bool(self.dims) and self.dims[0].name == BATCH
+        return bool(self.dims) and self.dims[0].name.endswith(BATCH)
 
     def __str__(self) -> str:
         return f"{self.name}: {self.dtype} [{', '.join(map(str, self.dims))}]"

@@ -122,7 +122,7 @@ class BundleCommand(typer.core.TyperCommand):
 
 
 def input_options(manifest: Manifest, taken: set[str]) -> list[Any]:
-    """An option for each declared input: `--motion-scale`, and one letter too where it must be given and no `taken` flag is it."""
+    """An option for each declared input: `--motion-scale`; one letter too where it must be given and no `taken` flag is it."""
     from motionrt.runtime.bundle.manifest import ColumnInput, NumberInput
 
     options = []

@@ -93,7 +93,8 @@ def _node(bundle: Bundle, node: Node) -> Iterator[tuple[list[str], str, list[str
 def _step_reads(manifest: Manifest, loop: Loop, graph: str) -> list[str]:
     made = {port.name for table in loop.tables for port in manifest.graphs[table].outputs}
     ports = [port.name for port in manifest.graphs[graph].inputs]
-    kinds = (("what is carried", {*loop.carry.values()}), ("its row", {*loop.feeds}), ("tables", made), ("a part", {*loop.slices}))
+    carried, cut = {*loop.carry.values()}, {*loop.slices}
+    kinds = (("what is carried", carried), ("its row", {*loop.feeds}), ("tables", made), ("a part", cut))
     inner = {NOISE}.union(*(names for _, names in kinds))
     values = [port for port in ports if port not in inner]
     told = [what for what, names in kinds if names & {*ports}] + ["noise"] * (NOISE in ports)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from motionrt.runtime.memory.memory import Reference
     from motionrt.runtime.pipeline import Result
 
-CLASSES = ("constant", "schedule", "request", "step")
+CLASSES = ("constant", "schedule", "request", "timeline", "step")
 
 
 def console() -> Console:
@@ -130,6 +130,7 @@ _WHEN = {
     "constant": "at export",
     "schedule": "once per schedule",
     "request": "once per request",
+    "timeline": "once per request, for all steps",
     "step": "every step",
 }
 _HOISTED = ("tensor", "class", "shape", "bytes")

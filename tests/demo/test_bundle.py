@@ -82,8 +82,8 @@ def test_manifest_says_what_the_system_is(bundle: Bundle) -> None:
     assert manifest.loops["video"].plain == "step_plain" and manifest.loops["video"].default == ("ddim", 8)
     assert manifest.loops["video"].schedules == {"ddim": tuple(range(1, 51)), "dpm": tuple(range(2, 51))}
     assert manifest.inputs["guidance"].default == 2.0 and manifest.memory.default == 4 and manifest.memory.max == 8
-    ports = {port.name for spec in manifest.graphs.values() for port in spec.inputs if not port.shared}
-    assert ports == {"timestep"}  # of the schedule: all else takes a batch
+    sizes = {port.dims[0].name for spec in manifest.graphs.values() for port in spec.inputs}
+    assert sizes == {"steps", "batch", "2*batch"}  # guidance needs two rows of a request, which lie together
 
 
 def test_step_holds_no_schedule_and_no_adapter_projections(bundle: Bundle) -> None:

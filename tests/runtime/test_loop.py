@@ -101,7 +101,8 @@ def test_a_step_is_fed_its_row_and_what_stays_is_said() -> None:
     seen: list[Call] = []
     run(rows(4), values(), on_call=seen.append, key=("a", 4))
     first, *steps = seen
-    assert first.graph == "schedule" and first.key == ("schedule", ("a", 4)) and first.inputs["time"].tolist() == [0, 10, 20, 30]
+    assert first.graph == "schedule" and first.key == ("schedule", ("a", 4))
+    assert first.inputs["time"].tolist() == [0, 10, 20, 30]
     assert [(call.loop, call.step, call.steps) for call in steps] == [("video", t, 4) for t in (1, 2, 3, 4)]
     for t, call in enumerate(steps):
         assert call.fixed == {"field"} and call.key is None
@@ -125,14 +126,16 @@ def test_a_column_says_which_graph_runs() -> None:
     table, seen = rows(4), list[str]()
     table[:, 0] = [0, 1, 1, 0]
     graphs = {**GRAPHS, "plain": replace(GRAPHS["step"], name="plain")}
-    run(table, values(), loop=replace(LOOP, graphs=("step", "plain")), graphs=graphs, on_call=lambda call: seen.append(call.graph))
+    both = replace(LOOP, graphs=("step", "plain"))
+    run(table, values(), loop=both, graphs=graphs, on_call=lambda call: seen.append(call.graph))
     assert seen == ["schedule", "step", "plain", "plain", "step"]
 
 
 def test_a_loop_may_start_from_a_value_and_is_asked_for_whole_rows() -> None:
     table, start = rows(1), draw(7, (1, *SHAPE))
     seen: list[Call] = []
-    run(table, {**values(), "before": start}, loop=replace(LOOP, start={"latents": "before", "previous": "zeros"}), on_call=seen.append)
+    loop = replace(LOOP, start={"latents": "before", "previous": "zeros"})
+    run(table, {**values(), "before": start}, loop=loop, on_call=seen.append)
     assert seen[1].inputs["latents"] is start
     for wrong in (table[:, :-1], table[:0], table[0]):
         with pytest.raises(InputError, match=r"the rows of loop 'video' are .*; they must be \[T, 9\] with T of 1 or more"):
@@ -152,9 +155,10 @@ def test_parts_are_cut_out_run_and_put_together() -> None:
         carry={"next_cache.a": "cache.a"}, slices={"latents": Slice("latents", {1: "frame", 3: "top"})},
         collect={"video": Collect("video", (5, 1, 6, 2), {1: "frame", 3: "top"}, {3: ("before", "after")})},
     )  # fmt: skip
-    first = GraphSpec("decode", "a", "0" * 64, (Port("latents", "float32", (BATCH, *map(fixed, (3, 1, 4, 2)))),), ())
+    long, short = (Port("latents", "float32", (BATCH, *map(fixed, (count, 1, 4, 2)))) for count in (3, 2))
+    first = GraphSpec("decode", "a", "0" * 64, (long,), ())
     cache = Port("cache.a", "float32", (BATCH, fixed(1)))
-    second = GraphSpec("decode_next", "b", "0" * 64, (Port("latents", "float32", (BATCH, *map(fixed, (2, 1, 4, 2)))), cache), ())
+    second = GraphSpec("decode_next", "b", "0" * 64, (short, cache), ())
     table = np.array([[0, 0, 0, 0, 2], [1, 3, 0, 0, 2], [0, 0, 2, 2, 0], [1, 3, 2, 2, 0]], np.float32)
     calls = run_loop("pictures", loop, {"decode": first, "decode_next": second}, table, {"latents": latents}, draw)
     call, left = next(calls), list[float]()

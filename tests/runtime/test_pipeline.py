@@ -231,7 +231,7 @@ def test_callback_counts_steps_and_can_stop(pipeline: MotionPipeline, still: Sti
         ({"image": np.zeros((4, 4, 3), np.float32)}, InputError, "uint8"),
         ({"seed": -1}, InputError, "seed is -1"),
         ({"seed": 0.5}, InputError, "seed is 0.5"),
-        ({"guidence": 2}, InputError, "'guidence' is nothing that bundle 'fake' takes; it takes image, prompt, negative_prompt, mot"),
+        ({"guidence": 2}, InputError, "'guidence' is nothing that bundle 'fake' takes; it takes image, prompt, neg"),
         ({"steps": {"vidoe": 2}}, InputError, "steps names the loop 'vidoe'; this bundle has video"),
         ({"given": {"token": 1}}, InputError, "`token` is given, and no graph of the plan of bundle 'fake' reads it"),
         ({"steps": 11}, InputError, "steps is 11; solver 'ddim' of this bundle takes 1 to 10"),

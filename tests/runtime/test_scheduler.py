@@ -50,7 +50,8 @@ def frames(pipeline: MotionPipeline, jobs: list[Job]) -> list[NDArray[np.uint8]]
 @pytest.mark.parametrize("batch", [1, 2, 4])
 def test_jobs_give_what_they_give_alone(pipeline: MotionPipeline, still: Still, batch: int) -> None:
     """Of other lengths, at other steps, with other guidance and another solver: in whatever company."""
-    options = [{"steps": 3}, {"steps": 5, "guidance": 4}, {"solver": "dpm", "steps": 4}, {"steps": 3, "negative_prompt": "down"}]
+    other = {"solver": "dpm", "steps": 4}
+    options = [{"steps": 3}, {"steps": 5, "guidance": 4}, other, {"steps": 3, "negative_prompt": "down"}]
     alone = [pipeline(still, "a red ball", seed=i, **OFF, **more).frames for i, more in enumerate(options)]
     scheduler = Scheduler(pipeline, batch)
     jobs = [

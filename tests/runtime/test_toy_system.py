@@ -23,7 +23,7 @@ from motionrt.runtime.noise import noise
 from motionrt.runtime.pipeline import MotionPipeline
 
 FRAMES, SIZE = 3, 16
-VIDEO = [FRAMES, 3, SIZE, SIZE]
+VIDEO, PIXELS = [FRAMES, 3, SIZE, SIZE], [FRAMES, SIZE, SIZE, 3]
 STEP = """<ir_version: 10, opset_import: ["" : 20]> step (
     float[batch,3,3,16,16] x, float[batch,2] pull, uint8[batch,K,3,16,16,3] reference_pixels, float[batch,3,16,16] image
 ) => (float[batch,3,3,16,16] next_x) {
@@ -64,7 +64,7 @@ def toy(fake: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     some = {"name": "K", "min": 1, "opt": 2, "max": 4}
     inputs = [
         fake.port("x", [batch, *VIDEO]), fake.port("pull", [batch, 2]),
-        fake.port("reference_pixels", [batch, some, FRAMES, SIZE, SIZE, 3], "uint8"), fake.port("image", [batch, 3, SIZE, SIZE]),
+        fake.port("reference_pixels", [batch, some, *PIXELS], "uint8"), fake.port("image", [batch, 3, SIZE, SIZE]),
     ]  # fmt: skip
     loop = {
         "graphs": ["step"], "columns": ["graph", "clips", "still"], "feeds": {"pull": ["clips", "still"]},
@@ -80,7 +80,7 @@ def toy(fake: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "memory": {
             "text": "words", "query": "text_query", "tokenizer": "text_query", "default": 2, "max": 4,
             "clip": {"frames": FRAMES, "height": SIZE, "width": SIZE, "fps": 8},
-            "record": [{"name": "pixels", "dtype": "uint8", "dims": [FRAMES, SIZE, SIZE, 3]}], "fingerprint": fake.digest(b"toy"),
+            "record": [{"name": "pixels", "dtype": "uint8", "dims": PIXELS}], "fingerprint": fake.digest(b"toy"),
         },
         "plan": ["mix", "settle"],
         "loops": {
@@ -123,7 +123,7 @@ def test_a_system_is_data(toy: Path, tmp_path: Path) -> None:
             wanted = np.rint((np.clip(x, -1, 1) + 1) * 127.5).transpose(0, 2, 3, 1)
             assert np.abs(result.frames - wanted).max() <= 1
 
-            with pytest.raises(InputError, match="'motion_scale' is nothing that bundle 'toy' takes; it takes image, words, hold"):
+            with pytest.raises(InputError, match="'motion_scale' is nothing that bundle 'toy' takes; it takes image, words"):
                 pipeline(still, motion_scale=1)
             with pytest.raises(InputError, match="this pipeline has no motion memory"):
                 MotionPipeline.from_bundle(toy, threads=1)(still)

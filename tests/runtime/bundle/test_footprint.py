@@ -78,7 +78,8 @@ def test_sizes_of_a_bundle_are_those_of_its_files(fake_bundle: Path, edit_bundle
     assert sizes["step"].activations is None
     path = edit_bundle(lambda m: m["graphs"]["step"].update(activations=1234))
     step = next(size for size in graph_sizes(Bundle.open(path)) if size.name == "step")
-    assert step.activations == 1234 and plan_memory([step], roles(Bundle.open(path).manifest), steps=1).graphs[0].activations == 1234
+    plan = plan_memory([step], roles(Bundle.open(path).manifest), steps=1)
+    assert step.activations == plan.graphs[0].activations == 1234
     save_file({"a": np.zeros((3, 5), np.float16), "b": np.zeros(7, np.float32), "c": np.zeros(2, np.int64)}, tmp_path / "w")
     assert stored_bytes(tmp_path / "w") == {"float16": 30, "float32": 28, "other": 16}
     (tmp_path / "w").write_bytes(b"\1")
@@ -114,5 +115,6 @@ def test_state_of_folded_cogvideox_at_full_size_is_316_mb_for_a_token_set() -> N
     request = GraphSize("request", {"bfloat16": 1_346_377_728}, (("motion", "float32", (1, 25, 1024)),), made, 0)
     step = GraphSize("step", {"bfloat16": 9_517_268_096}, (LATENTS, *made), (LATENTS,), 0)
     state = frozenset(name for name, *_ in made)
-    plan = plan_memory([request, step], Roles({"request": "before", "step": "loop"}, state, frozenset()), steps=25, dtype="bfloat16")
+    own = Roles({"request": "before", "step": "loop"}, state, frozenset())
+    plan = plan_memory([request, step], own, steps=25, dtype="bfloat16")
     assert plan.request_state == 2 * 316_108_800  # specs/motionrag.md B2: 7.53 MB per layer and token set, 316 MB in all
