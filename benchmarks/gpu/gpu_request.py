@@ -31,6 +31,7 @@ from motionrt.export.checkpoints.encoders import AppearanceTokens, MotionTokens,
 from motionrt.export.systems.cogvideox_step import INPUTS
 from motionrt.export.systems.motionrag import Cama, Resampler
 from motionrt.runtime.backends.torch_backend import TorchValue
+from motionrt.runtime.loop import Row
 
 PARTS = ("conditioning", "decode", "request")
 K = 9
@@ -234,7 +235,7 @@ def request(bench: Bench) -> None:
         }
 
         def step(index: int, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-            rows = {name: table[index : index + 1] for name, table in tables.items()}
+            rows = {name: Row(table, index, len(timesteps)).of(table) for name, table in tables.items()}
             moving = {name: TorchValue(value, kinds[name]) for name, value in state.items()}
             found = graph.run({**fixed, **rows, **moving})
             return found["next_latents"].tensor, found["x0"].tensor
