@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from motionrt.export.compiler.partition import Partition, Program
+    from motionrt.export.compiler.partition import Partition
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE = ROOT / "benchmarks" / "baseline.json"
@@ -72,10 +72,10 @@ def bundle_counts(folder: Path = ROOT / "demo" / "bundle") -> Counts:
     from motionrt.runtime.bundle.bundle import Bundle
 
     bundle = Bundle.open(folder)
-    files = {"bundle.json", bundle.manifest["solvers"]["file"]}
-    kinds = ("graphs", "tokenizers", "programs")
-    files |= {entry["file"] for kind in kinds for entry in bundle.manifest.get(kind, {}).values()}
-    files |= {spec.data.file for spec in bundle.graphs.values() if spec.data is not None}
+    manifest = bundle.manifest
+    files = {"bundle.json", manifest.tables.file, *(entry.file for entry in manifest.tokenizers.values())}
+    for spec in bundle.graphs.values():
+        files |= {part.file for part in (spec, spec.program, spec.data) if part is not None}
     counts: Counts = {"bytes of the bundle": sum((folder / file).stat().st_size for file in files)}
     for name, spec in bundle.graphs.items():
         model = onnx.load(folder / spec.file, load_external_data=False)
@@ -85,7 +85,7 @@ def bundle_counts(folder: Path = ROOT / "demo" / "bundle") -> Counts:
         counts |= {f"{name}/nodes/{op}": number for op, number in sorted(ops.items())}
         counts[f"{name}/nodes"] = sum(ops.values())
         counts[f"{name}/weight bytes"] = sum(map(_tensor_bytes, model.graph.initializer))
-    for kind, size in bundle.manifest["partition"]["classes"].items():
+    for kind, size in manifest.partition["classes"].items():
         counts[f"{kind} as exported/flops"] = size["flops"]
     return counts
 
@@ -126,14 +126,13 @@ def tiny_partition(model: str, unconditional: Tensor | None = None) -> Partition
 
 def partition_counts(cut: Partition) -> Counts:
     """Of each program: FLOPs, bytes of weights, nodes by op; the bytes that cross into the step."""
-    programs: dict[str, Program] = {"step": cut.step, "request": cut.request, "schedule": cut.schedule}
     counts: Counts = {}
-    for name, program in programs.items():
+    for name, program in cut.programs.items():
         size = cut.classes[name]
         ops = Counter(str(node.target) for node in program.module.graph.nodes if node.op == "call_function")
         counts |= {f"{name}/nodes/{op}": number for op, number in sorted(ops.items())}
         counts |= {f"{name}/nodes": size.nodes, f"{name}/flops": size.flops, f"{name}/weight bytes": size.weight_bytes}
-    for kind in ("request", "schedule"):
+    for kind in cut.programs.keys() - {"step"}:
         counts[f"{kind}/bytes into the step"] = sum(h.bytes for h in cut.hoisted if h.kind == kind)
     return counts
 

@@ -1,4 +1,4 @@
-"""What benchmarks ask of the runtime: requests, a pipeline's answers, its loop around a step.
+"""What benchmarks ask of the runtime: requests, a pipeline's answers, its denoising loop around a step.
 
     with open_pipeline(DEMO / "bundle", DEMO / "memory") as pipeline:
         result = answer(pipeline, read_requests(DEMO / "prompts.json")[0])
@@ -10,25 +10,24 @@ calls change, this changes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from motionrt.benchmarks import harness
-from motionrt.runtime.backends.onnxruntime import Backend, Graph
-from motionrt.runtime.bundle.bundle import Bundle, Port
-from motionrt.runtime.cli.measure import bench_request
-from motionrt.runtime.decode import to_frames
-from motionrt.runtime.loop import sample
+from motionrt.runtime.backends.seam import Backend, Graph
+from motionrt.runtime.bundle.manifest import Loop
+from motionrt.runtime.cli.bench import made_up
+from motionrt.runtime.loop import Call, Outputs, run_loop
 from motionrt.runtime.noise import noise
 from motionrt.runtime.pipeline import MotionPipeline, Request, Result
 
 DEMO = harness.ROOT / "demo"
-OWN = ("latents", "previous_x0", "noise", "coefficients", "guidance")  # what the loop itself gives a step
 
 Arrays = dict[str, NDArray[Any]]
 Frames = NDArray[np.uint8]  # [F, H, W, 3]
@@ -46,14 +45,14 @@ def read_requests(file: Path) -> list[Request]:
     items = json.loads(file.read_text(encoding="utf-8"))
     places = [(file.parent / item["image"], file.parent / "inputs" / item["image"]) for item in items]
     return [
-        Request(beside if beside.is_file() else inside, item["prompt"], seed=seed)
+        Request({"image": beside if beside.is_file() else inside, "prompt": item["prompt"]}, seed)
         for seed, (item, (beside, inside)) in enumerate(zip(items, places, strict=True))
     ]
 
 
 def any_request(pipeline: MotionPipeline) -> Request:
     """A request that the bundle can serve, whatever it is: a synthetic still, a prompt, drawn references."""
-    return bench_request(pipeline, 0)
+    return made_up(pipeline, {})(0)
 
 
 def answer(pipeline: MotionPipeline, request: Request) -> Result:
@@ -61,94 +60,98 @@ def answer(pipeline: MotionPipeline, request: Request) -> Result:
     return pipeline.batch([request])[0]
 
 
+def recorded(pipeline: MotionPipeline, request: Request) -> tuple[dict[str, Arrays], Result]:
+    """The inputs of each graph's first call while `request` is answered, and the answer."""
+    job, seen = pipeline.start(request), dict[str, Arrays]()
+    while job.call is not None:
+        if job.call.graph not in seen:
+            seen[job.call.graph] = inputs_of(job.call)
+        next(job)
+    return seen, pipeline.result(job)
+
+
 def plain_frames(pipeline: MotionPipeline, request: Request) -> Frames:
-    """The frames of `request` by `step_plain`: the step as it was written, which computes everything in every step."""
-    prepared, solver = pipeline.prepare(request), pipeline.bundle.solver(request.solver, request.steps)
-    latents = denoise(
-        pipeline.graph("step_plain"),
-        noise(request.seed, 0, (1, *pipeline.bundle.model.latents)),
-        pipeline.select("step_plain", prepared.inputs),
-        {"timestep": np.array(solver.timesteps)},
-        solver.coefficients,
-        pipeline.bundle.guidance,
-        request.seed,
-    )
-    return to_frames(pipeline.graph("decode")({"latents": latents})["video"])
-
-
-def denoise(
-    step: Graph,
-    latents: NDArray[np.float32],
-    state: Arrays,
-    tables: Arrays,
-    coefficients: NDArray[np.float32],
-    guidance: float,
-    seed: int,
-) -> NDArray[np.float32]:
-    """All steps from `latents` [1, F, C, H, W]; `state` is the same in all, `tables` [T, ..] have a row for each of T."""
-    result: NDArray[np.float32] = sample(
-        step,
-        latents=latents,
-        state=state,
-        tables=tables,
-        coefficients=coefficients,
-        guidance=guidance,
-        noise=lambda index: noise(seed, index + 1, latents.shape),
-    )
-    return result
+    """The frames of `request` by the step as it was written, which computes everything in every step."""
+    step = step_request(pipeline, request)
+    latents = step.denoise(pipeline.graph(step.loop(plain=True).graphs[0]), plain=True)
+    return answer(pipeline, replace(request, given=latents)).frames
 
 
 @dataclass(frozen=True)
 class StepRequest:
-    """Random inputs of one request; `rewritten` and `plain`: what each form of the step reads, (state, tables [T, ...])."""
+    """A request where its denoising loop begins: `values` of the plan so far, all of them, and `rows` of the loop `name`.
 
-    latents: NDArray[np.float32]
-    coefficients: NDArray[np.float32]
-    guidance: float
-    rewritten: tuple[Arrays, Arrays]
-    plain: tuple[Arrays, Arrays]
+    Its steps are run in either of two forms: rewritten, or plain, as the step was written before the compiler pass.
+    """
 
-    def denoise(self, step: Graph, inputs: tuple[Arrays, Arrays]) -> Arrays:
-        """All steps, through the loop of the runtime."""
-        return {"latents": denoise(step, self.latents, *inputs, self.coefficients, self.guidance, 0)}
+    pipeline: MotionPipeline
+    name: str
+    values: Mapping[str, Any]
+    rows: NDArray[np.float32]
+    seed: int
 
-    def one_step(self, inputs: tuple[Arrays, Arrays]) -> Arrays:
-        """The inputs of a step in the middle of the schedule."""
-        state, tables = inputs
-        index = len(self.coefficients) // 2
-        return {
-            **state,
-            **{name: table[index : index + 1] for name, table in tables.items()},
-            "latents": self.latents,
-            "previous_x0": noise(1, 0, self.latents.shape),
-            "noise": noise(1, 1, self.latents.shape),
-            "coefficients": self.coefficients[index : index + 1],
-            "guidance": np.full(1, self.guidance, np.float32),
-        }
+    def loop(self, *, plain: bool) -> Loop:
+        """The loop around the step in one of its forms; the plain one reads no tables."""
+        loop = self.pipeline.bundle.manifest.loops[self.name]
+        if not plain:
+            return loop
+        if loop.plain is None:
+            raise ValueError(f"loop '{self.name}' of bundle '{self.pipeline.bundle.name}' carries no plain step")
+        return msgspec.structs.replace(loop, graphs=(loop.plain,), tables=())
+
+    @property
+    def shape(self) -> list[int]:
+        """Sizes of what is denoised."""
+        loop = self.loop(plain=False)
+        return list(self.pipeline.bundle.port(loop.graphs[0], next(iter(loop.gives))).shape)
+
+    def calls(self, *, plain: bool) -> Generator[Call, Outputs, dict[str, Any]]:
+        """The loop of the runtime: graphs that make its tables, where it has such, then every step."""
+        manifest = self.pipeline.bundle.manifest
+        stream = list(manifest.loops).index(self.name)
+
+        def draw(step: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+            return noise(self.seed, stream, step, shape)
+
+        return run_loop(self.name, self.loop(plain=plain), manifest.graphs, self.rows, self.values, draw)
+
+    def denoise(self, step: Graph, *, plain: bool) -> Arrays:
+        """What the loop gives at its end, all steps run by `step`."""
+        calls = self.calls(plain=plain)
+        call = next(calls)
+        while True:
+            graph = step if call.loop else self.pipeline.graph(call.graph)
+            try:
+                call = calls.send(graph(inputs_of(call)))
+            except StopIteration as end:
+                return {name: np.asarray(value) for name, value in end.value.items()}
+
+    def one_step(self, *, plain: bool) -> Arrays:
+        """The inputs of a step in the middle of the schedule; what the step before it hands on is random."""
+        loop = self.loop(plain=plain)
+        handed: Arrays = {}
+        for index, (output, port) in enumerate(loop.carry.items()):
+            handed[output] = noise(1, 0, index, self.pipeline.bundle.port(loop.graphs[0], port).shape)
+        calls = self.calls(plain=plain)
+        call = next(calls)
+        while call.step <= call.steps // 2:  # graphs that make tables are step 0 of 0
+            call = calls.send(handed if call.loop else self.pipeline.graph(call.graph)(inputs_of(call)))
+        return inputs_of(call)
 
 
-def random_input(port: Port, index: int) -> NDArray[np.float32]:
-    """Standard normal values of the port's own size; a scale is 1."""
-    shape = tuple(dim.opt for dim in port.dims)
-    return noise(2, index, shape) if shape else np.ones((), np.float32)
+def inputs_of(call: Call) -> Arrays:
+    """The inputs of a call as host arrays."""
+    return {name: np.asarray(value) for name, value in call.inputs.items()}
 
 
-def step_request(bundle: Bundle, load: Callable[[str], Graph]) -> StepRequest:
-    """Random request inputs, put through `schedule` and `request` for the rewritten step; `load` opens a graph by name."""
-    solver = bundle.solver()
-    ports = [port for port in bundle.graph("step_plain").inputs if port.name not in (*OWN, "timestep")]
-    inputs: Arrays = {port.name: random_input(port, index) for index, port in enumerate(ports)}
-    taken = {port.name for port in bundle.graph("request").inputs}
-    state = load("request")({name: value for name, value in inputs.items() if name in taken})
-    tables = load("schedule")({"timestep": solver.timesteps})
-    reads = {port.name for port in bundle.graph("step").inputs}
-    return StepRequest(
-        latents=random_input(bundle.port("step", "latents"), len(ports)),
-        coefficients=np.array(solver.coefficients),  # a copy: PyTorch warns of arrays that it may not write to
-        guidance=bundle.guidance,
-        rewritten=(
-            {name: value for name, value in {**inputs, **state}.items() if name in reads},
-            {name: value for name, value in tables.items() if name in reads},
-        ),
-        plain=(inputs, {"timestep": np.array(solver.timesteps)}),
-    )
+def step_request(pipeline: MotionPipeline, request: Request | None = None) -> StepRequest:
+    """`request`, or any, after everything that is run before its denoising loop."""
+    request = any_request(pipeline) if request is None else request
+    name = next(name for name, loop in pipeline.bundle.manifest.loops.items() if loop.feeds)
+    job = pipeline.start(request)
+    job.keep = True  # the plain step reads what the rewritten one no longer does
+    while job.call is not None and job.call.loop != name:
+        next(job)
+    values = dict(job.values)
+    job.close()
+    return StepRequest(pipeline, name, values, job.schedules[name].rows, job.seed)

@@ -96,7 +96,7 @@ class Lab:
     def __init__(self, bundle: Path, memory: Path, solver: tuple[str, int] | None = None) -> None:
         self.pipeline = MotionPipeline.from_bundle(bundle, memory, threads=1)
         self.solver = solver
-        assert self.pipeline.memory is not None
+        assert isinstance(self.pipeline.memory, MotionMemory)
         self.memory: MotionMemory = self.pipeline.memory
         self.clips = self.memory.get(range(1, len(self.memory) + 1))
 

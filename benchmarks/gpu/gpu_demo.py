@@ -10,8 +10,9 @@ import argparse
 from pathlib import Path
 
 from motionrt.benchmarks import harness
-from motionrt.benchmarks.pipeline import DEMO, step_request
-from motionrt.runtime.backends.onnxruntime import Graph, OnnxRuntimeBackend
+from motionrt.benchmarks.pipeline import DEMO, open_pipeline, step_request
+from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from motionrt.runtime.backends.seam import Graph
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.dtypes import DTYPES, WEIGHTS
 from motionrt.runtime.errors import MotionRTError
@@ -53,17 +54,15 @@ def programs(arguments: list[str], *, device: str) -> None:
 def _against_cpu(options: argparse.Namespace, backend: str, call: Graph, device: str, precision: str = "float32") -> None:
     """Check `call`, which computes in `precision`, against the bundle's step on the CPU in float32, time both in turns, append
     both rows."""
-    bundle = Bundle.open(options.bundle)
-    here = OnnxRuntimeBackend(threads=1)
-    request = step_request(bundle, lambda name: here.load(bundle, name))
-    inputs = request.one_step(request.rewritten)
-    on_cpu = here.load(bundle, "step")
+    pipeline = open_pipeline(options.bundle, threads=1)
+    request, bundle = step_request(pipeline), pipeline.bundle
+    inputs, on_cpu = request.one_step(plain=False), pipeline.graph("step")
     candidates: dict[str, harness.Candidate] = {"cpu": lambda: on_cpu(inputs), backend: lambda: call(inputs)}
     tolerance = harness.allowance(max(TOLERANCE, 16 * DTYPES[precision].epsilon), on_cpu(inputs))
     result = harness.compare(candidates, reference="cpu", tolerance=tolerance, warmups=options.warmups, rounds=options.rounds)
     for name in candidates:
         row = {
-            **result.row(name), "what": f"{bundle.name} step, host to host", "shape": list(request.latents.shape),
+            **result.row(name), "what": f"{bundle.name} step, host to host", "shape": request.shape,
             "dtype": precision if name == backend else "float32", "device": device if name == backend else "cpu",
         }  # fmt: skip
         harness.append_row("gpu_demo", row, folder=options.results)

@@ -15,7 +15,6 @@ import argparse
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -24,8 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motionrt.benchmarks import harness
-from motionrt.benchmarks.pipeline import DEMO, answer, any_request, open_pipeline
-from motionrt.runtime.backends.onnxruntime import Backend, DeviceGraph, Graph, OnnxRuntimeBackend, fetch, place
+from motionrt.benchmarks.pipeline import DEMO, answer, any_request, open_pipeline, recorded
+from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from motionrt.runtime.backends.seam import Backend, fetch
 from motionrt.runtime.backends.tensorrt.engine_file import FLAVORS
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.cli.diagnosis import examine
@@ -35,25 +35,6 @@ from motionrt.runtime.pipeline import Result
 # Relative to ONNX Runtime's fp32 (L2, the worst output): gates against mistakes, not figures of accuracy.
 ALLOWED = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 Arrays = Mapping[str, Any]
-
-
-@dataclass
-class Recorder:
-    """ONNX Runtime on the CPU, which keeps the inputs of each graph's first call."""
-
-    inner: OnnxRuntimeBackend = field(default_factory=lambda: OnnxRuntimeBackend(1))
-    seen: dict[str, dict[str, NDArray[Any]]] = field(default_factory=dict)
-    precision: str = "float32"
-
-    def load(self, bundle: Bundle, name: str) -> Graph:
-        """The graph; see `Backend`."""
-        graph = self.inner.load(bundle, name)
-
-        def call(inputs: Arrays) -> dict[str, Any]:
-            self.seen.setdefault(name, {key: np.array(value) for key, value in inputs.items()})
-            return graph(inputs)
-
-        return call
 
 
 def missing(flavor: str) -> tuple[str | None, str]:
@@ -71,12 +52,12 @@ def missing(flavor: str) -> tuple[str | None, str]:
 
 def record(bundle: Path) -> tuple[dict[str, dict[str, NDArray[Any]]], Result]:
     """(inputs of every graph that a request runs, the request's result), by ONNX Runtime on the CPU."""
-    recorder = Recorder()
-    with open_pipeline(bundle, backend=recorder) as pipeline:
-        result = answer(pipeline, any_request(pipeline))
-        if "text_query" in pipeline.bundle.graphs:
-            pipeline.embed("a red star moves right")
-    return recorder.seen, result
+    with open_pipeline(bundle, threads=1) as pipeline:
+        seen, result = recorded(pipeline, any_request(pipeline))
+        if (memory := pipeline.bundle.manifest.memory) is not None:  # its references were drawn, not searched for
+            tokens = pipeline.bundle.tokenize(memory.tokenizer, "a red star moves right")
+            seen[memory.query] = {port.name: tokens[port.name] for port in pipeline.bundle.graph(memory.query).inputs}
+    return seen, result
 
 
 def error_of(got: Arrays, want: Arrays) -> float:
@@ -108,9 +89,9 @@ def measure_graph(bundle: Bundle, name: str, backend: Backend, inputs: Arrays, o
         "load_seconds": loaded,
         "error": {"relative_l2": error, "to": "onnxruntime fp32", "allowed": allowed},
     }
-    if isinstance(graph, DeviceGraph):
-        device, placed = graph, place(graph, inputs)
-        resident = harness.clock(lambda: device.run(placed), rounds=options.rounds, warmups=options.warmups)
+    if graph.executor.device is not None:
+        placed = {port: graph.put(port, value) for port, value in inputs.items()}
+        resident = harness.clock(lambda: graph.run(placed), rounds=options.rounds, warmups=options.warmups)
         row["resident"] = harness.summary(resident)
     return row
 
@@ -119,7 +100,6 @@ def run(bundle: Path, backend: Backend, facts: Mapping[str, Mapping[str, Any]], 
     """Rows for the graphs in `facts` (what is known of each engine) and a whole request; how many graphs failed."""
     inputs, expected = record(bundle)
     opened, failed = Bundle.open(bundle), 0
-    label = getattr(backend, "label", type(backend).__name__)
     for name, known in facts.items():
         if name not in inputs:
             print(f"{name}: not run: a request does not call it")
@@ -134,14 +114,15 @@ def run(bundle: Path, backend: Backend, facts: Mapping[str, Mapping[str, Any]], 
         shape = shapes if len(shapes) <= 8 else {key: shapes[key] for key in list(shapes)[:8]}
         harness.append_row(
             "gpu_engines",
-            {**row, "backend": label, "dtype": options.dtype, "shape": shape, **known},
+            {**row, "backend": backend.label, "dtype": options.dtype, "shape": shape, **known},
             folder=options.results,
         )
         text = "{what}: p50 {p50_ms:.3f} ms, p95 {p95_ms:.3f} ms, n {n}".format(**row)
         on_device = f", on the device {row['resident']['p50_ms']:.3f} ms" if "resident" in row else ""
         print(f"{text}{on_device}, error {row['error']['relative_l2']:.1e}", flush=True)
-    whole = {"text", "appearance", "cama", "encode", "request", "schedule", "step", "decode"} & set(opened.graphs)
-    if failed or not whole <= set(facts):
+    memory = opened.manifest.memory
+    whole = inputs.keys() - ({memory.query} if memory is not None else set())  # what the request of drawn references called
+    if failed or not whole <= facts.keys():
         print("whole request: not run: " + ("a graph failed" if failed else "only some graphs were asked for"))
         return failed
     with open_pipeline(bundle, backend=backend) as pipeline:
@@ -151,8 +132,8 @@ def run(bundle: Path, backend: Backend, facts: Mapping[str, Mapping[str, Any]], 
         apart = np.abs(got.frames.astype(int) - expected.frames.astype(int))
         seconds = harness.clock(lambda: answer(pipeline, request), rounds=max(options.rounds // 10, 1), warmups=1)
     row = {
-        "what": f"{opened.name} request", **harness.summary(seconds), "warmups": 1, "backend": label, "dtype": options.dtype,
-        "shape": list(got.frames.shape),
+        "what": f"{opened.name} request", **harness.summary(seconds), "warmups": 1, "backend": backend.label,
+        "dtype": options.dtype, "shape": list(got.frames.shape),
         "error": {"mean_grey_levels": float(apart.mean()), "max_grey_levels": int(apart.max()), "to": "onnxruntime fp32"},
     }  # fmt: skip
     path = harness.append_row("gpu_engines", row, folder=options.results)

@@ -30,6 +30,8 @@ from motionrt.benchmarks.models.full_step import step_inputs
 from motionrt.export.checkpoints.encoders import AppearanceTokens, MotionTokens, Preprocess, picked
 from motionrt.export.systems.cogvideox_step import INPUTS
 from motionrt.export.systems.motionrag import Cama, Resampler
+from motionrt.runtime.backends.torch_backend import TorchValue
+from motionrt.runtime.loop import Row
 
 PARTS = ("conditioning", "decode", "request")
 K = 9
@@ -208,7 +210,7 @@ def request(bench: Bench) -> None:
     size = full_step.SIZES["toy" if bench.toy else "full"]
     values = full_step.feed(size, bench.dtype, bench.device)
     module = full_step.build_step(size, bench.dtype, bench.device)
-    cut = full_step.cut(size, bench.dtype, bench.device, module)
+    cut = full_step.cut(size, bench.dtype, bench.device, module, batched=True)
     timesteps = torch.linspace(999, 20, bench.options.steps).long()
     schedule, decoder = cut.schedule.module.to(bench.device), cogvideox_decoder(bench)
     given = {name: values[name].cpu() for name, kind in INPUTS.items() if kind == "request"}
@@ -218,20 +220,25 @@ def request(bench: Bench) -> None:
         return value.to(bench.device, bench.dtype)
 
     inputs = step_inputs(cut, values)
-    graph = gpu_step.graph_of(cut, inputs, "graph" if bench.device == "cuda" else "eager", bench.device)
+    graph, mode = gpu_step.graph_of(cut, inputs, "graph" if bench.device == "cuda" else "eager", bench.device)
+    kinds = {port.name: port.dtype for port in graph.spec.inputs}
 
     def ours() -> Tensor:
         """Host to latents: what the request does not change once, the schedule in one batch, then the loop."""
         known = {name: put(value) for name, value in given.items()}
         results = cut.request.module(*(known[name] for name in cut.request.inputs))
         known |= dict(zip(cut.request.outputs, results, strict=True))
-        tables = schedule(timesteps.to(bench.device))
+        fixed = {name: TorchValue(known[name], kinds[name]) for name in cut.step.inputs if name in known}
+        tables = {
+            name: TorchValue(table, kinds[name])
+            for name, table in zip(cut.schedule.outputs, schedule(timesteps.to(bench.device)), strict=True)
+        }
 
         def step(index: int, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-            rows = dict(zip(cut.schedule.outputs, (table[index : index + 1] for table in tables), strict=True))
-            everything = {**known, **rows, **state}
-            found = graph.run({name: everything[name] for name in cut.step.inputs})
-            return found["next_latents"], found["x0"]
+            rows = {name: Row(table, index, len(timesteps)).of(table) for name, table in tables.items()}
+            moving = {name: TorchValue(value, kinds[name]) for name, value in state.items()}
+            found = graph.run({**fixed, **rows, **moving})
+            return found["next_latents"].tensor, found["x0"].tensor
 
         return loop(step)
 
@@ -252,12 +259,12 @@ def request(bench: Bench) -> None:
         fixed = {name: values[name] for name in ("coefficients", "guidance")}
         for index in range(len(timesteps)):
             state = {**fixed, "latents": latents, "previous_x0": x0, "noise": put(noise[index + 1])}
-            latents, x0 = (value.clone() for value in step(index, state))  # a graph's buffers hold until its next call
+            latents, x0 = step(index, state)
         return latents
 
     error = agreed("latents of a request: ours and as written", ours(), written(), ALLOWED[bench.dtype])
     what = f"{size.name} request, {len(timesteps)} steps"
-    bench.keep(what, f"ours {graph.mode}", lambda: decoder(ours()), error, steps=len(timesteps))
+    bench.keep(what, f"ours {mode}", lambda: decoder(ours()), error, steps=len(timesteps))
     bench.keep(what, "as released, eager", lambda: decoder(written()), steps=len(timesteps))
 
 

@@ -122,9 +122,7 @@ def write_clips(folder: Path, count: int, size: tuple[int, int], rate: int = 24,
 def write_memory(path: Path, bundle: Path, clips: Sequence[tuple[Path, str]], threads: int, say: Callable[[str], None]) -> None:
     """Index `clips` with the graphs of `bundle` into the memory `path`."""
     opened = Bundle.open(bundle)
-    tokens, width = list(opened.model.motion_tokens), opened.port("text_query", "embedding").dims[-1].max
-    dims: dict[str, int | list[int]] = {"embedding": width, "motion": tokens, "appearance": tokens}
-    with MotionMemory.create(path, digests=opened.digests, dims=dims) as memory:
+    with MotionMemory.for_bundle(path, opened) as memory:
         made = ClipEncoders.from_bundle(opened, OnnxRuntimeBackend(threads))
         items = [(file, caption, None) for file, caption in clips]
         report = index_clips(memory, made, items, progress=lambda done, name: say(f"clip {done} of {len(items)} read"))

@@ -1,7 +1,7 @@
 """The sizes of every graph of a published model at full size, from configs alone: what `memory_plan` makes a plan of.
 
-    cut = released_partition("svd", frames=16)
-    plan = plan_memory(full_sizes("svd", 16, cut), steps=25)
+    cut = structure("svd", frames=16)
+    plan = plan_memory(full_sizes("svd", 16, cut), full_roles(cut), steps=25, dtype="bfloat16")
 
 Modules are those that an export traces, with fake weights; configs are those of `sparse_models`. `motion` (VideoMAE) is left
 out: it serves no request.
@@ -24,10 +24,11 @@ from motionrt.export.checkpoints.text_query import SentenceEmbedding
 from motionrt.export.compiler.liveness import live_bytes
 from motionrt.export.compiler.partition import Partition, Program
 from motionrt.export.compiler.weightless import faked, meta
+from motionrt.export.exporter import OVER_STEPS
 from motionrt.export.onnx.functions import symbolic_forms
 from motionrt.export.systems.cogvideox import DecodeCausal, EncodeCausal, chunks, flat_caches
 from motionrt.export.systems.svd import DecodeTemporal, EncodeStill
-from motionrt.runtime.bundle.footprint import GraphSize
+from motionrt.runtime.bundle.footprint import GraphSize, Roles
 
 Ports = tuple[tuple[str, str, tuple[int, ...]], ...]
 BF16 = torch.bfloat16
@@ -40,9 +41,16 @@ def full_sizes(model: str, frames: int, cut: Partition) -> Iterator[GraphSize]:
     yield from _cogvideox(frames) if model == "cogvideox-5b-i2v" else _svd(frames)
     cama = [torch.empty(1, n, 25, 1024) for n in (9, 9)] + [torch.empty(1, 25, 1024)]
     yield _traced("cama", lambda: RELEASED.cama.build(), torch.float32, cama, ("motion",))
-    yield _program("request", cut.request)
-    yield _program("schedule", cut.schedule, STEPS)
-    yield _program("step", cut.step)
+    for kind, program in cut.programs.items():
+        yield _program(kind, program, STEPS if kind in OVER_STEPS else 1)
+
+
+def full_roles(cut: Partition) -> Roles:
+    """When a request runs each graph, and what crosses into the step of a partition."""
+    before = ("text_query", "text", "appearance", "cama", "encode", *(kind for kind in cut.programs if kind != "step"))
+    when = dict.fromkeys(before, "before") | {"step": "loop", "decode": "after", "decode_next": "after"}
+    rows = frozenset(tensor.name for tensor in cut.hoisted if tensor.kind in OVER_STEPS)
+    return Roles(when, frozenset(tensor.name for tensor in cut.hoisted) - rows, rows)
 
 
 def _cogvideox(frames: int) -> Iterator[GraphSize]:
@@ -136,12 +144,27 @@ def _traced(name: str, make: Any, dtype: torch.dtype, feed: list[Tensor], output
 
 def _program(name: str, program: Program, repeated: int = 1) -> GraphSize:
     """One program of the partition, which was traced in bfloat16; `repeated` rows of the schedule at once."""
-    nodes = [node for node in program.module.graph.nodes if node.op == "placeholder"]
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(program.module.graph, {}))
+    for node in graph.nodes:
+        node.meta["val"] = _of_one(node.meta.get("val"))
+    nodes = [node for node in graph.nodes if node.op == "placeholder"]
     inputs = [(port, node.meta["val"]) for port, node in zip(program.inputs, nodes, strict=True)]
-    results: Any = program.module.graph.output_node().args[0]
+    results: Any = graph.output_node().args[0]
     made = [(port, node.meta["val"]) for port, node in zip(program.outputs, results, strict=True)]
     weights = _by_dtype(value for _, value in program.module.named_buffers())
-    return GraphSize(name, weights, _ports(inputs), _ports(made), repeated * live_bytes(program.module.graph), "bfloat16")
+    return GraphSize(name, weights, _ports(inputs), _ports(made), repeated * live_bytes(graph), "bfloat16")
+
+
+def _of_one(value: Any) -> Any:
+    """A traced value for one request or one timestep, every dynamic size being 1; on the meta device: it is only counted."""
+    if isinstance(value, (list, tuple)):
+        return [_of_one(part) for part in value]
+    if not isinstance(value, Tensor):
+        return value
+    expressions: list[Any] = [size if isinstance(size, int) else size.node.expr for size in value.shape]
+    shape = [size if isinstance(size, int) else int(size.subs(dict.fromkeys(size.free_symbols, 1))) for size in expressions]
+    return torch.empty(shape, dtype=value.dtype, device="meta")
 
 
 def _ports(values: Any) -> Ports:

@@ -104,18 +104,26 @@ def feed(size: Size, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> 
     return {name: moved[name] for name in INPUTS}
 
 
-def cut(size: Size, dtype: torch.dtype, device: str = "cpu", step: CogVideoXStep | None = None) -> Partition:
-    """The step after the compiler pass."""
+def cut(
+    size: Size, dtype: torch.dtype, device: str = "cpu", step: CogVideoXStep | None = None, *, batched: bool = False
+) -> Partition:
+    """The step after the compiler pass, for exactly one request, or `batched`: as in a bundle, for any number of them, and its
+    schedule program for any number of timesteps at once."""
     step = build_step(size, dtype, device) if step is None else step
-    return partition(step, tuple(feed(size, dtype, device).values()), INPUTS, outputs=OUTPUTS)
+    if not batched:
+        return partition(step, tuple(feed(size, dtype, device).values()), INPUTS, outputs=OUTPUTS)
+    two = tuple(torch.cat([value, value]) for value in feed(size, dtype, device).values())
+    rows = torch.export.Dim("batch", min=1, max=1000)
+    return partition(step, two, INPUTS, outputs=OUTPUTS, dynamic_shapes=tuple({0: rows} for _ in two))
 
 
 def known_values(programs: Partition, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`values` and everything that the schedule and request programs make of them: the step takes its inputs from here."""
+    """`values` and everything that the programs before the step make of them: the step takes its inputs from here."""
     known = dict(values)
     with torch.no_grad():
-        for program in (programs.schedule, programs.request):
-            known.update(zip(program.outputs, program.module(*(known[name] for name in program.inputs)), strict=True))
+        for kind, program in programs.programs.items():
+            if kind != "step":
+                known.update(zip(program.outputs, program.module(*(known[name] for name in program.inputs)), strict=True))
     return known
 
 

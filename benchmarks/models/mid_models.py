@@ -32,6 +32,7 @@ from motionrt.export.systems import cogvideox_step as cogvideox
 from motionrt.export.systems import steps
 from motionrt.export.systems import svd_step as svd
 from motionrt.export.systems.motionrag import MotionAdapter, MotionAdapterCogVideoX
+from motionrt.export.systems.rows import like
 
 Arrays = dict[str, NDArray[Any]]
 Values = Mapping[str, Tensor]
@@ -90,10 +91,7 @@ def cogvideox_model(size: Size, real: str | None = None, batch: int = 1) -> Mode
 
     def feed() -> dict[str, Tensor]:
         requests = [full_step.feed(size, torch.float32, seed=seed) for seed in range(batch)]
-        return {
-            name: torch.cat([request[name] for request in requests]) if value.ndim > 2 else value
-            for name, value in requests[0].items()
-        }
+        return {name: torch.cat([request[name] for request in requests]) for name in requests[0]}
 
     widths = {"L": size.tokens, "D": size.model_width, "N": size.heads, "M": size.motion_tokens}
     return Model(size.name, step, feed, cogvideox.INPUTS, OUTPUTS, {"B": 2 * batch, **widths, "layers": size.layers}, real)
@@ -122,8 +120,8 @@ class Layer(nn.Module):
     def forward(
         self, hidden: Tensor, text: Tensor, time: Tensor, motion: Tensor, motion_scale: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """`hidden [1, Lv, D]`, `text [1, Lt, D]`, `time [1, time width]`, `motion [1, M, Dm]`, `motion_scale []`."""
-        extra = {"attention_kwargs": {"motion": motion, "motion_scale": motion_scale}} if self.adapted else {}
+        """`hidden [1, Lv, D]`, `text [1, Lt, D]`, `time [1, time width]`, `motion [1, M, Dm]`, `motion_scale [1]`."""
+        extra = {"attention_kwargs": {"motion": motion, "motion_scale": like(motion_scale, motion)}} if self.adapted else {}
         video, words = self.block(hidden, text, time, image_rotary_emb=(self.rope_cos, self.rope_sin), **extra)
         return video, words
 
@@ -143,7 +141,7 @@ def layer_model(size: Size, real: str | None = None) -> Model:
         values = {name: torch.randn(1, count, size.model_width, generator=draw) for name, count in rows.items()}
         values["time"] = torch.randn(1, size.time_width, generator=draw)
         values["motion"] = torch.randn(1, size.motion_tokens, size.motion_width, generator=draw)
-        return {**values, "motion_scale": torch.tensor(1.0)}
+        return {**values, "motion_scale": torch.ones(1)}
 
     inputs = {"hidden": "step", "text": "step", "time": "schedule", "motion": "request", "motion_scale": "request"}
     shape = {"B": 1, "L": size.tokens, "D": size.model_width, "N": size.heads, "M": size.motion_tokens, "layers": 1}

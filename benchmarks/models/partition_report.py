@@ -21,24 +21,24 @@ from time import perf_counter
 from typing import Any
 
 from motionrt.benchmarks.harness import RESULTS, append_row
-from motionrt.benchmarks.models.full_sizes import STEPS, full_sizes
-from motionrt.benchmarks.models.released import released_partition
+from motionrt.benchmarks.models.full_sizes import STEPS, full_roles, full_sizes
 from motionrt.export.compiler.partition import Partition
 from motionrt.export.compiler.weightless import weights_by_class
+from motionrt.export.systems.steps import structure
 from motionrt.runtime.bundle.footprint import plan_memory
 
 
 def report(model: str, frames: int, layers: int | None = None) -> tuple[dict[str, Any], Partition]:
     """The row: sizes of each class, what crosses into the step (bytes), rules that fired, seconds and peak memory; the cut."""
     start = perf_counter()
-    cut = released_partition(model, frames=frames, layers=layers)
+    cut = structure(model, frames=frames, layers=layers)
     return {
         "model": model,
         "frames": frames,
         "dtype": "bfloat16",
         "classes": {kind: vars(size) for kind, size in weights_by_class(cut).items()},
         "hoisted_bytes": {
-            kind: sum(h.bytes for h in cut.hoisted if h.kind == kind) for kind in ("schedule", "request")
+            kind: sum(h.bytes for h in cut.hoisted if h.kind == kind) for kind in cut.programs if kind != "step"
         },
         "rules": dict(Counter(f.rule for f in cut.fired)),
         "seconds": round(perf_counter() - start, 1),
@@ -52,7 +52,7 @@ def memory(model: str, frames: int, cut: Partition) -> dict[str, Any]:
     for size in full_sizes(model, frames, cut):
         print(f"{size.name}: {sum(size.weights.values())} bytes of weights, {size.activations} of activations", flush=True)
         sizes.append(size)
-    plan = plan_memory(sizes, steps=STEPS, dtype="bfloat16")
+    plan = plan_memory(sizes, full_roles(cut), steps=STEPS, dtype="bfloat16")
     made = {name for size in sizes if size.name == "request" for name, _, _ in size.outputs}
     state = Counter(f"{kind} {list(shape)}" for name, kind, shape in sizes[-1].inputs if name in made)
     return {

@@ -69,26 +69,26 @@ def cogvideox_graphs() -> Iterator[Graph]:
 
 
 def svd_graphs() -> Iterator[Graph]:
-    """Schedule, request and step of two levels, for latents of 5 frames of 16x16."""
-    from motionrt.benchmarks.models import full_unet
-    from motionrt.export.compiler.partition import partition
+    """Schedule, request and step of two levels without adapters, for latents of 5 frames of 16x16."""
+    from motionrt.benchmarks.models.mid_models import svd_model
+    from motionrt.export.systems.steps import SVD_UNET
 
-    torch_feed = full_unet.feed(5, 16, 16)
-    step = full_unet.SvdStep(levels=2, layers=1).eval()
-    cut = partition(step, tuple(torch_feed.values()), full_unet.INPUTS, outputs=full_unet.OUTPUTS)
-    del step
-    yield from _programs(cut, torch_feed)
+    levels = {
+        "block_out_channels": (320, 640), "num_attention_heads": (5, 10), "layers_per_block": 1,
+        "down_block_types": SVD_UNET["down_block_types"][-2:], "up_block_types": SVD_UNET["up_block_types"][:2],
+    }  # fmt: skip
+    model = svd_model("svd, 2 levels", {**SVD_UNET, **levels}, (5, 4, 16, 16), (25, 1024))
+    yield from _programs(model.cut(adapter=False), model.feed())
 
 
 SOURCES = {"demo": demo_graphs, "cogvideox-5b": cogvideox_graphs, "svd": svd_graphs}
 
 
 def _programs(cut: Any, feed: dict[str, Any]) -> Iterator[Graph]:
-    """The three programs of a partition as ONNX, each exported when it is its turn."""
+    """The programs of a partition as ONNX, each exported when it is its turn."""
     import torch
 
-    for name in ("schedule", "request", "step"):
-        program = getattr(cut, name)
+    for name, program in cut.programs.items():
         for node in program.module.graph.nodes:  # views were traced over memory that a rewrite may have laid out anew
             if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
                 node.target = torch.ops.aten.reshape.default

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from motionrt.benchmarks import harness
 from motionrt.benchmarks.pipeline import DEMO, open_pipeline, read_requests
 from motionrt.runtime.media.video import decode_clip, read_image
+from motionrt.runtime.memory.file import memory_spec
 from motionrt.runtime.memory.memory import MotionMemory, Reference
 from motionrt.runtime.pipeline import MotionPipeline
 
@@ -62,10 +63,10 @@ class Conditioning:
 
     def decode(self, reference: Reference) -> Floats:
         """The reference's frames [F, 3, H, W] as they were indexed."""
-        model, end = self.pipeline.bundle.model, reference.metadata.get("end_sec")
+        size, end = memory_spec(self.pipeline.bundle).clip, reference.metadata.get("end_sec")
         path = self.clips / reference.source
         limit = None if end is None else float(end)
-        return decode_clip(path, model.frames, model.height, model.width, model.fps, reference.start, limit).video
+        return decode_clip(path, size.frames, size.height, size.width, size.fps, reference.start, limit).video
 
     def encode(self, name: str, port: str, items: Sequence[Floats]) -> Floats:
         """Tokens [n, M, D] of clips or stills, `chunk` at once."""
@@ -149,7 +150,7 @@ class Clock:
 
 def stored(references: Sequence[Reference]) -> Tokens:
     """The references' tokens as CAMA takes them."""
-    return np.stack([r.motion for r in references]), np.stack([r.appearance for r in references])
+    return np.stack([r.record["motion"] for r in references]), np.stack([r.record["appearance"] for r in references])
 
 
 def kind(pipeline: MotionPipeline) -> str:
@@ -219,10 +220,10 @@ def main(arguments: list[str] | None = None) -> None:
         place = prepare(options.folder, 12, options.threads, lambda text: print(text, flush=True), options.videos)
         options.bundle, options.memory = options.folder / "bundle", place / "memory"
     with open_pipeline(options.bundle, options.memory, threads=options.threads) as pipeline:
-        model = pipeline.bundle.model
-        size = model.height, model.width
-        listed = read_requests(options.prompts)
-        requests = full_requests(*size) if full else [(item.prompt, read_image(item.image, *size)) for item in listed]
+        clip = memory_spec(pipeline.bundle).clip
+        size = clip.height, clip.width
+        listed = [item.inputs for item in read_requests(options.prompts)]
+        requests = full_requests(*size) if full else [(item["prompt"], read_image(item["image"], *size)) for item in listed]
         clips = (options.clips or options.memory.parent).absolute()
         work = Conditioning(pipeline, requests, clips, options.chunk)
         report(work, options)
@@ -230,12 +231,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 def report(work: Conditioning, options: argparse.Namespace) -> None:
     """Measure every K that CAMA takes, print and append rows."""
-    model = work.pipeline.bundle.model
+    clip = memory_spec(work.pipeline.bundle).clip
     taken = next(p for p in work.pipeline.bundle.graph("cama").inputs if p.name == "reference_motion").dims[1]
     assert isinstance(work.pipeline.memory, MotionMemory)
     name = options.model if options.model != "demo" else work.pipeline.bundle.name
     shared = {
-        "model": name, "what": "conditioning", "shape": [model.frames, 3, model.height, model.width], "dtype": "float32",
+        "model": name, "what": "conditioning", "shape": [clip.frames, 3, clip.height, clip.width], "dtype": "float32",
         "videos": options.videos, "threads": options.threads, "clips": len(work.pipeline.memory), "note": options.note,
     }  # fmt: skip
     points: dict[str, dict[int, float]] = {}

@@ -31,6 +31,7 @@ from motionrt.benchmarks import harness
 from motionrt.benchmarks.questions.memory_data import CHUNK, Floats, chunks, draw, leaves
 from motionrt.benchmarks.report import searches
 from motionrt.benchmarks.report.rows import Report
+from motionrt.runtime.bundle.manifest import Part
 from motionrt.runtime.memory import index as memory_index
 from motionrt.runtime.memory.memory import Clip, MotionMemory
 
@@ -47,16 +48,16 @@ def clips_of(vectors: Floats, start: int, tokens: tuple[int, int]) -> Iterator[C
     for row, vector in enumerate(vectors):
         n = start + row
         caption = f"clip {n}: a subject of the synthetic data moves from here to there, slowly, in the evening light"
-        blobs = (pool[n % 64], pool[(n + 1) % 64])
-        yield Clip(caption, f"videos/{n // 3}.mp4", n % 3, 2.0, 8.0, f"{n // 3:064x}", vector, *blobs, {"licence": "CC0"}, "x")
+        record = {"motion": pool[n % 64], "appearance": pool[(n + 1) % 64]}
+        yield Clip(caption, f"videos/{n // 3}.mp4", n % 3, 2.0, 8.0, f"{n // 3:064x}", vector, record, {"licence": "CC0"}, "x")
 
 
 def build(path: Path, count: int, size: int, tokens: tuple[int, int], kind: str, threads: int) -> dict[str, float]:
     """Make the memory in `path`, unless it is there; seconds for rows and for the index (kept in built.json)."""
     if not (path / "built.json").exists():
-        dims: dict[str, int | list[int]] = {"embedding": size, "motion": list(tokens), "appearance": list(tokens)}
+        record = [Part(name, "float16", tokens) for name in ("motion", "appearance")]
         times = {"rows_s": 0.0, "index_s": 0.0, "index_threads": float(threads)}
-        with MotionMemory.create(path, digests={}, dims=dims, tokens=kind) as memory:
+        with MotionMemory.create(path, embedding=size, record=record, fingerprint="", tokens=kind) as memory:
             for number, vectors in enumerate(chunks(leaves(size), count)):
                 clips = list(clips_of(vectors, number * CHUNK, tokens))
                 start = perf_counter()
@@ -149,7 +150,7 @@ def lance(folder: Path, memory: MotionMemory, count: int, size: int) -> dict[str
 
     def batches() -> Iterator[Any]:
         some = memory.get([1])[0]
-        blobs = [some.motion.astype("<f2").tobytes(), some.appearance.astype("<f2").tobytes()]
+        blobs = [some.record[name].astype("<f2").tobytes() for name in ("motion", "appearance")]
         for number, vectors in enumerate(chunks(leaves(size), count)):
             ids = np.arange(number * CHUNK + 1, number * CHUNK + 1 + len(vectors))
             flat = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(vectors.ravel()), size)

@@ -104,7 +104,7 @@ def k_candidates(found: Sequence[Point], bundle: Bundle, threads: int) -> dict[t
         feed = {}
         for index, port in enumerate(bundle.graph("cama").inputs):
             shape = tuple(point.value if dim.name == "references" else dim.opt for dim in port.dims)
-            feed[port.name] = noise(3, index, shape)
+            feed[port.name] = noise(3, 0, index, shape)
         calls["cama", point.value] = lambda feed=feed: run(feed)  # type: ignore[misc]
     return calls
 

@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from motionrt.benchmarks import harness
 from motionrt.benchmarks.models.onnx_graph import open_graph
 from motionrt.benchmarks.models.step_rivals import compiled_step, torch_step
-from motionrt.benchmarks.pipeline import DEMO, StepRequest, step_request
-from motionrt.runtime.backends.onnxruntime import Graph, OnnxRuntimeBackend
-from motionrt.runtime.bundle.bundle import Bundle, sha256_of
+from motionrt.benchmarks.pipeline import DEMO, StepRequest, open_pipeline, step_request
+from motionrt.runtime.backends.seam import Graph
+from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.by_path import load_by_path
+from motionrt.runtime.files import sha256_of
 
 TOLERANCE = 1e-4  # of latents with unit variance, after all steps, in fp32
 Arrays = dict[str, NDArray[Any]]
@@ -33,7 +34,7 @@ Arrays = dict[str, NDArray[Any]]
 
 def check_checkpoint(bundle: Bundle, checkpoint: Path) -> None:
     """Raise ParityError where the bundle was exported from another checkpoint: parity could only fail, and obscurely."""
-    exported = bundle.manifest.get("provenance", {}).get("checkpoint")
+    exported = bundle.manifest.provenance.get("checkpoint")
     if exported is not None and exported != sha256_of(checkpoint):
         raise harness.ParityError(
             f"bundle {bundle.path} was exported from another checkpoint than {checkpoint}. "
@@ -41,14 +42,14 @@ def check_checkpoint(bundle: Bundle, checkpoint: Path) -> None:
         )
 
 
-def demo_rivals(bundle: Bundle, checkpoint: Path, request: StepRequest, options: argparse.Namespace) -> dict[str, Graph]:
+def demo_rivals(checkpoint: Path, request: StepRequest, options: argparse.Namespace) -> dict[str, Graph]:
     """`eager` and `compiled` of the demo; a word why where one is not there."""
     if importlib.util.find_spec("torch") is None:
         print("eager, compiled: not run: PyTorch is not installed")
         return {}
-    check_checkpoint(bundle, checkpoint)
+    check_checkpoint(request.pipeline.bundle, checkpoint)
     demo = load_by_path(DEMO / "export.py")
-    module, example = demo.step_module(checkpoint), request.one_step(request.plain)
+    module, example = demo.step_module(checkpoint), request.one_step(plain=True)
     return rivals(module, tuple(demo.INPUTS), demo.STEP_OUTPUTS, example, options)
 
 
@@ -64,9 +65,9 @@ def rivals(
     return steps
 
 
-def check_schedule(request: StepRequest, steps: Mapping[str, tuple[Graph, tuple[Arrays, Arrays]]]) -> dict[str, float]:
+def check_schedule(request: StepRequest, steps: Mapping[str, Graph]) -> dict[str, float]:
     """Denoise with every form, and return the largest difference from `plain`; ParityError above the tolerance."""
-    results = {name: request.denoise(step, inputs) for name, (step, inputs) in steps.items()}
+    results = {name: request.denoise(step, plain=name != "rewritten") for name, step in steps.items()}
     errors = {name: harness.difference(result, results["plain"]) for name, result in results.items()}
     for name, error in errors.items():
         if error > TOLERANCE:
@@ -76,20 +77,16 @@ def check_schedule(request: StepRequest, steps: Mapping[str, tuple[Graph, tuple[
 
 def demo(options: argparse.Namespace) -> tuple[harness.Comparison, dict[str, Any], dict[str, dict[str, Any]]]:
     """Check the demo's step over a whole schedule, then time one step: (times, what all rows say, what each one says)."""
-    bundle = Bundle.open(options.bundle)
-    backend = OnnxRuntimeBackend(threads=options.threads)
-    request = step_request(bundle, lambda name: backend.load(bundle, name))
-    steps: dict[str, tuple[Graph, tuple[Arrays, Arrays]]] = {
-        "plain": (open_graph(bundle.graph_path("step_plain"), options.threads), request.plain),
-        "rewritten": (open_graph(bundle.graph_path("step"), options.threads), request.rewritten),
-    }
-    for name, step in demo_rivals(bundle, options.checkpoint, request, options).items():
-        steps[name] = (step, request.plain)
+    pipeline = open_pipeline(options.bundle, threads=options.threads)
+    request, bundle = step_request(pipeline), pipeline.bundle
+    forms = {"plain": request.loop(plain=True).graphs[0], "rewritten": request.loop(plain=False).graphs[0]}
+    steps = {name: open_graph(bundle.graph_path(graph), options.threads) for name, graph in forms.items()}
+    steps |= demo_rivals(options.checkpoint, request, options)
     whole = check_schedule(request, steps)
     print(f"after all steps they differ by at most {max(whole.values()):.1e}")
-    candidates = {name: bind(step, request.one_step(inputs)) for name, (step, inputs) in steps.items()}
+    candidates = {name: bind(step, request.one_step(plain=name != "rewritten")) for name, step in steps.items()}
     result = harness.compare(candidates, reference="plain", tolerance=TOLERANCE, warmups=options.warmups, rounds=options.rounds)
-    same = {"model": "demo", "what": f"{bundle.name} step", "shape": list(request.latents.shape)}
+    same = {"model": "demo", "what": f"{bundle.name} step", "shape": request.shape}
     return result, same, {name: {"max_abs_difference_after_all_steps": error} for name, error in whole.items()}
 
 

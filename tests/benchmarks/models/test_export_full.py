@@ -231,7 +231,8 @@ def test_a_bundle_of_bfloat16_files_computes_in_float32_and_its_form_in_float16_
             for name in ("schedule", "request", "step"):
                 state |= pipeline.graph(name)({port.name: state[port.name] for port in pipeline.bundle.graph(name).inputs})
             results["step"] = [state["next_latents"], state["x0"]]
-            references = [Reference(0, 1.0, "", "", 0.0, 1.0, results["motion"][0][0], results["appearance"][0][0])]
+            record = {name: results[name][0][0] for name in ("motion", "appearance")}
+            references = [Reference(0, 1.0, "", "", 0.0, 1.0, record)]
             video = pipeline(still, "w5 w9", seed=1, steps=2, references=references).frames
             assert video.shape == (FRAMES, *SIZE, 3) and video.std() > 0
         made[precision] = results

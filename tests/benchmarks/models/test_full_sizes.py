@@ -27,15 +27,15 @@ def test_programs_of_a_partition_have_its_state_rows_and_weights() -> None:
     step = cogvideox_step(config, latents=latents, motion=motion, dtype=bf16)
     args = tuple(step_args(cogvideox.INPUTS, config, latents, motion).values())
     cut = fake_partition(step, args, cogvideox.INPUTS, outputs=OUTPUTS)
-    names = ("request", "schedule", "step")
-    sizes = [full_sizes._program(name, getattr(cut, name)) for name in names]
-    plan = plan_memory(sizes, steps=7, dtype="bfloat16")
+    sizes = [full_sizes._program(name, program) for name, program in cut.programs.items()]
+    plan = plan_memory(sizes, full_sizes.full_roles(cut), steps=7, dtype="bfloat16")
+    assert [graph.name for graph in plan.graphs] == ["schedule", "request", "step"]
     hoisted = {kind: sum(4 * math.prod(h.shape) for h in cut.hoisted if h.kind == kind) for kind in ("request", "schedule")}
     assert plan.request_state == hoisted["request"] and plan.schedule_rows == 7 * hoisted["schedule"]
     counted = weights_by_class(cut)
     for size in sizes:
-        tables = size.weights["bfloat16"] - counted[size.name].bytes  # the unconditional tokens; others are of other dtypes
-        assert tables == (2 * 3 * 20 if size.name == "request" else 0), size.name
+        tables = size.weights["bfloat16"] - counted[size.name].bytes  # the unconditional tokens, and a single number
+        assert tables == {"request": 2 * 3 * 20, "step": 2, "schedule": 0}[size.name], size.name
         assert size.activations > 0
     # the busiest place of the step is its feed-forward: both halves of the guidance, 29 tokens, 4 x 128 wide
     assert sizes[-1].activations >= 2 * (5 + 2 * 3 * 4) * 4 * 128 * 2
