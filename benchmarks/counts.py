@@ -100,9 +100,10 @@ def _tensor_bytes(tensor: Any) -> int:
 
 def demo_counts() -> Counts:
     """The compiler pass over the step of the demo's checkpoint: what an export of it would give now."""
-    from motionrt.runtime.by_path import load_by_path
 
-    build = load_by_path(ROOT / "demo" / "export.py")
+    from motionrt.benchmarks import harness
+
+    build = harness.demo_module("export")
     return partition_counts(build.partition_step(build.step_module(ROOT / "demo" / "checkpoint.safetensors")))
 
 

@@ -11,6 +11,7 @@ synchronises inside its callable. Seconds throughout, by `time.perf_counter`.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -24,6 +25,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from time import perf_counter
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -45,6 +47,13 @@ Seconds = NDArray[np.float64]
 
 class ParityError(Exception):
     """Candidates do not compute the same thing, so their times say nothing; nothing was timed."""
+
+
+def demo_module(name: str) -> ModuleType:
+    """A script of demo/ as a module, such as "export": they import each other by name."""
+    if (folder := str(ROOT / "demo")) not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module(name)
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import domain
 import numpy as np
 from numpy.typing import NDArray
+from run import write_sheet
 
-from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.cli import show as report
 from motionrt.runtime.memory.memory import MotionMemory, Reference
 from motionrt.runtime.pipeline import MotionPipeline
@@ -39,8 +40,6 @@ from motionrt.runtime.pipeline import MotionPipeline
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULT = ROOT / "benchmarks" / "results" / "demo_quality.json"
-domain: Any = load_by_path(HERE / "domain.py")
-write_sheet = load_by_path(HERE / "run.py").write_sheet
 
 METRICS = ("epe_px", "psnr_db", "ssim", "size_percent", "turn_degrees")
 Frames = NDArray[np.uint8]

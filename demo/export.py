@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import model as demo
 import torch
 from diffusers import CogVideoXDPMScheduler
 from torch import Tensor, nn
@@ -20,18 +19,11 @@ from motionrt.export.systems.cogvideox_step import INPUTS, CogVideoXStep, solver
 from motionrt.export.systems.decoding import Decoding
 from motionrt.export.systems.motionrag_system import BATCH, Base, motionrag_system, solver_table
 from motionrt.export.systems.system import Array, Graph, Network, System, TokenizerText
-from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.files import sha256_of
 
 HERE = Path(__file__).resolve().parent
 STEP_OUTPUTS = ("next_latents", "x0")
 GUIDANCE = 2.0
-
-
-@functools.cache
-def sibling(name: str) -> ModuleType:
-    """A module beside this file, loaded once."""
-    return load_by_path(HERE / f"{name}.py")
 
 
 class Method(nn.Module):
@@ -49,14 +41,12 @@ class Method(nn.Module):
 
 def step_module(checkpoint: Path) -> CogVideoXStep:
     """The plain denoising step of the checkpoint, fp32."""
-    demo = sibling("model")
     model = demo.load(checkpoint)
     return CogVideoXStep(model.denoiser, model.uncond_motion, demo.LATENTS).eval()
 
 
 def step_inputs() -> dict[str, Array]:
     """Inputs of the step in the order of `INPUTS`."""
-    demo = sibling("model")
     frames, text = Array(("batch", *demo.LATENTS)), Array(("batch", demo.TEXT_TOKENS, demo.TEXT_WIDTH))
     arrays = dict.fromkeys(("latents", "previous_x0", "noise", "image_latents"), frames)
     arrays |= {"coefficients": Array(("batch", 6)), "guidance": Array(("batch",)), "motion_scale": Array(("batch",))}
@@ -94,7 +84,6 @@ def eager_step(checkpoint: Path) -> Callable[[Mapping[str, Any]], dict[str, Any]
 
 def demo_system(checkpoint: Path) -> System:
     """The system of a checkpoint; all of it is in memory, and so every graph is checked against its module."""
-    demo = sibling("model")
     model = demo.load(checkpoint)
 
     def graph(module: nn.Module, inputs: dict[str, Array], output: str) -> Graph:

@@ -10,11 +10,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from domain import track
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from motionrt.runtime.backends.open import RunOptions
-from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.cli import show as report
 from motionrt.runtime.cli.common import open_pipeline, run_app, with_run_options
 from motionrt.runtime.errors import InputError, MediaError
@@ -41,7 +41,6 @@ def run(
     Writes OUT/NAME.mp4 for every prompt and OUT/sheet.png; prints references, stage times and end-point errors.
     """
     console, prompts = report.console(), _prompts(HERE / "prompts.json")
-    track = load_by_path(HERE / "domain.py").track
     rows: list[tuple[dict[str, Any], Frames, Result, Result]] = []
     errors, write_seconds = [], 0.0
     with open_pipeline(HERE / "bundle", [str(HERE / "memory")], run_options) as pipeline:

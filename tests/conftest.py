@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from by_path import load_by_path
 from numpy.typing import NDArray
-
-from motionrt.runtime.by_path import load_by_path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

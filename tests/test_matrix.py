@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 
+from by_path import load_by_path  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
@@ -31,7 +32,6 @@ from motionrt.export.systems import svd_step as svd  # noqa: E402
 from motionrt.runtime.backends.onnx_form import form_folder  # noqa: E402
 from motionrt.runtime.backends.open import RunOptions, open_backend  # noqa: E402
 from motionrt.runtime.bundle.bundle import Bundle  # noqa: E402
-from motionrt.runtime.by_path import load_by_path  # noqa: E402
 from motionrt.runtime.dtypes import DTYPES  # noqa: E402
 from motionrt.runtime.media.video import read_clip, write_video  # noqa: E402
 from motionrt.runtime.memory.memory import MotionMemory  # noqa: E402

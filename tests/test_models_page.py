@@ -16,10 +16,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 pytest.importorskip("tensorrt_rtx")
 
+from by_path import load_by_path  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from motionrt.export.systems import svd_step as svd  # noqa: E402
-from motionrt.runtime.by_path import load_by_path  # noqa: E402
 from motionrt.runtime.media.video import read_clip, write_video  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -56,7 +56,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.fromarray(draw.integers(0, 256, (90, 120, 3), np.uint8)).save(folder / "still.png")
     (folder / "bin").mkdir()
     script = folder / "bin" / "motionrt"
-    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P -c "from motionrt.cli import main; main()" "$@"\n')
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P -c "from motionrt.runtime.cli.main import main; main()" "$@"\n')
     script.chmod(0o755)
     return folder
 

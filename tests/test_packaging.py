@@ -72,7 +72,7 @@ def test_wheel_declares_version_licence_extras_and_command(wheel: zipfile.ZipFil
     assert set(metadata.get_all("Provides-Extra", [])) == {
         *("export", "torch", "cpu", "gpu", "tables", "lancedb", "tensorrt", "rtx", "dev"),
     }
-    assert "motionrt = motionrt.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
+    assert "motionrt = motionrt.runtime.cli.main:main" in wheel.read(f"{info}/entry_points.txt").decode()
     assert f"{info}/licenses/LICENSE" in wheel.namelist()
 
 
@@ -97,7 +97,8 @@ def test_wheel_runs_from_elsewhere(wheel: zipfile.ZipFile, tmp_path: Path) -> No
 INSTALLED = """
 import json, os, sys
 site, root, lines = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-sys.path.insert(0, site)
+sys.path[:] = [site, *(path for path in sys.path if "__editable__" not in path)]  # as if it were not installed from here
+sys.meta_path[:] = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", "")]
 def watch(event, arguments):
     if event in ("open", "os.listdir", "os.scandir", "import") and arguments:
         for name in arguments[:2]:
@@ -107,8 +108,9 @@ def watch(event, arguments):
                 os._exit(3)
 sys.addaudithook(watch)
 import typer.main
-from motionrt.cli import app, main
-assert sys.modules["motionrt.cli"].__file__.startswith(site)
+from motionrt.runtime.cli.main import app, main, register
+register()
+assert sys.modules["motionrt.runtime.cli.main"].__file__.startswith(site)
 
 def leaves(command, *names):
     inner = getattr(command, "commands", None)
@@ -242,7 +244,7 @@ def test_run_side_import_pulls_in_no_build_side(module: str, tmp_path: Path) -> 
 
 
 def test_command_line_imports_none_of_what_the_build_side_needs(tmp_path: Path) -> None:
-    assert imported_of(BUILD_SIDE[:-1], "motionrt.cli", tmp_path) == "[]"
+    assert imported_of(BUILD_SIDE[:-1], "motionrt.runtime.cli.main", tmp_path) == "[]"
 
 
 def imported_of(names: tuple[str, ...], module: str, place: Path) -> str:
@@ -271,8 +273,8 @@ def imports(source: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "runtime").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_run_side_names_no_build_side_module(path: Path) -> None:
-    """Nowhere, so also where an import hides in a function; `motionrt.cli` is what knows both sides."""
-    forbidden = {*BUILD_SIDE, "motionrt.cli"} - ({"torch"} if path.name in TORCH_FILES else set())
+    """Nowhere, so also where an import hides in a function."""
+    forbidden = {*BUILD_SIDE} - ({"torch"} if path.name in TORCH_FILES else set())
     named = {name for name in imports(path.read_text()) for wrong in forbidden if f"{name}.".startswith(f"{wrong}.")}
     assert named == set()
 

@@ -69,7 +69,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "out").mkdir()
     (folder / "bin").mkdir()
     # -P: the folder itself stays off sys.path, as it does for an installed command.
-    scripts = {"python": '"$@"', "motionrt": '-c "from motionrt.cli import main; main()" "$@"'}
+    scripts = {"python": '"$@"', "motionrt": '-c "from motionrt.runtime.cli.main import main; main()" "$@"'}
     for name, arguments in scripts.items():
         script = folder / "bin" / name
         script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P {arguments}\n')

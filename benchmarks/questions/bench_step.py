@@ -25,7 +25,6 @@ from motionrt.benchmarks.models.step_rivals import compiled_step, torch_step
 from motionrt.benchmarks.pipeline import DEMO, StepRequest, open_pipeline, step_request
 from motionrt.runtime.backends.seam import Graph
 from motionrt.runtime.bundle.bundle import Bundle
-from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.files import sha256_of
 
 TOLERANCE = 1e-4  # of latents with unit variance, after all steps, in fp32
@@ -48,7 +47,7 @@ def demo_rivals(checkpoint: Path, request: StepRequest, options: argparse.Namesp
         print("eager, compiled: not run: PyTorch is not installed")
         return {}
     check_checkpoint(request.pipeline.bundle, checkpoint)
-    demo = load_by_path(DEMO / "export.py")
+    demo = harness.demo_module("export")
     module, example = demo.step_module(checkpoint), request.one_step(plain=True)
     return rivals(module, tuple(demo.INPUTS), demo.STEP_OUTPUTS, example, options)
 

@@ -146,13 +146,15 @@ app.command()(verify)
 
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command with `arguments`, those of the process if not given; ends the process as `run_app` says.
-
-    Commands that need more than the run side register themselves as entry points of the group `motionrt.commands`.
-    """
+def register() -> None:
+    """Take in the commands that need more than the run side: entry points of the group `motionrt.commands`."""
     known = {command.name for command in app.registered_commands}
     for entry in importlib.metadata.entry_points(group="motionrt.commands"):
         if entry.name not in known:
             app.command(entry.name)(entry.load())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command with `arguments`, those of the process if not given; ends the process as `run_app` says."""
+    register()
     run_app(app, "motionrt", arguments)

@@ -11,13 +11,13 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from by_path import load_by_path
 
 from motionrt.export.onnx.from_torch import Example, Range
 from motionrt.export.onnx.streamed import stream_real
 from motionrt.export.systems.cogvideox_step import INPUTS
 from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from motionrt.runtime.bundle.bundle import Bundle
-from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.files import sha256_of
 from motionrt.runtime.pipeline import MotionPipeline
 
@@ -97,7 +97,7 @@ def test_step_holds_no_schedule_and_no_adapter_projections(bundle: Bundle) -> No
 
 def test_reexport_reproduces_the_shipped_graph(bundle: Bundle, export: ModuleType, tmp_path: Path) -> None:
     """The decoder and the motion encoder exported anew from the checkpoint give the shipped bundle's outputs."""
-    demo = export.sibling("model")
+    demo = export.demo
     model = demo.load(CHECKPOINT)
     decode = export.Method({"autoencoder": model.autoencoder}, lambda self, x: self.autoencoder.decode(x))
     examples = [Example({"batch": b}, {"latents": torch.randn(b, *demo.LATENTS)}) for b in (2, 3)]

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from motionrt.runtime.by_path import load_by_path
+from by_path import load_by_path
 
 domain = load_by_path(Path(__file__).resolve().parents[2] / "demo" / "domain.py")
 

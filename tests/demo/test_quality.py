@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from by_path import load_by_path
 
-from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.files import sha256_of
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from by_path import load_by_path
 from numpy.typing import NDArray
 from PIL import Image
 
-from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.cli.common import run_app
 
 Run = Callable[..., tuple[int, str, str]]

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from by_path import load_by_path
 from torch import Tensor, nn
-
-from motionrt.runtime.by_path import load_by_path
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 

@@ -15,10 +15,10 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 
+from by_path import load_by_path  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from motionrt.export.systems.svd import adapter_blocks  # noqa: E402
-from motionrt.runtime.by_path import load_by_path  # noqa: E402
 
 Run = Callable[..., tuple[int, str, str]]
 HERE = Path(__file__).parent

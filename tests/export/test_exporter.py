@@ -13,6 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 
+from by_path import load_by_path  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from motionrt.export.checkpoints.files import InMemory, KeyReport  # noqa: E402
@@ -22,7 +23,6 @@ from motionrt.export.onnx.from_torch import Range  # noqa: E402
 from motionrt.export.systems.system import Array, Graph, Network, Step, System, lengths  # noqa: E402
 from motionrt.runtime.bundle.bundle import Bundle  # noqa: E402
 from motionrt.runtime.bundle.manifest import Loop, NumberInput, Output  # noqa: E402
-from motionrt.runtime.by_path import load_by_path  # noqa: E402
 from motionrt.runtime.errors import BundleError  # noqa: E402
 
 plain_run = load_by_path(Path(__file__).resolve().parents[1] / "helpers" / "plain_run.py")

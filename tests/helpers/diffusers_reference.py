@@ -14,12 +14,12 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
+from by_path import load_by_path
 from safetensors.torch import load_file
 from torch import Tensor
 
 from motionrt.export.systems import svd_step as svd
 from motionrt.export.systems.motionrag import Cama, MotionAdapterCrossAttention, Resampler, install_cogvideox_adapter
-from motionrt.runtime.by_path import load_by_path
 
 release = load_by_path(Path(__file__).resolve().parents[2] / "tests/helpers/release_files.py")
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

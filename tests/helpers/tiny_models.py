@@ -15,9 +15,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from by_path import load_by_path
 from torch import nn
-
-from motionrt.runtime.by_path import load_by_path
 
 release = load_by_path(Path(__file__).resolve().parents[2] / "tests/helpers/release_files.py")
 TEXT_TOKENS = 6

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from by_path import load_by_path
 
 from motionrt.kernels.motion_cross_attention import motion_cross_attention
-from motionrt.runtime.by_path import load_by_path
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from motionrt.runtime.by_path import load_by_path
+from by_path import load_by_path
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytest.importorskip("torch")

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from by_path import load_by_path
 
 from motionrt.benchmarks import harness
 from motionrt.benchmarks.gpu import gpu_engines
 from motionrt.runtime.backends.machine import find_gpus
 from motionrt.runtime.backends.tensorrt.backend import TensorRTBackend
 from motionrt.runtime.backends.tensorrt.device_memory import Cuda
-from motionrt.runtime.by_path import load_by_path
 
 ROOT = Path(__file__).resolve().parents[3]
 GRAPHS = ("text_query", "text", "appearance", "cama", "encode", "request", "schedule", "step", "decode")

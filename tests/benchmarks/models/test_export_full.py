@@ -15,6 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 
+from by_path import load_by_path  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from motionrt.export.checkpoints.motionrag_files import CamaSize, ResamplerSize, SosToken  # noqa: E402
@@ -28,7 +29,6 @@ from motionrt.export.systems.steps import step_args  # noqa: E402
 from motionrt.export.systems.svd import svd_system  # noqa: E402
 from motionrt.runtime.backends.onnx_form import form_folder  # noqa: E402
 from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend  # noqa: E402
-from motionrt.runtime.by_path import load_by_path  # noqa: E402
 from motionrt.runtime.memory.rows import Reference  # noqa: E402
 from motionrt.runtime.pipeline import MotionPipeline  # noqa: E402
 

@@ -15,6 +15,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from by_path import load_by_path  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -39,7 +40,6 @@ from motionrt.export.checkpoints.motionrag_files import (  # noqa: E402
     overlay_shapes,
 )
 from motionrt.export.checkpoints.safetensors_file import Entry, read_header, write_file  # noqa: E402
-from motionrt.runtime.by_path import load_by_path  # noqa: E402
 from motionrt.runtime.files import sha256_of  # noqa: E402
 
 release = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/release_files.py")

@@ -280,7 +280,7 @@ def test_full_disk_is_a_plain_error_and_keeps_the_previous_engine(bundle: Path, 
 import resource, signal, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-from motionrt.cli import main
+from motionrt.runtime.cli.main import main
 main(sys.argv[1:])
 """
     arguments = command(bundle, "--graphs", "encode", "--profile", "batch=1..2")[4:]
@@ -495,7 +495,7 @@ def test_command_refuses_in_one_line(bundle: Path, run: Callable[..., tuple[int,
 
 def test_building_imports_no_torch(bundle: Path) -> None:
     code = (
-        "import sys; from motionrt.cli import main\ntry: main(sys.argv[1:])\n"
+        "import sys; from motionrt.runtime.cli.main import main\ntry: main(sys.argv[1:])\n"
         "except SystemExit as end: assert not end.code\nassert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code, *command(bundle, "-g", "encode")[4:]], capture_output=True, text=True)

@@ -23,7 +23,7 @@ from motionrt.export.engines.profiles import profiles_of
 from motionrt.export.engines.precision import to_precision
 from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from motionrt.runtime.bundle.bundle import Bundle
-from motionrt.runtime.by_path import load_by_path
+from by_path import load_by_path
 from motionrt.runtime.backends.tensorrt.engine_file import Span
 from motionrt.runtime.backends.onnx_weights import package_weights
 from motionrt.runtime.backends.precision import FULL, HEAVY

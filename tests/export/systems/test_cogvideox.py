@@ -17,13 +17,13 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 
+from by_path import load_by_path  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from motionrt.export.checkpoints.files import CheckpointError, InMemory  # noqa: E402
 from motionrt.export.exporter import Writer, export_system, silent  # noqa: E402
 from motionrt.export.systems.cogvideox import cogvideox_system  # noqa: E402
 from motionrt.runtime.bundle.bundle import Bundle  # noqa: E402
-from motionrt.runtime.by_path import load_by_path  # noqa: E402
 from motionrt.runtime.errors import BundleError  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

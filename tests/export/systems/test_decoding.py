@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
+from by_path import load_by_path  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from motionrt.export.checkpoints.encoders import picked  # noqa: E402
@@ -21,7 +22,6 @@ from motionrt.export.systems import svd as svd_system  # noqa: E402
 from motionrt.export.systems.decoding import OVERLAP, decoding, tile_size, tiles_of  # noqa: E402
 from motionrt.export.systems.motionrag_system import Sources  # noqa: E402
 from motionrt.export.systems.system import Array, Graph, Network  # noqa: E402
-from motionrt.runtime.by_path import load_by_path  # noqa: E402
 
 models = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/tiny_models.py")
 plain = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/plain_run.py")

@@ -15,6 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
+from by_path import load_by_path  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from motionrt.export.systems import cogvideox_step as cogvideox  # noqa: E402
@@ -22,7 +23,6 @@ from motionrt.export.systems import svd_step as svd  # noqa: E402
 from motionrt.export.systems.cogvideox import EncodeCausal  # noqa: E402
 from motionrt.export.systems.steps import cogvideox_step, svd_step  # noqa: E402
 from motionrt.export.systems.svd import EncodeStill  # noqa: E402
-from motionrt.runtime.by_path import load_by_path  # noqa: E402
 from motionrt.runtime.loop import dynamic_guidance, sample  # noqa: E402
 from motionrt.runtime.noise import noise  # noqa: E402
 from motionrt.runtime.pipeline import _ENCODER_DRAW  # noqa: E402

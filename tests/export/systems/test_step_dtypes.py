@@ -11,11 +11,12 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
+from by_path import load_by_path  # noqa: E402
+
 from motionrt.export.compiler.partition import Partition, partition  # noqa: E402
 from motionrt.export.systems import cogvideox_step as cogvideox  # noqa: E402
 from motionrt.export.systems import svd_step as svd  # noqa: E402
 from motionrt.export.systems.steps import OUTPUTS, Latents, cogvideox_step, step_args, svd_step  # noqa: E402
-from motionrt.runtime.by_path import load_by_path  # noqa: E402
 
 models = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/tiny_models.py")
 MOTION = (5, 64)

@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 
+from by_path import load_by_path  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
 from motionrt.export.checkpoints.files import CheckpointError  # noqa: E402
@@ -19,7 +20,6 @@ from motionrt.export.exporter import export_system  # noqa: E402
 from motionrt.export.systems import svd_step as svd  # noqa: E402
 from motionrt.export.systems.svd import svd_system  # noqa: E402
 from motionrt.runtime.bundle.bundle import Bundle  # noqa: E402
-from motionrt.runtime.by_path import load_by_path  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 models = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/tiny_models.py")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from by_path import load_by_path
 from msgspec import structs
 
 import motionrt
@@ -24,7 +25,6 @@ from motionrt.runtime.backends.tensorrt.engine_file import (
 )  # fmt: skip
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.bundle.manifest import Dim, File, GraphSpec, Port, Weights
-from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.errors import EngineError, InputError
 from motionrt.runtime.files import sha256_of
 

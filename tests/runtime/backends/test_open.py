@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import typer.main
+from by_path import load_by_path
 
 from motionrt.runtime.backends import kinds as backends
 from motionrt.runtime.backends.kinds import BACKENDS
 from motionrt.runtime.backends.open import RunOptions, open_backend
-from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.cli.diagnosis import examine
 from motionrt.runtime.cli.main import app
 from motionrt.runtime.errors import BackendError, InputError, install

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from by_path import load_by_path
 from numpy.typing import NDArray
 
 from motionrt.runtime.backends.machine import find_gpus
@@ -26,7 +27,6 @@ from motionrt.runtime.backends.tensorrt.backend import TensorRTBackend
 from motionrt.runtime.backends.tensorrt.device_memory import Cuda, DeviceArray, Pool, load_driver
 from motionrt.runtime.backends.tensorrt.graph import TensorRTExecutor
 from motionrt.runtime.bundle.bundle import Bundle
-from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.errors import BackendError, BackendWarning, EngineError, InputError
 from motionrt.runtime.pipeline import MotionPipeline
 

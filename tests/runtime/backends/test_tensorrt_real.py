@@ -13,13 +13,14 @@ import pytest
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 pytest.importorskip("onnx_ir")
 
+from by_path import load_by_path  # noqa: E402
+
 from motionrt.export.engines.build import Options, build_engines  # noqa: E402
 from motionrt.runtime.backends.machine import find_gpus  # noqa: E402
 from motionrt.runtime.backends.tensorrt.backend import TensorRTBackend  # noqa: E402
 from motionrt.runtime.backends.tensorrt.device_memory import Cuda  # noqa: E402
 from motionrt.runtime.backends.tensorrt.library import installed, load_module, make_log  # noqa: E402
 from motionrt.runtime.bundle.bundle import Bundle  # noqa: E402
-from motionrt.runtime.by_path import load_by_path  # noqa: E402
 from motionrt.runtime.errors import EngineError  # noqa: E402
 
 

@@ -14,10 +14,10 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from by_path import load_by_path
 
 from motionrt.runtime.backends import kinds as backends
 from motionrt.runtime.backends.machine import Gpu, find_gpus
-from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.cli import diagnosis as doctor
 
 Run = Callable[..., tuple[int, str, str]]

@@ -10,10 +10,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from by_path import load_by_path
 
 from motionrt.runtime import files as digests
 from motionrt.runtime.bundle.bundle import Bundle
-from motionrt.runtime.by_path import load_by_path
 from motionrt.runtime.files import STAMPS, sha256_of
 
 Run = Callable[..., tuple[int, str, str]]
