@@ -22,16 +22,16 @@ from typing import Any
 
 from motionrt.benchmarks.harness import RESULTS, append_row
 from motionrt.benchmarks.models.full_sizes import STEPS, full_roles, full_sizes
+from motionrt.benchmarks.models.released import released_partition
 from motionrt.export.compiler.partition import Partition
 from motionrt.export.compiler.weightless import weights_by_class
-from motionrt.export.systems.steps import structure
 from motionrt.runtime.bundle.footprint import plan_memory
 
 
 def report(model: str, frames: int, layers: int | None = None) -> tuple[dict[str, Any], Partition]:
     """The row: sizes of each class, what crosses into the step (bytes), rules that fired, seconds and peak memory; the cut."""
     start = perf_counter()
-    cut = structure(model, frames=frames, layers=layers)
+    cut = released_partition(model, frames=frames, layers=layers)
     return {
         "model": model,
         "frames": frames,

@@ -71,7 +71,7 @@ def cogvideox_graphs() -> Iterator[Graph]:
 def svd_graphs() -> Iterator[Graph]:
     """Schedule, request and step of two levels without adapters, for latents of 5 frames of 16x16."""
     from motionrt.benchmarks.models.mid_models import svd_model
-    from motionrt.export.systems.steps import SVD_UNET
+    from motionrt.benchmarks.models.released import SVD_UNET
 
     levels = {
         "block_out_channels": (320, 640), "num_attention_heads": (5, 10), "layers_per_block": 1,
