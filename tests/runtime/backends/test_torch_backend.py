@@ -24,9 +24,9 @@ from pytest import MonkeyPatch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from motionrt.export.onnx.from_torch import Example, ParityError, Range, dynamic_shapes  # noqa: E402
+from motionrt.export.onnx.from_torch import Example, Range, dynamic_shapes  # noqa: E402
 from motionrt.export.onnx.streamed import stream_real  # noqa: E402
-from motionrt.export.onnx.torch_programs import check_program, write_program  # noqa: E402
+from motionrt.export.onnx.torch_programs import ParityError, check_program, write_program  # noqa: E402
 from motionrt.kernels import motion_cross_attention  # noqa: E402
 from motionrt.runtime.backends import torch_backend  # noqa: E402
 from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend  # noqa: E402
