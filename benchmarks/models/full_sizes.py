@@ -1,6 +1,6 @@
 """The sizes of every graph of a published model at full size, from configs alone: what `memory_plan` makes a plan of.
 
-    cut = structure("svd", frames=16)
+    cut = released_partition("svd", frames=16)
     plan = plan_memory(full_sizes("svd", 16, cut), full_roles(cut), steps=25, dtype="bfloat16")
 
 Modules are those that an export traces, with fake weights; configs are those of `sparse_models`. `motion` (VideoMAE) is left

@@ -49,7 +49,7 @@ def digest() -> str:
     for folder in ("export", "kernels"):
         for file in sorted((harness.ROOT / folder).rglob("*.py")):
             found.update(file.read_bytes())
-    for name in ("mid_models.py", "full_step.py"):
+    for name in ("mid_models.py", "full_step.py", "released.py"):
         found.update((Path(__file__).parent / name).read_bytes())
     return found.hexdigest()[:12]
 
