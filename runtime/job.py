@@ -191,11 +191,9 @@ class Job:
             values |= self._recorded()
         elif self._query is not None or self._off:
             values |= absent(manifest)
-        streams = {node.graph: _GRAPHS + index for index, node in enumerate(manifest.nodes)}
-        streams |= {name: index for index, name in enumerate(manifest.loops)}
         route = needed(manifest, set(values) | set(self.request.given))
         for place, node in enumerate(route):
-            stream = streams[node.graph]
+            stream = noise_stream(manifest, node.graph)
 
             def draw(step: int, shape: tuple[int, ...], stream: int = stream) -> NDArray[np.float32]:
                 return noise(self.seed, stream, step, shape)
@@ -341,6 +339,13 @@ def needed(manifest: Manifest, there: set[str], wanted: set[str] | None = None) 
             want |= manifest.reads(node)
     route.reverse()
     return route if wanted is None else [node for node in route if manifest.reads(node) & wanted - there]
+
+
+def noise_stream(manifest: Manifest, name: str) -> int:
+    """The stream of `noise` that loop `name`, or graph `name` of the plan, draws from: no two share one."""
+    if name in manifest.loops:
+        return list(manifest.loops).index(name)
+    return _GRAPHS + [node.graph for node in manifest.nodes].index(name)
 
 
 def absent(manifest: Manifest) -> dict[str, Any]:

@@ -33,8 +33,11 @@ from motionrt.runtime.backends.onnx_form import form_folder  # noqa: E402
 from motionrt.runtime.backends.open import RunOptions, open_backend  # noqa: E402
 from motionrt.runtime.bundle.bundle import Bundle  # noqa: E402
 from motionrt.runtime.dtypes import DTYPES  # noqa: E402
+from motionrt.runtime.inputs import convert  # noqa: E402
+from motionrt.runtime.job import noise_stream  # noqa: E402
 from motionrt.runtime.media.video import read_clip, write_video  # noqa: E402
 from motionrt.runtime.memory.memory import MotionMemory  # noqa: E402
+from motionrt.runtime.noise import noise  # noqa: E402
 from motionrt.runtime.pipeline import MotionPipeline, Result  # noqa: E402
 
 pytestmark = pytest.mark.timeout(1200)
@@ -87,27 +90,33 @@ class Cell:
         return self.videos[dtype]
 
     def _plain(self, result: Result, dtype: Any) -> tuple[NDArray[Any], NDArray[Any]]:
+        manifest = Bundle.open(self.bundle).manifest
+
+        def draw(name: str, step: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+            return noise(SEED, noise_stream(manifest, name), step, shape)
+
         frames, height, width = SIZES[self.model]
         image = torch.from_numpy(self.still).permute(2, 0, 1)[None].float() / 127.5 - 1
         grey = torch.zeros(1, frames, 3, height, width)
         unconditional = plainly.motion_tokens(self.parts, self.files, grey, dtype)
         looks = plainly.appearance_tokens(self.parts, self.files, image, dtype)
         motion, appearance = (
-            torch.from_numpy(np.stack([getattr(r, name) for r in result.references]).astype(np.float32)).to(dtype)
+            torch.from_numpy(np.stack([r.record[name] for r in result.references]).astype(np.float32)).to(dtype)
             for name in ("motion", "appearance")
         )
         motion = plainly.predicted_motion(self.files, motion, appearance, looks)
         if self.model == "svd":
             latents, video = plainly.svd_video(
                 self.config, models.EULER, self.parts, self.files, still=self.still, motion=motion,
-                unconditional=unconditional, frames=frames, steps=STEPS, seed=SEED, dtype=dtype,
+                unconditional=unconditional, frames=frames, steps=STEPS, draw=draw, dtype=dtype,
             )  # fmt: skip
         else:
-            tokenize = Bundle.open(self.bundle).tokenize
-            ids = [torch.from_numpy(tokenize("text", text)["input_ids"]) for text in (PROMPT, "")]
+            bundle = Bundle.open(self.bundle)
+            given = [convert(bundle, name, text) for name, text in (("prompt", PROMPT), ("negative_prompt", ""))]
+            ids = [torch.from_numpy(next(value for key, value in one.items() if key.endswith("input_ids"))) for one in given]
             latents, video, _ = plainly.cogvideox_video(
                 self.folder / "base", self.config, models.SCHEDULER, self.parts, self.files, image=image, ids=ids,
-                motion=motion, unconditional=unconditional, frames=frames, steps=STEPS, seed=SEED, dtype=dtype,
+                motion=motion, unconditional=unconditional, frames=frames, steps=STEPS, draw=draw, dtype=dtype,
             )  # fmt: skip
         return latents.double().numpy(), video.permute(0, 2, 3, 1).double().numpy() * 255
 
@@ -162,7 +171,7 @@ def from_files_to_a_video(made: Cell, run: Run, monkeypatch: pytest.MonkeyPatch)
     assert status == 0, err
     bundle = Bundle.open(made.bundle)
     assert {port.dtype for spec in bundle.graphs.values() for port in (*spec.inputs, *spec.outputs)} <= {"float32", "int64"}
-    assert list(bundle.programs) == ["schedule", "request", "step"]
+    assert set(bundle.programs) == {"schedule", "request", "step"}
     for name in ("motion", "cama", "step", "decode"):  # weights as they came; only what was computed from them is float32
         with safe_open(made.bundle / "graphs" / f"{name}.safetensors", framework="pt") as file:
             sizes: dict[str, int] = {}
@@ -180,7 +189,7 @@ def from_files_to_a_video(made: Cell, run: Run, monkeypatch: pytest.MonkeyPatch)
         status, out, err = run(*command)
         assert status == 0, (command, err)
     frames, height, width = SIZES[model]
-    video = read_clip(at / "video.mp4", frames, height, width, bundle.model.fps)
+    video = read_clip(at / "video.mp4", frames, height, width, bundle.manifest.output.fps)
     assert video.shape == (frames, 3, height, width)
     with MotionMemory.open(made.memory, readonly=True) as memory:
         assert len(memory) == CLIPS
@@ -189,18 +198,11 @@ def from_files_to_a_video(made: Cell, run: Run, monkeypatch: pytest.MonkeyPatch)
 
 def generated(made: Cell, options: RunOptions) -> tuple[Result, NDArray[Any]]:
     """A request's result with all clips of the memory as references, and its last latents."""
-    seen: list[Any] = []
     with MotionPipeline.from_bundle(made.bundle, made.memory, backend=open_backend(options)) as pipeline:
-        for name in {"decode", "decode_next"} & set(pipeline.bundle.graphs):
-            graph = pipeline.graph(name)
-
-            def keep(inputs: Any, decode: Any = graph) -> Any:
-                seen.append(np.asarray(inputs["latents"]))
-                return decode(inputs)
-
-            pipeline._graphs[name] = keep
-        result = pipeline(made.still, PROMPT, seed=SEED, steps=STEPS, guidance=3.0)
-    return result, np.concatenate(seen, axis=1)
+        job = pipeline.start(pipeline.request(made.still, PROMPT, seed=SEED, steps=STEPS, guidance=3.0))
+        job.keep = True
+        result = pipeline.result(job)
+    return result, np.asarray(job.values["latents"])
 
 
 def hold_to_the_law(made: Cell, options: RunOptions, yardstick: str) -> None:
@@ -254,13 +256,13 @@ def test_tokens_of_the_memory_are_those_of_the_plain_encoders(model: str, kind: 
     frames, height, width = SIZES[model]
     with MotionPipeline.from_bundle(made.bundle, made.memory, threads=1) as pipeline:
         found = pipeline(made.still, PROMPT, steps=2).references
-        rate = pipeline.bundle.model.fps
+        rate = pipeline.bundle.manifest.output.fps
     clips = [read_clip(made.folder / "clips" / f"{r.caption.split()[2]}.mp4", frames, height, width, rate) for r in found]
     video = torch.from_numpy(np.stack(clips))
     for name, tokens, given in (
         ("motion", plainly.motion_tokens, video), ("appearance", plainly.appearance_tokens, video[:, 0])
     ):  # fmt: skip
-        stored = np.stack([getattr(r, name) for r in found]).astype(np.float64)
+        stored = np.stack([r.record[name] for r in found]).astype(np.float64)
         exact, plain = (tokens(made.parts, made.files, given, getattr(torch, d)).double().numpy() for d in ("float64", kind))
         ours, theirs = (float(np.abs(value - exact).max()) for value in (stored, plain))
         half = float(np.abs(exact).max()) * DTYPES["float16"].epsilon  # the memory keeps float16

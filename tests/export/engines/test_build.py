@@ -419,7 +419,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "bf16 on Turing": ({"targets": ("sm_75", "sm_89"), "dtype": "bfloat16"}, EngineError, "needs sm_80 or newer; sm_75"),
     "unknown dtype": ({"dtype": "int8"}, InputError, "allowed: float32, float16, bfloat16"),
     "unknown flavor": ({"flavor": "onnx"}, InputError, "allowed: rtx, tensorrt"),
-    "unknown graph": ({"graphs": ("nope",)}, InputError, "this bundle has text_query, .*step"),
+    "unknown graph": ({"graphs": ("nope",)}, InputError, "this bundle has .*text_query.*step"),
     "unknown size": ({"profiles": (parse_profile("bach=1..2"),)}, InputError, "names 'bach'; the sizes .* are batch"),
     "size out of range": ({"profiles": (parse_profile("batch=1..9"),)}, InputError, "declares batch 1 to 4"),
 }  # fmt: skip

@@ -249,4 +249,5 @@ def test_the_demos_step_has_two_rotations_per_block_and_no_expanded_modulation()
     """The committed bundle, as `demo/export.py` made it."""
     counts = ops(onnx.load(ROOT / "demo/bundle/graphs/step.onnx", load_external_data=False))
     assert counts["RotaryEmbedding"] == 2 * counts["Attention"] == 8
-    assert counts["Neg"] == 0 and counts["Expand"] == 2
+    # of tables and latents, for the two halves of guidance; of cos and sin, for a batch
+    assert counts["Neg"] == 0 and counts["Expand"] == 4

@@ -23,9 +23,8 @@ from motionrt.export.systems import svd_step as svd  # noqa: E402
 from motionrt.export.systems.cogvideox import EncodeCausal  # noqa: E402
 from motionrt.export.systems.steps import cogvideox_step, svd_step  # noqa: E402
 from motionrt.export.systems.svd import EncodeStill  # noqa: E402
-from motionrt.runtime.loop import dynamic_guidance, sample  # noqa: E402
+from motionrt.runtime.loop import dynamic_guidance  # noqa: E402
 from motionrt.runtime.noise import noise  # noqa: E402
-from motionrt.runtime.pipeline import _ENCODER_DRAW  # noqa: E402
 
 models = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/tiny_models.py")
 plainly = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/diffusers_reference.py")
@@ -42,15 +41,23 @@ def apart(ours: Any, theirs: Any) -> float:
     return float(np.abs(ours - theirs.numpy()).max() / theirs.abs().max())
 
 
-def in_torch(step: Any) -> Any:
-    """A torch step as the sampler calls it."""
+def draw(name: str, step: int, shape: tuple[int, ...]) -> Any:
+    """What both sides draw: another stream for the loop than for the encoder."""
+    return noise(SEED, 0 if name == "video" else 1, step, shape)
 
-    def run(inputs: Any) -> Any:
+
+def denoise(step: Any, shape: tuple[int, ...], state: Any, timesteps: Any, rows: Any, guidance: Any, noisy: Any) -> Any:
+    """The latents `[1, F, C, H, W]` after all rows of a torch step; `noisy(t)`: what is drawn in step t."""
+    x, previous = draw("video", 0, (1, *shape)), np.zeros((1, *shape), np.float32)
+    scales = np.broadcast_to(np.asarray(guidance, np.float32), len(rows))
+    for t, row in enumerate(rows):
+        given = {
+            **state, "latents": x, "previous_x0": previous, "noise": noisy(t), "timestep": timesteps[t : t + 1],
+            "coefficients": row[None], "guidance": scales[t : t + 1],
+        }  # fmt: skip
         with torch.no_grad():
-            results = step(**{name: torch.as_tensor(np.asarray(value)) for name, value in inputs.items()})
-        return dict(zip(("next_latents", "x0"), (result.numpy() for result in results), strict=True))
-
-    return run
+            x, previous = (value.numpy() for value in step(**{key: torch.tensor(value) for key, value in given.items()}))
+    return x
 
 
 def tokens(seed: int) -> Any:
@@ -80,7 +87,7 @@ def theirs(video: dict[str, Any], frames: int = 17, **choices: Any) -> Any:
         return video[key]
     latents, _, draws = plainly.cogvideox_video(
         video["folder"], video["config"], models.SCHEDULER, video["parts"], video["files"], image=video["image"],
-        ids=video["ids"], motion=tokens(1), unconditional=tokens(2), frames=frames, steps=STEPS, seed=SEED, **choices,
+        ids=video["ids"], motion=tokens(1), unconditional=tokens(2), frames=frames, steps=STEPS, draw=draw, **choices,
     )  # fmt: skip
     # what diffusers draws: two noises between the ends, the first of which never reaches the latents
     assert draws == ([0] * STEPS if choices.get("kind") == "ddim" else [1, 2, 2, 1])
@@ -111,17 +118,15 @@ def ours(
     with torch.no_grad():
         text, negative = (video["parts"]["text_encoder"](one)[0] for one in video["ids"])
         encode = EncodeCausal(video["parts"]["vae"], count)
-        still = encode(video["image"], torch.from_numpy(noise(SEED, _ENCODER_DRAW, (1, *shape[1:]))))
+        still = encode(video["image"], torch.from_numpy(draw("encode", 0, (1, *shape[1:]))))
     state = {
         "text": text, "negative_text": negative, "motion": motion, "image_latents": still,
         "motion_scale": torch.tensor([scale]),
     }  # fmt: skip
-    return sample(
-        in_torch(step), latents=noise(SEED, 0, (1, *shape)), state={name: value.numpy() for name, value in state.items()},
-        tables={"timestep": timesteps}, coefficients=rows(coefficients),
-        guidance=np.asarray(dynamic_guidance(guidance, timesteps) if dynamic else guidance, np.float32),
-        noise=lambda index: noise(SEED, index + 1 - late, (1, *shape)),
-    )  # fmt: skip
+    scales = dynamic_guidance(guidance, timesteps) if dynamic else guidance
+    numbers = {name: value.numpy() for name, value in state.items()}
+    noisy = lambda index: draw("video", index + 1 - late, (1, *shape))  # noqa: E731
+    return denoise(step, shape, numbers, timesteps, rows(coefficients), scales, noisy)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +191,7 @@ def film(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     still = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), np.uint8)
     want, _ = plainly.svd_video(
         config, models.EULER, parts, files, still=still, motion=tokens(1), unconditional=tokens(2), frames=frames, steps=3,
-        seed=SEED,
+        draw=draw,
     )  # fmt: skip
     return {"config": config, "frames": frames, "parts": parts, "files": files, "still": still, "want": want}
 
@@ -209,13 +214,11 @@ def test_svd_denoiser_is_that_of_diffusers_pipeline_until_it_is_broken(broken: s
     image = torch.from_numpy(still).permute(2, 0, 1)[None].float() / 127.5 - 1
     with torch.no_grad():
         encode = EncodeStill(parts["image_encoder"], parts["vae"], SIZE)
-        context, latents = encode(image, torch.from_numpy(noise(SEED, _ENCODER_DRAW, (1, 3, *SIZE))))
+        context, latents = encode(image, torch.from_numpy(draw("encode", 0, (1, 3, *SIZE))))
     state = {
         "image_context": context.numpy(), "image_latents": latents.numpy(), "motion_scale": np.ones(1, np.float32),
         "motion": tokens(3 if broken == "motion" else 1).numpy(),
     }  # fmt: skip
-    got = sample(
-        in_torch(step), latents=noise(SEED, 0, (1, frames, 4, 8, 16)), state=state, tables={"timestep": timesteps},
-        coefficients=rows, guidance=3.0, noise=lambda index: np.zeros(1),
-    )  # fmt: skip
+    shape = (frames, 4, 8, 16)
+    got = denoise(step, shape, state, timesteps, rows, 3.0, lambda index: np.zeros((1, *shape), np.float32))
     assert apart(got, want) < 1e-5 if broken is None else apart(got, want) > 1e-3
