@@ -10,7 +10,7 @@ from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.bundle.manifest import NOISE, ColumnInput, ImageInput, Loop, Manifest, Node, NumberInput, TextInput
 
 _LEFT = 46  # columns for what is read
-_SHOWN = 3  # names in one place; the rest is counted
+_SHOWN = 4  # names in one place; more are counted
 
 
 def picture(bundle: Bundle) -> Iterator[str]:
@@ -98,7 +98,7 @@ def _step_reads(manifest: Manifest, loop: Loop, graph: str) -> list[str]:
     inner = {NOISE}.union(*(names for _, names in kinds))
     values = [port for port in ports if port not in inner]
     told = [what for what, names in kinds if names & {*ports}] + ["noise"] * (NOISE in ports)
-    return [", ".join(told), *([f"{len(values)} values"] if len(values) > _SHOWN else values)]
+    return [", ".join([*told, _names(values)] if values else told)]
 
 
 def _without_tokens(names: Iterable[str]) -> list[str]:
@@ -108,8 +108,7 @@ def _without_tokens(names: Iterable[str]) -> list[str]:
 
 def _names(names: Iterable[str]) -> str:
     listed = list(names)
-    more = len(listed) - _SHOWN
-    return ", ".join(listed) if more <= 1 else f"{', '.join(listed[:_SHOWN])} and {more} more"
+    return ", ".join(listed) if len(listed) <= _SHOWN else f"{len(listed)} values"
 
 
 def _span(counts: Iterable[int]) -> str:
