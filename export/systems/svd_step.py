@@ -96,6 +96,20 @@ def install_svd_adapter(unet: Any, motion_width: int) -> None:
         attention.set_processor(adapter.to(attention.to_q.weight))
 
 
+class Upsample(nn.Module):
+    """diffusers' `Upsample2D` for any batch: that one asks whether there are 64 rows (frames, of every request, twice), which a
+    trace takes for a limit of the batch. `conv` keeps its name, and so its weights."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, hidden_states: Tensor, output_size: Any = None) -> Tensor:
+        """`[n, C, h, w]` -> `[n, C, 2 h, 2 w]`, or `output_size`."""
+        doubled = [2 * size for size in hidden_states.shape[-2:]]
+        return self.conv(F.interpolate(hidden_states, size=output_size or doubled, mode="nearest"))
+
+
 class SvdStep(nn.Module):
     """One denoising step of SVD's image-to-video UNet with Motion-Adapters.
 
@@ -119,6 +133,9 @@ class SvdStep(nn.Module):
             attention.set_processor(SharedCrossAttention(self.conditions, attention.processor))
         for _, attention in temporal_attentions(unet):
             attention.set_processor(SharedCrossAttention(self.conditions, None))
+        for block in unet.up_blocks:
+            if block.upsamplers is not None:
+                block.upsamplers = nn.ModuleList(Upsample(upsampler.conv) for upsampler in block.upsamplers)
         self.first_guidance = first_guidance
         self.unconditional_motion: Tensor
         self.time_ids: Tensor
