@@ -140,16 +140,21 @@ def upright(frame: VideoFrame, aspect: float) -> tuple[Pixels, float]:
 
 
 def cover(pixels: Pixels, height: int, width: int, aspect: float = 1.0) -> Pixels:
-    """Bicubic resize of [h,w,3] to cover [height,width,3] and crop around the centre, in one filter pass.
+    """`cover_image` of [h,w,3] -> [height,width,3]."""
+    return np.asarray(cover_image(Image.fromarray(pixels), height, width, aspect))
+
+
+def cover_image(image: Image.Image, height: int, width: int, aspect: float = 1.0) -> Image.Image:
+    """Bicubic resize to cover `height` x `width` and crop around the centre, in one filter pass.
 
     Only the box that stays is read and only the result is made: a 1 x 50000 picture costs no more than any other.
     """
-    rows, columns = pixels.shape[:2]
+    columns, rows = image.size
     scale = max(width / (columns * aspect), height / rows)
     box_width, box_height = min(width / scale / aspect, columns), min(height / scale, rows)
     left, top = (columns - box_width) / 2, (rows - box_height) / 2
     box = (left, top, min(left + box_width, columns), min(top + box_height, rows))
-    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC, box=box))
+    return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
 
 
 def normalise(pixels: Pixels) -> Float:

@@ -6,18 +6,15 @@ RGB, channels last. Reading has no random part: the same file, window and size a
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from motionrt.runtime.errors import InputError, MediaError
 from motionrt.runtime.files import replacing
@@ -34,9 +31,9 @@ from motionrt.runtime.media.frames import (
     length,
     normalise,
     pick,
-    reason,
     undecodable,
 )  # fmt: skip
+from motionrt.runtime.media.stills import read_image as read_image
 
 File = str | os.PathLike[str]
 WRITABLE = (".mp4", ".gif", ".webp", ".png")
@@ -55,35 +52,6 @@ class DecodedClip:
     start: float
     duration: float
     fps: float
-
-
-def read_image(source: File | Image.Image | NDArray[Any], height: int, width: int) -> Float:
-    """Read a still of any size, mode, EXIF orientation and alpha (laid over white) -> float32 [3,H,W] in [-1,1].
-
-    source: a file, a Pillow image, or a uint8 array [h,w], [h,w,3] or [h,w,4]. Resized with an antialiased bicubic
-    filter until it covers `height` x `width`, then cropped around the centre. Raises MediaError for files that are
-    missing or damaged and InputError for arrays and sizes that cannot be used.
-    """
-    check_size(height=height, width=width)
-    if isinstance(source, np.ndarray):
-        plain = source.dtype == np.uint8 and source.ndim in (2, 3) and source.shape[2:] in ((), (3,), (4,))
-        if not plain or 0 in source.shape:
-            raise InputError(
-                f"the image array is {source.dtype} {list(source.shape)}; allowed is uint8 [h,w], [h,w,3] or [h,w,4]."
-                " For floats in [0,1] pass `(x * 255).round().astype('uint8')`."
-            )
-        source = Image.fromarray(np.ascontiguousarray(source))
-    name = "the image" if isinstance(source, Image.Image) else str(existing(source, "image"))
-    try:
-        with contextlib.nullcontext(source) if isinstance(source, Image.Image) else Image.open(name) as image:
-            image.load()
-            with contextlib.suppress(Exception):  # damaged EXIF: the picture is still good
-                image = ImageOps.exif_transpose(image)
-            pixels = np.asarray(_rgb(image))
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        raise MediaError(f"{name} cannot be read as an image: {reason(error)}. Use an intact png or jpeg.") from error
-    video = normalise(cover(pixels, height, width)[None])
-    return video.reshape(video.shape[1:])
 
 
 def read_clip(path: File, frames: int, height: int, width: int, fps: Rate, start: float | None = None) -> Float:
@@ -223,17 +191,3 @@ def _sheet(frames: Pixels) -> Pixels:
     cells = np.full((rows * columns, height, width, 3), 255, np.uint8)
     cells[:count] = frames
     return cells.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Any mode to 8-bit RGB: alpha over white; 32-bit integers hold 16 bits; floats are 0..1, else 0..255."""
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image).astype(np.float64)
-        if not np.isfinite(values).all():
-            raise ValueError("it has NaN or infinite pixels")
-        scale = 1 / 257 if image.mode != "F" else 255.0 if values.max() <= 1 else 1.0
-        return Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
