@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import struct
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +14,9 @@ from motionrt.runtime.errors import InputError, MediaError
 from motionrt.runtime.media.colour import still_to_srgb
 from motionrt.runtime.media.frames import Float, check_size, cover_image, existing, normalise, reason
 from motionrt.runtime.media.limits import LIMITS, Limits
+from motionrt.runtime.media.pictures import open_picture, simple
 
-_FOREIGN = ("EPS", "WMF")  # formats that Pillow hands to other programs
 _WHOLE = 1 << 25  # pixels: up to here a jpeg is decoded at its full size
-_FLOAT_WHITE, _FLOAT_MOST = 1.0, 16.0  # the white of floats; what only a few highlights exceed
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -50,7 +48,7 @@ def read_image(
         if isinstance(source, Image.Image):
             small = _small(source, height, width, limits)
         else:
-            with open(name, "rb") as file, _open(file, name) as image:
+            with open(name, "rb") as file, open_picture(file, name) as image:
                 small = _small(image, height, width, limits)
     except MediaError as error:
         raise MediaError(f"{name} {error}") from error
@@ -60,20 +58,6 @@ def read_image(
         raise MediaError(f"{name} cannot be read as an image: {reason(error)}. Use an intact png or jpeg.") from error
     video = normalise(np.asarray(small)[None])
     return video.reshape(video.shape[1:])
-
-
-def _open(file: IO[bytes], name: str) -> Image.Image:
-    """`Image.open` without its limit on pixels, which is one for the whole process and warns before it refuses."""
-    Image.init()
-    prefix = file.read(16)
-    for kind in Image.ID:
-        factory, accept = Image.OPEN[kind]
-        if kind in _FOREIGN or (accept is not None and accept(prefix) is not True):
-            continue
-        file.seek(0)
-        with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):  # as Pillow does: not of this format
-            return factory(file, name)
-    raise ValueError("it is of no format that is known")
 
 
 def _small(image: Image.Image, height: int, width: int, limits: Limits) -> Image.Image:
@@ -93,7 +77,7 @@ def _small(image: Image.Image, height: int, width: int, limits: Limits) -> Image
     if orientation in (5, 6, 7, 8):
         height, width = width, height
     profile = image.info.get("icc_profile")
-    small = still_to_srgb(cover_image(_simple(image), height, width), profile)
+    small = still_to_srgb(cover_image(simple(image), height, width), profile)
     return small if turn is None else small.transpose(turn)
 
 
@@ -105,46 +89,3 @@ def _reduction(image: Image.Image, asked: int) -> int:
     while scale < 8 and image.width * image.height > _WHOLE * scale**2 and min(image.size) >= 4 * scale * asked:
         scale *= 2
     return scale
-
-
-def _simple(image: Image.Image) -> Image.Image:
-    """The picture with 8 bits a channel and modes that can be resized: L, LA, RGB, RGBA, CMYK or LAB."""
-    if image.mode[0] in "IF":
-        return _grey(image)
-    grey = image.mode in ("1", "L", "LA", "La")
-    if image.has_transparency_data:
-        mode = "LA" if grey else "RGBA"
-    else:
-        mode = image.mode if image.mode in ("CMYK", "LAB") else "L" if grey else "RGB"
-    return image if image.mode == mode else image.convert(mode)
-
-
-def _grey(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits -> L or LA, by what the format declares and never by the brightest pixel."""
-    values = np.asarray(image)
-    if image.mode == "F":
-        if not np.isfinite(values).all():
-            raise MediaError("has NaN or infinite pixels; replace them.")
-        if np.count_nonzero(values > _FLOAT_MOST) > values.size / 100:
-            raise MediaError(
-                f"holds floats up to {values.max():g}; floats are read as 0 (black) to {_FLOAT_WHITE:g} (white). Divide them by"
-                " their white."
-            )
-        white = _FLOAT_WHITE
-    elif image.mode == "I" and image.format != "PPM":
-        raise MediaError(
-            "holds whole numbers of 32 bits or with a sign, which do not say what is white. Save it with 8 or 16 bits (as a"
-            " Pillow image: mode L or I;16)."
-        )
-    else:  # a pgm is scaled to 16 bits by Pillow; a tiff says how many bits it has
-        bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]
-        white = 2 ** (bits if image.mode != "I" else 16) - 1
-    levels = np.empty(values.shape, np.uint8)
-    for top in range(0, len(values), 256):
-        rows = values[top : top + 256].astype(np.float64)
-        levels[top : top + 256] = np.rint(rows * (255 / white)).clip(0, 255)
-    grey = Image.fromarray(levels)
-    clear = image.info.get("transparency")
-    if isinstance(clear, int):
-        grey.putalpha(Image.fromarray(np.where(values == clear, np.uint8(0), np.uint8(255))))
-    return grey

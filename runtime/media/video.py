@@ -33,6 +33,7 @@ from motionrt.runtime.media.frames import (
     pick,
     undecodable,
 )  # fmt: skip
+from motionrt.runtime.media.limits import LIMITS, Limits
 from motionrt.runtime.media.stills import read_image as read_image
 
 File = str | os.PathLike[str]
@@ -54,21 +55,25 @@ class DecodedClip:
     fps: float
 
 
-def read_clip(path: File, frames: int, height: int, width: int, fps: Rate, start: float | None = None) -> Float:
+def read_clip(
+    path: File, frames: int, height: int, width: int, fps: Rate, start: float | None = None, *, limits: Limits = LIMITS
+) -> Float:
     """The frames of `decode_clip` alone: float32 [F,3,H,W] in [-1,1]."""
-    return decode_clip(path, frames, height, width, fps, start).video
+    return decode_clip(path, frames, height, width, fps, start, limits=limits).video
 
 
 def decode_clip(
-    path: File, frames: int, height: int, width: int, fps: Rate, start: float | None = None, end: float | None = None
-) -> DecodedClip:
+    path: File, frames: int, height: int, width: int, fps: Rate, start: float | None = None, end: float | None = None,
+    *, limits: Limits = LIMITS,
+) -> DecodedClip:  # fmt: skip
     """Cut `frames` frames at `fps` out of a video of any frame rate, from `start` seconds (default 0) on.
 
     Frame i is the decoded frame nearest to `start + i / fps`, of two equally near ones the earlier: at a constant rate
     this is the first frame at or after the target minus half a frame. A clip that ends before the last target is
     stretched: targets are spread evenly from `start` to its last frame, and frames repeat if there are too few.
-    No frame at or after `end` seconds is used. Rotation, mirroring and non-square pixels are undone; size as in
-    `read_image`. Raises MediaError (missing, damaged, no video, `start` behind the end) and InputError.
+    No frame at or after `end` seconds is used. Rotation, mirroring and non-square pixels are undone; colours come as sRGB
+    over white; size as in `read_image`. gif, animated png and animated webp are videos too. Raises MediaError (missing,
+    damaged, no video, `start` behind the end, beyond `limits`) and InputError.
     """
     import av
 
@@ -80,6 +85,10 @@ def decode_clip(
     if limit is not None and limit <= begin:
         raise InputError(f"end is {end!r}; allowed are seconds after the start, {float(begin):g}.")
     file = existing(path, "video")
+    try:
+        limits.check_memory(frames * height * width * 15, "Ask for fewer or smaller frames, or")  # uint8, then float32
+    except MediaError as error:
+        raise InputError(f"a clip of {frames} frames of {height} x {width} {error}") from error
     cut = False
 
     def convert(picture: Picture) -> Pixels:
@@ -88,7 +97,7 @@ def decode_clip(
 
     def frames_from(begin: Fraction) -> Iterator[tuple[Fraction, Picture]]:
         nonlocal cut
-        for time, picture in decode(file, begin):
+        for time, picture in decode(file, begin, limits):
             if limit is not None and time >= limit:
                 cut = True
                 return
@@ -114,7 +123,9 @@ def decode_clip(
     return DecodedClip(normalise(np.stack(picked)), float(begin), float(duration), float(frames / duration))
 
 
-def span_start(path: File, span: str, seconds: float, start: float | None = None, end: float | None = None) -> float:
+def span_start(
+    path: File, span: str, seconds: float, start: float | None = None, end: float | None = None, *, limits: Limits = LIMITS
+) -> float:
     """Where a clip of `seconds` begins by the rule `span`, within the limits `start` and `end` of the file, in seconds.
 
     "start": at `start`, or the beginning. "centre": in the middle between the limits, or at `start` if they are nearer
@@ -127,7 +138,7 @@ def span_start(path: File, span: str, seconds: float, start: float | None = None
     if limit is not None and limit <= first:
         raise InputError(f"end is {end!r}; allowed are seconds after the start, {float(first):g}.")
     if span == "centre":
-        last = length(existing(path, "video"))
+        last = length(existing(path, "video"), limits)
         last = last if limit is None else min(last, limit)
         first = max(first, (first + last - fraction("seconds", seconds)) / 2)
     return float(first.limit_denominator(10**6))

@@ -15,6 +15,7 @@ from PIL import Image
 
 from motionrt.runtime.errors import InputError, MediaError
 from motionrt.runtime.media import frames as frames_module
+from motionrt.runtime.media.limits import Limits
 from motionrt.runtime.media.video import decode_clip, read_clip, write_video
 
 F, H, W = 17, 32, 48
@@ -83,8 +84,8 @@ def test_read_clip_of_a_file_with_a_wrong_index(tmp_path: Path, monkeypatch: pyt
     path = encode(tmp_path / "a.mp4", [grey(5 * i) for i in range(50)], 8)
     whole = frames_module.decode_from
 
-    def late(path: Path, seek: Fraction | None) -> object:
-        return (item for item in whole(path, None) if seek is None or item[0] > seek + 1)
+    def late(path: Path, seek: Fraction | None, limits: Limits) -> object:
+        return (item for item in whole(path, None, limits) if seek is None or item[0] > seek + 1)
 
     monkeypatch.setattr(frames_module, "decode_from", late)
     assert near(levels(read_clip(path, 3, H, W, 8, 3.0)), [120, 125, 130])
