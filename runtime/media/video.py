@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -31,13 +33,23 @@ from motionrt.runtime.media.frames import (
     length,
     normalise,
     pick,
+    reason,
     undecodable,
 )  # fmt: skip
 from motionrt.runtime.media.limits import LIMITS, Limits
 from motionrt.runtime.media.stills import read_image as read_image
 
+if TYPE_CHECKING:
+    from av import VideoFrame
+
 File = str | os.PathLike[str]
 WRITABLE = (".mp4", ".gif", ".webp", ".png")
+# What a format holds: the largest side in pixels, the lowest and the highest frames per second, and why no more.
+_BOUNDS: dict[str, tuple[int, Fraction, int, str]] = {
+    ".mp4": (16384, Fraction(1, 1000), 1000, "that is what players follow"),
+    ".gif": (65535, Fraction(100, 65535), 50, "browsers show delays under 20 ms as 100 ms"),
+    ".webp": (16383, Fraction(1000, 2**24 - 1), 90, "browsers show delays of up to 10 ms as 100 ms"),
+}
 SPANS = ("start", "centre")  # where in its limits a clip is cut
 
 
@@ -144,36 +156,54 @@ def span_start(
     return float(first.limit_denominator(10**6))
 
 
-def write_video(path: File, frames: Pixels, fps: Rate) -> None:
-    """Write uint8 [F,H,W,3] as .mp4 (H.264), .gif, .webp (animated) or .png (a sheet of all frames), by extension.
-
-    An odd height or width of an mp4 is padded to even by repeating the last row or column, as 4:2:0 needs. The same frames
-    decode to the same video, but libx264 may write them in other bits. The file appears whole or not at all. Raises
-    MediaError (unknown extension, no permission, full disk) and InputError.
-    """
+def check_output(path: File, height: int, width: int, fps: Rate) -> Fraction:
+    """What `write_video` refuses and can be known before there are frames; the rate. Raises MediaError and InputError."""
     file = Path(path)
     kind = file.suffix.lower()
     if kind not in WRITABLE:
         raise MediaError(f"cannot write {file}: unknown extension {file.suffix!r}; allowed are {', '.join(WRITABLE)}.")
-    array = np.asarray(frames)
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape:
-        raise InputError(f"the frames are {array.dtype} {list(array.shape)}; allowed is uint8 [F,H,W,3], none 0.")
     rate = fraction("fps", fps)
     if rate <= 0:
         raise InputError(f"fps is {fps!r}; allowed is any number above 0.")
+    if kind == ".png":
+        return rate
+    side, slowest, fastest, why = _BOUNDS[kind]
+    if max(height, width) > side:
+        raise InputError(f"the frames are {width} x {height}; {kind} holds at most {side} x {side}. Make them smaller.")
+    if not slowest <= rate <= fastest:
+        others = ", ".join(name for name, bounds in _BOUNDS.items() if bounds[1] <= rate <= bounds[2])
+        raise InputError(
+            f"fps is {float(rate):g}; {kind} allows {float(slowest):.2g} to {fastest}: {why}."
+            + (f" Choose another rate, or {others}." if others else " Choose another rate.")
+        )
+    return rate
+
+
+def write_video(path: File, frames: Pixels, fps: Rate) -> None:
+    """Write uint8 [F,H,W,3] as .mp4 (H.264), .gif, .webp (animated) or .png (a sheet of all frames), by extension.
+
+    Every frame is written, also one that equals the frame before, and all of them play at `fps`; a gif counts time in 10 ms
+    and a webp in 1 ms, rounded so that the whole plays as long as it should. A single frame of a webp is a still. An odd
+    height or width of an mp4 is padded to even by repeating the last row or column, as 4:2:0 needs. The same frames decode
+    to the same video, but libx264 may write them in other bits. The file appears whole or not at all. Raises MediaError
+    (unknown extension, no permission, full disk) and InputError (frames, and sizes and rates that the format cannot hold).
+    """
+    import av
+
+    file = Path(path)
+    array = np.asarray(frames)
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape:
+        check_output(file, 1, 1, 25)  # an extension that is wrong is said first
+        raise InputError(f"the frames are {array.dtype} {list(array.shape)}; allowed is uint8 [F,H,W,3], none 0.")
+    rate = check_output(file, array.shape[1], array.shape[2], fps)
+    write = {".mp4": _write_mp4, ".gif": _write_gif, ".webp": _write_webp, ".png": _write_sheet}[file.suffix.lower()]
     with replacing(file, MediaError) as temporary:
-        if kind == ".mp4":
-            _write_mp4(temporary, array, rate)
-        elif kind == ".png":
-            Image.fromarray(_sheet(array)).save(temporary, format="PNG")
-        else:
-            unit = 10 if kind == ".gif" else 1  # ms: rounding the running time keeps the average rate exact
-            ends = [round(i * 1000 / (rate * unit)) * unit for i in range(len(array) + 1)]
-            first, *rest = (Image.fromarray(frame) for frame in array)
-            first.save(
-                temporary, kind[1:].upper(), save_all=True, append_images=rest, loop=0, quality=90,
-                duration=[max(b - a, unit) for a, b in zip(ends[:-1], ends[1:], strict=True)],
-            )  # fmt: skip
+        try:
+            write(temporary, array, rate)
+        except av.error.FFmpegError as error:
+            if isinstance(error, OSError):  # a full disk, no permission: said by `replacing`
+                raise
+            raise MediaError(f"cannot write {file}: {reason(error)}. Nothing was written; use another format.") from error
 
 
 def _write_mp4(path: Path, frames: Pixels, rate: Fraction) -> None:
@@ -192,6 +222,58 @@ def _write_mp4(path: Path, frames: Pixels, rate: Fraction) -> None:
             frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG", threads=1)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+
+
+def _write_gif(path: Path, frames: Pixels, rate: Fraction) -> None:
+    """Each frame with the 256 colours that suit it."""
+    import av
+
+    def of_256_colours(pixels: Pixels) -> VideoFrame:
+        picture = Image.fromarray(pixels).quantize(256)
+        palette = np.full((256, 4), 255, np.uint8)  # alpha, red, green, blue
+        colours = np.asarray(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)
+        palette[: len(colours), 1:] = colours
+        both: Any = (np.array(picture), palette)
+        return av.VideoFrame.from_ndarray(both, format="pal8")
+
+    _write_animation(path, "gif", "pal8", frames, rate, 100, of_256_colours)
+
+
+def _write_webp(path: Path, frames: Pixels, rate: Fraction) -> None:
+    import av
+
+    def opaque(pixels: Pixels) -> VideoFrame:
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+        return frame.reformat(format="bgra", threads=1)
+
+    _write_animation(path, "libwebp", "bgra", frames, rate, 1000, opaque)
+
+
+def _write_animation(
+    path: Path, codec: str, layout: str, frames: Pixels, rate: Fraction, per_second: int, make: Callable[[Pixels], VideoFrame]
+) -> None:
+    """A looping picture with FFmpeg, which keeps equal frames (Pillow and libwebp's own animation make one of them)."""
+    import av
+
+    kind = codec.removeprefix("lib")
+    ends = [round(i * per_second / rate) for i in range(len(frames) + 1)]
+    container_options = {"loop": "0"} | ({"final_delay": str(ends[-1] - ends[-2])} if kind == "gif" else {})
+    with av.open(str(path), "w", format=kind, options=container_options) as container:
+        stream: Any = container.add_stream(codec, rate=per_second, options={"quality": "90"} if kind == "webp" else {})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], layout
+        stream.codec_context.time_base = Fraction(1, per_second)
+        lengths = {start: end - start for start, end in pairwise(ends)}
+        for number in range(len(frames) + 1):
+            frame = None if number == len(frames) else make(frames[number])
+            if frame is not None:
+                frame.pts, frame.time_base = ends[number], Fraction(1, per_second)
+            for packet in stream.encode(frame):
+                packet.duration = lengths[packet.pts]
+                container.mux(packet)
+
+
+def _write_sheet(path: Path, frames: Pixels, rate: Fraction) -> None:
+    Image.fromarray(_sheet(frames)).save(path, format="PNG")
 
 
 def _sheet(frames: Pixels) -> Pixels:
