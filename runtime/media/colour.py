@@ -6,6 +6,8 @@ The rules are in docs/media.md. Numbers of transfers and primaries are those of 
 from __future__ import annotations
 
 import io
+import struct
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -31,36 +33,58 @@ def over_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def still_to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """A picture of mode L, LA, RGB, RGBA, CMYK or LAB, with the ICC profile of its file -> RGB, sRGB over white.
+def still_to_srgb(image: Image.Image, info: Mapping[Any, Any]) -> Image.Image:
+    """A picture of mode L, LA, RGB, RGBA, CMYK or LAB -> RGB, sRGB over white.
 
-    The perceptual intent of the profile is used, as Pillow does. A profile that is damaged, or for other channels than
-    the picture has, is ignored, as viewers do; CMYK without a profile is taken as the complement of RGB.
+    info: what Pillow read beside the pixels: the ICC profile, the H.273 numbers of `h273`, the gamma of a png. The perceptual
+    intent of the profile is used, as Pillow does. A profile that is damaged, or for other channels than the picture has, is
+    ignored, as viewers do; CMYK without a profile is taken as the complement of RGB.
     """
     alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
-    colours = _through(image if alpha is None else image.convert(image.mode[:-1]), profile)
+    colours = _to_srgb(image if alpha is None else image.convert(image.mode[:-1]), info)
     if alpha is None:
         return colours
     colours.putalpha(alpha)
     return over_white(colours)
 
 
+def h273(head: bytes) -> tuple[int, int] | None:
+    """(transfer, primaries) that a png (chunk cICP) or an avif (box colr) says at its beginning; Pillow does not look."""
+    head = head.partition(b"IDAT")[0]
+    if (at := head.find(b"cICP")) >= 0 and head.startswith(b"\x89PNG") and len(head) >= at + 6:
+        return head[at + 5], head[at + 4]
+    if (at := head.find(b"colrnclx")) >= 0 and head[4:8] == b"ftyp" and len(head) >= at + 12:
+        primaries, transfer = struct.unpack_from(">HH", head, at + 8)
+        return transfer, primaries
+    return None
+
+
+def _to_srgb(image: Image.Image, info: Mapping[Any, Any]) -> Image.Image:
+    """L, RGB, CMYK or LAB -> RGB, sRGB: by the first of HDR, profile, wide gamut and gamma that the file has."""
+    transfer, primaries = info.get("h273") or (2, 2)
+    profile, gamma = info.get("icc_profile"), info.get("gamma")
+    if transfer in HDR or (primaries in WIDE and not profile):
+        codes = np.asarray(image.convert("RGB")).astype(np.uint16) * np.uint16(257)
+        return Image.fromarray(video_to_srgb(codes, transfer, primaries))
+    if image.mode == "LAB" or profile:
+        return _through(image, profile)
+    image = image.convert("RGB")
+    if gamma and "srgb" not in info and abs(gamma * 2.2 - 1) > 0.05:  # else that of sRGB, nearly
+        light: Light = (np.arange(256, dtype=np.float32) / np.float32(255)) ** np.float32(1 / gamma)
+        return image.point(np.rint(255 * _srgb_encode(light)).astype(int).tolist() * 3)
+    return image
+
+
 def _through(image: Image.Image, profile: bytes | None) -> Image.Image:
-    source: Any
-    if image.mode == "LAB":
-        source = ImageCms.createProfile("LAB")
-    elif not profile:
-        return image.convert("RGB")
-    else:
-        try:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        except OSError:
-            return image.convert("RGB")
-        if source.profile.xcolor_space.strip() != _SPACES[image.mode]:
-            return image.convert("RGB")
     try:
+        if image.mode == "LAB":
+            source: Any = ImageCms.createProfile("LAB")
+        else:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile or b""))
+            if source.profile.xcolor_space.strip() != _SPACES[image.mode]:
+                return image.convert("RGB")
         converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except ImageCms.PyCMSError:
+    except (ImageCms.PyCMSError, OSError):
         if image.mode == "LAB":
             raise
         return image.convert("RGB")

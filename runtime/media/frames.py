@@ -192,7 +192,7 @@ def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[VideoFr
 
 
 def _plain(image: Image.Image) -> tuple[Pixels, float]:
-    return np.asarray(still_to_srgb(simple(image), image.info.get("icc_profile"))), 1.0
+    return np.asarray(still_to_srgb(simple(image), image.info)), 1.0
 
 
 def pick(

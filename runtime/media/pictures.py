@@ -13,24 +13,32 @@ import numpy as np
 from PIL import Image
 
 from motionrt.runtime.errors import MediaError
+from motionrt.runtime.media.colour import h273
 from motionrt.runtime.media.limits import Limits
 
 _FOREIGN = ("EPS", "WMF")  # formats that Pillow hands to other programs
 _FLOAT_WHITE, _FLOAT_MOST = 1.0, 16.0  # the white of floats; what only a few highlights exceed
+_HEAD = 1 << 16  # bytes: where the tags of colour are, before the pixels
 _KEPT = 16  # bytes that are kept of each pixel of an animation: the canvas of the decoder, and Pillow's pictures
 
 
 def open_picture(file: IO[bytes], name: str) -> Image.Image:
-    """`Image.open` without its limit on pixels, which is one for the whole process and warns before it refuses."""
+    """`Image.open` without its limit on pixels, which is one for the whole process and warns before it refuses.
+
+    `info` of the picture has `h273`, its transfer and primaries, if the file says them.
+    """
     Image.init()
-    prefix = file.read(16)
+    head = file.read(_HEAD)
+    prefix = head[:16]
     for kind in Image.ID:
         factory, accept = Image.OPEN[kind]
         if kind in _FOREIGN or (accept is not None and accept(prefix) is not True):
             continue
         file.seek(0)
         with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):  # as Pillow does: not of this format
-            return factory(file, name)
+            image: Image.Image = factory(file, name)
+            image.info["h273"] = h273(head)
+            return image
     raise ValueError("it is of no format that is known")
 
 

@@ -76,8 +76,7 @@ def _small(image: Image.Image, height: int, width: int, limits: Limits) -> Image
     turn = _UPRIGHT.get(orientation)
     if orientation in (5, 6, 7, 8):
         height, width = width, height
-    profile = image.info.get("icc_profile")
-    small = still_to_srgb(cover_image(simple(image), height, width), profile)
+    small = still_to_srgb(cover_image(simple(image), height, width), image.info)
     return small if turn is None else small.transpose(turn)
 
 

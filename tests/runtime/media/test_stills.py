@@ -278,6 +278,42 @@ def test_an_srgb_profile_changes_nothing_that_can_be_seen(tmp_path: Path) -> Non
     assert np.abs((read_image(tmp_path / "a.png", 32, 32) + 1) * 127.5 - noise.transpose(2, 0, 1)).max() <= 1.01
 
 
+def with_chunk(path: Path, name: bytes, data: bytes) -> Path:
+    """The same png with a chunk more after its header."""
+    whole = path.read_bytes()
+    chunk = name + data
+    path.write_bytes(whole[:33] + struct.pack(">I", len(data)) + chunk + struct.pack(">I", zlib.crc32(chunk)) + whole[33:])
+    return path
+
+
+def test_hdr_and_wide_gamut_stills_are_converted_as_videos_are(tmp_path: Path) -> None:
+    def png(level: tuple[int, int, int], primaries: int, transfer: int) -> list[int]:
+        Image.new("RGB", (8, 8), level).save(tmp_path / "a.png")
+        return colour(with_chunk(tmp_path / "a.png", b"cICP", bytes([primaries, transfer, 0, 1])))
+
+    assert near(png((148, 148, 148), 9, 16), (255, 255, 255), 2)  # PQ: 203 nits
+    assert near(png((191, 191, 191), 9, 18), (255, 255, 255), 2)  # HLG: 75 %
+    assert near(png((109, 109, 109), 9, 16), (128, 128, 128), 3)
+    assert near(png((60, 180, 75), 12, 13), (0, 183, 57), 1)  # Display P3
+    assert png((60, 180, 75), 1, 13) == [60, 180, 75]
+
+
+def test_hdr_avif_is_converted(tmp_path: Path) -> None:
+    Image.new("RGB", (16, 16), (148, 148, 148)).save(tmp_path / "a.avif", quality=100)
+    data = (tmp_path / "a.avif").read_bytes()
+    at = data.index(b"colrnclx") + 8
+    (tmp_path / "a.avif").write_bytes(data[:at] + struct.pack(">HH", 9, 16) + data[at + 4 :])
+    assert near(colour(tmp_path / "a.avif"), (255, 255, 255), 3)
+
+
+def test_the_gamma_of_a_png(tmp_path: Path) -> None:
+    for gamma, want in ((100000, 128), (45455, 55), (55556, 71)):  # linear light, that of sRGB nearly, that of old Macs
+        Image.new("L", (8, 8), 55).save(tmp_path / "a.png")
+        got = colour(with_chunk(tmp_path / "a.png", b"gAMA", struct.pack(">I", gamma)))
+        assert near(got, (want,) * 3, 2), gamma
+    assert colour(with_chunk(tmp_path / "a.png", b"sRGB", b"\0")) == [55] * 3
+
+
 def test_lab_is_converted(tmp_path: Path) -> None:
     lab = ImageCms.profileToProfile(
         Image.new("RGB", (8, 8), (200, 100, 50)),
