@@ -151,7 +151,7 @@ def test_hdr_files_are_read_as_sdr(tmp_path: Path, transfer: int, want: tuple[in
 
 def test_hdr_agrees_with_ffmpeg(tmp_path: Path) -> None:
     """swscale converts PQ by its own means; where it needs no mapping of gamuts the two agree."""
-    for srgb in COLOURS[:3]:
+    for srgb in COLOURS[2:3]:  # swscale takes seconds for a frame
         path = hdr_file(tmp_path / "a.mp4", PQ, BT2020, pq(203 * TO_2020 @ linear(srgb)))
         with av.open(str(path)) as container:
             frame = next(container.decode(video=0))
