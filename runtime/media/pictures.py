@@ -113,5 +113,7 @@ def animation(path: Path, limits: Limits) -> Iterator[tuple[Fraction, Fraction, 
                     duration = (shown if shown > 10 else Fraction(100)) / 1000
                     yield time, duration, image.copy()
                     time += duration
-        except (EOFError, SyntaxError, TypeError, ArithmeticError, struct.error) as error:
-            raise ValueError("a frame of it is damaged") from error
+        except MediaError:
+            raise
+        except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+            raise ValueError(str(error) or "a frame of it is damaged") from error

@@ -133,7 +133,7 @@ def hdr_file(path: Path, transfer: int, primaries: int, signal: np.ndarray, spac
         stream.codec_context.colorspace, stream.codec_context.color_range = space, 1
         for _ in range(3):
             frame = av.VideoFrame.from_ndarray(codes, format="rgb48le")
-            matrix = "BT2020" if space == 9 else "ITU709"
+            matrix = 9 if space == 9 else 1  # by number: PyAV 17 has no name for BT.2020
             frame = frame.reformat(format="yuv444p10le", dst_colorspace=matrix, dst_color_range="MPEG", threads=1)
             frame.time_base, frame.pts = Fraction(1, 8), None
             container.mux(stream.encode(frame))
