@@ -263,6 +263,27 @@ def test_a_grey_profile_and_cmyk(tmp_path: Path) -> None:
     assert colour(tmp_path / "a.tif") == [255, 0, 255]
 
 
+def cmyk_profile(ink: tuple[int, int, int]) -> bytes:
+    """A profile of four inks, of which the second has the colour `ink` in Lab and every other mixture is black."""
+    corners = np.full((2, 2, 2, 2, 3), (0, 128, 128), np.uint8)
+    corners[0, 0, 0, 0], corners[0, 1, 0, 0] = (255, 128, 128), (round(ink[0] * 2.55), ink[1] + 128, ink[2] + 128)
+    straight = bytes(range(256))
+    table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + struct.pack(">9i", *(65536 * (i % 4 == 0) for i in range(9)))
+    table += straight * 4 + corners.tobytes() + straight * 3
+    text = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + b"\0" * 78
+    whole = icc(b"CMYK", {b"desc": text, b"cprt": b"text\0\0\0\0none\0", b"wtpt": b"XYZ \0\0\0\0" + bytes(12), b"A2B0": table})
+    return whole[:12] + b"prtr" + whole[16:20] + b"Lab " + whole[24:]
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.jpg"])
+def test_cmyk_with_a_profile_has_its_inks(tmp_path: Path, name: str) -> None:
+    """L* 54, a* 81, b* 70 is red, (255, 0, 0) nearly: what this profile's second ink is, and magenta is not."""
+    for inks, want in (((0, 255, 0, 0), (255, 0, 0)), ((0, 0, 0, 0), (255, 255, 255)), ((255, 0, 0, 0), (0, 0, 0))):
+        picture = Image.new("CMYK", (16, 16), inks)
+        picture.save(tmp_path / name, icc_profile=cmyk_profile((54, 81, 70)), **({"quality": 100} if name == "a.jpg" else {}))
+        assert near(colour(tmp_path / name), want, 8), inks
+
+
 def test_a_profile_that_does_not_fit_or_is_damaged_is_ignored(tmp_path: Path) -> None:
     for mode, value in (("RGB", (60, 180, 75)), ("L", 90), ("RGBA", (60, 180, 75, 255))):
         want = value[:3] if isinstance(value, tuple) else (90, 90, 90)
