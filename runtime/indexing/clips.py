@@ -21,6 +21,7 @@ from motionrt.runtime.memory.rows import Layout
 __all__ = ["BATCH", "ClipEncoders", "IndexReport", "index_clips"]
 
 BATCH = 8  # clips through the encoders, and into the memory, at once
+STILL = 4 / 127.5  # of values in [-1, 1]: up to 4 of 255 levels a still changes by being coded as a video
 SAME_ENCODER = 0.98  # cosine of two vectors of one caption, above which one encoder made both (float16 costs 1e-3)
 
 
@@ -51,7 +52,8 @@ def index_clips(
     Each clip is the window that `span_start` places by the rule `span` ("start" or "centre") and `decode_clip` cuts, so
     indexing is reproducible; its metadata says `span` (start, centre, or explicit where the item gave the start) and the
     item's limits. What identifies a clip is the SHA-256 of its file, its start and its caption: one that the memory has is
-    skipped. An item that cannot be used (damaged, too short, no caption or one too long) is reported and the rest go on.
+    skipped. An item that cannot be used (damaged, no motion in its window, no caption or one too long) is reported and the
+    rest go on; a window shows no motion if no pixel of it differs from its first frame by more than 4 of 255 levels.
 
     Vectors that come with the captions are kept if they have the memory's dimension, unless `reembed`: they must come from
     the bundle's own text encoder, and the first one is compared with it (MemoryStoreError if they differ).
@@ -128,8 +130,13 @@ class _Run:
         waiting = any((p.sha256, p.start, p.item.caption) == (sha256, start, caption) for p in self.pending)
         if waiting or self.memory.contains(sha256, start, caption):
             return None
-        embedding = self._embedding(item)
-        return _Pending(item, start, sha256, cut(encoders.spec, path, start, item.end), embedding)
+        decoded = cut(encoders.spec, path, start, item.end)
+        if len(decoded.video) > 1 and np.abs(decoded.video - decoded.video[:1]).max() <= STILL:
+            raise MediaError(
+                f"{path} shows one picture from {start:g} to {start + decoded.duration:g} s, which is no motion. Leave it out,"
+                " or choose a part that moves."
+            )
+        return _Pending(item, start, sha256, decoded, self._embedding(item))
 
     def _embedding(self, item: Item) -> NDArray[np.float32]:
         given = item.embedding

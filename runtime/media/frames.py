@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from motionrt.runtime.errors import InputError, MediaError
+from motionrt.runtime.media.colour import HDR, WIDE, over_white, still_to_srgb, video_to_srgb
+from motionrt.runtime.media.limits import LIMITS, Limits
+from motionrt.runtime.media.pictures import animation, is_picture, simple
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -25,66 +29,143 @@ Rate = float | Fraction  # frames per second, exact if a Fraction
 Float = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 Picture = Callable[[], tuple[Pixels, float]]  # converts a decoded frame when called: RGB [h,w,3], pixel width / height
+_KEPT = 32  # bytes of each pixel of a frame, with the frames that a decoder keeps beside it
+_SCANNED = 20_000  # packets that are looked at to find which tracks move
+_UNKNOWN_SPACES = (14, 15)  # H.273: ICtCp, IPT-C2
 _SEEK_AFTER = 2  # seconds: up to here, decoding from the beginning is cheaper than what can go wrong with a seek
 
 
-def length(path: Path) -> Fraction:
-    """How long the video is, in seconds: what its header says, or the times of its packets. Raises MediaError."""
+def length(path: Path, limits: Limits = LIMITS) -> Fraction:
+    """How long the video plays, in seconds: what its header says, if there is a frame within a second of that end.
+
+    Otherwise (a file that was cut off, a longer sound track, no header) what the times of its frames say. Raises MediaError.
+    """
+    if is_picture(path):
+        try:
+            return sum((seconds for _, seconds, _ in islice(animation(path, limits), limits.frames)), Fraction(0))
+        except ValueError as error:
+            raise undecodable(path, error) from error
+    with opened(path, limits) as (container, stream):
+        header = Fraction(0)
+        if stream.duration and stream.time_base:
+            header = Fraction(stream.duration * stream.time_base)
+        elif container.duration:
+            header = Fraction(container.duration, 1_000_000)
+        if header and _last(container, stream, header - 1, limits) >= header - 1:
+            return header
+    with opened(path, limits) as (container, stream):
+        return _last(container, stream, None, limits)
+
+
+def _last(container: InputContainer, stream: VideoStream, seek: Fraction | None, limits: Limits) -> Fraction:
+    """When the last frame in the file ends, in seconds since the stream began; 0 if there is none behind `seek`."""
+    import av
+
+    interval = 1 / (stream.average_rate or stream.guessed_rate or Fraction(25))
+    base, last, counted = stream.time_base or Fraction(1), Fraction(0), 0
+    origin: int | None = stream.start_time
+    try:
+        if seek is not None and seek > 0:
+            container.seek(int(seek / base) + (origin or 0), stream=stream)
+        for packet in islice(container.demux(stream), limits.frames):
+            if not packet.size or packet.is_corrupt:
+                continue
+            counted += 1
+            if packet.pts is not None:
+                origin = packet.pts if origin is None else origin
+                last = max(last, (packet.pts - origin) * base + (packet.duration * base if packet.duration else interval))
+            elif seek is None:  # raw streams carry no times: count frames
+                last = counted * interval
+    except (av.error.FFmpegError, OSError):
+        if not counted and seek is None:
+            raise
+    return last
+
+
+def undecodable(path: Path, error: BaseException) -> MediaError:
+    return MediaError(f"{path} cannot be decoded: {reason(error)}. Use an intact mp4, webm, gif or webp.")
+
+
+@contextlib.contextmanager
+def opened(path: Path, limits: Limits) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """A video file and the track to read; MediaError if there is none, if it is too large, or for what FFmpeg refuses."""
     import av
 
     try:
-        with av.open(str(path.absolute())) as container:
+        with av.open(str(path.absolute())) as container:  # an absolute path is never taken for a protocol (`http:`)
             stream = _video_stream(container, path)
-            if stream.duration and stream.time_base:
-                return Fraction(stream.duration * stream.time_base)
-            if container.duration:
-                return Fraction(container.duration, av.time_base)
-            interval = 1 / (stream.average_rate or stream.guessed_rate or Fraction(25))
-            packets = [packet for packet in container.demux(stream) if packet.size]
-            times = [packet.pts * packet.time_base for packet in packets if packet.pts is not None]
-            if len(times) < len(packets):  # raw streams carry no times: count frames
-                return len(packets) * interval
-            return max(times) - min(times) + interval if times else Fraction(0)
+            check_frame(path, stream.width, stream.height, limits)
+            yield container, stream
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise undecodable(path, error) from error
 
 
-def undecodable(path: Path, error: BaseException) -> MediaError:
-    return MediaError(f"{path} cannot be decoded: {reason(error)}. Use an intact mp4, webm or gif.")
+def check_frame(path: Path, width: int, height: int, limits: Limits) -> None:
+    try:
+        limits.check_picture(width, height, _KEPT)
+    except MediaError as error:
+        raise MediaError(f"{path} {error}") from error
 
 
 def _video_stream(container: InputContainer, path: Path) -> VideoStream:
+    """Of the tracks that move (two frames, or more), the one that the file calls its default, or else the first."""
     import av
 
-    videos = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+    attached = av.stream.Disposition.attached_pic
+    videos = [s for s in container.streams.video if not s.disposition & attached and s.codec_context is not None]
     if not videos:
-        raise MediaError(f"{path} has no video stream (audio or a cover picture only); use a file with video.")
-    return videos[0]
+        raise MediaError(f"{path} has no video stream that can be read (audio or a cover picture only); use a file with video.")
+    moving = videos
+    if len(videos) > 1:
+        counts = dict.fromkeys((s.index for s in videos), 0)
+        with av.open(str(path.absolute())) as scanned, contextlib.suppress(av.error.FFmpegError):
+            for packet in islice(scanned.demux(*(scanned.streams[index] for index in counts)), _SCANNED):
+                counts[packet.stream_index] += bool(packet.size)
+                if min(counts.values()) > 1:
+                    break
+        moving = [s for s in videos if counts[s.index] > 1] or videos
+    return next((s for s in moving if s.disposition & av.stream.Disposition.default), moving[0])
 
 
-def decode(path: Path, start: Fraction) -> Iterator[tuple[Fraction, Picture]]:
+def decode(path: Path, start: Fraction, limits: Limits = LIMITS) -> Iterator[tuple[Fraction, Picture]]:
     """Yield (seconds since the stream began, frame) in rising order, from a frame at or before `start` on if it can."""
-    if start > _SEEK_AFTER:
-        frames = decode_from(path, start)
+    frames = bounded(path, decode_from(path, start if start > _SEEK_AFTER else None, limits), limits)
+    first = next(frames, None)
+    if start > _SEEK_AFTER and (first is None or first[0] > start):  # the file's index is missing or wrong: decode all of it
+        frames = bounded(path, decode_from(path, None, limits), limits)
         first = next(frames, None)
-        if first is not None and first[0] <= start:
-            yield first
-            yield from frames
-            return  # otherwise the file's index is missing or wrong: decode all of it
-    yield from decode_from(path, None)
+    if first is not None:
+        yield first
+        yield from frames
 
 
-def decode_from(path: Path, seek: Fraction | None) -> Iterator[tuple[Fraction, Picture]]:
-    import av
+def bounded(path: Path, frames: Iterator[tuple[Fraction, Picture]], limits: Limits) -> Iterator[tuple[Fraction, Picture]]:
+    """The same frames; MediaError if they go on beyond the limits of frames or seconds."""
+    first: Fraction | None = None
+    for number, (time, picture) in enumerate(frames):
+        first = time if first is None else first
+        if number >= limits.frames or time - first > limits.seconds:
+            raise MediaError(
+                f"{path} must be decoded for more than {limits.frames} frames or {limits.seconds:g} s to find this clip. Cut"
+                " the file, write it with key frames, or pass `limits` with more of them."
+            )
+        yield time, picture
 
-    with av.open(str(path.absolute())) as container:  # an absolute path is never taken for a protocol (`http:`)
-        stream = _video_stream(container, path)
+
+def decode_from(path: Path, seek: Fraction | None, limits: Limits) -> Iterator[tuple[Fraction, Picture]]:
+    if is_picture(path):
+        yield from ((time, partial(_plain, picture)) for time, _, picture in animation(path, limits))
+        return
+    with opened(path, limits) as (container, stream):
         base, origin = stream.time_base, stream.start_time
         if seek is not None and base is not None:
             container.seek(int(seek / base) + (origin or 0), stream=stream)
         interval = 1 / (stream.average_rate or stream.guessed_rate or Fraction(25))
         last: Fraction | None = None
-        for frame in container.decode(stream):
+        for frame in _decoded(container, stream):
+            check_frame(path, frame.width, frame.height, limits)
+            if frame.colorspace in _UNKNOWN_SPACES:
+                raise MediaError(f"{path} codes its colours as ICtCp or IPT (Dolby Vision); convert it to SDR (BT.709) first.")
             if frame.pts is not None and base is not None:
                 origin = frame.pts if origin is None else origin
                 time = (frame.pts - origin) * base
@@ -95,6 +176,23 @@ def decode_from(path: Path, seek: Fraction | None) -> Iterator[tuple[Fraction, P
             if last is None or time > last:
                 last = time
                 yield time, partial(upright, frame, float(stream.sample_aspect_ratio or 1))
+
+
+def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    """The frames of a track; those of VP8 and VP9 with transparency through libvpx: FFmpeg's own decoders leave it out."""
+    import av
+
+    name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.name)
+    if name is None or "1" not in (stream.metadata.get("alpha_mode"), stream.metadata.get("ALPHA_MODE")):
+        yield from container.decode(stream)
+        return
+    decoder: Any = av.CodecContext.create(name, "r")
+    for packet in container.demux(stream):
+        yield from decoder.decode(packet)
+
+
+def _plain(image: Image.Image) -> tuple[Pixels, float]:
+    return np.asarray(still_to_srgb(simple(image), image.info)), 1.0
 
 
 def pick(
@@ -127,8 +225,7 @@ def pick(
 
 def upright(frame: VideoFrame, aspect: float) -> tuple[Pixels, float]:
     """RGB [h,w,3] as it is to be seen (the display matrix undone), and the width of a pixel over its height."""
-    # Otherwise each frame would start threads of its own, a hundred of them by the time that anything collects them.
-    pixels = np.asarray(frame.to_ndarray(format="rgb24", threads=1), np.uint8)
+    pixels = _rgb(frame)
     extras: Any = frame.side_data
     if "DISPLAYMATRIX" in extras:
         # x' = a x + c y, y' = b x + d y: turns by right angles, mirrored or not
@@ -139,17 +236,40 @@ def upright(frame: VideoFrame, aspect: float) -> tuple[Pixels, float]:
     return pixels, aspect
 
 
+def _rgb(frame: VideoFrame) -> Pixels:
+    """The frame as sRGB [h,w,3], over white where it is transparent."""
+    codes: Any
+    # With more than one thread each frame would start its own, a hundred of them by the time that anything collects them.
+    clear = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
+    if frame.color_trc in HDR or frame.color_primaries in WIDE:
+        codes = frame.to_ndarray(format="rgba64le", threads=1)
+        pixels = video_to_srgb(codes[..., :3], frame.color_trc, frame.color_primaries)
+        if not clear:
+            return pixels
+        rgba = np.dstack([pixels, (codes[..., 3] >> 8).astype(np.uint8)])
+    elif not clear:
+        return np.asarray(frame.to_ndarray(format="rgb24", threads=1), np.uint8)
+    else:
+        rgba = np.asarray(frame.to_ndarray(format="rgba", threads=1), np.uint8)
+    return np.asarray(over_white(Image.fromarray(rgba)))
+
+
 def cover(pixels: Pixels, height: int, width: int, aspect: float = 1.0) -> Pixels:
-    """Bicubic resize of [h,w,3] to cover [height,width,3] and crop around the centre, in one filter pass.
+    """`cover_image` of [h,w,3] -> [height,width,3]."""
+    return np.asarray(cover_image(Image.fromarray(pixels), height, width, aspect))
+
+
+def cover_image(image: Image.Image, height: int, width: int, aspect: float = 1.0) -> Image.Image:
+    """Bicubic resize to cover `height` x `width` and crop around the centre, in one filter pass.
 
     Only the box that stays is read and only the result is made: a 1 x 50000 picture costs no more than any other.
     """
-    rows, columns = pixels.shape[:2]
+    columns, rows = image.size
     scale = max(width / (columns * aspect), height / rows)
     box_width, box_height = min(width / scale / aspect, columns), min(height / scale, rows)
     left, top = (columns - box_width) / 2, (rows - box_height) / 2
     box = (left, top, min(left + box_width, columns), min(top + box_height, rows))
-    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC, box=box))
+    return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
 
 
 def normalise(pixels: Pixels) -> Float:
@@ -174,8 +294,9 @@ def check_size(**sizes: object) -> None:
 
 
 def fraction(name: str, value: Rate) -> Fraction:
+    given: Any = value
     try:
-        number = Fraction(value).limit_denominator(10**6)
+        number = Fraction(float(given) if isinstance(given, np.floating) else given).limit_denominator(10**6)
     except (TypeError, ValueError, ArithmeticError) as error:
         raise InputError(f"{name} is {value!r}; allowed is a finite number.") from error
     if number < 0:

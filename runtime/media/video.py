@@ -6,18 +6,17 @@ RGB, channels last. Reading has no random part: the same file, window and size a
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from motionrt.runtime.errors import InputError, MediaError
 from motionrt.runtime.files import replacing
@@ -37,9 +36,20 @@ from motionrt.runtime.media.frames import (
     reason,
     undecodable,
 )  # fmt: skip
+from motionrt.runtime.media.limits import LIMITS, Limits
+from motionrt.runtime.media.stills import read_image as read_image
+
+if TYPE_CHECKING:
+    from av import VideoFrame
 
 File = str | os.PathLike[str]
 WRITABLE = (".mp4", ".gif", ".webp", ".png")
+# What a format holds: the largest side in pixels, the lowest and the highest frames per second, and why no more.
+_BOUNDS: dict[str, tuple[int, Fraction, int, str]] = {
+    ".mp4": (16384, Fraction(1, 1000), 1000, "that is what players follow"),
+    ".gif": (65535, Fraction(100, 65535), 50, "browsers show delays under 20 ms as 100 ms"),
+    ".webp": (16383, Fraction(1000, 2**24 - 1), 90, "browsers show delays of up to 10 ms as 100 ms"),
+}
 SPANS = ("start", "centre")  # where in its limits a clip is cut
 
 
@@ -57,50 +67,25 @@ class DecodedClip:
     fps: float
 
 
-def read_image(source: File | Image.Image | NDArray[Any], height: int, width: int) -> Float:
-    """Read a still of any size, mode, EXIF orientation and alpha (laid over white) -> float32 [3,H,W] in [-1,1].
-
-    source: a file, a Pillow image, or a uint8 array [h,w], [h,w,3] or [h,w,4]. Resized with an antialiased bicubic
-    filter until it covers `height` x `width`, then cropped around the centre. Raises MediaError for files that are
-    missing or damaged and InputError for arrays and sizes that cannot be used.
-    """
-    check_size(height=height, width=width)
-    if isinstance(source, np.ndarray):
-        plain = source.dtype == np.uint8 and source.ndim in (2, 3) and source.shape[2:] in ((), (3,), (4,))
-        if not plain or 0 in source.shape:
-            raise InputError(
-                f"the image array is {source.dtype} {list(source.shape)}; allowed is uint8 [h,w], [h,w,3] or [h,w,4]."
-                " For floats in [0,1] pass `(x * 255).round().astype('uint8')`."
-            )
-        source = Image.fromarray(np.ascontiguousarray(source))
-    name = "the image" if isinstance(source, Image.Image) else str(existing(source, "image"))
-    try:
-        with contextlib.nullcontext(source) if isinstance(source, Image.Image) else Image.open(name) as image:
-            image.load()
-            with contextlib.suppress(Exception):  # damaged EXIF: the picture is still good
-                image = ImageOps.exif_transpose(image)
-            pixels = np.asarray(_rgb(image))
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        raise MediaError(f"{name} cannot be read as an image: {reason(error)}. Use an intact png or jpeg.") from error
-    video = normalise(cover(pixels, height, width)[None])
-    return video.reshape(video.shape[1:])
-
-
-def read_clip(path: File, frames: int, height: int, width: int, fps: Rate, start: float | None = None) -> Float:
+def read_clip(
+    path: File, frames: int, height: int, width: int, fps: Rate, start: float | None = None, *, limits: Limits = LIMITS
+) -> Float:
     """The frames of `decode_clip` alone: float32 [F,3,H,W] in [-1,1]."""
-    return decode_clip(path, frames, height, width, fps, start).video
+    return decode_clip(path, frames, height, width, fps, start, limits=limits).video
 
 
 def decode_clip(
-    path: File, frames: int, height: int, width: int, fps: Rate, start: float | None = None, end: float | None = None
-) -> DecodedClip:
+    path: File, frames: int, height: int, width: int, fps: Rate, start: float | None = None, end: float | None = None,
+    *, limits: Limits = LIMITS,
+) -> DecodedClip:  # fmt: skip
     """Cut `frames` frames at `fps` out of a video of any frame rate, from `start` seconds (default 0) on.
 
     Frame i is the decoded frame nearest to `start + i / fps`, of two equally near ones the earlier: at a constant rate
     this is the first frame at or after the target minus half a frame. A clip that ends before the last target is
     stretched: targets are spread evenly from `start` to its last frame, and frames repeat if there are too few.
-    No frame at or after `end` seconds is used. Rotation, mirroring and non-square pixels are undone; size as in
-    `read_image`. Raises MediaError (missing, damaged, no video, `start` behind the end) and InputError.
+    No frame at or after `end` seconds is used. Rotation, mirroring and non-square pixels are undone; colours come as sRGB
+    over white; size as in `read_image`. gif, animated png and animated webp are videos too. Raises MediaError (missing,
+    damaged, no video, `start` behind the end, beyond `limits`) and InputError.
     """
     import av
 
@@ -112,6 +97,10 @@ def decode_clip(
     if limit is not None and limit <= begin:
         raise InputError(f"end is {end!r}; allowed are seconds after the start, {float(begin):g}.")
     file = existing(path, "video")
+    try:
+        limits.check_memory(frames * height * width * 15, "Ask for fewer or smaller frames, or")  # uint8, then float32
+    except MediaError as error:
+        raise InputError(f"a clip of {frames} frames of {height} x {width} {error}") from error
     cut = False
 
     def convert(picture: Picture) -> Pixels:
@@ -120,7 +109,7 @@ def decode_clip(
 
     def frames_from(begin: Fraction) -> Iterator[tuple[Fraction, Picture]]:
         nonlocal cut
-        for time, picture in decode(file, begin):
+        for time, picture in decode(file, begin, limits):
             if limit is not None and time >= limit:
                 cut = True
                 return
@@ -146,7 +135,9 @@ def decode_clip(
     return DecodedClip(normalise(np.stack(picked)), float(begin), float(duration), float(frames / duration))
 
 
-def span_start(path: File, span: str, seconds: float, start: float | None = None, end: float | None = None) -> float:
+def span_start(
+    path: File, span: str, seconds: float, start: float | None = None, end: float | None = None, *, limits: Limits = LIMITS
+) -> float:
     """Where a clip of `seconds` begins by the rule `span`, within the limits `start` and `end` of the file, in seconds.
 
     "start": at `start`, or the beginning. "centre": in the middle between the limits, or at `start` if they are nearer
@@ -159,42 +150,60 @@ def span_start(path: File, span: str, seconds: float, start: float | None = None
     if limit is not None and limit <= first:
         raise InputError(f"end is {end!r}; allowed are seconds after the start, {float(first):g}.")
     if span == "centre":
-        last = length(existing(path, "video"))
+        last = length(existing(path, "video"), limits)
         last = last if limit is None else min(last, limit)
         first = max(first, (first + last - fraction("seconds", seconds)) / 2)
     return float(first.limit_denominator(10**6))
 
 
-def write_video(path: File, frames: Pixels, fps: Rate) -> None:
-    """Write uint8 [F,H,W,3] as .mp4 (H.264), .gif, .webp (animated) or .png (a sheet of all frames), by extension.
-
-    An odd height or width of an mp4 is padded to even by repeating the last row or column, as 4:2:0 needs. The same frames
-    decode to the same video, but libx264 may write them in other bits. The file appears whole or not at all. Raises
-    MediaError (unknown extension, no permission, full disk) and InputError.
-    """
+def check_output(path: File, height: int, width: int, fps: Rate) -> Fraction:
+    """What `write_video` refuses and can be known before there are frames; the rate. Raises MediaError and InputError."""
     file = Path(path)
     kind = file.suffix.lower()
     if kind not in WRITABLE:
         raise MediaError(f"cannot write {file}: unknown extension {file.suffix!r}; allowed are {', '.join(WRITABLE)}.")
-    array = np.asarray(frames)
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape:
-        raise InputError(f"the frames are {array.dtype} {list(array.shape)}; allowed is uint8 [F,H,W,3], none 0.")
     rate = fraction("fps", fps)
     if rate <= 0:
         raise InputError(f"fps is {fps!r}; allowed is any number above 0.")
+    if kind == ".png":
+        return rate
+    side, slowest, fastest, why = _BOUNDS[kind]
+    if max(height, width) > side:
+        raise InputError(f"the frames are {width} x {height}; {kind} holds at most {side} x {side}. Make them smaller.")
+    if not slowest <= rate <= fastest:
+        others = ", ".join(name for name, bounds in _BOUNDS.items() if bounds[1] <= rate <= bounds[2])
+        raise InputError(
+            f"fps is {float(rate):g}; {kind} allows {float(slowest):.2g} to {fastest}: {why}."
+            + (f" Choose another rate, or {others}." if others else " Choose another rate.")
+        )
+    return rate
+
+
+def write_video(path: File, frames: Pixels, fps: Rate) -> None:
+    """Write uint8 [F,H,W,3] as .mp4 (H.264), .gif, .webp (animated) or .png (a sheet of all frames), by extension.
+
+    Every frame is written, also one that equals the frame before, and all of them play at `fps`; a gif counts time in 10 ms
+    and a webp in 1 ms, rounded so that the whole plays as long as it should. A single frame of a webp is a still. An odd
+    height or width of an mp4 is padded to even by repeating the last row or column, as 4:2:0 needs. The same frames decode
+    to the same video, but libx264 may write them in other bits. The file appears whole or not at all. Raises MediaError
+    (unknown extension, no permission, full disk) and InputError (frames, and sizes and rates that the format cannot hold).
+    """
+    import av
+
+    file = Path(path)
+    array = np.asarray(frames)
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape:
+        check_output(file, 1, 1, 25)  # an extension that is wrong is said first
+        raise InputError(f"the frames are {array.dtype} {list(array.shape)}; allowed is uint8 [F,H,W,3], none 0.")
+    rate = check_output(file, array.shape[1], array.shape[2], fps)
+    write = {".mp4": _write_mp4, ".gif": _write_gif, ".webp": _write_webp, ".png": _write_sheet}[file.suffix.lower()]
     with replacing(file, MediaError) as temporary:
-        if kind == ".mp4":
-            _write_mp4(temporary, array, rate)
-        elif kind == ".png":
-            Image.fromarray(_sheet(array)).save(temporary, format="PNG")
-        else:
-            unit = 10 if kind == ".gif" else 1  # ms: rounding the running time keeps the average rate exact
-            ends = [round(i * 1000 / (rate * unit)) * unit for i in range(len(array) + 1)]
-            first, *rest = (Image.fromarray(frame) for frame in array)
-            first.save(
-                temporary, kind[1:].upper(), save_all=True, append_images=rest, loop=0, quality=90,
-                duration=[max(b - a, unit) for a, b in zip(ends[:-1], ends[1:], strict=True)],
-            )  # fmt: skip
+        try:
+            write(temporary, array, rate)
+        except av.error.FFmpegError as error:
+            if isinstance(error, OSError):  # a full disk, no permission: said by `replacing`
+                raise
+            raise MediaError(f"cannot write {file}: {reason(error)}. Nothing was written; use another format.") from error
 
 
 def _write_mp4(path: Path, frames: Pixels, rate: Fraction) -> None:
@@ -215,6 +224,58 @@ def _write_mp4(path: Path, frames: Pixels, rate: Fraction) -> None:
         container.mux(stream.encode(None))
 
 
+def _write_gif(path: Path, frames: Pixels, rate: Fraction) -> None:
+    """Each frame with the 256 colours that suit it."""
+    import av
+
+    def of_256_colours(pixels: Pixels) -> VideoFrame:
+        picture = Image.fromarray(pixels).quantize(256)
+        palette = np.full((256, 4), 255, np.uint8)  # alpha, red, green, blue
+        colours = np.asarray(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)
+        palette[: len(colours), 1:] = colours
+        both: Any = (np.array(picture), palette)
+        return av.VideoFrame.from_ndarray(both, format="pal8")
+
+    _write_animation(path, "gif", "pal8", frames, rate, 100, of_256_colours)
+
+
+def _write_webp(path: Path, frames: Pixels, rate: Fraction) -> None:
+    import av
+
+    def opaque(pixels: Pixels) -> VideoFrame:
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+        return frame.reformat(format="bgra", threads=1)
+
+    _write_animation(path, "libwebp", "bgra", frames, rate, 1000, opaque)
+
+
+def _write_animation(
+    path: Path, codec: str, layout: str, frames: Pixels, rate: Fraction, per_second: int, make: Callable[[Pixels], VideoFrame]
+) -> None:
+    """A looping picture with FFmpeg, which keeps equal frames (Pillow and libwebp's own animation make one of them)."""
+    import av
+
+    kind = codec.removeprefix("lib")
+    ends = [round(i * per_second / rate) for i in range(len(frames) + 1)]
+    container_options = {"loop": "0"} | ({"final_delay": str(ends[-1] - ends[-2])} if kind == "gif" else {})
+    with av.open(str(path), "w", format=kind, options=container_options) as container:
+        stream: Any = container.add_stream(codec, rate=per_second, options={"quality": "90"} if kind == "webp" else {})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], layout
+        stream.codec_context.time_base = Fraction(1, per_second)
+        lengths = {start: end - start for start, end in pairwise(ends)}
+        for number in range(len(frames) + 1):
+            frame = None if number == len(frames) else make(frames[number])
+            if frame is not None:
+                frame.pts, frame.time_base = ends[number], Fraction(1, per_second)
+            for packet in stream.encode(frame):
+                packet.duration = lengths[packet.pts]
+                container.mux(packet)
+
+
+def _write_sheet(path: Path, frames: Pixels, rate: Fraction) -> None:
+    Image.fromarray(_sheet(frames)).save(path, format="PNG")
+
+
 def _sheet(frames: Pixels) -> Pixels:
     """Lay [F,H,W,3] out row by row as one nearly square picture; empty cells are white."""
     count, height, width, _ = frames.shape
@@ -223,17 +284,3 @@ def _sheet(frames: Pixels) -> Pixels:
     cells = np.full((rows * columns, height, width, 3), 255, np.uint8)
     cells[:count] = frames
     return cells.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Any mode to 8-bit RGB: alpha over white; 32-bit integers hold 16 bits; floats are 0..1, else 0..255."""
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image).astype(np.float64)
-        if not np.isfinite(values).all():
-            raise ValueError("it has NaN or infinite pixels")
-        scale = 1 / 257 if image.mode != "F" else 255.0 if values.max() <= 1 else 1.0
-        return Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")

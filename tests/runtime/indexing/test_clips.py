@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from PIL import Image
 
 from motionrt.runtime.bundle.manifest import ClipSize, GraphSpec, MemorySpec, Part, Port
 from motionrt.runtime.errors import InputError, MediaError, MemoryStoreError
@@ -123,7 +124,7 @@ def test_index_clips_works_in_batches_and_tells_progress(
 def test_index_clips_reports_what_it_cannot_take_and_goes_on(tmp_path: Path, memory: MotionMemory) -> None:
     good = video(tmp_path / "good.mp4")
     white = tmp_path / "white.mp4"
-    write_video(white, np.full((F, H, W, 3), 255, np.uint8), FPS)
+    write_video(white, np.concatenate([np.full((1, H, W, 3), 255, np.uint8), np.zeros((F - 1, H, W, 3), np.uint8)]), FPS)
     (tmp_path / "garbage.mp4").write_bytes(b"garbage")
     items: list[tuple[Path, str, float | None]] = [
         (tmp_path / "missing.mp4", "x", None), (tmp_path / "garbage.mp4", "x", None), (tmp_path, "x", None),
@@ -137,6 +138,25 @@ def test_index_clips_reports_what_it_cannot_take_and_goes_on(tmp_path: Path, mem
     assert [item[:3] for item, _ in report.failed] == items[:8]
     for (_, got), want in zip(report.failed, reasons, strict=True):
         assert want in got
+
+
+def test_what_is_no_motion_is_refused_with_why(tmp_path: Path, memory: MotionMemory) -> None:
+    """One picture, whatever the file is called, and a window in which nothing moves; a little noise is no motion."""
+    Image.new("RGB", (W, H), (9, 90, 200)).save(tmp_path / "picture.png")
+    (tmp_path / "picture.mp4").write_bytes((tmp_path / "picture.png").read_bytes())
+    Image.new("RGB", (W, H), (9, 90, 200)).save(tmp_path / "photo.jpg")
+    noise = np.random.default_rng(0).integers(0, 2, (3 * F, H, W, 3), np.uint8)
+    noise[F + 1 :, 4:8, 4:8] += 60
+    write_video(tmp_path / "late.webp", noise, FPS)
+    write_video(tmp_path / "one.mp4", noise[:1], FPS)
+    write_video(tmp_path / "equal.gif", np.zeros((F, H, W, 3), np.uint8), FPS)
+    still = ["picture.png", "picture.mp4", "photo.jpg", "one.mp4", "equal.gif", "late.webp"]
+    with memory:
+        report = index_clips(memory, ENCODERS, [(tmp_path / name, "left", None) for name in still])
+        assert report.added == 0 and [Path(item.video).name for item, _ in report.failed] == still
+        for name, (_, why) in zip(still, report.failed, strict=True):
+            assert f"{name} shows one picture from 0 to" in why and "no motion" in why
+        assert index_clips(memory, ENCODERS, [(tmp_path / "late.webp", "left", 0.5)]).added == 1
 
 
 def test_index_clips_adds_nothing_twice(tmp_path: Path, memory: MotionMemory) -> None:

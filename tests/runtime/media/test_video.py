@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import resource
-import struct
-import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,7 +15,8 @@ from PIL import Image
 
 from motionrt.runtime.errors import InputError, MediaError
 from motionrt.runtime.media import frames as frames_module
-from motionrt.runtime.media.video import decode_clip, read_clip, read_image, write_video
+from motionrt.runtime.media.limits import Limits
+from motionrt.runtime.media.video import decode_clip, read_clip, write_video
 
 F, H, W = 17, 32, 48
 
@@ -85,8 +84,8 @@ def test_read_clip_of_a_file_with_a_wrong_index(tmp_path: Path, monkeypatch: pyt
     path = encode(tmp_path / "a.mp4", [grey(5 * i) for i in range(50)], 8)
     whole = frames_module.decode_from
 
-    def late(path: Path, seek: Fraction | None) -> object:
-        return (item for item in whole(path, None) if seek is None or item[0] > seek + 1)
+    def late(path: Path, seek: Fraction | None, limits: Limits) -> object:
+        return (item for item in whole(path, None, limits) if seek is None or item[0] > seek + 1)
 
     monkeypatch.setattr(frames_module, "decode_from", late)
     assert near(levels(read_clip(path, 3, H, W, 8, 3.0)), [120, 125, 130])
@@ -329,98 +328,3 @@ def test_read_clip_refuses_a_start_behind_the_end_and_impossible_sizes(tmp_path:
     for start in (-1.0, float("nan")):
         with pytest.raises(InputError, match="start"):
             read_clip(path, F, H, W, 8, start)
-
-
-# Stills
-
-
-@pytest.mark.parametrize("mode, colour, want", [
-    ("RGB", (200, 100, 50), (200, 100, 50)), ("L", 90, (90, 90, 90)), ("1", 1, (255, 255, 255)),
-    ("RGBA", (200, 100, 50, 255), (200, 100, 50)), ("RGBA", (200, 100, 50, 0), (255, 255, 255)),
-    ("RGBA", (0, 0, 0, 51), (204, 204, 204)), ("LA", (0, 51), (204, 204, 204)), ("CMYK", (255, 0, 0, 0), (0, 255, 255)),
-    ("I;16", 257 * 201, (201, 201, 201)), ("I", 257 * 201, (201, 201, 201)),
-    ("F", 0.2, (51, 51, 51)), ("F", 51.0, (51, 51, 51)),
-    ("La", (0, 51), (204, 204, 204)), ("RGBa", (0, 0, 0, 51), (204, 204, 204)), ("HSV", (0, 255, 255), (255, 0, 0)),
-    ("YCbCr", (90, 128, 128), (90, 90, 90)),
-])  # fmt: skip
-def test_read_image_of_any_mode(mode: str, colour: object, want: tuple[int, ...]) -> None:
-    got = (read_image(Image.new(mode, (7, 5), colour), 8, 8) + 1) * 127.5
-    assert got.shape == (3, 8, 8) and np.abs(got.mean((1, 2)) - want).max() <= 0.5
-
-
-def test_read_image_of_files(tmp_path: Path) -> None:
-    palette = Image.new("P", (6, 4), 1)
-    palette.putpalette([0, 0, 0, 10, 200, 30])
-    palette.save(tmp_path / "p.png")
-    palette.save(tmp_path / "t.png", transparency=1)
-    Image.new("I;16", (6, 4), 257 * 99).save(tmp_path / "deep.png")
-    Image.new("CMYK", (16, 16), (0, 255, 0, 0)).save(tmp_path / "c.jpg")
-    Image.new("F", (6, 4), float("nan")).save(tmp_path / "nan.tiff")
-    for name, want in {
-        "p.png": (10, 200, 30), "t.png": (255, 255, 255), "deep.png": (99, 99, 99), "c.jpg": (255, 0, 255),
-    }.items():  # fmt: skip
-        for path in (tmp_path / name, str(tmp_path / name)):
-            got = (read_image(path, 8, 8) + 1) * 127.5
-            assert np.abs(got.mean((1, 2)) - want).max() <= 4, name
-    with pytest.raises(MediaError, match="NaN"):
-        read_image(tmp_path / "nan.tiff", 8, 8)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_read_image_undoes_exif_orientation(tmp_path: Path, orientation: int) -> None:
-    upright = quadrants()[:, :48]
-    undo = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: np.rot90(a, 2), 4: lambda a: a[::-1],
-            5: lambda a: a.swapaxes(0, 1), 6: np.rot90, 7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
-            8: lambda a: np.rot90(a, 3)}[orientation]  # fmt: skip
-    stored = Image.fromarray(np.ascontiguousarray(undo(upright)))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    stored.save(tmp_path / "a.png", exif=exif)
-    got = (read_image(tmp_path / "a.png", 64, 48) + 1) * 127.5
-    assert np.abs(got.transpose(1, 2, 0) - upright).max() < 1
-
-
-def test_read_image_covers_and_crops_the_centre() -> None:
-    wide = np.zeros((64, 5000, 3), np.uint8)
-    wide[:, 2468:2532] = np.arange(64, dtype=np.uint8)[:, None]
-    assert np.array_equal(np.rint((read_image(wide, 64, 64) + 1) * 127.5), wide[:, 2468:2532].transpose(2, 0, 1))
-    tall = wide.swapaxes(0, 1)
-    assert np.array_equal(np.rint((read_image(tall, 64, 64) + 1) * 127.5), tall[2468:2532].transpose(2, 0, 1))
-    assert (read_image(np.full((1, 1), 255, np.uint8), 32, 64) == 1).all()
-    assert (read_image(np.zeros((1, 60_000), np.uint8), 480, 720) == -1).all()
-
-
-def test_read_image_shrinks_without_aliasing() -> None:
-    stripes = np.zeros((512, 512), np.uint8)
-    stripes[:, ::2] = 255
-    assert np.abs(read_image(stripes, 64, 64)[:, :, 4:-4]).max() < 0.02
-
-
-@pytest.mark.parametrize("array", [
-    np.zeros((4, 4, 3), np.float32), np.full((4, 4, 3), np.nan), np.zeros((0, 4, 3), np.uint8),
-    np.zeros(4, np.uint8),
-    np.zeros((4, 4, 2), np.uint8), np.zeros((2, 4, 4, 3), np.uint8), np.zeros((4, 4), np.uint16), np.zeros((4, 4), bool),
-])  # fmt: skip
-def test_read_image_refuses_other_arrays(array: np.ndarray) -> None:
-    with pytest.raises(InputError, match=r"allowed is uint8 \[h,w\]"):
-        read_image(array, 8, 8)
-
-
-def test_read_image_of_damaged_files_is_a_media_error(tmp_path: Path) -> None:
-    good = tmp_path / "good.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(good)
-    data = good.read_bytes()
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    chunk = b"IHDR" + header
-    bomb = data[:8] + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
-    contents = {"cut.png": data[: len(data) // 2], "none.png": b"", "text.png": b"hello", "bomb.png": bomb}
-    for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(MediaError, match="cannot be read as an image"):
-            read_image(tmp_path / name, 8, 8)
-    with pytest.raises(MediaError, match="there is no image file"):
-        read_image(tmp_path / "missing.png", 8, 8)
-    with pytest.raises(InputError, match="path of a file"):
-        read_image(None, 8, 8)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="height"):
-        read_image(good, 0, 8)
