@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from motionrt.runtime.errors import MotionRTError
     from motionrt.runtime.memory.memory import MotionMemory
     from motionrt.runtime.pipeline import MotionPipeline, Result
+
+# ONNX Runtime from 1.29 on sends telemetry on Linux, and keeps a device's name and a queue in HOME, unless this is set before
+# it is imported. Every module of ours is imported after this line; what a user has set stays.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 __all__ = ["MotionMemory", "MotionPipeline", "MotionRTError", "Result", "__version__"]
