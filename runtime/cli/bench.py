@@ -28,6 +28,7 @@ from msgspec.structs import replace
 
 from motionrt.runtime.backends.open import RunOptions
 from motionrt.runtime.cli.common import BundleArgument, Memories, Solver, Steps, open_pipeline, with_run_options
+from motionrt.runtime.cli.terminal import echo
 from motionrt.runtime.dtypes import DTYPES
 from motionrt.runtime.errors import MotionRTError
 
@@ -106,9 +107,9 @@ def bench(
     random = "search: not run: no --memory was given; references were random records"
     notes = [random] if request(0).references is not None else []
     notes += [note for comparison in compared for note in comparison.notes] + ([counted] if counted else [])
-    console.print(f"{facts['bundle']}: {facts['backend']}, {facts['processor']}", markup=False)
+    echo(f"{facts['bundle']}: {facts['backend']}, {facts['processor']}")
     for item in show.bench_tables(rows, compared, notes):
-        console.print(item, markup=not isinstance(item, str))
+        echo(item) if isinstance(item, str) else console.print(item)
     if json_path is not None:
         document = {
             **facts, "repeat": repeat, "notes": notes, "schedules": {one.loop: [one.schedule, one.steps] for one in compared},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,6 +16,7 @@ import typer
 
 from motionrt.runtime.backends.kinds import TENSORRT
 from motionrt.runtime.backends.open import RunOptions, open_backend
+from motionrt.runtime.cli import terminal
 from motionrt.runtime.errors import InputError, MotionRTError
 from motionrt.runtime.memory.search import Search
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from motionrt.runtime.memory.set import MemorySet
     from motionrt.runtime.pipeline import MotionPipeline
 
+OUT_OF_MEMORY = "out of memory. Free some, raise its limit, or use --low-memory, fewer threads or a smaller bundle."
 BundlePath = Annotated[Path, typer.Option("--bundle", "-b", help="Bundle directory, as written by `motionrt export`.")]
 BundleArgument = Annotated[Path, typer.Argument(help="Bundle directory.")]
 MemoryPath = Annotated[Path, typer.Argument(help="Motion memory directory.")]
@@ -199,18 +202,36 @@ def _weighted(text: str) -> tuple[str, float]:
 
 
 def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the commands of `app` under `name`, and end the process. Every bad input is one line on standard error.
+    """Run the commands of `app` under `name`, and end the process. Whatever goes wrong is one line on standard error.
 
-    Exit status: 0 done, 1 interrupted, 2 bad input or a failure with a plain reason.
+    Exit status: 0 done; 1 a fault of the program (with MOTIONRT_DEBUG=1 in the environment, its traceback), or output that
+    nobody read to its end; 2 bad input or a failure with a plain reason; 130 interrupted.
     """
-    try:
-        app(arguments, prog_name=name)
-        sys.exit(0)
-    except MotionRTError as error:
-        message = str(error)
-    except OSError as error:  # a full disk, a missing permission: whatever had no better words nearer to it
-        message = f"{error.filename or 'input or output'}: {error.strerror or error}."
-    except MemoryError:
-        message = "out of memory. Use fewer references or a smaller bundle, or free some."
-    typer.echo(f"{name}: {' '.join(message.split())}", err=True)
-    sys.exit(2)
+    status = 2
+    with terminal.ready(name):
+        try:
+            try:
+                app(arguments, prog_name=name)
+                sys.exit(0)
+            finally:
+                if sys.stdout is not None:
+                    sys.stdout.flush()  # a full disk behind a pipe is said here, not when Python ends
+        except MotionRTError as error:
+            message = str(error)
+        except BrokenPipeError:  # `motionrt inspect bundle | head -1`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.exit(1)
+        except OSError as error:  # a full disk, a missing permission: whatever had no better words nearer to it
+            message = f"{error.filename or 'input or output'}: {error.strerror or error}."
+        except MemoryError:
+            message = OUT_OF_MEMORY
+        except ImportError as error:
+            short = "failed to map segment" in str(error) or "cannot allocate memory" in str(error).lower()
+            message = OUT_OF_MEMORY if short else f"a module cannot be imported: {error}. Install its package again."
+        except Exception as error:
+            if os.environ.get("MOTIONRT_DEBUG"):
+                raise
+            fault = f"A fault of {name}: MOTIONRT_DEBUG=1 shows where; please report it"
+            status, message = 1, f"{type(error).__name__}: {error}. {fault}."
+        terminal.echo(f"{name}: {' '.join(message.split())}", err=True)
+        sys.exit(status)
