@@ -172,7 +172,8 @@ class Checked:
         if value.dtype.kind == "f" and not np.isfinite(value).all():
             bad = int(value.size - np.isfinite(value).sum())
             raise InputError(
-                f"{self.spec.name} input `{name}` has {bad} NaN or infinite values of {value.size}; all must be finite."
+                f"{self.spec.name} input `{name}` has {bad} NaN or infinite values of {value.size}; all must be finite. "
+                "If you did not give them, numbers of the request are too large to compute with: lower guidance and scales."
             )
 
 
