@@ -4,7 +4,6 @@ graphs."""
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motionrt.runtime.backends.auto import Choice, choose
+from motionrt.runtime.backends.machine import usable_cores
 from motionrt.runtime.backends.open import RunOptions, open_backend
 from motionrt.runtime.backends.seam import Backend, Checked
 from motionrt.runtime.bundle.bundle import Bundle
@@ -247,7 +247,7 @@ class MotionPipeline:
             return
         names = self.served()
         small = [name for name in names if name not in self._graphs and self.bundle.graph(name).data is None]
-        workers = workers or os.cpu_count() or 1
+        workers = workers or usable_cores()
         if workers > 1 and len(small) > 1 and self.backend.parallel_load:
             from concurrent.futures import ThreadPoolExecutor
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from motionrt.runtime.backends.kinds import GPU_BUILD, ONNXRUNTIME, PROVIDERS
+from motionrt.runtime.backends.machine import check_threads
 from motionrt.runtime.backends.onnx_form import find_form
 from motionrt.runtime.backends.onnx_weights import package_weights
 from motionrt.runtime.backends.seam import Array, Checked, DeviceValue, Executor, first_line
@@ -23,7 +24,7 @@ _NO_FALLBACK = "session.disable_cpu_ep_fallback"
 
 
 class OnnxRuntimeBackend:
-    """ONNX Runtime. threads: threads within an operator; None lets ONNX Runtime take every core.
+    """ONNX Runtime. threads: threads within an operator, no more than this process has cores; None takes every core.
 
     device: "cpu", "cuda" (its CUDA provider) or "tensorrt" (its TensorRT provider, and CUDA for what that leaves). ONNX
     Runtime goes to the CPU without a word where a provider cannot be loaded: that is refused. So is a graph of which some
@@ -38,8 +39,7 @@ class OnnxRuntimeBackend:
     def __init__(
         self, threads: int | None = None, device: str = "cpu", *, allow_cpu: bool = False, precision: str | None = None
     ) -> None:
-        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-            raise InputError(f"threads is {threads!r}; it must be 1 or more, or None for every core.")
+        threads = check_threads(threads)
         base, self._index = ONNXRUNTIME.parse(device)
         self.threads, self.device, self.allow_cpu = threads, device, allow_cpu
         self._wanted = PROVIDERS[base]

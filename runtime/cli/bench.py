@@ -260,7 +260,7 @@ def compare_steps(pipeline: MotionPipeline, name: str, request: Request, rounds:
 def environment(pipeline: MotionPipeline, threads: int | None) -> dict[str, Any]:
     """What a published number needs beside it: date, machine, versions, bundle; no host name, no path."""
     import motionrt
-    from motionrt.runtime.backends.machine import find_gpus, processor
+    from motionrt.runtime.backends.machine import find_gpus, processor, usable_cores
     from motionrt.runtime.files import sha256_of
 
     versions = {}
@@ -282,7 +282,7 @@ def environment(pipeline: MotionPipeline, threads: int | None) -> dict[str, Any]
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "gpu": gpus if isinstance(gpus, str) else [dataclasses.asdict(gpu) for gpu in gpus],
         "peak_rss_mib": peak_rss_mib(),
-        "threads": threads or os.cpu_count(),
+        "threads": min(threads or usable_cores(), usable_cores()),
         "python": platform.python_version(),
         "versions": versions,
         "backend": pipeline.backend.label,
