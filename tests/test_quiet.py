@@ -66,6 +66,7 @@ def test_generate_writes_its_video_and_looks_nothing_up(fake_bundle: Path, fake_
     bundle, still, out = tmp_path / "bundle", tmp_path / "still.png", tmp_path / "out" / "video.mp4"
     shutil.copytree(fake_bundle, bundle)
     Image.new("RGB", (16, 16), "red").save(still)
+    out.parent.mkdir()
     events = tmp_path / "events.json"
     asked = ["generate", "-b", bundle, "-m", fake_memory, "-i", still, "-p", "a red ball", "-o", out]
     command = [sys.executable, "-P", "-c", WATCH, events, COMMAND, *asked]

@@ -15,7 +15,7 @@ from motionrt.runtime.backends.kinds import GPU_BUILD, ONNXRUNTIME, PROVIDERS
 from motionrt.runtime.backends.machine import check_threads
 from motionrt.runtime.backends.onnx_form import find_form
 from motionrt.runtime.backends.onnx_weights import package_weights
-from motionrt.runtime.backends.seam import Array, Checked, DeviceValue, Executor, first_line
+from motionrt.runtime.backends.seam import ROOM, Array, Checked, DeviceValue, Executor, first_line, out_of_memory
 from motionrt.runtime.bundle.bundle import Bundle, Port
 from motionrt.runtime.dtypes import DTYPES, PORTS
 from motionrt.runtime.errors import BackendError, BundleError, InputError
@@ -85,6 +85,8 @@ class OnnxRuntimeBackend:
                     f"graph '{name}' has nodes for which ONNX Runtime's {self._wanted[0]} has no kernel, and the CPU was not "
                     "allowed for them. Allow it (--allow-cpu), or use another backend."
                 ) from None
+            if out_of_memory(error):
+                raise BackendError(f"too little memory to load graph '{name}'. {ROOM}.") from None
             fix = "Upgrade onnxruntime, or export the bundle again" if form is None else "Use --precision float32"
             raise BackendError(
                 f"ONNX Runtime {onnxruntime.__version__} cannot load graph '{name}' ({first_line(error)}). {fix}."
@@ -228,6 +230,8 @@ class OrtArray(DeviceValue):
 def _onnxruntime() -> Any:
     try:
         import onnxruntime
-    except ImportError:
+    except ImportError as error:
+        if out_of_memory(error):
+            raise BackendError(f"too little memory to load ONNX Runtime ({first_line(error)}). Free some.") from None
         raise ONNXRUNTIME.missing() from None
     return onnxruntime

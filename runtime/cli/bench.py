@@ -28,6 +28,7 @@ from msgspec.structs import replace
 
 from motionrt.runtime.backends.open import RunOptions
 from motionrt.runtime.cli.common import BundleArgument, Memories, Solver, Steps, open_pipeline, with_run_options
+from motionrt.runtime.cli.places import check_output
 from motionrt.runtime.cli.terminal import echo
 from motionrt.runtime.dtypes import DTYPES
 from motionrt.runtime.errors import MotionRTError
@@ -95,6 +96,8 @@ def bench(
     from motionrt.runtime.cli import show
     from motionrt.runtime.files import replacing
 
+    if json_path is not None:
+        check_output(json_path, error=MotionRTError)
     with open_pipeline(bundle, memory or [], run_options) as pipeline, show.progress() as bars:
         request = made_up(pipeline, inputs.obj, steps=steps, solver=solver)
         task = bars.add_task("requests", total=repeat + WARMUPS)

@@ -16,7 +16,9 @@ import typer
 
 from motionrt.runtime.backends.kinds import TENSORRT
 from motionrt.runtime.backends.open import RunOptions, open_backend
+from motionrt.runtime.backends.seam import ROOM, out_of_memory
 from motionrt.runtime.cli import terminal
+from motionrt.runtime.cli.places import still
 from motionrt.runtime.errors import InputError, MotionRTError
 from motionrt.runtime.memory.search import Search
 
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from motionrt.runtime.memory.set import MemorySet
     from motionrt.runtime.pipeline import MotionPipeline
 
-OUT_OF_MEMORY = "out of memory. Free some, raise its limit, or use --low-memory, fewer threads or a smaller bundle."
 BundlePath = Annotated[Path, typer.Option("--bundle", "-b", help="Bundle directory, as written by `motionrt export`.")]
 BundleArgument = Annotated[Path, typer.Argument(help="Bundle directory.")]
 MemoryPath = Annotated[Path, typer.Argument(help="Motion memory directory.")]
@@ -104,7 +105,7 @@ class BundleCommand(typer.core.TyperCommand):
     """A command whose options are also the inputs that the bundle among its arguments declares: nothing names them twice."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        from motionrt.runtime.bundle.manifest import read_manifest
+        from motionrt.runtime.bundle.manifest import ImageInput, read_manifest
 
         paths = [Path(argument.removeprefix("--bundle=")) / "bundle.json" for argument in args]
         file = next((path for path in paths if path.is_file()), None)
@@ -113,14 +114,19 @@ class BundleCommand(typer.core.TyperCommand):
             return list(super().parse_args(ctx, args))
         own = self.__dict__.setdefault("own_params", list(self.params))  # it may be used again, for another bundle
         taken = {flag for option in own for flag in option.opts}
-        self.params = [*own, *input_options(read_manifest(file), taken)]
+        manifest = read_manifest(file)
+        self.params = [*own, *input_options(manifest, taken)]
+        self.__dict__["stills"] = {name for name, spec in manifest.inputs.items() if isinstance(spec, ImageInput)}
         return list(super().parse_args(ctx, args))
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; `ctx.obj` is what was given for the inputs, by name."""
         extra = [option.name for option in self.params if option not in self.__dict__.get("own_params", self.params)]
         given = {name: ctx.params.pop(name) for name in extra}
-        ctx.obj = {name: value for name, value in given.items() if value is not None}
+        stills = self.__dict__.get("stills", set())
+        ctx.obj = {
+            name: still(name, value) if name in stills else value for name, value in given.items() if value is not None
+        }
         return super().invoke(ctx)
 
 
@@ -207,7 +213,6 @@ def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None = None)
     Exit status: 0 done; 1 a fault of the program (with MOTIONRT_DEBUG=1 in the environment, its traceback), or output that
     nobody read to its end; 2 bad input or a failure with a plain reason; 130 interrupted.
     """
-    status = 2
     with terminal.ready(name):
         try:
             try:
@@ -216,22 +221,28 @@ def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None = None)
             finally:
                 if sys.stdout is not None:
                     sys.stdout.flush()  # a full disk behind a pipe is said here, not when Python ends
-        except MotionRTError as error:
-            message = str(error)
+        except (SystemExit, KeyboardInterrupt):
+            raise
         except BrokenPipeError:  # `motionrt inspect bundle | head -1`
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.exit(1)
-        except OSError as error:  # a full disk, a missing permission: whatever had no better words nearer to it
-            message = f"{error.filename or 'input or output'}: {error.strerror or error}."
-        except MemoryError:
-            message = OUT_OF_MEMORY
-        except ImportError as error:
-            short = "failed to map segment" in str(error) or "cannot allocate memory" in str(error).lower()
-            message = OUT_OF_MEMORY if short else f"a module cannot be imported: {error}. Install its package again."
-        except Exception as error:
-            if os.environ.get("MOTIONRT_DEBUG"):
+        except BaseException as error:  # what Rust raises when it fails is no Exception
+            status, message = _explain(error)
+            if status == 1 and os.environ.get("MOTIONRT_DEBUG"):
                 raise
-            fault = f"A fault of {name}: MOTIONRT_DEBUG=1 shows where; please report it"
-            status, message = 1, f"{type(error).__name__}: {error}. {fault}."
         terminal.echo(f"{name}: {' '.join(message.split())}", err=True)
         sys.exit(status)
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
+    """The exit status and the sentence for what a command raised."""
+    if isinstance(error, MotionRTError):
+        return 2, str(error)
+    if out_of_memory(error):
+        return 2, f"too little memory. {ROOM}."
+    if isinstance(error, OSError):  # a full disk, a missing permission: whatever had no better words nearer to it
+        return 2, f"{error.filename or 'input or output'}: {error.strerror or error}."
+    if isinstance(error, ImportError):
+        return 2, f"a module cannot be imported: {error}. Install its package again."
+    fault = "This is a fault of the program: MOTIONRT_DEBUG=1 in the environment shows where; please report it"
+    return 1, f"{type(error).__name__}: {error}. {fault}."

@@ -26,6 +26,7 @@ from motionrt.runtime.cli.common import (
 )  # fmt: skip
 from motionrt.runtime.cli.doctor import doctor
 from motionrt.runtime.cli.memory import memory_app
+from motionrt.runtime.cli.places import check_output, video_size
 from motionrt.runtime.cli.terminal import echo
 from motionrt.runtime.cli.verify import verify
 from motionrt.runtime.errors import MediaError
@@ -91,9 +92,12 @@ def generate(
 
     if out.suffix.lower() not in WRITABLE:  # said before the work, not after it
         raise MediaError(f"cannot write {out}: extension {out.suffix!r} is not one of {', '.join(WRITABLE)}.")
+    if out.suffix.lower() == ".mp4":
+        import av  # noqa: F401  # what writes it: an installation that is broken, or too little memory for it, is said now
     console = show.console()
     with open_pipeline(bundle, memory or [], run_options, low_memory=low_memory) as pipeline, show.progress() as bars:
         job = pipeline.start(Request(inputs.obj, seed, solver, steps, references, search))
+        check_output(out, video_size(out, pipeline.bundle.manifest.output))
         start = time.perf_counter()
         pipeline.warm()
         load = time.perf_counter() - start

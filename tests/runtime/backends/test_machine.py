@@ -76,7 +76,7 @@ def test_threads_that_there_are_cores_for_are_taken(
 @pytest.mark.parametrize("asked", [5, 512, 10**5000], ids=["5", "512", "huge"])
 def test_more_threads_than_cores_are_cut_with_a_word(monkeypatch: pytest.MonkeyPatch, asked: int) -> None:
     monkeypatch.setattr(machine, "usable_cores", lambda: 4)
-    with pytest.warns(BackendWarning, match="threads is .*, and this process may use 4 of the machine's cores: as many are taken"):
+    with pytest.warns(BackendWarning, match="threads is .*, and this process may use 4 of the .* cores: as many are taken"):
         assert OnnxRuntimeBackend(asked).threads == 4
 
 

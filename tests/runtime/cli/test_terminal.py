@@ -149,7 +149,7 @@ def test_a_fault_of_our_own_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(picture, "picture", broken)
     status, out, err = run("inspect", fake_bundle)
-    assert status == 1 and out == "" and err.count("\n") == 1 and "ZeroDivisionError: no words for this. A fault" in err
+    assert status == 1 and out == "" and err.count("\n") == 1 and "ZeroDivisionError: no words for this. This is a fault" in err
     monkeypatch.setenv("MOTIONRT_DEBUG", "1")
     from motionrt.runtime.cli.main import main
 
@@ -158,7 +158,9 @@ def test_a_fault_of_our_own_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), ImportError("av: failed to map segment from shared object")], ids=["memory", "import"]
+    "error",
+    [MemoryError(), ImportError("av: failed to map segment from shared object"), OSError(12, "Cannot allocate memory")],
+    ids=["memory", "import", "system"],
 )
 def test_too_little_memory_is_said(run: Run, monkeypatch: pytest.MonkeyPatch, fake_bundle: Path, error: Exception) -> None:
     from motionrt.runtime.cli import picture
@@ -168,4 +170,4 @@ def test_too_little_memory_is_said(run: Run, monkeypatch: pytest.MonkeyPatch, fa
 
     monkeypatch.setattr(picture, "picture", broken)
     status, _, err = run("inspect", fake_bundle)
-    assert status == 2 and err.startswith("motionrt: out of memory. Free some") and err.count("\n") == 1
+    assert status == 2 and err.startswith("motionrt: too little memory. Free some") and err.count("\n") == 1
