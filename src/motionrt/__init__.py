@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # not of `typing`, which takes milliseconds in which Ctrl-C is not looked after yet (__main__.py)
 if TYPE_CHECKING:
+    from typing import Any
+
     from motionrt.runtime.errors import MotionRTError
     from motionrt.runtime.memory.memory import MotionMemory
     from motionrt.runtime.pipeline import MotionPipeline, Result
