@@ -36,6 +36,7 @@ finally:
     with open(told, "w") as file:
         json.dump(found, file)
 """
+NAMES = ("ORT_DISABLE_TELEMETRY", "DO_NOT_TRACK")
 COMMAND = "from motionrt.runtime.cli.main import main; main()"
 # What every library that looks up a host by name goes through, Python's or not.
 SHIM = """
@@ -56,7 +57,7 @@ def homeless(tmp_path: Path, **more: str) -> tuple[Path, dict[str, str]]:
     home = tmp_path / "home"
     home.mkdir()
     names = ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME", "XDG_RUNTIME_DIR", "TMPDIR")
-    kept = {key: value for key, value in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"}
+    kept = {key: value for key, value in os.environ.items() if key not in NAMES}
     return home, kept | dict.fromkeys(names, str(home)) | {"PYTHONDONTWRITEBYTECODE": "1"} | more
 
 
@@ -80,10 +81,34 @@ def test_generate_writes_its_video_and_looks_nothing_up(fake_bundle: Path, fake_
             assert name == os.devnull or any(Path(name).is_relative_to(folder) for folder in allowed), (event, names)
 
 
+def test_no_import_or_command_writes_anything(fake_bundle: Path, fake_memory: Path, tmp_path: Path) -> None:
+    """All modules of the run side, and every command that is to write nothing, in a process with an empty home."""
+    home, environment = homeless(tmp_path)
+    code = """
+import importlib, pkgutil, motionrt.runtime, sys
+for module in pkgutil.walk_packages(motionrt.runtime.__path__, "motionrt.runtime."):
+    if module.name.split(".")[-1] not in ("torch_backend", "torch_precision", "torch_program"):
+        importlib.import_module(module.name)
+from motionrt.runtime.cli.main import main
+bundle, memory = sys.argv[1:]
+for line in (["--help"], ["inspect", bundle], ["doctor", bundle], ["verify", bundle], ["bench", bundle, "-n", "1"],
+             ["memory", "stats", memory], ["memory", "verify", memory], ["memory", "search", memory, "red", "-b", bundle]):
+    try:
+        main(line)
+    except SystemExit as stop:
+        assert not stop.code, line
+"""
+    command = [sys.executable, "-P", "-c", code, str(fake_bundle), str(fake_memory)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    assert sorted(tmp_path.rglob("*")) == [home]
+
+
 @pytest.mark.parametrize("setting", [None, "0"], ids=["not set", "set by the user"])
-def test_import_switches_telemetry_off_unless_the_user_has_chosen(tmp_path: Path, setting: str | None) -> None:
-    _, environment = homeless(tmp_path, **({} if setting is None else {"ORT_DISABLE_TELEMETRY": setting}))
-    code = "import motionrt, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+@pytest.mark.parametrize("name", NAMES)
+def test_import_switches_telemetry_off_unless_the_user_has_chosen(tmp_path: Path, name: str, setting: str | None) -> None:
+    _, environment = homeless(tmp_path, **({} if setting is None else {name: setting}))
+    code = f"import motionrt, os; print(os.environ['{name}'])"
     done = subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == (setting or "1")
 
