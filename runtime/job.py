@@ -240,7 +240,7 @@ class Job:
             return value
         if unknown := value.keys() - self.bundle.manifest.loops.keys():
             loops = ", ".join(self.bundle.manifest.loops)
-            raise InputError(f"{what} names the loop {min(unknown)!r}; this bundle has {loops}.")
+            raise InputError(f"{what} names the loop {shown(next(iter(unknown)))}; this bundle has {loops}.")
         return value.get(loop)
 
     # --- references ---------------------------------------------------------------------------------------------------

@@ -79,6 +79,10 @@ class MotionPipeline:
                 what = "the default backend or one by name"
                 raise InputError(f"{given} is for {what}; give it to the backend that you pass instead.")
         bundle = Bundle.open(path)
+        if not isinstance(backend, str | None) and not hasattr(backend, "load") and not isinstance(backend, Choice):
+            raise InputError(f"backend is {shown(backend)}; it must be a name, an open backend or a choice.")
+        if memory is not None and not isinstance(memory, str | Path) and not hasattr(memory, "check"):
+            raise InputError(f"memory is {shown(memory)}; it must be a directory, or an open motion memory or set.")
         if backend == "auto":
             backend = choose(bundle, device=device, threads=threads, precision=precision)
         elif backend is None or isinstance(backend, str):
@@ -175,6 +179,10 @@ class MotionPipeline:
         or failed: its `results` and `errors` hold what came of each. on_result(place, result) is called as soon as a result is
         there, for whoever wants to keep it whatever happens next (Ctrl-C, a power cut).
         """
+        if not isinstance(requests, Sequence):
+            raise InputError(f"requests is {shown(requests)}; it must be a list of what pipeline.request(...) makes.")
+        if on_result is not None and not callable(on_result):
+            raise InputError(f"on_result is {shown(on_result)}; it must be a function of a place and a result.")
         jobs: list[Job] = []
         results: list[Result | None] = [None] * len(requests)
         errors: dict[int, Exception] = {}
@@ -299,4 +307,7 @@ def _raise_all(what: str, results: list[Result | None], errors: dict[int, Except
 def _open_memory(path: str | Path) -> MotionMemory:
     from motionrt.runtime.memory.memory import MotionMemory
 
-    return MotionMemory.open(Path(path).absolute(), readonly=True)  # the process may change its folder
+    try:
+        return MotionMemory.open(Path(path).absolute(), readonly=True)  # the process may change its folder
+    except OSError as error:
+        raise MemoryStoreError(f"the motion memory {shown(path)} cannot be opened: {error.strerror or error}.") from None

@@ -50,6 +50,8 @@ class Bundle:
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
         """Open and verify the bundle directory `path`; `BundleError` if it is missing, damaged or of another format."""
+        if not isinstance(path, str | Path):
+            raise InputError(f"the bundle is {shown(path)}; it must be the path of its directory.")
         manifest = read_manifest(Path(path) / "bundle.json")
         path = Path(path).absolute()  # files are read later as well, and the process may change its folder
         for kind, specs in (("graph", manifest.graphs), ("tokenizer", manifest.tokenizers)):

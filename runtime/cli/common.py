@@ -108,7 +108,7 @@ class BundleCommand(typer.core.TyperCommand):
         from motionrt.runtime.bundle.manifest import ImageInput, read_manifest
 
         paths = [Path(argument.removeprefix("--bundle=")) / "bundle.json" for argument in args]
-        file = next((path for path in paths if path.is_file()), None)
+        file = next((path for path in paths if os.path.isfile(path)), None)  # a prompt may be no name that a file can have
         if file is None:  # opening the bundle will say what is wrong with it
             ctx.ignore_unknown_options = ctx.allow_extra_args = True
             return list(super().parse_args(ctx, args))
@@ -199,7 +199,7 @@ def open_pipeline(
 
 def _weighted(text: str) -> tuple[str, float]:
     path, _, weight = text.rpartition("=")
-    if path and not Path(text).exists():
+    if path and not os.path.exists(text):
         try:
             return path, float(weight)
         except ValueError:

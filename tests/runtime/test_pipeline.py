@@ -20,7 +20,7 @@ from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from motionrt.runtime.backends.seam import Checked, Executor
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.bundle.manifest import File
-from motionrt.runtime.errors import BackendError, BatchError, Cancelled, InputError, MediaError, MemoryStoreError
+from motionrt.runtime.errors import BackendError, BatchError, Cancelled, InputError, MediaError, MemoryStoreError, MotionRTError
 from motionrt.runtime.indexing.clips import index_clips
 from motionrt.runtime.indexing.encoders import ClipEncoders
 from motionrt.runtime.job import to_frames
@@ -426,6 +426,34 @@ def test_from_bundle_leaves_a_memory_that_it_was_given_open(fake_bundle: Path, f
         with MotionPipeline.from_bundle(fake_bundle, memory):
             pass
         assert len(memory) == 4
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"path": None}, "the bundle is None; it must be the path"),
+        ({"path": 3}, "the bundle is 3"),
+        ({"path": b"bundle"}, "the bundle is b'bundle'"),
+        ({"path": "a" * 5000}, "is not a directory"),
+        ({"path": "a\0b"}, "is not a directory"),
+        ({"memory": 3}, "memory is 3; it must be a directory"),
+        ({"memory": ["memory"]}, r"memory is \['memory'\]"),
+        ({"memory": "a" * 5000}, "the motion memory 'aaa.* cannot be opened: File name too long"),
+        ({"backend": 3}, "backend is 3; it must be a name"),
+    ],
+    ids=lambda value: f"{value!r:.30}",
+)
+def test_from_bundle_refuses(fake_bundle: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(MotionRTError, match=message):
+        MotionPipeline.from_bundle(**{"path": fake_bundle, **arguments})
+
+
+def test_batch_refuses_what_is_no_list_of_requests(pipeline: MotionPipeline) -> None:
+    odd: Any = 3
+    with pytest.raises(InputError, match="requests is 3"):
+        pipeline.batch(odd)
+    with pytest.raises(InputError, match="on_result is 3"):
+        pipeline.batch([], odd)
 
 
 def test_from_bundle_refuses_threads_beside_a_backend(fake_bundle: Path) -> None:
