@@ -63,7 +63,8 @@ def ready(name: str) -> Iterator[None]:
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
         signal.signal(signal.SIGINT, stop)
-        os.write(2, f"{name}: interrupted.\n".encode())
+        with contextlib.suppress(OSError):  # standard error may be closed
+            os.write(2, f"{name}: interrupted.\n".encode())
         raise SystemExit(INTERRUPTED)
 
     before = signal.getsignal(signal.SIGINT)

@@ -13,8 +13,10 @@ INTERRUPTED = 130  # exit status, as of a shell: 128 and the number of the signa
 
 def stop(number: int, frame: FrameType | None) -> None:
     """End the process at once: nothing is half done yet, or everything is done."""
-    os.write(2, b"motionrt: interrupted.\n")
-    os._exit(INTERRUPTED)
+    try:
+        os.write(2, b"motionrt: interrupted.\n")
+    finally:  # standard error may be closed
+        os._exit(INTERRUPTED)
 
 
 def main() -> None:

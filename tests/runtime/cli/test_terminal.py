@@ -70,6 +70,13 @@ def test_interrupted_while_a_file_is_written_nothing_is_left(fake_bundle: Path, 
     assert (done.returncode, done.stderr) == (130, "motionrt: interrupted.\n") and list(out.iterdir()) == []
 
 
+def test_interrupted_without_standard_error(fake_bundle: Path, still: Path, tmp_path: Path) -> None:
+    asked = ["generate", "-b", fake_bundle, "-i", still, "-p", "a", "--motion-scale", 0, "-o", tmp_path / "a.mp4"]
+    for module in ("numpy", "onnxruntime"):
+        done = process(module, *asked, code=f"import os; os.close(2)\n{INTERRUPTED}")
+        assert (done.returncode, done.stdout) == (130, "")
+
+
 def test_interrupted_in_the_background_it_goes_on() -> None:
     """A shell lets jobs behind an `&` ignore Ctrl-C; so do we."""
     code = INTERRUPTED.replace("signal.default_int_handler", "signal.SIG_IGN")
