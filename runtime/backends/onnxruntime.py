@@ -65,7 +65,7 @@ class OnnxRuntimeBackend:
         form = find_form(bundle.path, spec, self._asked) if self._asked != "float32" else None
         path = bundle.graph_path(name) if form is None else form.path
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors only: they come back as exceptions
+        options.log_severity_level = 4  # nothing but the end of the process: errors come back as exceptions
         options.inter_op_num_threads = 1
         if self.threads is not None:
             options.intra_op_num_threads = self.threads

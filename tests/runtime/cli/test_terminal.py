@@ -115,6 +115,22 @@ def test_output_that_cannot_be_written_or_is_not_read(fake_bundle: Path) -> None
     ).stderr  # fmt: skip
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of the address space that holds")
+@pytest.mark.parametrize("mebibytes", [300, 500, 600, 700, 800, 1000])
+def test_little_memory_is_no_traceback_and_no_wrong_advice(
+    fake_bundle: Path, fake_memory: Path, still: Path, tmp_path: Path, mebibytes: int
+) -> None:
+    """Wherever it ends: in an import, a graph or a library that ends the process itself."""
+    line = f"ulimit -v {mebibytes * 1024}; exec \"$@\""
+    asked = ["generate", "-b", fake_bundle, "-m", fake_memory, "-i", still, "-p", "a red ball", "-o", tmp_path / "a.mp4"]
+    command = ["bash", "-c", line, "-", sys.executable, "-P", "-m", "motionrt", *map(str, asked)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and "pgrade" not in done.stderr and "nstall" not in done.stderr, done.stderr
+    assert done.returncode != 2 or "too little memory" in done.stderr, done.stderr
+    assert not list(tmp_path.glob("*.partial")) and (tmp_path / "a.mp4").exists() == (done.returncode == 0)
+
+
 def test_python_m_runs_the_command_from_anywhere(tmp_path: Path) -> None:
     import motionrt
 
