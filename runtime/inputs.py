@@ -5,17 +5,21 @@ The options of the command line and the keywords of `MotionPipeline` are made fr
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.bundle.manifest import ColumnInput, ImageInput, Manifest, NumberInput, TextInput
-from motionrt.runtime.errors import InputError
+from motionrt.runtime.errors import InputError, shown
 from motionrt.runtime.media.video import read_image
 
+_LARGEST = float(np.finfo(np.float32).max)
 Values = dict[str, NDArray[Any]]
 
 
@@ -41,7 +45,7 @@ def convert(bundle: Bundle, name: str, value: Any) -> Values:
     """The values that input `name` gives, by name; `InputError` or `MediaError` for what it does not take."""
     match bundle.manifest.inputs[name]:
         case ImageInput() as spec:
-            image = read_image(value, spec.height, spec.width)[None]  # in [-1, 1]
+            image = read_image(check_image(name, value), spec.height, spec.width)[None]  # in [-1, 1]
             return {key: _in_range(image, *span) for key, span in spec.gives.items()}
         case TextInput() as spec:
             what = f"the {name.replace('_', ' ')}"
@@ -55,7 +59,7 @@ def convert(bundle: Bundle, name: str, value: Any) -> Values:
         case NumberInput() as spec:
             number = check_number(name, value)
             if not (spec.min is None or number >= spec.min) or not (spec.max is None or number <= spec.max):
-                raise InputError(f"{name} is {value}; allowed is a number from {spec.min} to {spec.max}.")
+                raise InputError(f"{name} is {shown(value)}; allowed is a number from {spec.min} to {spec.max}.")
             port = bundle.manifest.port(name)
             return {name: np.full(port.shape if port is not None else (1,), number, np.float32)}
         case ColumnInput():
@@ -76,9 +80,26 @@ def column(name: str, value: Any, steps: int) -> NDArray[np.float32] | float:
 
 def check_number(name: str, value: Any) -> float:
     """`value` as a float; `InputError` unless it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not np.isfinite(value):
-        raise InputError(f"{name} is {value!r}; it must be a finite number.")
-    return float(value)
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    number = value if isinstance(value, int) or not real else float(value)
+    if not real or not -_LARGEST <= number <= _LARGEST:  # not NaN either
+        raise InputError(f"{name} is {shown(value)}; it must be a finite number, within float32.")
+    return float(number)
+
+
+def check_image(name: str, value: Any) -> Any:
+    """`value` if it may be a picture: a file's path, a Pillow image or an array; `InputError` otherwise."""
+    if isinstance(value, str) and re.match(r"\w[\w+.-]+://", value):
+        fix = "download it, or pipe it into the command (curl ... | motionrt generate --image - ...)"
+        raise InputError(f"{name} is {shown(value)}; nothing is fetched from elsewhere: {fix}.")
+    if not isinstance(value, str | os.PathLike | np.ndarray | Image.Image):
+        allowed = "the path of a file, a Pillow image, or a uint8 array [h,w], [h,w,3] or [h,w,4]"
+        raise InputError(f"{name} is a {type(value).__name__}; allowed is {allowed}.")
+    if isinstance(value, Image.Image) and 0 in value.size:
+        raise InputError(f"{name} is {value.width}x{value.height} pixels; allowed is 1x1 or more.")
+    return value
 
 
 def _in_range(image: NDArray[np.float32], low: float, high: float) -> NDArray[np.float32]:

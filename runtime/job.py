@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from motionrt.runtime.bundle.bundle import Bundle, Schedule
 from motionrt.runtime.bundle.manifest import NOISE, ColumnInput, Manifest, Node
-from motionrt.runtime.errors import BackendError, InputError
+from motionrt.runtime.errors import BackendError, InputError, MemoryStoreError, shown
 from motionrt.runtime.inputs import column, complete, convert
 from motionrt.runtime.loop import Call, Outputs, run_loop
 from motionrt.runtime.memory.search import Search
@@ -91,6 +91,9 @@ class Job:
         self.references: list[Reference] = []
         self.fallback: str | None = None
         self.placed: Placed = {}
+        for name, kind in (("inputs", Mapping), ("given", Mapping), ("search", Search)):
+            if not isinstance(value := getattr(request, name), kind):
+                raise InputError(f"{name} is {shown(value)}; it must be a {kind.__name__}.")
         self.seed = check_seed(request.seed)
         self.frames: NDArray[np.uint8] | None = None
         self.failure: Exception | None = None  # why it ended before its end, where a scheduler ran it
@@ -107,9 +110,7 @@ class Job:
             for name, value in inputs.items():
                 self.values |= convert(bundle, name, value)
             for name, value in request.given.items():
-                if manifest.port(name) is None:
-                    raise InputError(f"`{name}` is given, and no graph of the plan of bundle '{bundle.name}' reads it.")
-                self.values[name] = value
+                self.values[name] = check_given(manifest, name, value)
         self._query = self._references(memory, inputs)
         self._calls = self._walk()
 
@@ -239,7 +240,7 @@ class Job:
             return value
         if unknown := value.keys() - self.bundle.manifest.loops.keys():
             loops = ", ".join(self.bundle.manifest.loops)
-            raise InputError(f"{what} names the loop {min(unknown)!r}; this bundle has {loops}.")
+            raise InputError(f"{what} names the loop {shown(next(iter(unknown)))}; this bundle has {loops}.")
         return value.get(loop)
 
     # --- references ---------------------------------------------------------------------------------------------------
@@ -252,8 +253,9 @@ class Job:
             if given is not None or self.request.search != Search():
                 raise InputError(f"bundle '{self.bundle.name}' takes no references; leave them out.")
             return None
-        if not isinstance(given, int | Sequence | None) or isinstance(given, str | bool):
-            raise InputError(f"references is {given!r}; give a number of clips or a list of references.")
+        given = int(given) if isinstance(given, np.integer) else given
+        if not isinstance(given, int | Sequence | None) or isinstance(given, str | bytes | bool):
+            raise InputError(f"references is {shown(given)}; give a number of clips or a list of references.")
         none = {name: value for name, value in spec.absent.items() if not isinstance(value, str)}
         self._off = any(name in inputs and inputs[name] == value for name, value in none.items())
         parts = {f"reference_{part.name}" for part in spec.record}
@@ -262,32 +264,37 @@ class Job:
         count = given if isinstance(given, int) else spec.default if given is None else len(given)
         advice = "".join(f" For none at all use {name}={value:g}." for name, value in none.items())
         if not 1 <= count <= spec.max:
-            raise InputError(f"references is {count}; this bundle takes 1 to {spec.max}.{advice}")
+            raise InputError(f"references is {shown(count)}; this bundle takes 1 to {spec.max}.{advice}")
         by_hand = [] if given is None or isinstance(given, int) else list(given)
         for item in by_hand:
             record: Mapping[str, Any] = getattr(item, "record", {})
-            if isinstance(item, int | np.integer) or not record and getattr(item, "source_sha256", None):
+            if _is_id(item) or not record and getattr(item, "source_sha256", None):
                 continue  # of a memory; its record may be one that is made on demand
             for part in spec.record:
-                shape = getattr(record.get(part.name), "shape", None)
+                array = record.get(part.name)
+                shape = getattr(array, "shape", None)
                 if shape != part.dims:
                     raise InputError(
-                        f"references holds {item!r:.60} whose {part.name} is {shape}; this bundle takes references (or ids of "
+                        f"references holds {shown(item)} whose {part.name} is {shape}; this bundle takes references (or ids of "
                         f"clips in the memory) with {part.name} {part.dims}."
                     )
-        if memory is None and (not by_hand or any(isinstance(item, int | np.integer) for item in by_hand)):
+                check_finite(f"the {part.name} of {shown(item)} in references", array)
+        if memory is None and (not by_hand or any(_is_id(item) for item in by_hand)):
             raise InputError(
                 "this pipeline has no motion memory to find clips in; open it with one "
                 f"(MotionPipeline.from_bundle(bundle, memory=...)), or pass references=[...].{advice}"
             )
         if by_hand:
             with self._stage("search"):
-                self.references = [_by_id(memory, item) if isinstance(item, int | np.integer) else item for item in by_hand]
+                self.references = [_by_id(memory, item) if _is_id(item) else item for item in by_hand]
             return None
         assert memory is not None
         # The default bends to what there is (any cosine will do, but fewer clips as well); a number that was asked for does
         # not.
-        search = self.request.search
+        search, there = self.request.search, len(memory)
+        if there < (1 if given is None or search.may_be_short else count):  # said before the prompt's vector is computed
+            text = f"the motion memory holds {there or 'no'} clips, and the request asks for {count} of them"
+            raise MemoryStoreError(f"{text}. Ask for fewer, or add clips: `motionrt memory add`.")
         if given is None:
             search = search.lenient()
         tokens = self.bundle.tokenize(spec.tokenizer, inputs[spec.text], what=f"the {spec.text.replace('_', ' ')}")
@@ -341,6 +348,30 @@ def needed(manifest: Manifest, there: set[str], wanted: set[str] | None = None) 
     return route if wanted is None else [node for node in route if manifest.reads(node) & wanted - there]
 
 
+def check_given(manifest: Manifest, name: str, value: Any) -> Any:
+    """`value` if a graph of the plan reads it by `name` and it is one that it takes; `InputError` otherwise."""
+    port = manifest.port(name)
+    if port is None:
+        raise InputError(f"`{name}` is given, and no graph of the plan of bundle '{manifest.name}' reads it.")
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    sliced = any(port.name in loop.slices for loop in manifest.loops.values())  # a loop's graph reads a part of it
+    fits = shape is not None and len(shape) == len(port.dims) and all(
+        dim.min <= size <= dim.max for size, dim in zip(shape, port.dims, strict=True)
+    )  # fmt: skip
+    if shape is None or dtype != port.dtype or not (fits or sliced):
+        got = f"a {type(value).__name__}" if shape is None else f"{dtype} {list(shape)}"
+        raise InputError(f"`{name}` is given as {got}; allowed is {port.dtype} [{', '.join(map(str, port.dims))}].")
+    check_finite(f"`{name}`, which is given,", value)
+    return value
+
+
+def check_finite(what: str, value: Any) -> None:
+    """`InputError` if an array on the host has numbers that are not finite."""
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f" and not np.isfinite(value).all():
+        bad = int(value.size - np.isfinite(value).sum())
+        raise InputError(f"{what} has {bad} NaN or infinite values of {value.size}; all must be finite.")
+
+
 def noise_stream(manifest: Manifest, name: str) -> int:
     """The stream of `noise` that loop `name`, or graph `name` of the plan, draws from: no two share one."""
     if name in manifest.loops:
@@ -384,10 +415,17 @@ def _made(bundle: Bundle, reference: Reference) -> Generator[Call, Outputs, dict
         return dict(end.value)
 
 
+def _is_id(item: Any) -> bool:
+    """Whether an item of references is the id of a clip: True is none, although Python counts it as 1."""
+    return isinstance(item, int | np.integer) and not isinstance(item, bool)
+
+
 def _by_id(memory: Memory | None, number: Any) -> Reference:
     from motionrt.runtime.memory.set import MemorySet
 
     assert memory is not None
     if isinstance(memory, MemorySet):
-        raise InputError(f"references holds the id {number}, and the memory is a set; pass memory.get([(name, id)]).")
+        raise InputError(f"references holds the id {shown(number)}, and the memory is a set; pass memory.get([(name, id)]).")
+    if not 0 <= number < 2**63:
+        raise InputError(f"references holds the id {shown(number)}; ids of clips are whole numbers from 0 to 2**63 - 1.")
     return memory.get([int(number)])[0]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from motionrt.runtime.errors import InputError
+from motionrt.runtime.errors import InputError, shown
 
 MAX_SEED = 2**64 - 1
 
@@ -21,9 +21,9 @@ MAX_SEED = 2**64 - 1
 def check_seed(seed: int) -> int:
     """Return `seed` as an int in [0, 2**64 - 1]; `InputError` otherwise."""
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
-        raise InputError(f"seed is {seed!r}; it must be a whole number between 0 and {MAX_SEED}.")
+        raise InputError(f"seed is {shown(seed)}; it must be a whole number between 0 and {MAX_SEED}.")
     if not 0 <= seed <= MAX_SEED:
-        raise InputError(f"seed is {seed}; it must be between 0 and {MAX_SEED}.")
+        raise InputError(f"seed is {shown(seed)}; it must be between 0 and {MAX_SEED}.")
     return int(seed)
 
 

@@ -4,7 +4,6 @@ graphs."""
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -14,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motionrt.runtime.backends.auto import Choice, choose
+from motionrt.runtime.backends.machine import usable_cores
 from motionrt.runtime.backends.open import RunOptions, open_backend
 from motionrt.runtime.backends.seam import Backend, Checked
 from motionrt.runtime.bundle.bundle import Bundle
-from motionrt.runtime.errors import Cancelled, InputError, MemoryStoreError
+from motionrt.runtime.errors import BatchError, Cancelled, InputError, MemoryStoreError, MotionRTError, shown
 from motionrt.runtime.job import Job, Placed, Request, Result
 from motionrt.runtime.loop import Call, Row
 from motionrt.runtime.memory.search import Search
@@ -79,6 +79,10 @@ class MotionPipeline:
                 what = "the default backend or one by name"
                 raise InputError(f"{given} is for {what}; give it to the backend that you pass instead.")
         bundle = Bundle.open(path)
+        if not isinstance(backend, str | None) and not hasattr(backend, "load") and not isinstance(backend, Choice):
+            raise InputError(f"backend is {shown(backend)}; it must be a name, an open backend or a choice.")
+        if memory is not None and not isinstance(memory, str | Path) and not hasattr(memory, "check"):
+            raise InputError(f"memory is {shown(memory)}; it must be a directory, or an open motion memory or set.")
         if backend == "auto":
             backend = choose(bundle, device=device, threads=threads, precision=precision)
         elif backend is None or isinstance(backend, str):
@@ -119,10 +123,12 @@ class MotionPipeline:
         stops with `Cancelled`. Same seed, bundle and memory: the same frames. Raises `InputError`, `MediaError`,
         `MemoryStoreError`, `BackendError`.
         """
+        if callback is not None and not callable(callback):
+            raise InputError(f"callback is {shown(callback)}; it must be a function of a step and the number of steps.")
         job = self.start(self.request(*inputs, **named))
         for call in job:
             counts = callback is not None and call.loop and self.bundle.in_loop(call.graph)
-            if counts and callback is not None and callback(call.step - 1, call.steps) is False:
+            if counts and callback is not None and _stops(callback(call.step - 1, call.steps)):
                 job.close()
                 raise Cancelled(f"stopped by the callback after step {call.step} of {call.steps}.")
         return self.result(job)
@@ -147,6 +153,8 @@ class MotionPipeline:
 
     def start(self, request: Request) -> Job:
         """The job of `request`: everything is checked, nothing has been run. See `Job`."""
+        if not isinstance(request, Request):
+            raise InputError(f"the request is a {type(request).__name__}; allowed is what pipeline.request(...) makes.")
         return Job(self.bundle, self.memory, request, self.run)
 
     def result(self, job: Job) -> Result:
@@ -162,9 +170,38 @@ class MotionPipeline:
             self.backend.label, self.choice,
         )  # fmt: skip
 
-    def batch(self, requests: Sequence[Request]) -> list[Result]:
-        """Answer several requests, one after the other; all are checked before the first is run."""
-        return [self.result(job) for job in [self.start(request) for request in requests]]
+    def batch(
+        self, requests: Sequence[Request], on_result: Callable[[int, Result], object] | None = None
+    ) -> list[Result]:
+        """Answer several requests, one after the other.
+
+        All are checked before the first is run; then one that fails does not stop the others. `BatchError` if any was refused
+        or failed: its `results` and `errors` hold what came of each. on_result(place, result) is called as soon as a result is
+        there, for whoever wants to keep it whatever happens next (Ctrl-C, a power cut).
+        """
+        if not isinstance(requests, Sequence):
+            raise InputError(f"requests is {shown(requests)}; it must be a list of what pipeline.request(...) makes.")
+        if on_result is not None and not callable(on_result):
+            raise InputError(f"on_result is {shown(on_result)}; it must be a function of a place and a result.")
+        jobs: list[Job] = []
+        results: list[Result | None] = [None] * len(requests)
+        errors: dict[int, Exception] = {}
+        for place, request in enumerate(requests):
+            try:
+                jobs.append(self.start(request))
+            except MotionRTError as error:
+                errors[place] = error
+        _raise_all("refused, and none was run", results, errors)
+        for place, job in enumerate(jobs):
+            try:
+                result = results[place] = self.result(job)
+            except Exception as error:  # whatever it is, it must not take the others' results with it
+                errors[place] = error
+            else:
+                if on_result is not None:
+                    on_result(place, result)
+        _raise_all("without a result", results, errors)
+        return [result for result in results if result is not None]
 
     def run(self, call: Call, placed: Placed) -> Mapping[str, Any]:
         """Run one call. What is the same in all steps of a loop is put on the graph's device once: `placed` is what was put, by
@@ -218,7 +255,7 @@ class MotionPipeline:
             return
         names = self.served()
         small = [name for name in names if name not in self._graphs and self.bundle.graph(name).data is None]
-        workers = workers or os.cpu_count() or 1
+        workers = workers or usable_cores()
         if workers > 1 and len(small) > 1 and self.backend.parallel_load:
             from concurrent.futures import ThreadPoolExecutor
 
@@ -254,7 +291,23 @@ class MotionPipeline:
         return vector
 
 
+def _stops(answer: object) -> bool:
+    """Whether a callback returned False, Python's or NumPy's; None and all else go on."""
+    return isinstance(answer, bool | np.bool_) and not answer
+
+
+def _raise_all(what: str, results: list[Result | None], errors: dict[int, Exception]) -> None:
+    """`BatchError` if there are errors."""
+    if errors:
+        place, error = next(iter(errors.items()))
+        count = f"{len(errors)} of {len(results)} requests {'is' if len(errors) == 1 else 'are'} {what}"
+        raise BatchError(f"{count}; request {place + 1}: {error}", results, errors) from error
+
+
 def _open_memory(path: str | Path) -> MotionMemory:
     from motionrt.runtime.memory.memory import MotionMemory
 
-    return MotionMemory.open(Path(path), readonly=True)
+    try:
+        return MotionMemory.open(Path(path).absolute(), readonly=True)  # the process may change its folder
+    except OSError as error:
+        raise MemoryStoreError(f"the motion memory {shown(path)} cannot be opened: {error.strerror or error}.") from None

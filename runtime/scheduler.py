@@ -19,14 +19,15 @@ from typing import Any
 import numpy as np
 
 from motionrt.runtime.bundle.manifest import GraphSpec
-from motionrt.runtime.errors import InputError, MotionRTError
+from motionrt.runtime.errors import InputError
 from motionrt.runtime.job import Job
 from motionrt.runtime.loop import Call
 from motionrt.runtime.pipeline import MotionPipeline
 
 
 class Scheduler:
-    """Runs the jobs of one pipeline. Not safe to call from several threads at once.
+    """Runs the jobs of one pipeline. Not safe to call from several threads at once. A job that fails keeps why
+    (`Job.failure`, which `pipeline.result` raises), and the others go on: take the results one by one.
 
     batch: most jobs in one call; 1, the default, runs each alone, which costs large models nothing (a step of theirs fills a
     device by itself). `same`: graph -> whether it gave the same bits alone and in a batch on this backend. That is never
@@ -69,17 +70,19 @@ class Scheduler:
         group = self._group(self._line[0])
         for job in group:
             self._line.remove(job)
-        if len(group) == 1 or not self._together(group):
-            for job in group:
-                self._alone(job)
-        self._line += [job for job in group if job.failure is None and job.call is not None]
+        try:
+            if len(group) == 1 or not self._together(group):
+                for job in group:
+                    self._alone(job)
+        finally:  # also behind Ctrl-C: whoever catches it may go on
+            self._line += [job for job in group if self._waiting(job) is not None]
         return group
 
     def _waiting(self, job: Job) -> Call | None:
         """The call that a job waits for, if it still does."""
         try:
             return None if job.failure is not None else job.call
-        except MotionRTError as error:
+        except Exception as error:  # of any kind: it must not take the others with it
             job.failure = error
             return None
 
@@ -101,7 +104,7 @@ class Scheduler:
         assert call is not None
         try:
             job.send(self.pipeline.run(call, job.placed), time.perf_counter() - start)
-        except MotionRTError as error:
+        except Exception as error:
             job.failure = error
 
     def _together(self, group: Sequence[Job]) -> bool:
@@ -118,14 +121,14 @@ class Scheduler:
                     for one, part in zip(alone, parts, strict=True) for port in one
                 )  # fmt: skip
                 parts = parts if self.inexact else alone
-        except MotionRTError:  # no batch of this size, or one of the calls is at fault: alone, only that one fails
+        except Exception:  # no batch of this size, or one of the calls is at fault: alone, only that one fails
             self.same.setdefault(calls[0].graph, False)
             return False
         seconds = (time.perf_counter() - start) / len(group)
         for job, part in zip(group, parts, strict=True):
             try:
                 job.send(part, seconds)
-            except MotionRTError as error:
+            except Exception as error:
                 job.failure = error
         return True
 

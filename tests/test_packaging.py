@@ -72,7 +72,7 @@ def test_wheel_declares_version_licence_extras_and_command(wheel: zipfile.ZipFil
     assert set(metadata.get_all("Provides-Extra", [])) == {
         *("export", "torch", "cpu", "gpu", "tables", "lancedb", "tensorrt", "rtx", "dev"),
     }
-    assert "motionrt = motionrt.runtime.cli.main:main" in wheel.read(f"{info}/entry_points.txt").decode()
+    assert "motionrt = motionrt.__main__:main" in wheel.read(f"{info}/entry_points.txt").decode()
     assert f"{info}/licenses/LICENSE" in wheel.namelist()
 
 

@@ -1,16 +1,23 @@
 """The processor and the GPUs of this machine; these told by the NVIDIA driver itself: no package, no toolkit, no nvidia-smi.
+And how many cores this process may use.
 
 Source of the calls and constants: CUDA driver API reference (cuDeviceGetAttribute: compute capability 75 and 76).
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import math
+import os
 import platform
 import re
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+
+from motionrt.runtime.errors import BackendWarning, InputError, shown
 
 _LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _MAJOR, _MINOR = 75, 76
@@ -60,6 +67,50 @@ def find_gpus(library: ctypes.CDLL | None = None) -> list[Gpu] | str:
         target = f"sm_{capability[0]}{capability[1]}"
         gpus.append(Gpu(text.value.decode(errors="replace"), target, size.value, driver_version() or "unknown", cuda))
     return gpus
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Cores that this process may use, 1 or more: those of the machine that its affinity allows, and no more than the CPU quota
+    of its control group (version 1 or 2) or of one above it pays for, rounded up. `root` is for tests.
+
+    A container with a quota sees every core of its host: a thread for each of them would be paused most of the time, and
+    the others would wait for it.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    groups, found = root / "sys/fs/cgroup", [float(cores)]
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return cores
+    for line in lines:
+        number, controllers, name = line.split(":", 2)
+        if number != "0" and "cpu" not in controllers.split(","):
+            continue
+        top = groups if number == "0" else groups / "cpu"
+        own = top / name.lstrip("/")  # which a container may not see: then what it sees as the top is its own
+        for folder in (own, *(parent for parent in own.parents if parent.is_relative_to(top))):
+            files = ("cpu.max",) if number == "0" else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # "max" is no number: no quota
+                quota, period = " ".join((folder / file).read_text() for file in files).split()
+                found.append(int(quota) / int(period) if int(quota) > 0 else cores)
+    return max(1, math.ceil(min(found)))
+
+
+def check_threads(threads: int | None) -> int | None:
+    """`threads`, but no more than `usable_cores`: more only wait for each other, and take many times as long (64 threads on 2
+    cores: 6 times). Where fewer than asked for are taken, a `BackendWarning` says so.
+
+    None, for every core, stays None where that is what a library finds itself. Raises `InputError`.
+    """
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise InputError(f"threads is {shown(threads)}; it must be 1 or more, or None for every core.")
+    cores = usable_cores()
+    if threads is None:
+        return None if cores == os.cpu_count() else cores
+    if threads > cores:
+        text = f"threads is {shown(threads)}, and this process may use {cores} of the machine's cores: as many are taken."
+        warnings.warn(text, BackendWarning, stacklevel=3)
+    return min(threads, cores)
 
 
 def driver_version() -> str | None:

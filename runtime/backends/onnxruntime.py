@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from motionrt.runtime.backends.kinds import GPU_BUILD, ONNXRUNTIME, PROVIDERS
+from motionrt.runtime.backends.machine import check_threads
 from motionrt.runtime.backends.onnx_form import find_form
 from motionrt.runtime.backends.onnx_weights import package_weights
-from motionrt.runtime.backends.seam import Array, Checked, DeviceValue, Executor, first_line
+from motionrt.runtime.backends.seam import ROOM, Array, Checked, DeviceValue, Executor, first_line, out_of_memory
 from motionrt.runtime.bundle.bundle import Bundle, Port
 from motionrt.runtime.dtypes import DTYPES, PORTS
 from motionrt.runtime.errors import BackendError, BundleError, InputError
@@ -23,7 +24,7 @@ _NO_FALLBACK = "session.disable_cpu_ep_fallback"
 
 
 class OnnxRuntimeBackend:
-    """ONNX Runtime. threads: threads within an operator; None lets ONNX Runtime take every core.
+    """ONNX Runtime. threads: threads within an operator, no more than this process has cores; None takes every core.
 
     device: "cpu", "cuda" (its CUDA provider) or "tensorrt" (its TensorRT provider, and CUDA for what that leaves). ONNX
     Runtime goes to the CPU without a word where a provider cannot be loaded: that is refused. So is a graph of which some
@@ -38,8 +39,7 @@ class OnnxRuntimeBackend:
     def __init__(
         self, threads: int | None = None, device: str = "cpu", *, allow_cpu: bool = False, precision: str | None = None
     ) -> None:
-        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-            raise InputError(f"threads is {threads!r}; it must be 1 or more, or None for every core.")
+        threads = check_threads(threads)
         base, self._index = ONNXRUNTIME.parse(device)
         self.threads, self.device, self.allow_cpu = threads, device, allow_cpu
         self._wanted = PROVIDERS[base]
@@ -65,7 +65,7 @@ class OnnxRuntimeBackend:
         form = find_form(bundle.path, spec, self._asked) if self._asked != "float32" else None
         path = bundle.graph_path(name) if form is None else form.path
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors only: they come back as exceptions
+        options.log_severity_level = 4  # nothing but the end of the process: errors come back as exceptions
         options.inter_op_num_threads = 1
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
@@ -85,6 +85,8 @@ class OnnxRuntimeBackend:
                     f"graph '{name}' has nodes for which ONNX Runtime's {self._wanted[0]} has no kernel, and the CPU was not "
                     "allowed for them. Allow it (--allow-cpu), or use another backend."
                 ) from None
+            if out_of_memory(error):
+                raise BackendError(f"too little memory to load graph '{name}'. {ROOM}.") from None
             fix = "Upgrade onnxruntime, or export the bundle again" if form is None else "Use --precision float32"
             raise BackendError(
                 f"ONNX Runtime {onnxruntime.__version__} cannot load graph '{name}' ({first_line(error)}). {fix}."
@@ -228,6 +230,8 @@ class OrtArray(DeviceValue):
 def _onnxruntime() -> Any:
     try:
         import onnxruntime
-    except ImportError:
+    except ImportError as error:
+        if out_of_memory(error):
+            raise BackendError(f"too little memory to load ONNX Runtime ({first_line(error)}). Free some.") from None
         raise ONNXRUNTIME.missing() from None
     return onnxruntime

@@ -129,6 +129,8 @@ class Checked:
         except MotionRTError:
             raise
         except Exception as error:  # the exceptions of engines share no base but Exception
+            if out_of_memory(error):
+                raise BackendError(f"too little memory to run graph '{self.spec.name}'. {ROOM}.") from None
             raise BackendError(f"{self.executor.library} failed in graph '{self.spec.name}': {first_line(error)}") from None
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
@@ -172,7 +174,8 @@ class Checked:
         if value.dtype.kind == "f" and not np.isfinite(value).all():
             bad = int(value.size - np.isfinite(value).sum())
             raise InputError(
-                f"{self.spec.name} input `{name}` has {bad} NaN or infinite values of {value.size}; all must be finite."
+                f"{self.spec.name} input `{name}` has {bad} NaN or infinite values of {value.size}; all must be finite. "
+                "If you did not give them, numbers of the request are too large to compute with: lower guidance and scales."
             )
 
 
@@ -191,6 +194,20 @@ class Backend(Protocol):
 def fetch(value: Any) -> Any:
     """A value as a host array: itself if it is one."""
     return value if isinstance(value, np.ndarray) else np.asarray(value)
+
+
+ROOM = "Free some, raise its limit, or hold one graph at a time (`motionrt generate --low-memory`, low_memory=True)"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of a library says that there was too little memory, in any of the ways that they have."""
+    text = str(error).lower()
+    words = (
+        "bad_alloc", "bad allocation", "out of memory", "failed to allocate", "cannot allocate", "can't start new thread",
+        "failed to map segment",  # of a library that is loaded
+        "pyobject pointer is null",  # in Rust
+    )  # fmt: skip
+    return isinstance(error, MemoryError) or any(word in text for word in words)
 
 
 def first_line(error: BaseException) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from motionrt.runtime.backends.kinds import ONNXRUNTIME, TORCH
+from motionrt.runtime.backends.machine import check_threads
 from motionrt.runtime.backends.seam import Array, Backend, Checked, DeviceValue, Executor, first_line
 from motionrt.runtime.backends.torch_program import load_program
 from motionrt.runtime.bundle.bundle import Bundle, GraphSpec, Port
@@ -46,8 +47,7 @@ class TorchBackend:
     ) -> None:  # fmt: skip
         if mode not in MODES:
             raise InputError(f"mode is {mode!r}; it must be one of {', '.join(MODES)}.")
-        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-            raise InputError(f"threads is {threads!r}; it must be 1 or more, or None for torch's own choice.")
+        threads = check_threads(threads)
         self.device = _device(device)
         self.mode = mode if mode != "auto" else "graph" if self.device.type == "cuda" else "eager"
         if self.mode == "graph" and self.device.type != "cuda":

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motionrt.runtime.bundle.manifest import Dim, GraphSpec, Manifest, Port, Program, read_manifest
-from motionrt.runtime.errors import BundleError, InputError
+from motionrt.runtime.errors import BundleError, InputError, shown
 from motionrt.runtime.files import digest_of
 
 if TYPE_CHECKING:
@@ -50,8 +50,10 @@ class Bundle:
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
         """Open and verify the bundle directory `path`; `BundleError` if it is missing, damaged or of another format."""
-        path = Path(path)
-        manifest = read_manifest(path / "bundle.json")
+        if not isinstance(path, str | Path):
+            raise InputError(f"the bundle is {shown(path)}; it must be the path of its directory.")
+        manifest = read_manifest(Path(path) / "bundle.json")
+        path = Path(path).absolute()  # files are read later as well, and the process may change its folder
         for kind, specs in (("graph", manifest.graphs), ("tokenizer", manifest.tokenizers)):
             for name, spec in specs.items():
                 verify_file(path, spec.file, spec.sha256, f"{kind} '{name}'")
@@ -117,12 +119,14 @@ class Bundle:
         """The rows of `steps` steps of schedule `name` of a loop, the default ones if not given; `InputError` for others."""
         spec = self.manifest.loops[loop]
         name = spec.default[0] if name is None else name
-        if name not in spec.schedules:
-            raise InputError(f"solver is '{name}'; loop '{loop}' of this bundle has {', '.join(sorted(spec.schedules))}.")
+        if not isinstance(name, str) or name not in spec.schedules:
+            raise InputError(f"solver is {shown(name)}; loop '{loop}' of this bundle has {', '.join(sorted(spec.schedules))}.")
         if steps is None:
             steps = spec.default[1] if spec.default[1] in spec.schedules[name] else max(spec.schedules[name])
-        if isinstance(steps, bool) or steps not in spec.schedules[name]:
-            raise InputError(f"steps is {steps!r}; solver '{name}' of this bundle takes {_span(spec.schedules[name])}.")
+        whole = isinstance(steps, int | np.integer) and not isinstance(steps, bool)
+        if not whole or steps not in spec.schedules[name]:
+            got = f"steps is {shown(steps)}{'' if whole else ', no whole number'}"
+            raise InputError(f"{got}; solver '{name}' of this bundle takes {_span(spec.schedules[name])}.")
         return Schedule(name, self._tables[f"{loop}/{name}/{int(steps)}"])
 
     def tokenizer(self, name: str) -> Tokenizer:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -419,7 +420,7 @@ def _faults(manifest: Manifest) -> Iterator[str]:
 
 def read_manifest(path: Path) -> Manifest:
     """Parse the file `path`; `BundleError` for anything that this version does not understand."""
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):  # which takes any text for a name
         raise BundleError(f"bundle {path.parent} is not a directory. Give the directory that `motionrt export` wrote.")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)

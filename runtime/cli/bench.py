@@ -28,6 +28,8 @@ from msgspec.structs import replace
 
 from motionrt.runtime.backends.open import RunOptions
 from motionrt.runtime.cli.common import BundleArgument, Memories, Solver, Steps, open_pipeline, with_run_options
+from motionrt.runtime.cli.places import check_output
+from motionrt.runtime.cli.terminal import echo
 from motionrt.runtime.dtypes import DTYPES
 from motionrt.runtime.errors import MotionRTError
 
@@ -94,6 +96,8 @@ def bench(
     from motionrt.runtime.cli import show
     from motionrt.runtime.files import replacing
 
+    if json_path is not None:
+        check_output(json_path, error=MotionRTError)
     with open_pipeline(bundle, memory or [], run_options) as pipeline, show.progress() as bars:
         request = made_up(pipeline, inputs.obj, steps=steps, solver=solver)
         task = bars.add_task("requests", total=repeat + WARMUPS)
@@ -106,9 +110,9 @@ def bench(
     random = "search: not run: no --memory was given; references were random records"
     notes = [random] if request(0).references is not None else []
     notes += [note for comparison in compared for note in comparison.notes] + ([counted] if counted else [])
-    console.print(f"{facts['bundle']}: {facts['backend']}, {facts['processor']}", markup=False)
+    echo(f"{facts['bundle']}: {facts['backend']}, {facts['processor']}")
     for item in show.bench_tables(rows, compared, notes):
-        console.print(item, markup=not isinstance(item, str))
+        echo(item) if isinstance(item, str) else console.print(item)
     if json_path is not None:
         document = {
             **facts, "repeat": repeat, "notes": notes, "schedules": {one.loop: [one.schedule, one.steps] for one in compared},
@@ -259,7 +263,7 @@ def compare_steps(pipeline: MotionPipeline, name: str, request: Request, rounds:
 def environment(pipeline: MotionPipeline, threads: int | None) -> dict[str, Any]:
     """What a published number needs beside it: date, machine, versions, bundle; no host name, no path."""
     import motionrt
-    from motionrt.runtime.backends.machine import find_gpus, processor
+    from motionrt.runtime.backends.machine import find_gpus, processor, usable_cores
     from motionrt.runtime.files import sha256_of
 
     versions = {}
@@ -281,7 +285,7 @@ def environment(pipeline: MotionPipeline, threads: int | None) -> dict[str, Any]
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "gpu": gpus if isinstance(gpus, str) else [dataclasses.asdict(gpu) for gpu in gpus],
         "peak_rss_mib": peak_rss_mib(),
-        "threads": threads or os.cpu_count(),
+        "threads": min(threads or usable_cores(), usable_cores()),
         "python": platform.python_version(),
         "versions": versions,
         "backend": pipeline.backend.label,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,6 +16,9 @@ import typer
 
 from motionrt.runtime.backends.kinds import TENSORRT
 from motionrt.runtime.backends.open import RunOptions, open_backend
+from motionrt.runtime.backends.seam import ROOM, out_of_memory
+from motionrt.runtime.cli import terminal
+from motionrt.runtime.cli.places import still
 from motionrt.runtime.errors import InputError, MotionRTError
 from motionrt.runtime.memory.search import Search
 
@@ -101,23 +105,28 @@ class BundleCommand(typer.core.TyperCommand):
     """A command whose options are also the inputs that the bundle among its arguments declares: nothing names them twice."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        from motionrt.runtime.bundle.manifest import read_manifest
+        from motionrt.runtime.bundle.manifest import ImageInput, read_manifest
 
         paths = [Path(argument.removeprefix("--bundle=")) / "bundle.json" for argument in args]
-        file = next((path for path in paths if path.is_file()), None)
+        file = next((path for path in paths if os.path.isfile(path)), None)  # a prompt may be no name that a file can have
         if file is None:  # opening the bundle will say what is wrong with it
             ctx.ignore_unknown_options = ctx.allow_extra_args = True
             return list(super().parse_args(ctx, args))
         own = self.__dict__.setdefault("own_params", list(self.params))  # it may be used again, for another bundle
         taken = {flag for option in own for flag in option.opts}
-        self.params = [*own, *input_options(read_manifest(file), taken)]
+        manifest = read_manifest(file)
+        self.params = [*own, *input_options(manifest, taken)]
+        self.__dict__["stills"] = {name for name, spec in manifest.inputs.items() if isinstance(spec, ImageInput)}
         return list(super().parse_args(ctx, args))
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; `ctx.obj` is what was given for the inputs, by name."""
         extra = [option.name for option in self.params if option not in self.__dict__.get("own_params", self.params)]
         given = {name: ctx.params.pop(name) for name in extra}
-        ctx.obj = {name: value for name, value in given.items() if value is not None}
+        stills = self.__dict__.get("stills", set())
+        ctx.obj = {
+            name: still(name, value) if name in stills else value for name, value in given.items() if value is not None
+        }
         return super().invoke(ctx)
 
 
@@ -190,7 +199,7 @@ def open_pipeline(
 
 def _weighted(text: str) -> tuple[str, float]:
     path, _, weight = text.rpartition("=")
-    if path and not Path(text).exists():
+    if path and not os.path.exists(text):
         try:
             return path, float(weight)
         except ValueError:
@@ -199,18 +208,41 @@ def _weighted(text: str) -> tuple[str, float]:
 
 
 def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the commands of `app` under `name`, and end the process. Every bad input is one line on standard error.
+    """Run the commands of `app` under `name`, and end the process. Whatever goes wrong is one line on standard error.
 
-    Exit status: 0 done, 1 interrupted, 2 bad input or a failure with a plain reason.
+    Exit status: 0 done; 1 a fault of the program (with MOTIONRT_DEBUG=1 in the environment, its traceback), or output that
+    nobody read to its end; 2 bad input or a failure with a plain reason; 130 interrupted.
     """
-    try:
-        app(arguments, prog_name=name)
-        sys.exit(0)
-    except MotionRTError as error:
-        message = str(error)
-    except OSError as error:  # a full disk, a missing permission: whatever had no better words nearer to it
-        message = f"{error.filename or 'input or output'}: {error.strerror or error}."
-    except MemoryError:
-        message = "out of memory. Use fewer references or a smaller bundle, or free some."
-    typer.echo(f"{name}: {' '.join(message.split())}", err=True)
-    sys.exit(2)
+    with terminal.ready(name):
+        try:
+            try:
+                app(arguments, prog_name=name)
+                sys.exit(0)
+            finally:
+                if sys.stdout is not None:
+                    sys.stdout.flush()  # a full disk behind a pipe is said here, not when Python ends
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BrokenPipeError:  # `motionrt inspect bundle | head -1`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.exit(1)
+        except BaseException as error:  # what Rust raises when it fails is no Exception
+            status, message = _explain(error)
+            if status == 1 and os.environ.get("MOTIONRT_DEBUG"):
+                raise
+        terminal.echo(f"{name}: {' '.join(message.split())}", err=True)
+        sys.exit(status)
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
+    """The exit status and the sentence for what a command raised."""
+    if isinstance(error, MotionRTError):
+        return 2, str(error)
+    if out_of_memory(error):
+        return 2, f"too little memory. {ROOM}."
+    if isinstance(error, OSError):  # a full disk, a missing permission: whatever had no better words nearer to it
+        return 2, f"{error.filename or 'input or output'}: {error.strerror or error}."
+    if isinstance(error, ImportError):
+        return 2, f"a module cannot be imported: {error}. Install its package again."
+    fault = "This is a fault of the program: MOTIONRT_DEBUG=1 in the environment shows where; please report it"
+    return 1, f"{type(error).__name__}: {error}. {fault}."

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from motionrt.runtime.backends.kinds import TENSORRT
+from motionrt.runtime.cli.terminal import echo
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,12 +37,12 @@ def doctor(
 
     found = examine(bundle)
     if as_json:
-        typer.echo(json.dumps(found, indent=1))
+        print(json.dumps(found, indent=1))
     else:
         console = report.console()
         for table in tables(found):
             console.print(table)
-        console.print(found["verdict"], markup=False, soft_wrap=True)
+        echo(found["verdict"])
     if not runs(found):
         raise typer.Exit(2)
 

@@ -26,6 +26,8 @@ from motionrt.runtime.cli.common import (
 )  # fmt: skip
 from motionrt.runtime.cli.doctor import doctor
 from motionrt.runtime.cli.memory import memory_app
+from motionrt.runtime.cli.places import check_output, video_size
+from motionrt.runtime.cli.terminal import echo
 from motionrt.runtime.cli.verify import verify
 from motionrt.runtime.errors import MediaError
 from motionrt.runtime.job import Request
@@ -90,9 +92,12 @@ def generate(
 
     if out.suffix.lower() not in WRITABLE:  # said before the work, not after it
         raise MediaError(f"cannot write {out}: extension {out.suffix!r} is not one of {', '.join(WRITABLE)}.")
+    if out.suffix.lower() == ".mp4":
+        import av  # noqa: F401  # what writes it: an installation that is broken, or too little memory for it, is said now
     console = show.console()
     with open_pipeline(bundle, memory or [], run_options, low_memory=low_memory) as pipeline, show.progress() as bars:
         job = pipeline.start(Request(inputs.obj, seed, solver, steps, references, search))
+        check_output(out, video_size(out, pipeline.bundle.manifest.output))
         start = time.perf_counter()
         pipeline.warm()
         load = time.perf_counter() - start
@@ -109,11 +114,10 @@ def generate(
         console.print(show.references_table(result.references))
     for note in (result.fallback, result.choice):
         if note is not None:
-            console.print(note, markup=False)
+            echo(note)
     console.print(show.stages_table([result], {"write": time.perf_counter() - start, "load": load}))
     frames, height, width, _ = result.frames.shape
-    told = f"{out}: {frames} frames of {width}x{height} at {result.fps:g} fps, seed {seed}"
-    console.print(told, markup=False, soft_wrap=True)  # a path must not be broken
+    echo(f"{out}: {frames} frames of {width}x{height} at {result.fps:g} fps, seed {seed}")
 
 
 @app.command()
@@ -135,7 +139,7 @@ def inspect(
 
     console, opened = show.console(), Bundle.open(bundle)
     for line in picture(opened):
-        console.print(line, markup=False, soft_wrap=True)
+        echo(line)
     for table in show.inspect_tables(opened, ports):
         console.print(table)
 
@@ -143,7 +147,6 @@ def inspect(
 app.command(cls=BundleCommand)(bench)
 app.command()(doctor)
 app.command()(verify)
-
 
 
 def register() -> None:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from motionrt.runtime.bundle.bundle import Bundle
+from motionrt.runtime.cli.terminal import visible
 
 if TYPE_CHECKING:
     from motionrt.runtime.cli.bench import Comparison, Row
@@ -37,6 +38,7 @@ def progress() -> Iterator[Progress]:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1) -> Table:
     """A table whose first `left` columns are text and whose others are numbers."""
+    title = _plain(title)
     result = Table(title=title, title_justify="left", title_style="bold", min_width=len(title), show_header=any(columns))
     for index, name in enumerate(columns):
         result.add_column(name, justify="left" if index < left else "right", overflow="fold")
@@ -48,7 +50,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], 
 def _plain(text: str) -> str:
     from rich.markup import escape
 
-    return escape(text)  # captions and shapes hold square brackets
+    return escape(visible(text))  # captions and shapes hold square brackets
 
 
 def references_table(references: Sequence[Reference]) -> Table:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from motionrt.runtime.cli.common import BundleArgument
+from motionrt.runtime.cli.terminal import echo
 from motionrt.runtime.errors import EngineError, MotionRTError
 
 if TYPE_CHECKING:
@@ -37,12 +38,12 @@ def verify(bundle: BundleArgument) -> None:
         except MotionRTError as error:
             problems[" ".join(str(error).split())] = None
     for problem in problems:
-        typer.echo(f"motionrt: {problem}", err=True)
+        echo(f"motionrt: {problem}", err=True)
     if problems:
         raise typer.Exit(2)
     Bundle.open(bundle)  # also reads what the tables hold
     counts = ", ".join(f"{kind} {count}" for kind, count in Counter(sound.values()).items())
-    typer.echo(f"{bundle}: all sound: {counts}; {sum(path.stat().st_size for path in sound):,} bytes read.")
+    echo(f"{bundle}: all sound: {counts}; {sum(path.stat().st_size for path in sound):,} bytes read.")
 
 
 def checks(bundle: Path) -> Iterator[tuple[str, Callable[[], Path]]]:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import os
 
+TYPE_CHECKING = False  # not of `typing`, which takes milliseconds in which Ctrl-C is not looked after yet (__main__.py)
 if TYPE_CHECKING:
+    from typing import Any
+
     from motionrt.runtime.errors import MotionRTError
     from motionrt.runtime.memory.memory import MotionMemory
     from motionrt.runtime.pipeline import MotionPipeline, Result
+
+# ONNX Runtime from 1.29 on sends telemetry on Linux, and keeps a device's name and a queue in HOME, unless the first of these
+# is set before it is imported; the second is what other libraries go by (donottrack.sh), also those that only begin to send.
+# Every module of ours is imported after this line; what a user has set stays.
+for _name in ("ORT_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+    os.environ.setdefault(_name, "1")
 
 __version__ = "0.1.0"
 __all__ = ["MotionMemory", "MotionPipeline", "MotionRTError", "Result", "__version__"]

@@ -20,7 +20,7 @@ from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from motionrt.runtime.backends.seam import Checked, Executor
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.bundle.manifest import File
-from motionrt.runtime.errors import BackendError, Cancelled, InputError, MediaError, MemoryStoreError
+from motionrt.runtime.errors import BackendError, BatchError, Cancelled, InputError, MediaError, MemoryStoreError, MotionRTError
 from motionrt.runtime.indexing.clips import index_clips
 from motionrt.runtime.indexing.encoders import ClipEncoders
 from motionrt.runtime.job import to_frames
@@ -251,6 +251,30 @@ def test_callback_counts_steps_and_can_stop(pipeline: MotionPipeline, still: Sti
         ({"references": [reference(1, (3, 4))]}, InputError, r"whose motion is \(3, 4\); .* with motion \(2, 4\)"),
         ({"references": [reference(1), reference(2, (3, 4))]}, InputError, "whose motion is"),
         ({"references": [object()]}, InputError, "references holds"),
+        ({"references": [True]}, InputError, "references holds True"),
+        ({"references": [2**70]}, InputError, "ids of clips are whole numbers from 0 to"),
+        ({"references": [-1]}, InputError, "references holds the id -1"),
+        ({"references": 10**5000}, InputError, "references is a int that cannot be shown"),
+        ({"references": b"12"}, InputError, "references is b'12'"),
+        ({"seed": 10**5000}, InputError, "seed is a int that cannot be shown"),
+        ({"steps": 4.0}, InputError, "steps is 4.0, no whole number; solver 'ddim'"),
+        ({"steps": np.array([4, 4])}, InputError, "steps is array"),
+        ({"steps": "4"}, InputError, "steps is '4'"),
+        ({"solver": ["ddim"]}, InputError, r"solver is \['ddim'\]"),
+        ({"guidance": 10**400}, InputError, "guidance is 1000.*; it must be a finite number, within float32"),
+        ({"guidance": -(10**5000)}, InputError, "guidance is a int that cannot be shown"),
+        ({"guidance": np.complex64(1)}, InputError, "guidance is np.complex64"),
+        ({"guidance": 1e39}, InputError, "guidance is 1e\\+39; it must be a finite number, within float32"),
+        ({"guidance": [1, 2, 3, 1e39]}, InputError, "guidance of step 4 is 1e\\+39"),
+        ({"motion_scale": 10**400}, InputError, "motion_scale is 1000"),
+        ({"image": Image.new("RGB", (0, 0))}, InputError, "image is 0x0 pixels; allowed is 1x1 or more"),
+        ({"image": "https://example.com/a.png"}, InputError, "image is 'https://example.com/a.png'; nothing is fetched"),
+        ({"image": [[0]]}, InputError, "image is a list; allowed is the path of a file, a Pillow image, or a uint8 array"),
+        ({"search": None}, InputError, "search is None; it must be a Search"),
+        ({"given": [1]}, InputError, r"given is \[1\]; it must be a Mapping"),
+        ({"given": {"motion": 1}}, InputError, "`motion` is given as a int; allowed is float32"),
+        ({"given": {"motion": np.zeros((1, 2), np.float32)}}, InputError, r"given as float32 \[1, 2\]; allowed is float32 \["),
+        ({"callback": 3}, InputError, "callback is 3; it must be a function"),
         ({"minimum_score": 2}, InputError, "minimum_score is 2; allowed"),
         ({"where": {"dataset": 3}}, InputError, "where is"),
         ({"diversity": -1}, InputError, "diversity is -1"),
@@ -292,8 +316,76 @@ def test_guidance_is_refused_before_any_work(
     with pytest.raises(InputError, match=message):
         pipeline(still, "a", references=[reference(1)], guidance=guidance)
     good, bad = (pipeline.request(still, "a", references=[reference(1)], **more) for more in ({}, {"guidance": guidance}))
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(BatchError, match=f"1 of 2 requests is refused, and none was run; request 2: {message}") as refused:
         pipeline.batch([good, bad])
+    assert refused.value.results == [None, None] and list(refused.value.errors) == [1]
+
+
+def test_a_batch_keeps_what_was_finished(fake_bundle: Path, watching: ModuleType, still: Still) -> None:
+    """One request fails while it runs, of whatever kind its error is: the others' results come with it."""
+    requests = 0
+
+    def failing(name: str, inputs: Any, run: Any) -> Any:
+        nonlocal requests
+        requests += name == "decode"
+        if name == "decode" and requests in (2, 3):
+            raise (BackendError("the device is gone"), MemoryError())[requests - 2]
+        return run(inputs)
+
+    pipeline, kept = MotionPipeline.from_bundle(fake_bundle, backend=watching.Watching(failing)), dict[int, Any]()
+    asked = [pipeline.request(still, "a", seed=seed, motion_scale=0) for seed in range(4)]
+    with pytest.raises(BatchError, match="2 of 4 requests are without a result; request 2: the device is gone") as failed:
+        pipeline.batch(asked, kept.__setitem__)
+    first, *none, last = failed.value.results
+    assert none == [None, None] and (first.seed, last.seed) == (0, 3) and kept == {0: first, 3: last}
+    assert isinstance(failed.value.errors[1], BackendError)
+    alone = MotionPipeline.from_bundle(fake_bundle, threads=1)(still, "a", seed=3, motion_scale=0)
+    np.testing.assert_array_equal(last.frames, alone.frames)
+
+
+def test_a_batch_names_all_that_are_refused(pipeline: MotionPipeline, still: Still) -> None:
+    good = pipeline.request(still, "a")
+    bad: Any = (still, "a")
+    odd: Any = "star.png"
+    with pytest.raises(BatchError, match="3 of 4 requests are refused, and none was run; request 2: seed is -1") as refused:
+        pipeline.batch([good, Request(good.inputs, seed=-1), bad, Request(odd)])
+    assert {place: str(error)[:20] for place, error in refused.value.errors.items()} == {
+        1: "seed is -1; it must ", 2: "the request is a tup", 3: "inputs is 'star.png'",
+    }  # fmt: skip
+    assert pipeline.batch([]) == []
+
+
+def test_the_process_may_change_its_folder(
+    fake_bundle: Path, fake_memory: Path, still: Still, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was opened by relative paths stays open: graphs are loaded later, and weights beside them."""
+    shutil.copytree(fake_bundle, tmp_path / "bundle")
+    shutil.copytree(fake_memory, tmp_path / "memory")
+    monkeypatch.chdir(tmp_path)
+    with MotionPipeline.from_bundle("bundle", memory="memory", threads=1) as pipeline:
+        monkeypatch.chdir("/")
+        assert pipeline(still, "a red ball").references
+        assert pipeline.bundle.path == tmp_path / "bundle" and pipeline.served()
+
+
+def test_numpys_false_stops_as_well(pipeline: MotionPipeline, still: Still) -> None:
+    with pytest.raises(Cancelled):
+        pipeline(still, "a", callback=lambda step, steps: np.bool_(False))
+    assert pipeline(still, "a", callback=lambda step, steps: 0, references=np.int64(2)).frames.any()
+
+
+def test_too_few_clips_are_said_before_any_work(
+    fake_bundle: Path, fake_memory: Path, watching: ModuleType, still: Still, tmp_path: Path
+) -> None:
+    def idle(name: str) -> None:
+        raise AssertionError(f"graph {name} was loaded")
+
+    with MotionPipeline.from_bundle(fake_bundle, fake_memory, backend=watching.Watching(on_load=idle)) as pipeline:
+        with pytest.raises(MemoryStoreError, match="holds 4 clips, and the request asks for 5 of them"):
+            pipeline(still, "a", references=5)
+    with MotionMemory.for_bundle(tmp_path / "empty", Bundle.open(fake_bundle)) as memory:
+        with pytest.raises(MemoryStoreError, match="holds no clips"):
+            MotionPipeline.from_bundle(fake_bundle, memory, backend=watching.Watching(on_load=idle))(still, "a")
 
 
 def test_guidance_may_be_given_step_by_step(pipeline: MotionPipeline, still: Still) -> None:
@@ -306,7 +398,7 @@ def test_guidance_may_be_given_step_by_step(pipeline: MotionPipeline, still: Sti
 def test_call_refuses_nan_tokens(pipeline: MotionPipeline, still: Still) -> None:
     bad = reference(1)
     bad.record["motion"][0, 0] = np.nan
-    with pytest.raises(InputError, match="`reference_motion` has 1 NaN"):
+    with pytest.raises(InputError, match="the motion of Reference.* in references has 1 NaN"):
         pipeline(still, "a", references=[bad])
 
 
@@ -334,6 +426,34 @@ def test_from_bundle_leaves_a_memory_that_it_was_given_open(fake_bundle: Path, f
         with MotionPipeline.from_bundle(fake_bundle, memory):
             pass
         assert len(memory) == 4
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"path": None}, "the bundle is None; it must be the path"),
+        ({"path": 3}, "the bundle is 3"),
+        ({"path": b"bundle"}, "the bundle is b'bundle'"),
+        ({"path": "a" * 5000}, "is not a directory"),
+        ({"path": "a\0b"}, "is not a directory"),
+        ({"memory": 3}, "memory is 3; it must be a directory"),
+        ({"memory": ["memory"]}, r"memory is \['memory'\]"),
+        ({"memory": "a" * 5000}, "the motion memory 'aaa.* cannot be opened: File name too long"),
+        ({"backend": 3}, "backend is 3; it must be a name"),
+    ],
+    ids=lambda value: f"{value!r:.30}",
+)
+def test_from_bundle_refuses(fake_bundle: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(MotionRTError, match=message):
+        MotionPipeline.from_bundle(**{"path": fake_bundle, **arguments})
+
+
+def test_batch_refuses_what_is_no_list_of_requests(pipeline: MotionPipeline) -> None:
+    odd: Any = 3
+    with pytest.raises(InputError, match="requests is 3"):
+        pipeline.batch(odd)
+    with pytest.raises(InputError, match="on_result is 3"):
+        pipeline.batch([], odd)
 
 
 def test_from_bundle_refuses_threads_beside_a_backend(fake_bundle: Path) -> None:

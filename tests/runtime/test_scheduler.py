@@ -43,6 +43,43 @@ def pipeline(fake_bundle: Path) -> Iterator[MotionPipeline]:
         yield opened
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_fault_of_any_kind_leaves_the_other_jobs(pipeline: MotionPipeline, still: Still, batch: int) -> None:
+    """Also one that is no error of ours, such as too little memory for one request."""
+    scheduler = Scheduler(pipeline, batch)
+    jobs = [scheduler.add(pipeline.start(pipeline.request(still, "a", seed=i, **OFF))) for i in range(3)]
+    run = pipeline.run
+
+    def short(call: Any, placed: Any) -> Any:
+        if placed is jobs[1].placed and call.graph in ("decode", "step"):
+            raise MemoryError("too little")
+        return run(call, placed)
+
+    pipeline.run = short  # type: ignore[method-assign]
+    scheduler.same = {"decode": False, "step": False}  # each alone, which is where one of them fails
+    scheduler.run()
+    assert isinstance(jobs[1].failure, MemoryError)
+    assert all(frame.shape == (3, 16, 16, 3) for frame in frames(pipeline, [jobs[0], jobs[2]]))
+
+
+def test_ctrl_c_leaves_the_jobs_in_the_line(pipeline: MotionPipeline, still: Still) -> None:
+    scheduler, run = Scheduler(pipeline), pipeline.run
+    jobs = [scheduler.add(pipeline.start(pipeline.request(still, "a", seed=i, **OFF))) for i in range(2)]
+
+    def interrupted(call: Any, placed: Any) -> Any:
+        pipeline.run = run  # type: ignore[method-assign]
+        raise KeyboardInterrupt
+
+    scheduler.turn()
+    pipeline.run = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        scheduler.run()
+    assert len(scheduler) == 2
+    scheduler.run()
+    for seed, made in enumerate(frames(pipeline, jobs)):
+        np.testing.assert_array_equal(made, pipeline(still, "a", seed=seed, **OFF).frames)
+
+
 def frames(pipeline: MotionPipeline, jobs: list[Job]) -> list[NDArray[np.uint8]]:
     return [pipeline.result(job).frames for job in jobs]
 

@@ -117,6 +117,30 @@ def test_load_says_how_to_install_onnxruntime(bundle: Bundle, monkeypatch: pytes
         OnnxRuntimeBackend(1).load(bundle, "text")
 
 
+@pytest.mark.parametrize("part", ["InferenceSession", "module"])
+def test_load_says_that_memory_is_short(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    """Not to upgrade ONNX Runtime or to install it, which would not help."""
+    import onnxruntime
+
+    real = builtins.__import__
+
+    def short(name: str, *rest: Any) -> Any:
+        if name == "onnxruntime":
+            raise ImportError("onnxruntime_pybind11_state.so: failed to map segment from shared object")
+        return real(name, *rest)
+
+    def no_room(*_: object, **__: object) -> None:
+        raise RuntimeError("std::bad_alloc")
+
+    if part == "module":
+        monkeypatch.setattr(builtins, "__import__", short)
+    else:
+        monkeypatch.setattr(onnxruntime, part, no_room)
+    with pytest.raises(BackendError, match="too little memory to load .* Free some") as raised:
+        OnnxRuntimeBackend(1).load(bundle, "text")
+    assert "pgrade" not in str(raised.value) and "install" not in str(raised.value)
+
+
 def _replace_graph(path: Path, manifest: dict[str, Any], fake: ModuleType, name: str, data: bytes) -> None:
     manifest["graphs"][name]["sha256"] = fake.digest(data)
     (path / "graphs" / f"{name}.onnx").write_bytes(data)

@@ -64,6 +64,23 @@ def feed(batch: int = 1) -> dict[str, Any]:
     return {"scale": np.array(2, np.float32), "ids": np.zeros(batch, np.int64), "x": x}
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [MemoryError(), RuntimeError("std::bad_alloc"), RuntimeError("BFCArena: Failed to allocate memory for requested buffer"),
+     RuntimeError("CUDA out of memory"), RuntimeError("can't start new thread")],
+    ids=repr,
+)  # fmt: skip
+def test_too_little_memory_is_said_with_what_helps(fault: Exception) -> None:
+    with pytest.raises(BackendError, match="too little memory to run graph 'g'. Free some, .*--low-memory"):
+        Checked(SPEC, Product(fails=fault)).run(feed())
+
+
+def test_values_that_a_request_made_too_large_are_said() -> None:
+    """Nobody gave these latents: what is to be changed is a number of the request."""
+    with pytest.raises(InputError, match="If you did not give them, numbers of the request are too large .* guidance"):
+        Checked(SPEC, Product()).run(feed() | {"x": np.full((1, 3), np.inf, np.float32)})
+
+
 def test_on_the_host_a_value_is_the_array_itself() -> None:
     graph = Checked(SPEC, Product())
     x = feed()["x"]

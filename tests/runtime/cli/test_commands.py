@@ -60,6 +60,16 @@ def test_generate_writes_by_extension(run: Run, command: list[object], tmp_path:
     assert not list(tmp_path.glob("**/*.partial"))
 
 
+@pytest.mark.parametrize("prompt", ["a" * 300, "a/" * 3000], ids=["one word", "many"])
+def test_a_long_prompt_is_not_taken_for_a_file(
+    run: Run, fake_bundle: Path, picture: Path, tmp_path: Path, prompt: str
+) -> None:
+    """Options are looked up in the bundle that is among the arguments, wherever it stands."""
+    asked = ("-p", prompt, "-i", picture, "-b", fake_bundle, "--motion-scale", 0, "-o", tmp_path / "a.gif")
+    status, _, err = run("generate", *asked)
+    assert (status == 0) if "/" not in prompt else "tokens long" in err
+
+
 def test_generate_without_motion_needs_no_memory(run: Run, fake_bundle: Path, picture: Path, tmp_path: Path) -> None:
     command = ["generate", "-b", fake_bundle, "-i", picture, "-p", "a", "-o", tmp_path / "x.gif"]
     status, out, _ = run(*command, "--motion-scale", 0)
