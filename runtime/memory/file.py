@@ -54,7 +54,7 @@ class MemoryFile:
         on_demand: records are not kept, but made of the clips' files when they are used (`indexing.encoders.make_record`).
         MemoryStoreError if there is one already or no place; InputError.
         """
-        directory = Path(path)
+        directory = Path(path).absolute()
         layout = Layout(embedding, tuple(record), fingerprint, tokens, on_demand)
         with _new_file(directory) as temporary:
             store.create(layout, temporary)
@@ -77,9 +77,10 @@ class MemoryFile:
     def open(cls, path: Folder, readonly: bool = False, *, index_threshold: int = INDEX_THRESHOLD) -> Self:
         """Open the memory in the directory `path`, read-only if asked to or if it cannot be written.
 
-        Raises MemoryStoreError if it is missing, damaged or of another schema.
+        It stays that directory whatever the working directory becomes. Raises MemoryStoreError if it is missing, damaged or
+        of another schema, or if the log beside it is of another memory.
         """
-        directory = Path(path)
+        directory = Path(path).absolute()
         db, readonly = store.connect(directory, readonly)
         try:
             return cls(directory, db, readonly, index_threshold)
@@ -93,21 +94,23 @@ class MemoryFile:
 
         Every page, row and checksum is verified first; MemoryStoreError, and no memory, if one is wrong.
         """
-        source = Path(file)
+        source = Path(file).absolute()
         if not source.is_file():
             raise MemoryStoreError(f"there is no file {source} to import; make one with `motionrt memory export`.")
-        with _new_file(Path(path)) as temporary, plain_errors(source):
+        directory = Path(path).absolute()
+        with _new_file(directory) as temporary, plain_errors(source):
             store.copy(source, temporary)
-        return cls.open(path)
+        return cls.open(directory)
 
     def export_file(self, path: Folder) -> None:
         """Write all clips as one file, verified and whole or not at all, for `import_file`; others may write meanwhile.
 
         MemoryStoreError if the file exists, there is no place for it, or this memory is damaged.
         """
-        target = Path(path)
+        target = Path(path).absolute()
         if target.exists():
             raise MemoryStoreError(f"{target} exists; remove it, or choose another file.")
+        store.no_leftovers(target)
         with plain_errors(self.path), replacing(target, MemoryStoreError) as temporary:
             store.copy(self.path / store.FILE, temporary)
 
@@ -217,5 +220,6 @@ def _new_file(directory: Path) -> Iterator[Path]:
     file = directory / store.FILE
     if file.exists():
         raise MemoryStoreError(f"{directory} already holds a motion memory; open it, or choose another directory.")
+    store.no_leftovers(file)
     with plain_errors(directory), replacing(file, MemoryStoreError) as temporary:
         yield temporary

@@ -229,6 +229,16 @@ def copy(source: Path, target: Path) -> None:
                 raise damaged(source, wrong[0])
 
 
+def no_leftovers(file: Path) -> None:
+    """MemoryStoreError if a log or journal lies where `file` will be: SQLite would take it for the new file's own."""
+    left = [name for suffix in ("-wal", "-journal", "-shm") if os.path.lexists(name := f"{file}{suffix}")]
+    if left:
+        raise MemoryStoreError(
+            f"{left[0]} is left of another memory, whose {file.name} is gone. Put that file back if you have it; else remove"
+            f" {' and '.join(left)}, or choose another place."
+        )
+
+
 @contextmanager
 def plain_errors(path: Path) -> Iterator[None]:
     """Turn the errors of SQLite and of the system into MemoryStoreError."""

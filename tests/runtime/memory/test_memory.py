@@ -424,3 +424,59 @@ def test_a_full_disk_keeps_create_and_the_index_from_half_writing(
     with MotionMemory.open(path, index_threshold=10) as memory:  # the index is derived: the search still answers
         assert [r.id for r in memory.search(query(), 5)] == [n for n, _ in ranked(30, query())[:5]]
     assert names(path) == ["memory.sqlite"] and "could not be kept" in caplog.text
+
+
+# Places
+
+
+def test_a_memory_stays_where_it_was_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opened by a relative path, whatever the working directory becomes."""
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with MotionMemory.create("m", **KEPT, index_threshold=50) as memory:
+        memory.add(clip(i) for i in range(100))
+        memory.refresh()
+        monkeypatch.chdir("other")
+        assert memory.search(query(), 1)[0].id == ranked(100, query())[0][0]
+        assert memory.verify() == [] and memory.stats().bytes_index > 0
+        memory.add(clip(i) for i in range(100, 5000))
+        memory.compact()
+        memory.export_file("one")
+    with MotionMemory.import_file("one", "n") as other:
+        monkeypatch.chdir(tmp_path)
+        assert len(other) == 5000 and other.verify() == []
+    assert names(tmp_path / "other") == ["n", "one"] and names(tmp_path) == ["m", "other"]
+
+
+KILLED = """
+import os, sys, runpy
+t = runpy.run_path(sys.argv[1])
+m = t['MotionMemory'].create(sys.argv[2], **t['KEPT'])
+m.add(t['clip'](n) for n in range(8))
+os._exit(9)
+"""
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-journal"])
+def test_nothing_is_made_beside_the_log_of_another_memory(tmp_path: Path, suffix: str) -> None:
+    """SQLite would play it into the new file: old clips came back, and `verify` found them sound."""
+    with MotionMemory.open(filled(tmp_path / "good", 9)) as memory:
+        memory.export_file(tmp_path / "one")
+        command = [sys.executable, "-c", KILLED, _fake.__file__, str(tmp_path / "m")]
+        assert subprocess.run(command, env=environment(), check=False).returncode == 9
+        (tmp_path / "m" / "memory.sqlite").unlink()
+        (tmp_path / "m" / "memory.sqlite-shm").unlink()
+        log = (tmp_path / "m" / "memory.sqlite-wal").rename(tmp_path / "m" / f"memory.sqlite{suffix}")
+        shutil.copy(log, tmp_path / f"two{suffix}")
+        words = f"{suffix} is left of another memory, whose memory.sqlite is gone. Put that file back"
+        for call in (
+            lambda: MotionMemory.create(tmp_path / "m", **KEPT),
+            lambda: MotionMemory.import_file(tmp_path / "one", tmp_path / "m"),
+        ):
+            with pytest.raises(MemoryStoreError, match=words):
+                call()
+        with pytest.raises(MemoryStoreError, match="is left of another memory"):
+            memory.export_file(tmp_path / "two")
+        assert names(tmp_path / "m") == [log.name]
+        log.unlink()
+        assert len(MotionMemory.import_file(tmp_path / "one", tmp_path / "m")) == 9
