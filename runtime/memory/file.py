@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 import threading
@@ -24,6 +25,7 @@ from motionrt.runtime.memory.store import plain_errors
 if TYPE_CHECKING:
     from motionrt.runtime.bundle.bundle import Bundle
 
+_log = logging.getLogger(__name__)
 INDEX_THRESHOLD = 5_000  # clips up to which exact search is as fast as an index (benchmarks/questions)
 Folder = str | os.PathLike[str]
 
@@ -80,10 +82,9 @@ class MemoryFile:
         It stays that directory whatever the working directory becomes. Raises MemoryStoreError if it is missing, damaged or
         of another schema, or if the log beside it is of another memory.
         """
-        directory = Path(path).absolute()
-        db, readonly = store.connect(directory, readonly)
+        db, readonly = store.connect(Path(path), readonly)
         try:
-            return cls(directory, db, readonly, index_threshold)
+            return cls(Path(path).absolute(), db, readonly, index_threshold)
         except BaseException:
             db.close()
             raise
@@ -125,7 +126,10 @@ class MemoryFile:
             return store.read_state(db, self.path).clips
 
     def close(self) -> None:
-        """Fold the write-ahead log into memory.sqlite and close; a second call does nothing."""
+        """Fold the write-ahead log into memory.sqlite and close; a second call does nothing.
+
+        Where the disk has no room for that, the log stays beside it, with all that was added, for the next writer to fold.
+        """
         with self._lock, plain_errors(self.path):
             db, self._db = self._db, None
             if db is None:
@@ -135,7 +139,9 @@ class MemoryFile:
                     db.execute("PRAGMA busy_timeout=0")
                     db.execute("PRAGMA journal_mode=DELETE")
             except sqlite3.OperationalError as error:
-                if not error.sqlite_errorname.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+                if error.sqlite_errorname.startswith(("SQLITE_FULL", "SQLITE_IOERR_WRITE")):
+                    _log.warning("the log of %s stays beside it: %s; free space on the disk", self.path, error)
+                elif not error.sqlite_errorname.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
                     raise  # busy: another process has it open, and the last one to close tidies up
             finally:
                 db.close()

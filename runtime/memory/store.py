@@ -249,7 +249,9 @@ def plain_errors(path: Path) -> Iterator[None]:
     except (sqlite3.Error, OSError) as error:
         name = getattr(error, "sqlite_errorname", type(error).__name__)
         if name.startswith(("SQLITE_FULL", "SQLITE_IOERR", "OSError")):
-            text = f"cannot be written or read ({error}). Nothing was changed. Free space on the disk and try again."
+            text = (
+                f"cannot be written or read ({error}). Nothing of this change was kept. Free space on the disk and try again."
+            )
         elif name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
             text = "is being written by another process; wait for it to finish and try again."
         elif name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM", "Permission")):

@@ -401,7 +401,7 @@ def test_a_full_disk_adds_nothing(tmp_path: Path) -> None:
         assert memory._db is not None
         pages = memory._db.execute("PRAGMA page_count").fetchone()[0]
         memory._db.execute(f"PRAGMA max_page_count={pages + 2}")  # SQLite's own SQLITE_FULL, in the middle of the clips
-        with pytest.raises(MemoryStoreError, match="disk is full.*Nothing was changed. Free space"):
+        with pytest.raises(MemoryStoreError, match="disk is full.*Nothing of this change was kept. Free space"):
             memory.add(clip(i) for i in range(500))
         assert len(memory) == 3
         memory._db.execute("PRAGMA max_page_count=1000000")
@@ -480,3 +480,25 @@ def test_nothing_is_made_beside_the_log_of_another_memory(tmp_path: Path, suffix
         assert names(tmp_path / "m") == [log.name]
         log.unlink()
         assert len(MotionMemory.import_file(tmp_path / "one", tmp_path / "m")) == 9
+
+
+FILLED_UP = """
+import os, resource, sys, runpy
+t = runpy.run_path(sys.argv[1])
+m = t['MotionMemory'].open(sys.argv[2])
+m.add(t['clip'](n) for n in range(100, 400))
+resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(sys.argv[2] + '/memory.sqlite'), resource.RLIM_INFINITY))
+m.close()
+"""
+
+
+def test_closing_on_a_full_disk_keeps_the_log_and_all_that_was_added(tmp_path: Path) -> None:
+    path = filled(tmp_path / "m", 3)
+    command = [sys.executable, "-c", FILLED_UP, _fake.__file__, str(path)]
+    done = subprocess.run(command, env=environment(), check=False, capture_output=True, text=True)
+    assert done.returncode == 0 and "stays beside it" in done.stderr, done.stderr
+    assert (path / "memory.sqlite-wal").stat().st_size
+    with MotionMemory.open(path) as memory:
+        assert len(memory) == 303 and memory.verify() == []
+        memory.remove([1])
+    assert names(path) == ["memory.sqlite"]
