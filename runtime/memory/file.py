@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from motionrt.runtime.bundle.manifest import MemorySpec, Part
 from motionrt.runtime.errors import BundleError, MemoryStoreError
 from motionrt.runtime.files import replacing
-from motionrt.runtime.memory import store
-from motionrt.runtime.memory.rows import Clip, Layout
+from motionrt.runtime.memory import store, tags
+from motionrt.runtime.memory.rows import Clip, Damaged, Layout
 from motionrt.runtime.memory.search import Search, Where
 from motionrt.runtime.memory.store import plain_errors
 
@@ -179,10 +179,14 @@ class MemoryFile:
 
     def ids(self, where: Where | None = None) -> NDArray[np.int64]:
         """Ids [N] of the clips that pass `where` (see `Search`), rising."""
-        sql, parameters = Search(where).of_scan()
+        search = Search(where)
         with self._transaction() as db:
-            rows = db.execute(f"SELECT v.id FROM clips v WHERE 1{sql} ORDER BY v.id", parameters).fetchall()
-        return np.array([row[0] for row in rows], np.int64)
+            if search.where:
+                return np.array(tags.tagged(db, search), np.int64)
+            found, clips = db.execute("SELECT id FROM clips ORDER BY id").fetchall(), store.read_state(db, self.path).clips
+            if len(found) != clips:
+                raise Damaged(f"clips has {len(found)} rows; the history says {clips}")
+        return np.array([row[0] for row in found], np.int64)
 
     @contextmanager
     def _transaction(self, begin: str = "BEGIN") -> Iterator[sqlite3.Connection]:

@@ -181,10 +181,10 @@ def test_a_closed_memory_is_one_clean_file_that_reading_leaves_alone(tmp_path: P
 
 
 def test_equal_contents_give_equal_state(tmp_path: Path) -> None:
-    states = []
+    states, history = [], "SELECT generation, content, last, clips FROM history"
     for name in ("a", "b"):
         with sqlite3.connect(filled(tmp_path / name, 5) / "memory.sqlite") as db:
-            states.append((db.execute("SELECT * FROM meta").fetchall(), db.execute("SELECT * FROM history").fetchall()))
+            states.append((db.execute("SELECT * FROM meta").fetchall(), db.execute(history).fetchall()))
         db.close()
     assert states[0] == states[1] and states[0][1][-1][0] == 1
 
@@ -318,15 +318,15 @@ def test_missing_and_damaged_truth(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change, words", [
-    ("PRAGMA user_version=9", "schema 9; this MotionRT reads schema 3 .a newer MotionRT wrote it: upgrade"),
+    ("PRAGMA user_version=9", "schema 9; this MotionRT reads schema 4 .a newer MotionRT wrote it: upgrade"),
     ("DELETE FROM meta", "damaged"), ("UPDATE meta SET layout='['", "damaged"), ("UPDATE meta SET checksum=x'00'", "damaged"),
     ("UPDATE history SET clips='x'", "history ends in"), ("DELETE FROM history", "damaged"), ("DROP TABLE clips", "damaged"),
-    ("UPDATE records SET record=x'00'", "damaged: clip 2 has 1 bytes of record"),
+    ("UPDATE records SET record=x'00'", "damaged: clip 2 is not what was written"),
     ("UPDATE records SET record=NULL", "damaged: clip 2 has no record"),
-    ("UPDATE records SET record='text'", "damaged: clip 2 has 0 bytes of record"),
+    ("UPDATE records SET record='text'", "damaged: clip 2 is not what was written"),
     ("UPDATE vectors SET embedding=x'0000'", "2 bytes of embedding"),
     (f"UPDATE records SET record=x'{'0000' * M * D + '007e' * M * D}'", "clip 2 is not what was written"),
-    (f"UPDATE vectors SET embedding=x'{'0000c07f' * E}'", "impossible embedding"),
+    (f"UPDATE vectors SET embedding=x'{'0000c07f' * E}'", "the checksum of its embedding differs; clip 2 is"),
 ])  # fmt: skip
 def test_damage_inside_the_truth(tmp_path: Path, change: str, words: str) -> None:
     path = filled(tmp_path / "m", 3)
@@ -502,3 +502,33 @@ def test_closing_on_a_full_disk_keeps_the_log_and_all_that_was_added(tmp_path: P
         assert len(memory) == 303 and memory.verify() == []
         memory.remove([1])
     assert names(path) == ["memory.sqlite"]
+
+
+@pytest.mark.parametrize("tidy", [True, False], ids=["log", "log and shared memory"])
+@pytest.mark.parametrize("compacted", [True, False])
+@pytest.mark.parametrize("count", [0, 9])
+def test_a_log_that_is_of_another_memory_is_noticed(tmp_path: Path, count: int, compacted: bool, tidy: bool) -> None:
+    """A backup that was put back over the file, while the log that a killed writer left is of another memory."""
+    path = filled(tmp_path / "m", 9)
+    code = f"""
+import os, sys, runpy
+t = runpy.run_path(sys.argv[1])
+m = t['MotionMemory'].open(sys.argv[2])
+m.add(t['clip'](n) for n in range(8))
+{"m.compact()" if compacted else ""}
+os._exit(9)
+"""
+    command = [sys.executable, "-c", code, _fake.__file__, str(path)]
+    assert subprocess.run(command, env=environment(), check=False).returncode == 9
+    own = (path / "memory.sqlite").read_bytes()
+    shutil.copy(filled(tmp_path / "other", count) / "memory.sqlite", path / "memory.sqlite")
+    if tidy:
+        (path / "memory.sqlite-shm").unlink()
+    for readonly in (True, False):
+        with pytest.raises(MemoryStoreError, match="memory.sqlite-wal is of another memory than memory.sqlite beside it"):
+            MotionMemory.open(path, readonly)
+    with pytest.raises(MemoryStoreError, match="is of another memory"):
+        MotionMemory.import_file(path / "memory.sqlite", tmp_path / "n")
+    (path / "memory.sqlite").write_bytes(own)
+    with MotionMemory.open(path) as memory:  # looking did not harm it
+        assert len(memory) == 17 and memory.verify() == []
