@@ -183,10 +183,11 @@ class MemoryFile:
         with self._transaction() as db:
             if search.where:
                 return np.array(tags.tagged(db, search), np.int64)
-            found, clips = db.execute("SELECT id FROM clips ORDER BY id").fetchall(), store.read_state(db, self.path).clips
-            if len(found) != clips:
-                raise Damaged(f"clips has {len(found)} rows; the history says {clips}")
-        return np.array([row[0] for row in found], np.int64)
+            found = [row[0] for row in db.execute("SELECT id FROM clips NOT INDEXED ORDER BY id")]
+            again = sorted(row[0] for row in db.execute("SELECT id FROM clips INDEXED BY clips_sha256"))
+            if found != again or len(found) != store.read_state(db, self.path).clips:
+                raise Damaged(f"its {len(found)} clips are not those that were written")
+        return np.array(found, np.int64)
 
     @contextmanager
     def _transaction(self, begin: str = "BEGIN") -> Iterator[sqlite3.Connection]:

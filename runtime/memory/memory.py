@@ -147,8 +147,9 @@ class MotionMemory(MemoryFile, Searchable):
 
     def _too_few(self, found: int, search: Search) -> str:
         with self._transaction() as db:
-            clips = store.read_state(db, self.path).clips
+            clips, bad = store.read_state(db, self.path).clips, len(store.still_there(db, self._told))
             text = f"the motion memory {self.path} holds {clips or 'no'} clips"
+            text += f", {bad} of them damaged" if search.without_damaged and bad else ""
             if search.exclude_source is not None and clips:
                 count = db.execute("SELECT COUNT(*) FROM clips WHERE source = ?", (search.exclude_source,)).fetchone()[0]
                 text += f", {count} of them from the excluded {search.exclude_source}"

@@ -46,6 +46,8 @@ class Search:
             number = isinstance(value, Real) and not isinstance(value, bool)  # NumPy's numbers too; NaN fails the range
             if value is not None and not (number and low <= value <= 1):
                 raise InputError(f"{name} is {value!r}; allowed is a number from {low} to 1, or None.")
+        if not isinstance(self.without_damaged, bool):
+            raise InputError(f"without_damaged is {self.without_damaged!r}; allowed is True or False.")
         try:
             texts = [[key, *values] for key, values in self.tags()]
         except (TypeError, AttributeError):

@@ -93,7 +93,7 @@ def excluded(db: sqlite3.Connection, search: Search, without: Set[int]) -> set[i
     """Ids of the clips of `search.exclude_source`, but for those `without`; DamagedRow."""
     if search.exclude_source is None:
         return set()
-    return _told(db, "source = ?", [search.exclude_source], lambda told: True, without)
+    return {*_told(db, "source = ?", [search.exclude_source], lambda told: True, without)}
 
 
 def passing(db: sqlite3.Connection, search: Search, ids: list[int], without: Set[int]) -> set[int]:
@@ -104,16 +104,13 @@ def passing(db: sqlite3.Connection, search: Search, ids: list[int], without: Set
         own = {"dataset": told[_DATASET], **json.loads(told[_METADATA])} if wanted else {}
         return told[_SOURCE] != search.exclude_source and all(own.get(key) in values for key, values in wanted)
 
-    found, known = set[int](), 0
+    found: dict[int, bool] = {}
     for at in range(0, len(ids), _AT_ONCE):
         some = ids[at : at + _AT_ONCE]
         found |= _told(db, f"id IN ({marks(some)})", some, passes, without)
-        known += db.execute(f"SELECT COUNT(*) FROM clips WHERE id IN ({marks(some)})", some).fetchone()[0]
-    if known != len(ids):
-        there = {row[0] for row in db.execute("SELECT id FROM clips")}
-        if wrong := {number: "has no caption" for number in ids if number not in there | without}:
-            raise DamagedRow(wrong)
-    return found
+    if lost := {*ids} - found.keys() - without:
+        raise DamagedRow(dict.fromkeys(lost, "has no caption"))
+    return {number for number, passed in found.items() if passed}
 
 
 def problems(db: sqlite3.Connection) -> Iterator[str]:
@@ -128,16 +125,16 @@ def problems(db: sqlite3.Connection) -> Iterator[str]:
 
 def _told(
     db: sqlite3.Connection, condition: str, parameters: list[Any], passes: Callable[[tuple[Any, ...]], bool], without: Set[int]
-) -> set[int]:
-    """Ids of the rows of `clips` that meet a condition of SQL and one of Python; DamagedRow if one is not what was written."""
-    found, wrong = set[int](), {}
+) -> dict[int, bool]:
+    """The rows of `clips` that meet a condition of SQL: whether each meets one of Python, by id. DamagedRow."""
+    found, wrong = dict[int, bool](), dict[int, str]()
     for number, *told, expected in db.execute(f"SELECT id, {TOLD}, checksum FROM clips WHERE {condition}", parameters):
         if number in without:
             continue
         if checksum(number, tuple(told)) != expected:
             wrong[number] = "is not what was written: its checksum differs"
-        elif passes(tuple(told)):
-            found.add(number)
+        else:
+            found[number] = passes(tuple(told))
     if wrong:
         raise DamagedRow(wrong)
     return found
