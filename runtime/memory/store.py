@@ -99,8 +99,12 @@ def connect(directory: Path, readonly: bool) -> tuple[sqlite3.Connection, bool]:
         mode = "rw" if writable else "ro&immutable=1" if alone else "ro"
         uri = f"{file.absolute().as_uri()}?mode={mode}"
         db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=10)
-        db.execute("PRAGMA cache_size=-8000")  # KiB: the upper levels of a million rows
         db.text_factory = lambda text: text.decode("utf-8", "replace")  # what was damaged is found by its checksum
+        try:
+            db.execute("PRAGMA cache_size=-8000")  # KiB: the upper levels of a million rows
+        except BaseException:
+            db.close()
+            raise
     return db, readonly or not writable
 
 
@@ -268,7 +272,7 @@ def plain_errors(path: Path) -> Iterator[None]:
         ) from error
     except Damaged as error:
         raise damaged(path, str(error)) from error
-    except (sqlite3.Error, OSError) as error:
+    except (sqlite3.Error, OSError, UnicodeError) as error:  # sqlite3's own message may quote what is damaged
         name = getattr(error, "sqlite_errorname", type(error).__name__)
         if name.startswith(("SQLITE_FULL", "SQLITE_IOERR", "OSError")):
             text = (

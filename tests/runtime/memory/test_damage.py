@@ -104,7 +104,7 @@ def damage(good: bytes, random: np.random.Generator) -> bytearray:
 
 
 def damaged(place: Path, tries: int, seed: int, threshold: int) -> Counter[str]:
-    """Damage a memory `tries` times, and ask everything each time; how often which outcome came. AssertionError: a wrong one."""
+    """Damage a memory `tries` times, and ask everything each time; how often which outcome came. AssertionError if wrong."""
     path = made(place / "m", index_threshold=threshold)
     file = path / "memory.sqlite"
     good, outcomes = file.read_bytes(), Counter[str]()
