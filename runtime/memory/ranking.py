@@ -99,7 +99,7 @@ def scan(
             values = layout.embeddings(numbers, blobs) if part is None else layout.unpack(numbers, blobs, part)[part]
             yield np.array(numbers, np.int64), values if part is None else directions(values)
     there = len(ids) if ids is not None else db.execute("SELECT COUNT(*) FROM clips WHERE id > ?", (after,)).fetchone()[0]
-    if seen != there:
+    if seen != there or bad:  # a page that is damaged may give rows of other ids
         known = set(ids if ids is not None else [row[0] for row in db.execute("SELECT id FROM clips WHERE id > ?", (after,))])
         have = {row[0] for row in db.execute(f"SELECT id FROM {table} WHERE id > ?", (after,))}
         bad |= dict.fromkeys(known - have, f"has no {column}")
