@@ -176,14 +176,13 @@ def read(
     MemoryStoreError for an id that is not there, DamagedRow for a row that is not what was written.
     """
     rows: dict[int, Row] = {}
-    records: dict[int, dict[str, Any]] = {}
     wrong: dict[int, str] = {}
     for start in range(0, len(ids), _AT_ONCE):
         some = ids[start : start + _AT_ONCE]
         for number, row, sums in _rows(db, f"WHERE id IN ({marks(some)})", some):
             rows[number] = row
             try:
-                records[number] = _checked(number, layout, row, sums)
+                _check(number, layout, row, sums)
             except DamagedRow as error:
                 wrong |= error.wrong
     missing = [number for number in ids if number not in rows]
@@ -193,8 +192,9 @@ def read(
     if wrong:
         raise DamagedRow(wrong)
     vectors, clips = layout.embeddings(ids, [rows[number].embedding for number in ids]), []
-    for number, score in zip(ids, scores, strict=True):
-        row, record = rows[number], records[number]
+    parts = {} if layout.on_demand else layout.unpack(ids, [rows[number].record for number in ids])
+    for at, (number, score) in enumerate(zip(ids, scores, strict=True)):
+        row, record = rows[number], {name: values[at, ...] for name, values in parts.items()}
         caption, source, start, duration, fps, sha256, dataset, metadata = row.told
         facts = {"dataset": dataset, "metadata": msgspec.json.decode(metadata), "fps": fps, "source_sha256": sha256}
         clips.append(Reference(number, score, caption, source, start, duration, record, **facts))
@@ -223,7 +223,7 @@ def problems(db: sqlite3.Connection, path: Path) -> list[str]:
     for number, row, sums in _rows(db, "ORDER BY id", ()):
         try:
             layout.embeddings([number], [row.embedding])
-            _checked(number, layout, row, sums)
+            _check(number, layout, row, sums)
             for tag in tags.tags_of(number, *row.told[-2:]):
                 count += 1
                 if db.execute("SELECT 1 FROM tags WHERE key = ? AND value = ? AND id = ?", tag).fetchone() is None:
@@ -337,10 +337,9 @@ def _rows(db: sqlite3.Connection, condition: str, parameters: Sequence[int]) -> 
         yield number, Row(tuple(told), embedding, record), (one, two, three)
 
 
-def _checked(number: int, layout: Layout, row: Row, checksums: tuple[int, ...]) -> dict[str, Any]:
-    """The record of a row that is what was written; DamagedRow."""
+def _check(number: int, layout: Layout, row: Row, checksums: tuple[int, ...]) -> None:
+    """DamagedRow unless a row is what was written."""
     if layout.on_demand != (row.record is None):
         raise DamagedRow({number: f"has {'no' if row.record is None else 'a'} record, as no clip of this memory"})
     if row.checksums(number) != checksums:
         raise DamagedRow({number: "is not what was written: its checksum differs"})
-    return {} if row.record is None else layout.unpack_one(number, row.record)
