@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from motionrt.runtime.errors import InputError, MemoryStoreError
 from motionrt.runtime.memory import tags
-from motionrt.runtime.memory.rows import DamagedRow, Layout, Reference
+from motionrt.runtime.memory.rows import Damaged, DamagedRow, Layout, Reference
 from motionrt.runtime.memory.search import EVERYTHING, Search, marks
 
 CHUNK = 4096  # rows read and scored at once by a scan
@@ -98,9 +98,16 @@ def scan(
             numbers, blobs = zip(*sound, strict=True)
             values = layout.embeddings(numbers, blobs) if part is None else layout.unpack(numbers, blobs, part)[part]
             yield np.array(numbers, np.int64), values if part is None else directions(values)
-    there = len(ids) if ids is not None else db.execute("SELECT COUNT(*) FROM clips WHERE id > ?", (after,)).fetchone()[0]
+    if ids is not None:
+        there = len(ids)
+    elif after:
+        there = db.execute("SELECT COUNT(*) FROM clips WHERE id > ?", (after,)).fetchone()[0]
+    else:
+        there = db.execute("SELECT clips FROM history ORDER BY generation DESC LIMIT 1").fetchone()[0]
     if seen != there or bad:  # a page that is damaged may give rows of other ids
         known = set(ids if ids is not None else [row[0] for row in db.execute("SELECT id FROM clips WHERE id > ?", (after,))])
+        if ids is None and not after and len(known) != there:
+            raise Damaged(f"clips has {len(known)} rows; the history says {there}")
         have = {row[0] for row in db.execute(f"SELECT id FROM {table} WHERE id > ?", (after,))}
         bad |= dict.fromkeys(known - have, f"has no {column}")
         bad |= dict.fromkeys(have - known if ids is None else (), "has no caption")

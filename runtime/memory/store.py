@@ -18,7 +18,7 @@ import secrets
 import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Sequence, Set
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -296,24 +296,34 @@ def damaged(path: Path, why: str) -> MemoryStoreError:
 
 
 def _check_log(file: Path, head: bytes) -> bool:
-    """Whether there is a log beside a file that begins with `head`; MemoryStoreError if it is of another memory.
+    """Whether there is a log beside a file that begins with `head`; MemoryStoreError if it is of another memory, or older.
 
     Read-only, and before anything else: closing the last connection that may write folds the log into the file.
     """
     log = file.with_name(f"{file.name}-wal")
     if not (log.exists() and log.stat().st_size):
         return False
-    with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=10)) as db:
+    without = None
+    with suppress(sqlite3.Error, UnicodeError):  # a writer may be folding the log into the file
+        without = _last(file, "&immutable=1")[1]
+    version, state = _last(file)
+    other = version != divmod(int.from_bytes(head[60:64], "big"), 256) or version[1] == SCHEMA and state is None
+    if other or without is not None and state is not None and without.generation > state.generation:
+        raise MemoryStoreError(
+            f"the log {log} is of {'another memory' if other else 'an older state'} than {file.name} beside it. Put back the"
+            " file that it belongs to; if there is none, remove the log, and the memory is what its file holds."
+        )
+    return True
+
+
+def _last(file: Path, options: str = "") -> tuple[tuple[int, int], State | None]:
+    """What `_identity` gives, and the last state if it is one of this memory, as SQLite sees them with a log or without."""
+    uri = f"{file.absolute().as_uri()}?mode=ro{options}"
+    with closing(sqlite3.connect(uri, uri=True, isolation_level=None, timeout=10)) as db:
         db.execute("BEGIN")
         version = _identity(db)
         row = db.execute("SELECT * FROM history ORDER BY generation DESC LIMIT 1").fetchone()
-    own = version == divmod(int.from_bytes(head[60:64], "big"), 256)
-    if not own or version[1] == SCHEMA and not (row and State(*row[:-1]).checksum(version[0]) == row[-1]):
-        raise MemoryStoreError(
-            f"the log {log} is of another memory than {file.name} beside it. Put back the file that it belongs to; if there is"
-            " none, remove the log, and the memory is what its file holds."
-        )
-    return True
+    return version, State(*row[:-1]) if row and State(*row[:-1]).checksum(version[0]) == row[-1] else None
 
 
 def _identity(db: sqlite3.Connection) -> tuple[int, int]:

@@ -532,3 +532,21 @@ os._exit(9)
     (path / "memory.sqlite").write_bytes(own)
     with MotionMemory.open(path) as memory:  # looking did not harm it
         assert len(memory) == 17 and memory.verify() == []
+
+
+def test_a_log_that_is_older_than_its_file_is_noticed(tmp_path: Path) -> None:
+    path = filled(tmp_path / "m", 9)
+    shutil.copytree(path, tmp_path / "newer")
+    with MotionMemory.open(tmp_path / "newer") as memory:
+        for number in range(5):
+            memory.add([clip(number)])
+    code = "t = runpy.run_path(sys.argv[1]); m = t['MotionMemory'].open(sys.argv[2]); m.add([t['clip'](7)]); os._exit(9)"
+    command = [sys.executable, "-c", f"import os, sys, runpy; {code}", _fake.__file__, str(path)]
+    assert subprocess.run(command, env=environment(), check=False).returncode == 9
+    shutil.copy(tmp_path / "newer" / "memory.sqlite", path / "memory.sqlite")
+    for readonly in (True, False):
+        with pytest.raises(MemoryStoreError, match="memory.sqlite-wal is of an older state than memory.sqlite beside it"):
+            MotionMemory.open(path, readonly)
+    (path / "memory.sqlite-wal").unlink()
+    (path / "memory.sqlite-shm").unlink()
+    assert len(MotionMemory.open(path)) == 14
