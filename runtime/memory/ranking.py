@@ -80,20 +80,25 @@ def scan(
     """Ids [n] rising and unit vectors [n,·] of clips, in chunks: embeddings, or a flattened float part of the record.
 
     Of the clips with ids above `after`, or of `ids` (rising). Each row is checked, and that none is missing: those that are
-    damaged go to `wrong`, by id with why, or are a DamagedRow without it. Parts that are all zeros keep length 0.
+    damaged go to `wrong`, by id with why, or are a DamagedRow without it; Damaged if it is more than rows. Parts that are all
+    zeros keep length 0.
     """
     table, column = ("vectors", "embedding") if part is None else ("records", "record")
-    bytes_, bad, seen = 4 * layout.embedding if part is None else layout.dtype.itemsize, dict[int, str](), 0
+    bytes_, bad, have = 4 * layout.embedding if part is None else layout.dtype.itemsize, dict[int, str](), list[int]()
+    last = after
     for chunk in _rows(db, table, column, after, ids):
-        seen += len(chunk)
+        have += [row[0] for row in chunk]
         sound = []
         for number, blob, expected in chunk:
             if not isinstance(blob, bytes) or len(blob) != bytes_:
                 bad[number] = f"has {len(blob) if isinstance(blob, bytes) else 0} bytes of {column}"
             elif zlib.crc32(blob, number & 0xFFFFFFFF) != expected:  # `rows.checksum`, without the call
                 bad[number] = f"is not what was written: the checksum of its {column} differs"
+            elif number <= last:  # a page in the place of another, whose rows are sound
+                raise Damaged(f"the rows of {table} are not in their order")
             else:
                 sound.append((number, blob))
+                last = number
         if sound:
             numbers, blobs = zip(*sound, strict=True)
             values = layout.embeddings(numbers, blobs) if part is None else layout.unpack(numbers, blobs, part)[part]
@@ -104,13 +109,12 @@ def scan(
         there = db.execute("SELECT COUNT(*) FROM clips WHERE id > ?", (after,)).fetchone()[0]
     else:
         there = db.execute("SELECT clips FROM history ORDER BY generation DESC LIMIT 1").fetchone()[0]
-    if seen != there or bad:  # a page that is damaged may give rows of other ids
+    if len(have) != there or bad:  # a page that is damaged may give rows of other ids
         known = set(ids if ids is not None else [row[0] for row in db.execute("SELECT id FROM clips WHERE id > ?", (after,))])
         if ids is None and not after and len(known) != there:
             raise Damaged(f"clips has {len(known)} rows; the history says {there}")
-        have = {row[0] for row in db.execute(f"SELECT id FROM {table} WHERE id > ?", (after,))}
-        bad |= dict.fromkeys(known - have, f"has no {column}")
-        bad |= dict.fromkeys(have - known if ids is None else (), "has no caption")
+        bad |= dict.fromkeys(known.difference(have), f"has no {column}")
+        bad |= dict.fromkeys({*have} - known if ids is None else (), "has no caption")
     if bad and wrong is None:
         raise DamagedRow(bad)
     if wrong is not None:

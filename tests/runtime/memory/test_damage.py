@@ -22,36 +22,42 @@ import numpy as np
 import pytest
 
 from motionrt.runtime.errors import InputError, MemoryStoreError
-from motionrt.runtime.memory.memory import MotionMemory, Search
+from motionrt.runtime.memory.memory import Clip, MotionMemory, Search
 
 _fake = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[3] / "tests/helpers/fake_memory.py")))
 clip, filled, query, ranked = _fake.clip, _fake.filled, _fake.query, _fake.ranked
-KEPT = {"embedding": _fake.E, "record": _fake.RECORD, "fingerprint": "a" * 64}
+TIMES = 20  # what vectors are longer here: a page holds a few of them
+KEPT = {"embedding": TIMES * _fake.E, "record": _fake.RECORD, "fingerprint": "a" * 64}
 WITHOUT = Search(without_damaged=True)
+
+
+def longer(number: int, **changes: Any) -> Clip:
+    return clip(number, embedding=np.tile(clip(number).embedding, TIMES), **changes)  # type: ignore[no-any-return]
 
 
 def made(path: Path, count: int = 60, **options: Any) -> Path:
     """A memory of several datasets and changes, with an index if its threshold says so."""
     with MotionMemory.create(path, **KEPT, **options) as memory:
-        memory.add(clip(n, dataset=f"set{n % 3}", metadata={"shade": f"{n % 5}"}) for n in range(count))
-        memory.add(clip(n, dataset="late") for n in range(count, count + 5))
+        memory.add(longer(n, dataset=f"set{n % 3}", metadata={"shade": f"{n % 5}"}) for n in range(count))
+        memory.add(longer(n, dataset="late") for n in range(count, count + 5))
         memory.remove([7, count + 2])
         memory.refresh()
     return path
 
 
+LONG = np.tile(query(), TIMES)
 QUESTIONS: dict[str, Callable[[MotionMemory], Any]] = {
-    "search": lambda m: m.search(query(), 9),
-    "dataset": lambda m: m.search(query(), 5, Search(where={"dataset": "set1"})),
-    "metadata": lambda m: m.search(query(), 5, Search(where={"shade": ["1", "4"]}, exclude_source="video3.mp4")),
-    "source": lambda m: m.search(query(), 9, Search(exclude_source="video1.mp4")),
+    "search": lambda m: m.search(LONG, 9),
+    "dataset": lambda m: m.search(LONG, 5, Search(where={"dataset": "set1"})),
+    "metadata": lambda m: m.search(LONG, 5, Search(where={"shade": ["1", "4"]}, exclude_source="video3.mp4")),
+    "source": lambda m: m.search(LONG, 9, Search(exclude_source="video1.mp4")),
     "record": lambda m: m.search_record("motion", clip(5).record["motion"], 4),
-    "distinct": lambda m: m.search(query(), 6, Search(distinct=0.9, diversity=0.3)),
+    "distinct": lambda m: m.search(LONG, 6, Search(distinct=0.9, diversity=0.3)),
     "get": lambda m: m.get([3, 17, 30]),
     "ids": lambda m: m.ids().tolist(),
     "filter": lambda m: m.ids({"dataset": ["set0", "late"]}).tolist(),
     "len": len,
-    "every": lambda m: m.search(query(), 63),
+    "every": lambda m: m.search(LONG, 63),
 }
 
 
@@ -70,7 +76,7 @@ def answers(path: Path, threshold: int) -> dict[str, Any]:
         with MotionMemory.open(path, readonly=True, index_threshold=threshold) as memory:
             given = {name: _asked(ask, memory) for name, ask in QUESTIONS.items()}
         with MotionMemory.open(path, readonly=True, index_threshold=threshold) as memory:
-            sound = _asked(lambda m: m.search(query(), 9, WITHOUT), memory)
+            sound = _asked(lambda m: m.search(LONG, 9, WITHOUT), memory)
             return given | {"without": sound, "left out": {*map(str, memory._told)}}
     except MemoryStoreError as error:
         return dict.fromkeys([*QUESTIONS, "without"], error) | {"left out": set()}
