@@ -20,6 +20,7 @@ from motionrt.runtime.files import replacing
 from motionrt.runtime.memory import store, tags
 from motionrt.runtime.memory.rows import Clip, Damaged, Layout
 from motionrt.runtime.memory.search import Search, Where
+from motionrt.runtime.memory.state import no_leftovers
 from motionrt.runtime.memory.store import plain_errors
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ class MemoryFile:
         target = Path(path).absolute()
         if target.exists():
             raise MemoryStoreError(f"{target} exists; remove it, or choose another file.")
-        store.no_leftovers(target)
+        no_leftovers(target)
         with plain_errors(self.path), replacing(target, MemoryStoreError) as temporary:
             store.copy(self.path / store.FILE, temporary)
 
@@ -231,6 +232,6 @@ def _new_file(directory: Path) -> Iterator[Path]:
     file = directory / store.FILE
     if file.exists():
         raise MemoryStoreError(f"{directory} already holds a motion memory; open it, or choose another directory.")
-    store.no_leftovers(file)
+    no_leftovers(file)
     with plain_errors(directory), replacing(file, MemoryStoreError) as temporary:
         yield temporary

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from motionrt.runtime.errors import MemoryStoreError, MotionRTError
 from motionrt.runtime.files import replacing, sha256_of, stamp_of
-from motionrt.runtime.memory.store import State
+from motionrt.runtime.memory.state import State
 
 SIDECAR = "index.json"
 _FORMAT = 5

@@ -26,7 +26,8 @@ from motionrt.runtime.memory.file import INDEX_THRESHOLD, MemoryFile
 from motionrt.runtime.memory.ranking import Found, Ranked, Searchable
 from motionrt.runtime.memory.rows import Clip, DamagedRow, MemoryStats, Reference
 from motionrt.runtime.memory.search import Search, marks
-from motionrt.runtime.memory.store import State, plain_errors
+from motionrt.runtime.memory.state import State
+from motionrt.runtime.memory.store import plain_errors
 
 __all__ = ["INDEX_THRESHOLD", "Clip", "MemoryStats", "MotionMemory", "Reference", "Search"]
 _log = logging.getLogger(__name__)

@@ -18,9 +18,9 @@ import secrets
 import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Sequence, Set
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -28,8 +28,8 @@ from motionrt.runtime.errors import MemoryStoreError
 from motionrt.runtime.memory import tags
 from motionrt.runtime.memory.rows import Damaged, DamagedRow, Layout, Reference, Row, checksum
 from motionrt.runtime.memory.search import marks
+from motionrt.runtime.memory.state import SCHEMA, State, check_log, identity_of
 
-SCHEMA = 4  # those before were never released
 FILE = "memory.sqlite"
 _APPLICATION = 0x4D52544D  # "MRTM", marks the SQLite file as ours
 _PAGE = 8192  # five 384-d vectors to a page, and a fourth of the pages of a large blob
@@ -46,19 +46,6 @@ CREATE TABLE records (id INTEGER PRIMARY KEY, record BLOB, checksum INTEGER NOT 
 {tags.TABLES.strip()};
 CREATE INDEX clips_sha256 ON clips (source_sha256)
 """
-
-
-class State(NamedTuple):
-    """A state of a memory: how often it was changed, a digest of all changes, the last id given, the clips it holds."""
-
-    generation: int
-    content: str
-    last: int
-    clips: int
-
-    def checksum(self, identity: int) -> int:
-        """CRC-32, for the memory of this number."""
-        return zlib.crc32(msgspec.json.encode(self), identity)
 
 
 def create(layout: Layout, file: Path) -> None:
@@ -92,7 +79,7 @@ def connect(directory: Path, readonly: bool) -> tuple[sqlite3.Connection, bool]:
             raise damaged(directory, f"{FILE} is not an SQLite file")
         effective = os.access in os.supports_effective_ids
         writable = all(os.access(place, os.W_OK, effective_ids=effective) for place in (directory, file))
-        logged = _check_log(file, head)
+        logged = check_log(file, head)
         # SQLite cannot share a WAL-mode file that it may not write beside; without a log nobody else has it open.
         alone = head[18:20] == b"\2\2" and not logged
         # Readers open it for writing where they may, so that SQLite can undo what a killed writer left half done.
@@ -112,7 +99,7 @@ def read_layout(db: sqlite3.Connection, path: Path) -> Layout:
     """What a memory keeps, inside a transaction; MemoryStoreError for another file or another schema."""
     if db.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION:
         raise MemoryStoreError(f"{path} is not a motion memory; choose another.")
-    schema = _identity(db)[1]
+    schema = identity_of(db)[1]
     if schema != SCHEMA:
         fix = "a newer MotionRT wrote it: upgrade" if schema > SCHEMA else "an older MotionRT wrote it: index its videos again"
         raise MemoryStoreError(f"the motion memory {path} has schema {schema}; this MotionRT reads schema {SCHEMA} ({fix}).")
@@ -128,7 +115,7 @@ def read_layout(db: sqlite3.Connection, path: Path) -> Layout:
 def read_state(db: sqlite3.Connection, path: Path) -> State:
     """The state that this transaction sees, without counting rows."""
     row = db.execute("SELECT * FROM history ORDER BY generation DESC LIMIT 1").fetchone()
-    if row is None or State(*row[:-1]).checksum(_identity(db)[0]) != row[-1]:
+    if row is None or State(*row[:-1]).checksum(identity_of(db)[0]) != row[-1]:
         raise damaged(path, f"its history ends in {row!r}")
     return State(*row[:-1])
 
@@ -242,21 +229,11 @@ def copy(source: Path, target: Path) -> None:
         with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)) as db:
             if file is source:
                 with source.open("rb") as stream:
-                    _check_log(source, stream.read(64))
+                    check_log(source, stream.read(64))
                 read_layout(db, source)  # that it is a memory
                 db.execute("VACUUM INTO ?", (str(target),))
             elif wrong := problems(db, source):
                 raise damaged(source, wrong[0])
-
-
-def no_leftovers(file: Path) -> None:
-    """MemoryStoreError if a log or journal lies where `file` will be: SQLite would take it for the new file's own."""
-    left = [name for suffix in ("-wal", "-journal", "-shm") if os.path.lexists(name := f"{file}{suffix}")]
-    if left:
-        raise MemoryStoreError(
-            f"{left[0]} is left of another memory, whose {file.name} is gone. Put that file back if you have it; else remove"
-            f" {' and '.join(left)}, or choose another place."
-        )
 
 
 @contextmanager
@@ -295,45 +272,8 @@ def damaged(path: Path, why: str) -> MemoryStoreError:
     )
 
 
-def _check_log(file: Path, head: bytes) -> bool:
-    """Whether there is a log beside a file that begins with `head`; MemoryStoreError if it is of another memory, or older.
-
-    Read-only, and before anything else: closing the last connection that may write folds the log into the file.
-    """
-    log = file.with_name(f"{file.name}-wal")
-    if not (log.exists() and log.stat().st_size):
-        return False
-    without = None
-    with suppress(sqlite3.Error, UnicodeError):  # a writer may be folding the log into the file
-        without = _last(file, "&immutable=1")[1]
-    version, state = _last(file)
-    other = version != divmod(int.from_bytes(head[60:64], "big"), 256) or version[1] == SCHEMA and state is None
-    if other or without is not None and state is not None and without.generation > state.generation:
-        raise MemoryStoreError(
-            f"the log {log} is of {'another memory' if other else 'an older state'} than {file.name} beside it. Put back the"
-            " file that it belongs to; if there is none, remove the log, and the memory is what its file holds."
-        )
-    return True
-
-
-def _last(file: Path, options: str = "") -> tuple[tuple[int, int], State | None]:
-    """What `_identity` gives, and the last state if it is one of this memory, as SQLite sees them with a log or without."""
-    uri = f"{file.absolute().as_uri()}?mode=ro{options}"
-    with closing(sqlite3.connect(uri, uri=True, isolation_level=None, timeout=10)) as db:
-        db.execute("BEGIN")
-        version = _identity(db)
-        row = db.execute("SELECT * FROM history ORDER BY generation DESC LIMIT 1").fetchone()
-    return version, State(*row[:-1]) if row and State(*row[:-1]).checksum(version[0]) == row[-1] else None
-
-
-def _identity(db: sqlite3.Connection) -> tuple[int, int]:
-    """The number drawn for this memory, and its schema."""
-    version = int(db.execute("PRAGMA user_version").fetchone()[0]) & 0xFFFFFFFF
-    return version >> 8, version & 0xFF
-
-
 def _enter(db: sqlite3.Connection, state: State) -> None:
-    db.execute("INSERT INTO history VALUES (?, ?, ?, ?, ?)", (*state, state.checksum(_identity(db)[0])))
+    db.execute("INSERT INTO history VALUES (?, ?, ?, ?, ?)", (*state, state.checksum(identity_of(db)[0])))
 
 
 _PARTS = ("clips", "vectors", "records")  # tables with a row for each clip
