@@ -118,6 +118,10 @@ def memory_add(
         count = len(opened)
     before = f"{outcome.skipped} there before, " if outcome.skipped else ""
     typer.echo(f"{memory}: {outcome.added} added, {before}{count} clips in all.")
+    for why in sorted({why for _, why in source.left_out}):
+        files = [str(file) for file, reason in source.left_out if reason == why]
+        more = f" and {len(files) - SHOWN} more" if len(files) > SHOWN else ""
+        typer.echo(f"left out, {why}: {', '.join(files[:SHOWN])}{more}.")
     if pipeline.choice:
         typer.echo(pipeline.choice)
     if outcome.vectors:

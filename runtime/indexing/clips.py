@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from motionrt.runtime.errors import InputError, MediaError, MemoryStoreError
+from motionrt.runtime.errors import InputError, MediaError, MemoryStoreError, MotionRTError
 from motionrt.runtime.indexing.encoders import ClipEncoders, cut
 from motionrt.runtime.indexing.hashes import FileHashes
 from motionrt.runtime.indexing.sources import Item
@@ -59,20 +59,26 @@ def index_clips(
     the bundle's own text encoder, and the first one is compared with it (MemoryStoreError if they differ).
 
     progress(done, path) is called after each item. Clips are added in batches: after a kill, or an error that concerns them
-    all (a full disk, a failing backend), the earlier batches are there, the last is not, and the same call goes on from
-    there; files that did not change meanwhile are not even read again (`FileHashes`).
+    all (a full disk, a failing backend), the earlier batches are there, the last is not (the error says how many clips are),
+    and the same call goes on from there; files that did not change meanwhile are not even read again (`FileHashes`).
 
     For a memory that makes records on demand only captions are encoded: what is wrong with a record is said when it is used.
     """
     if span not in SPANS:
         raise InputError(f"the span rule is {span!r}; allowed are {', '.join(SPANS)}.")
     run = _Run(memory, encoders, span, reembed, FileHashes(memory.path / "resume.jsonl"))
-    for done, item in enumerate(items, 1):
-        run.take(Item(*item))
-        if progress is not None:
-            progress(done, str(item[0]))
-    run.flush()
-    memory.refresh()
+    try:
+        for done, item in enumerate(items, 1):
+            run.take(Item(*item))
+            if progress is not None:
+                progress(done, str(item[0]))
+        run.flush()
+        memory.refresh()
+    except MotionRTError as error:
+        if not run.report.added:
+            raise
+        text = f"{error} The {run.report.added} clips that this run added before are there: the same call goes on from there."
+        raise type(error)(text) from error
     run.hashes.finish()
     return run.report
 

@@ -6,8 +6,10 @@ import csv
 import json
 import math
 import os
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,11 @@ from motionrt.runtime.indexing.tables import Row, Table, is_table, open_table
 
 CAPTIONS = ("motion_caption", "caption", "text")  # columns that a caption is taken from: the first that is there
 VECTOR = "text_embedding"
-VIDEOS = frozenset(".3gp .avi .flv .gif .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .webm .wmv".split())
+VIDEOS = frozenset(
+    ".3g2 .3gp .apng .asf .avi .f4v .flv .gif .m2ts .m2v .m4v .mjpeg .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogm .ogv .qt .ts .vob"
+    " .webm .webp .wmv .y4m".split()
+)
+_COMPANIONS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini"})
 _TAKEN = ("video", "start_sec", "end_sec", "dataset", "reason", VECTOR)  # columns that are no metadata
 
 
@@ -42,10 +48,14 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """items: gives the items from the first one on, at each call; count: how many there are."""
+    """items: gives the items from the first one on, at each call; count: how many there are.
+
+    left_out: what else was found in folders and is no item, and why.
+    """
 
     count: int
     items: Callable[[], Iterator[Item]]
+    left_out: Sequence[tuple[Path, str]] = ()
 
 
 def open_sources(
@@ -59,13 +69,16 @@ def open_sources(
 ) -> Source:
     """Everything in `paths`, each by its kind: a video file, a folder of them, or a table (`tables.is_table`).
 
+    A folder is read with all folders in it, links to others too; every file there is an item or is in `left_out`.
     caption: of all videos; captions: a JSON file {"name or path in the folder": "caption"}; else the caption is the text
-    in the .txt file of the video's name. start: where the spans of videos begin, in seconds. videos: the folder that
-    relative paths of a table start from, its own if None. dataset: of all items, else a table's column. Raises InputError
-    for what is wrong with a source as a whole; an item that cannot be used says so in `problem`.
+    in the .txt file of the video's name. Names match whatever their Unicode form is. start: where the spans of videos begin,
+    in seconds. videos: the folder that relative paths of a table start from, its own if None. dataset: of all items, else a
+    table's column. Raises InputError for what is wrong with a source as a whole; an item that cannot be used says so in
+    `problem`.
     """
     if caption is not None and captions is not None:
         raise InputError("give either --caption (one for all clips) or --captions (a JSON file with one for each).")
+    _listed.cache_clear()
     named = {} if captions is None else _read_captions(captions)
     tables = [path for path in paths if is_table(path)]
     if tables and (caption is not None or captions is not None or start is not None):
@@ -77,10 +90,15 @@ def open_sources(
         if path in tables:
             sources.append(_from_table(open_table(path), videos, dataset))
         else:
-            files = _files(path) if path.is_dir() else [(path, path.name)]
+            files, unread, other = _files(path) if path.is_dir() else ([(path, path.name)], [], [])
             items = [_with_caption(file, name, caption, named, start, dataset or "") for file, name in files]
-            sources.append(Source(len(items), items.__iter__))
-    return Source(sum(s.count for s in sources), lambda: (item for s in sources for item in s.items()))
+            items += [Item(place, "", problem=f"this folder cannot be read: {why}.") for place, why in unread]
+            used = {_composed(str(Path(item.video).with_suffix(".txt"))) for item in items}
+            used |= {str(captions.absolute())} if captions is not None else set()
+            left = [(file, why) for file, why in other if not {_composed(str(file)), str(file.absolute())} & used]
+            sources.append(Source(len(items), items.__iter__, left))
+    left_out = [one for source in sources for one in source.left_out]
+    return Source(sum(s.count for s in sources), lambda: (item for s in sources for item in s.items()), left_out)
 
 
 def write_failed(path: Path, failed: Iterable[tuple[Item, str]]) -> None:
@@ -103,24 +121,88 @@ def write_failed(path: Path, failed: Iterable[tuple[Item, str]]) -> None:
             )
 
 
-def _files(folder: Path) -> list[tuple[Path, str]]:
-    """The videos below `folder` in a fixed order, each with its path in it."""
-    found = [
-        Path(directory, name)
-        for directory, _, names in os.walk(folder)
-        for name in names
-        if Path(name).suffix.lower() in VIDEOS
-    ]
-    if not found:
+def _files(folder: Path) -> tuple[list[tuple[Path, str]], list[tuple[Path, str]], list[tuple[Path, str]]]:
+    """What is below `folder`, each in a fixed order: videos with their paths in it, folders that cannot be read and other
+    files, both with why. A folder is read once, by its own path rather than by a link to it.
+    """
+    videos: list[Path] = []
+    unread: list[tuple[Path, str]] = []
+    other: list[tuple[Path, str]] = []
+    seen: set[str] = set()
+    places = [folder]
+    for place in places:  # links to folders are added behind
+        if os.path.realpath(place) in seen:
+            continue
+        for directory, folders, names in os.walk(
+            place, onerror=lambda e: unread.append((Path(e.filename), e.strerror or str(e)))
+        ):
+            seen.add(os.path.realpath(directory))
+            inside = [Path(directory, name) for name in sorted(folders)]
+            other += [(path, "a companion of another system, or hidden") for path in inside if _hidden(path)]
+            inside = [path for path in inside if not _hidden(path)]
+            places += [path for path in inside if path.is_symlink()]
+            folders[:] = [path.name for path in inside if not path.is_symlink() and os.path.realpath(path) not in seen]
+            for path in (Path(directory, name) for name in names):
+                if why := _no_video(path):
+                    other.append((path, why))
+                else:
+                    videos.append(path)
+    if not videos and not unread:
         raise InputError(f"the folder {folder} holds no video ({', '.join(sorted(VIDEOS))}); choose another one.")
-    return sorted((file, file.relative_to(folder).as_posix()) for file in found)
+    return sorted((file, file.relative_to(folder).as_posix()) for file in videos), sorted(unread), sorted(other)
+
+
+def _hidden(path: Path) -> bool:
+    """Whether other systems put it there (`._name` and `.DS_Store` of macOS, `Thumbs.db`, ...), or it is hidden by its name."""
+    return path.name.startswith(".") or path.name in _COMPANIONS
+
+
+def _no_video(path: Path) -> str:
+    """Why a file of a folder is no video; nothing if it may be one: what cannot be decoded is said when it is tried."""
+    if _hidden(path):
+        return "a companion of another system, or hidden"
+    suffix = path.suffix.lower()
+    if suffix not in VIDEOS:
+        return "no video by its extension"
+    if path.exists() and not path.is_file():
+        return "no regular file"
+    try:
+        with path.open("rb") as file:
+            head = file.read(21)
+    except OSError:
+        return ""
+    if suffix == ".webp" and head[8:12] == b"WEBP" and not (head[12:16] == b"VP8X" and head[20] & 2):
+        return "a still picture"
+    return "text" if suffix == ".ts" and head and head[0] != 0x47 else ""  # TypeScript, or a translation
+
+
+def _composed(name: str) -> str:
+    """`name` in the Unicode form that names are compared in: macOS writes an accent as a character of its own."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _on_disk(path: Path) -> Path:
+    """`path`, or the file of this name in another Unicode form if only that exists."""
+    if str(path).isascii() or path.exists() or path == path.parent:
+        return path
+    place = _on_disk(path.parent)
+    return place / _listed(place).get(_composed(path.name), path.name)
+
+
+@lru_cache(64)
+def _listed(folder: Path) -> dict[str, str]:
+    """The names in a folder by their composed form; none where it cannot be read."""
+    try:
+        return {_composed(name): name for name in sorted(os.listdir(folder))}
+    except OSError:
+        return {}
 
 
 def _with_caption(
     file: Path, name: str, caption: str | None, named: Mapping[str, str], start: float | None, dataset: str
 ) -> Item:
-    text = caption if caption is not None else named.get(name, named.get(file.name))
-    problem, beside = "", file.with_suffix(".txt")
+    text = caption if caption is not None else named.get(_composed(name), named.get(_composed(file.name)))
+    problem, beside = "", _on_disk(file.with_suffix(".txt"))
     if text is None:
         try:
             text = beside.read_text(encoding="utf-8-sig").strip()
@@ -135,12 +217,16 @@ def _with_caption(
 
 def _read_captions(path: Path) -> dict[str, str]:
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(path.read_bytes())  # UTF-8, UTF-16 or UTF-32, with a byte order mark or without
     except (OSError, ValueError) as error:
         raise InputError(f"captions file {path} cannot be read as JSON: {error}.") from None
     if not isinstance(table, dict) or not all(isinstance(text, str) for text in table.values()):
         raise InputError(f'captions file {path} must hold an object like {{"wave.mp4": "a wave rolls"}}.')
-    return table
+    composed = {_composed(name): text for name, text in table.items()}
+    for name, text in table.items():
+        if composed[_composed(name)] != text:
+            raise InputError(f"captions file {path} has two captions for {name!r}, in two Unicode forms; leave one.")
+    return composed
 
 
 def _from_table(table: Table, videos: Path | None, dataset: str | None) -> Source:
@@ -161,7 +247,7 @@ def _from_table(table: Table, videos: Path | None, dataset: str | None) -> Sourc
 
 
 def _from_row(row: Row, column: str, root: Path, dataset: str | None) -> Item:
-    video, caption = _text(row.get("video")), _text(row.get(column))
+    video, caption = _text(row.get("video")).strip(), _text(row.get(column))
     problem = "" if video else "its `video` is empty; give the path of a file."
     limits: list[float | None] = []
     for name in ("start_sec", "end_sec"):
@@ -173,7 +259,7 @@ def _from_row(row: Row, column: str, root: Path, dataset: str | None) -> Item:
     metadata = {key: text for key, cell in row.items() if key not in (*_TAKEN, column) and (text := _text(cell))}
     vector = row.get(VECTOR)
     return Item(
-        root / video if video else "", caption, limits[0], limits[1],
+        _on_disk(root / video) if video else "", caption, limits[0], limits[1],
         _text(row.get("dataset")) if dataset is None else dataset,
         metadata, np.asarray(vector, np.float32) if isinstance(vector, list) else None, problem,
     )  # fmt: skip

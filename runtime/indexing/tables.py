@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,8 +73,8 @@ def _checked(path: Path, rows: Callable[[], Iterator[Row]]) -> Table:
 def _csv_rows(path: Path) -> Iterator[Row]:
     csv.field_size_limit(_LONGEST)
     with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        names = reader.fieldnames or []
+        reader = csv.DictReader(file, skipinitialspace=True)
+        names = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
         if len(set(names)) < len(names):
             raise InputError(f"the table {path} names a column twice: {', '.join(names)}. Rename one.")
         for number, row in enumerate(reader, 1):
@@ -85,6 +85,11 @@ def _csv_rows(path: Path) -> Iterator[Row]:
                     ' Put text with commas or line breaks between "double quotes".'
                 )
             yield row
+
+
+def _named(rows: Iterable[Row]) -> Iterator[Row]:
+    """Rows under column names without spaces around them."""
+    return ({name.strip(): cell for name, cell in row.items()} for row in rows)
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
@@ -98,7 +103,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
                 raise InputError(f"line {number} of {path} is no JSON: {error}.") from None
             if not isinstance(row, dict):
                 raise InputError(f'line {number} of {path} is no object like {{"video": "a.mp4", "caption": "…"}}.')
-            yield row
+            yield from _named([row])
 
 
 def _parquet(path: Path) -> Table:
@@ -107,9 +112,9 @@ def _parquet(path: Path) -> Table:
     def rows() -> Iterator[Row]:
         with _plain_errors(path):
             for batch in file.iter_batches(_BATCH):
-                yield from batch.to_pylist()
+                yield from _named(batch.to_pylist())
 
-    return Table(path, tuple(file.schema_arrow.names), int(file.metadata.num_rows), rows)
+    return Table(path, tuple(map(str.strip, file.schema_arrow.names)), int(file.metadata.num_rows), rows)
 
 
 def _lance_tables(path: Path) -> list[Path]:
@@ -130,9 +135,9 @@ def _lance(path: Path) -> Table:
     def rows() -> Iterator[Row]:
         with _plain_errors(path):
             for batch in table.search().limit(count).to_batches(_BATCH):
-                yield from batch.to_pylist()
+                yield from _named(batch.to_pylist())
 
-    return Table(tables[0], tuple(table.schema.names), count, rows)
+    return Table(tables[0], tuple(map(str.strip, table.schema.names)), count, rows)
 
 
 def _package(name: str, extra: str, what: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 import threading
@@ -16,14 +17,16 @@ from numpy.typing import NDArray
 from motionrt.runtime.bundle.manifest import MemorySpec, Part
 from motionrt.runtime.errors import BundleError, MemoryStoreError
 from motionrt.runtime.files import replacing
-from motionrt.runtime.memory import store
-from motionrt.runtime.memory.rows import Clip, Layout
+from motionrt.runtime.memory import store, tags
+from motionrt.runtime.memory.rows import Clip, Damaged, Layout
 from motionrt.runtime.memory.search import Search, Where
+from motionrt.runtime.memory.state import no_leftovers
 from motionrt.runtime.memory.store import plain_errors
 
 if TYPE_CHECKING:
     from motionrt.runtime.bundle.bundle import Bundle
 
+_log = logging.getLogger(__name__)
 INDEX_THRESHOLD = 5_000  # clips up to which exact search is as fast as an index (benchmarks/questions)
 Folder = str | os.PathLike[str]
 
@@ -54,7 +57,7 @@ class MemoryFile:
         on_demand: records are not kept, but made of the clips' files when they are used (`indexing.encoders.make_record`).
         MemoryStoreError if there is one already or no place; InputError.
         """
-        directory = Path(path)
+        directory = Path(path).absolute()
         layout = Layout(embedding, tuple(record), fingerprint, tokens, on_demand)
         with _new_file(directory) as temporary:
             store.create(layout, temporary)
@@ -77,12 +80,12 @@ class MemoryFile:
     def open(cls, path: Folder, readonly: bool = False, *, index_threshold: int = INDEX_THRESHOLD) -> Self:
         """Open the memory in the directory `path`, read-only if asked to or if it cannot be written.
 
-        Raises MemoryStoreError if it is missing, damaged or of another schema.
+        It stays that directory whatever the working directory becomes. Raises MemoryStoreError if it is missing, damaged or
+        of another schema, or if the log beside it is of another memory.
         """
-        directory = Path(path)
-        db, readonly = store.connect(directory, readonly)
+        db, readonly = store.connect(Path(path), readonly)
         try:
-            return cls(directory, db, readonly, index_threshold)
+            return cls(Path(path).absolute(), db, readonly, index_threshold)
         except BaseException:
             db.close()
             raise
@@ -93,21 +96,23 @@ class MemoryFile:
 
         Every page, row and checksum is verified first; MemoryStoreError, and no memory, if one is wrong.
         """
-        source = Path(file)
+        source = Path(file).absolute()
         if not source.is_file():
             raise MemoryStoreError(f"there is no file {source} to import; make one with `motionrt memory export`.")
-        with _new_file(Path(path)) as temporary, plain_errors(source):
+        directory = Path(path).absolute()
+        with _new_file(directory) as temporary, plain_errors(source):
             store.copy(source, temporary)
-        return cls.open(path)
+        return cls.open(directory)
 
     def export_file(self, path: Folder) -> None:
         """Write all clips as one file, verified and whole or not at all, for `import_file`; others may write meanwhile.
 
         MemoryStoreError if the file exists, there is no place for it, or this memory is damaged.
         """
-        target = Path(path)
+        target = Path(path).absolute()
         if target.exists():
             raise MemoryStoreError(f"{target} exists; remove it, or choose another file.")
+        no_leftovers(target)
         with plain_errors(self.path), replacing(target, MemoryStoreError) as temporary:
             store.copy(self.path / store.FILE, temporary)
 
@@ -122,7 +127,10 @@ class MemoryFile:
             return store.read_state(db, self.path).clips
 
     def close(self) -> None:
-        """Fold the write-ahead log into memory.sqlite and close; a second call does nothing."""
+        """Fold the write-ahead log into memory.sqlite and close; a second call does nothing.
+
+        Where the disk has no room for that, the log stays beside it, with all that was added, for the next writer to fold.
+        """
         with self._lock, plain_errors(self.path):
             db, self._db = self._db, None
             if db is None:
@@ -132,7 +140,9 @@ class MemoryFile:
                     db.execute("PRAGMA busy_timeout=0")
                     db.execute("PRAGMA journal_mode=DELETE")
             except sqlite3.OperationalError as error:
-                if not error.sqlite_errorname.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+                if error.sqlite_errorname.startswith(("SQLITE_FULL", "SQLITE_IOERR_WRITE")):
+                    _log.warning("the log of %s stays beside it: %s; free space on the disk", self.path, error)
+                elif not error.sqlite_errorname.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
                     raise  # busy: another process has it open, and the last one to close tidies up
             finally:
                 db.close()
@@ -170,10 +180,15 @@ class MemoryFile:
 
     def ids(self, where: Where | None = None) -> NDArray[np.int64]:
         """Ids [N] of the clips that pass `where` (see `Search`), rising."""
-        sql, parameters = Search(where).of_scan()
+        search = Search(where)
         with self._transaction() as db:
-            rows = db.execute(f"SELECT v.id FROM clips v WHERE 1{sql} ORDER BY v.id", parameters).fetchall()
-        return np.array([row[0] for row in rows], np.int64)
+            if search.where:
+                return np.array(tags.tagged(db, search), np.int64)
+            found = [row[0] for row in db.execute("SELECT id FROM clips NOT INDEXED ORDER BY id")]
+            again = sorted(row[0] for row in db.execute("SELECT id FROM clips INDEXED BY clips_sha256"))
+            if found != again or len(found) != store.read_state(db, self.path).clips:
+                raise Damaged(f"its {len(found)} clips are not those that were written")
+        return np.array(found, np.int64)
 
     @contextmanager
     def _transaction(self, begin: str = "BEGIN") -> Iterator[sqlite3.Connection]:
@@ -217,5 +232,6 @@ def _new_file(directory: Path) -> Iterator[Path]:
     file = directory / store.FILE
     if file.exists():
         raise MemoryStoreError(f"{directory} already holds a motion memory; open it, or choose another directory.")
+    no_leftovers(file)
     with plain_errors(directory), replacing(file, MemoryStoreError) as temporary:
         yield temporary

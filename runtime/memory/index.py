@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from motionrt.runtime.errors import MemoryStoreError, MotionRTError
 from motionrt.runtime.files import replacing, sha256_of, stamp_of
-from motionrt.runtime.memory.store import State
+from motionrt.runtime.memory.state import State
 
 SIDECAR = "index.json"
 _FORMAT = 5
@@ -77,10 +77,14 @@ class Recent:
 
     def __init__(self, size: int) -> None:
         self.after = self.seen = 0
+        self.wrong: dict[int, str] = {}  # the rows that are damaged, and why
         self.ids, self.vectors = np.empty(0, np.int64), np.empty((0, size), np.float32)
 
-    def update(self, after: int, state: State, load: Callable[[int], Chunks]) -> None:
-        """Hold the rows with ids above `after`; load(id) gives those above an id. Removed rows may stay for a while."""
+    def update(self, after: int, state: State, load: Callable[[int, dict[int, str]], Chunks]) -> None:
+        """Hold the rows with ids above `after`; load(id, wrong) gives those above an id, and in `wrong` what is damaged.
+
+        Removed rows may stay for a while.
+        """
         all_of = after == 0 and len(self.ids) > state.clips  # rows were removed: begin again
         if after < self.after or state.last < self.seen or all_of:
             self.__init__(self.vectors.shape[1])  # type: ignore[misc]
@@ -89,7 +93,7 @@ class Recent:
             self.ids, self.vectors = self.ids[keep], self.vectors[keep]
         self.after = after
         if state.last > self.seen:
-            chunks = list(load(max(after, self.seen)))
+            chunks = list(load(max(after, self.seen), self.wrong))
             self.ids = np.concatenate([self.ids, *(ids for ids, _ in chunks)])
             self.vectors = np.concatenate([self.vectors, *(vectors for _, vectors in chunks)])
             self.seen = state.last

@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 
 from motionrt.runtime.errors import MemoryStoreError
 from motionrt.runtime.memory import index as derived
-from motionrt.runtime.memory import ranking, store
+from motionrt.runtime.memory import ranking, store, tags
 from motionrt.runtime.memory.file import INDEX_THRESHOLD, MemoryFile
 from motionrt.runtime.memory.ranking import Found, Ranked, Searchable
-from motionrt.runtime.memory.rows import Clip, MemoryStats, Reference
+from motionrt.runtime.memory.rows import Clip, DamagedRow, MemoryStats, Reference
 from motionrt.runtime.memory.search import Search, marks
-from motionrt.runtime.memory.store import State, plain_errors
+from motionrt.runtime.memory.state import State
+from motionrt.runtime.memory.store import plain_errors
 
 __all__ = ["INDEX_THRESHOLD", "Clip", "MemoryStats", "MotionMemory", "Reference", "Search"]
 _log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class MotionMemory(MemoryFile, Searchable):
         self._signature: tuple[int, ...] | None = None  # of the sidecar that `_base` was last looked for in
         self._warned = False
         self._recent = derived.Recent(self.layout.embedding)
+        self._told: set[int] = set()  # damaged clips that a search left out, and said so
 
     def close(self) -> None:
         """Fold the write-ahead log into memory.sqlite and close; a second call does nothing."""
@@ -68,10 +70,14 @@ class MotionMemory(MemoryFile, Searchable):
                 _log.warning("%s has no index that fits; it is searched row by row until a writer makes one", self.path)
                 self._warned = True
             if part is not None or view.useful or self.readonly:
-                return self._pick(view, part, vector, k, search, compared)
-        self.refresh()
+                return self._sound(view, part, vector, k, search, compared)
+        try:
+            self.refresh()
+        except MemoryStoreError:  # no index is made of damaged clips
+            if not search.without_damaged:
+                raise
         with self._view() as view:
-            return self._pick(view, part, vector, k, search, compared)
+            return self._sound(view, part, vector, k, search, compared)
 
     def get(self, ids: Sequence[int]) -> list[Reference]:
         """The clips of these ids, in this order; their score is NaN. Raises MemoryStoreError for an unknown id."""
@@ -142,8 +148,9 @@ class MotionMemory(MemoryFile, Searchable):
 
     def _too_few(self, found: int, search: Search) -> str:
         with self._transaction() as db:
-            clips = store.read_state(db, self.path).clips
+            clips, bad = store.read_state(db, self.path).clips, len(store.still_there(db, self._told))
             text = f"the motion memory {self.path} holds {clips or 'no'} clips"
+            text += f", {bad} of them damaged" if search.without_damaged and bad else ""
             if search.exclude_source is not None and clips:
                 count = db.execute("SELECT COUNT(*) FROM clips WHERE source = ?", (search.exclude_source,)).fetchone()[0]
                 text += f", {count} of them from the excluded {search.exclude_source}"
@@ -151,9 +158,25 @@ class MotionMemory(MemoryFile, Searchable):
             text += f", {len(self.ids(search.where))} of them with {dict(search.where)}"
         return f"{text}. Ask for fewer, or add clips: `motionrt memory add {self.path} clip.mp4`"
 
+    def _sound(self, view: _View, *asked: Any) -> list[Found]:
+        """What `_pick` gives, without clips that are damaged if the search says so; else DamagedRow."""
+        search: Search = asked[3]
+        without: set[int] = set()
+        while True:
+            try:
+                return self._pick(view, without, *asked)
+            except DamagedRow as error:
+                if not search.without_damaged or without >= error.wrong.keys():
+                    raise
+                without |= error.wrong.keys()
+                if not self._told >= error.wrong.keys():
+                    self._told |= error.wrong.keys()
+                    _log.warning("%s is searched without what is damaged: %s", self.path, error)
+
     def _pick(
-        self, view: _View, part: str | None, query: NDArray[np.float32], k: int, search: Search, compared: str
-    ) -> list[Found]:
+        self, view: _View, without: set[int], part: str | None, query: NDArray[np.float32], k: int, search: Search,
+        compared: str,
+    ) -> list[Found]:  # fmt: skip
         def fetch(ids: NDArray[np.int64], scores: NDArray[np.float32]) -> list[Found]:
             references, vectors = store.read(view.db, self.path, self.layout, ids.tolist(), scores.tolist())
             if part is not None and references:
@@ -161,32 +184,41 @@ class MotionMemory(MemoryFile, Searchable):
             return list(map(Found, references, vectors))
 
         if part is None:
-            ranked = self._nearest(view, query, search)
+            ranked = self._nearest(view, query, search, without)
         else:
-            every = ranking.rank_all(view.db, self.layout, part, query, search)
+            every = ranking.rank_all(view.db, self.layout, part, query, search, without)
             ranked = lambda want: (*every, True)  # noqa: E731
         return ranking.pick(ranked, fetch, search, search.pool(k), compared)
 
-    def _nearest(self, view: _View, query: NDArray[np.float32], search: Search) -> Callable[[int], Ranked]:
+    def _nearest(
+        self, view: _View, query: NDArray[np.float32], search: Search, without: set[int]
+    ) -> Callable[[int], Ranked]:
         """What ranks the clips that pass the filters by their captions: by the index and what is newer, or all of them."""
         db, base, few = view.db, view.base, search.leaves_few(view.db)
-        condition, parameters = search.of_row()
+        filtered = bool(search.where) or search.exclude_source is not None or bool(without)
         after = 0 if base is None else base.last
         if not few:
-            self._recent.update(after, view.state, lambda above: ranking.scan(db, self.layout, after=above))
+            load = lambda above, wrong: ranking.scan(db, self.layout, after=above, wrong=wrong)  # noqa: E731
+            self._recent.update(after, view.state, load)
+            if wrong := store.still_there(db, self._recent.wrong.keys() - without):
+                raise DamagedRow({number: self._recent.wrong[number] for number in sorted(wrong)})
         gone = view.state.clips != len(self._recent.ids) + (0 if base is None else base.count)
 
         def left(ids: NDArray[np.int64], vectors: NDArray[np.float32] | None) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
             """Those of the clips that are there and pass the filters, and their unit vectors."""
-            if len(ids) and (condition or gone):
-                question = f"SELECT v.id FROM vectors v WHERE v.id IN ({marks(ids)}){condition}"
-                there = {row[0] for row in db.execute(question, (*ids.tolist(), *parameters))}
+            if len(ids) and (filtered or gone):
+                numbers = ids.tolist()
+                there = {row[0] for row in db.execute(f"SELECT id FROM vectors WHERE id IN ({marks(ids)})", numbers)}
+                if len(there) < len(numbers):
+                    if lost := store.still_there(db, {*numbers} - there - without):
+                        raise DamagedRow(dict.fromkeys(lost, "has no embedding"))
+                there = tags.passing(db, search, sorted(there), without) if filtered else there
                 keep = np.array([number in there for number in ids.tolist()])
                 ids, vectors = ids[keep], None if vectors is None else vectors[keep]
             if vectors is None:  # of an index that could not be stored
-                question = f"SELECT id, embedding FROM vectors WHERE id IN ({marks(ids)})"
-                found = dict(db.execute(question, ids.tolist()).fetchall())
-                vectors = self.layout.embeddings(ids.tolist(), [found[number] for number in ids.tolist()])
+                chunks = ranking.scan(db, self.layout, ids=ids.tolist())
+                found = {number: vector for some, others in chunks for number, vector in zip(some, others, strict=True)}
+                vectors = np.array([found[number] for number in ids], np.float32).reshape(len(ids), -1)
             return ids, vectors
 
         def ranked(want: int) -> Ranked:
@@ -202,7 +234,7 @@ class MotionMemory(MemoryFile, Searchable):
                 if enough:
                     return *ranking.in_order(ids, ranking.dots(vectors, query)), complete
                 fetch *= 4
-            return *ranking.rank_all(db, self.layout, None, query, search), True
+            return *ranking.rank_all(db, self.layout, None, query, search, without), True
 
         return ranked
 

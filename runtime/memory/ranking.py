@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from motionrt.runtime.errors import InputError, MemoryStoreError
-from motionrt.runtime.memory.rows import DamagedRow, Layout, Reference
-from motionrt.runtime.memory.search import EVERYTHING, Search
+from motionrt.runtime.memory import tags
+from motionrt.runtime.memory.rows import Damaged, DamagedRow, Layout, Reference
+from motionrt.runtime.memory.search import EVERYTHING, Search, marks
 
 CHUNK = 4096  # rows read and scored at once by a scan
 FETCH = 16_000  # clips that an index is asked for at most; beyond, an exact scan is. Twice that are values of one statement
@@ -67,38 +69,95 @@ class Searchable:
 
 
 def scan(
-    db: sqlite3.Connection, layout: Layout, part: str | None = None, search: Search | None = None, after: int = 0
+    db: sqlite3.Connection,
+    layout: Layout,
+    part: str | None = None,
+    *,
+    after: int = 0,
+    ids: Sequence[int] | None = None,
+    wrong: dict[int, str] | None = None,
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-    """Ids [n] rising and unit vectors [n,·] of the clips after an id, in chunks: embeddings, or a flattened float part.
+    """Ids [n] rising and unit vectors [n,·] of clips, in chunks: embeddings, or a flattened float part of the record.
 
-    Parts that are all zeros have no direction and keep length 0.
+    Of the clips with ids above `after`, or of `ids` (rising). Each row is checked, and that none is missing: those that are
+    damaged go to `wrong`, by id with why, or are a DamagedRow without it; Damaged if it is more than rows. Parts that are all
+    zeros keep length 0.
     """
     table, column = ("vectors", "embedding") if part is None else ("records", "record")
-    condition, parameters = search.of_scan() if search is not None else ("", [])
-    lead = "+" if search is not None and search.where else ""  # keeps SQLite from walking all ids instead of the tags
-    rows = db.execute(
-        f"SELECT v.id, v.{column} FROM {table} v WHERE {lead}v.id > ?{condition} ORDER BY v.id", (after, *parameters)
-    )
-    while chunk := rows.fetchmany(CHUNK):
-        ids, blobs = zip(*chunk, strict=True)
-        if part is None:
-            yield np.array(ids, np.int64), layout.embeddings(ids, blobs)
-        else:
-            values = layout.unpack(ids, blobs, part)[part]
-            if not np.isfinite(values).all():
-                wrong = np.argmin(np.isfinite(values).reshape(len(ids), -1).all(axis=1))
-                raise DamagedRow(f"clip {ids[wrong]} has an impossible {part}")
-            yield np.array(ids, np.int64), directions(values)
+    bytes_, bad, have = 4 * layout.embedding if part is None else layout.dtype.itemsize, dict[int, str](), list[int]()
+    last = after
+    for chunk in _rows(db, table, column, after, ids):
+        have += [row[0] for row in chunk]
+        sound = []
+        for number, blob, expected in chunk:
+            if not isinstance(blob, bytes) or len(blob) != bytes_:
+                bad[number] = f"has {len(blob) if isinstance(blob, bytes) else 0} bytes of {column}"
+            elif zlib.crc32(blob, number & 0xFFFFFFFF) != expected:  # `rows.checksum`, without the call
+                bad[number] = f"is not what was written: the checksum of its {column} differs"
+            elif number <= last:  # a page in the place of another, whose rows are sound
+                raise Damaged(f"the rows of {table} are not in their order")
+            else:
+                sound.append((number, blob))
+                last = number
+        if sound:
+            numbers, blobs = zip(*sound, strict=True)
+            values = layout.embeddings(numbers, blobs) if part is None else layout.unpack(numbers, blobs, part)[part]
+            yield np.array(numbers, np.int64), values if part is None else directions(values)
+    if ids is not None:
+        there = len(ids)
+    elif after:
+        there = db.execute("SELECT COUNT(*) FROM clips WHERE id > ?", (after,)).fetchone()[0]
+    else:
+        there = db.execute("SELECT clips FROM history ORDER BY generation DESC LIMIT 1").fetchone()[0]
+    if len(have) != there or bad:  # a page that is damaged may give rows of other ids
+        known = set(ids if ids is not None else [row[0] for row in db.execute("SELECT id FROM clips WHERE id > ?", (after,))])
+        if ids is None and not after and len(known) != there:
+            raise Damaged(f"clips has {len(known)} rows; the history says {there}")
+        bad |= dict.fromkeys(known.difference(have), f"has no {column}")
+        bad |= dict.fromkeys({*have} - known if ids is None else (), "has no caption")
+    if bad and wrong is None:
+        raise DamagedRow(bad)
+    if wrong is not None:
+        wrong.update(bad)
+
+
+def _rows(
+    db: sqlite3.Connection, table: str, column: str, after: int, ids: Sequence[int] | None
+) -> Iterator[list[tuple[int, Any, Any]]]:
+    """Chunks of (id, blob, checksum) of a table, by rising id."""
+    if ids is None:
+        rows = db.execute(f"SELECT id, {column}, checksum FROM {table} WHERE id > ? ORDER BY id", (after,))
+        while chunk := rows.fetchmany(CHUNK):
+            yield chunk
+        return
+    for at in range(0, len(ids), CHUNK):
+        some = ids[at : at + CHUNK]
+        yield db.execute(f"SELECT id, {column}, checksum FROM {table} WHERE id IN ({marks(some)}) ORDER BY id", some).fetchall()
 
 
 def rank_all(
-    db: sqlite3.Connection, layout: Layout, part: str | None, query: NDArray[np.float32], search: Search
+    db: sqlite3.Connection,
+    layout: Layout,
+    part: str | None,
+    query: NDArray[np.float32],
+    search: Search,
+    without: Set[int] = frozenset(),
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Ids and scores of every clip that the filters leave, best first, equal ones by id."""
-    scored = [(ids, dots(vectors, query)) for ids, vectors in scan(db, layout, part, search)]
+    """Ids and scores of every clip that the filters leave, best first, equal ones by id; DamagedRow.
+
+    without: ids that are left out, whatever their rows are.
+    """
+    gone = without | tags.excluded(db, search, without)
+    ids = [number for number in tags.tagged(db, search) if number not in gone] if search.where else None
+    wrong: dict[int, str] = {}
+    scored = [(some, dots(vectors, query)) for some, vectors in scan(db, layout, part, ids=ids, wrong=wrong)]
+    if wrong := {number: why for number, why in wrong.items() if number not in gone}:
+        raise DamagedRow(wrong)
     if not scored:
         return np.empty(0, np.int64), np.empty(0, np.float32)
-    return in_order(np.concatenate([ids for ids, _ in scored]), np.concatenate([scores for _, scores in scored]))
+    found, scores = (np.concatenate(some) for some in zip(*scored, strict=True))
+    keep = ~np.isin(found, np.fromiter(gone, np.int64, len(gone)))
+    return in_order(found[keep], scores[keep])
 
 
 def in_order(ids: NDArray[np.int64], scores: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

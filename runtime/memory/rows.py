@@ -80,8 +80,17 @@ class MemoryStats:
     index_state: str
 
 
-class DamagedRow(ValueError):
-    """A row of the file cannot be a clip; the text says which and why."""
+class Damaged(ValueError):
+    """The file is not what was written; the text says where."""
+
+
+class DamagedRow(Damaged):
+    """Some rows are not what was written, while the others are. wrong: the ids of the clips, and why, as `has ...`."""
+
+    def __init__(self, wrong: Mapping[int, str]) -> None:
+        self.wrong = dict(wrong)
+        first = "; ".join(f"clip {number} {why}" for number, why in [*self.wrong.items()][:3])
+        super().__init__(f"{first}{f' and {len(wrong) - 3} more clips' if len(wrong) > 3 else ''}")
 
 
 class Row(NamedTuple):
@@ -91,10 +100,14 @@ class Row(NamedTuple):
     embedding: bytes
     record: bytes | None
 
-    def checksum(self, number: int) -> int:
-        """CRC-32 of everything, the clip's id too: SQLite itself does not notice a flipped bit in a row."""
-        crc = zlib.crc32(msgspec.json.encode((number, self.record is None, *self.told)))
-        return zlib.crc32(self.record or b"", zlib.crc32(self.embedding, crc))
+    def checksums(self, number: int) -> tuple[int, int, int]:
+        """Those of the three parts, which are read at different times, for the clip of this id."""
+        return checksum(number, self.told), checksum(number, self.embedding), checksum(number, self.record)
+
+
+def checksum(number: int, value: object) -> int:
+    """CRC-32 of what a table has of the clip `number`, its id too: SQLite itself does not notice a flipped bit in a row."""
+    return zlib.crc32(value if isinstance(value, bytes) else msgspec.json.encode(value), number & 0xFFFFFFFF)
 
 
 @dataclass(frozen=True)
@@ -187,7 +200,7 @@ class Layout:
             squares = np.vecdot(values, values)
         sound = np.isfinite(squares) & (squares > 0)
         if not sound.all():
-            raise DamagedRow(f"clip {ids[int(np.argmin(sound))]} has an impossible embedding")
+            raise DamagedRow({ids[int(np.argmin(sound))]: "has an impossible embedding"})
         return np.asarray(values / np.sqrt(squares)[:, None], np.float32)
 
     def unpack(self, ids: Sequence[int], blobs: Sequence[Any], *names: str) -> dict[str, NDArray[Any]]:
@@ -288,5 +301,5 @@ def _joined(ids: Sequence[int], blobs: Sequence[Any], kind: np.dtype[Any], part:
     """Blobs as rows of `kind`; DamagedRow names one of another size, or of no bytes at all (a column may hold anything)."""
     for number, blob in zip(ids, blobs, strict=True):
         if not isinstance(blob, bytes) or len(blob) != kind.itemsize:
-            raise DamagedRow(f"clip {number} has {len(blob) if isinstance(blob, bytes) else 0} bytes of {part}")
+            raise DamagedRow({number: f"has {len(blob) if isinstance(blob, bytes) else 0} bytes of {part}"})
     return np.frombuffer(b"".join(blobs), kind).reshape(len(blobs), *kind.shape) if blobs else np.empty(0, kind)

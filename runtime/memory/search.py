@@ -27,7 +27,8 @@ class Search:
     out clips of this source. minimum_score: a cosine; clips below it are left out. distinct: a cosine of the first float
     part of records above which a clip counts as a copy of a better one and is left out (among the best 4096). With one of
     these two, fewer clips than were asked for may come back. diversity: 0 (off) to 1; re-ranks the best 4 k + 16 by maximal
-    marginal relevance. InputError for what is not allowed.
+    marginal relevance. without_damaged: go on without clips that are damaged, and log which; else one of them among what the
+    search reads is an error. InputError for what is not allowed.
     """
 
     where: Where | None = _option("Only clips of this dataset or metadata; a key again: any of its values.")
@@ -35,6 +36,9 @@ class Search:
     minimum_score: float | None = _option("Only clips with at least this cosine.", "--min-score")
     distinct: float | None = _option("Leave out copies: cosine of records (their first float part) from which one is a copy.")
     diversity: float | None = _option("Prefer clips that differ: 0 off, up to 1.")
+    without_damaged: bool = field(
+        default=False, metadata={"help": "Go on without clips that are damaged, and say which.", "option": "--without-damaged"}
+    )
 
     def __post_init__(self) -> None:
         for name, low in (("minimum_score", -1), ("distinct", -1), ("diversity", 0)):
@@ -42,8 +46,10 @@ class Search:
             number = isinstance(value, Real) and not isinstance(value, bool)  # NumPy's numbers too; NaN fails the range
             if value is not None and not (number and low <= value <= 1):
                 raise InputError(f"{name} is {value!r}; allowed is a number from {low} to 1, or None.")
+        if not isinstance(self.without_damaged, bool):
+            raise InputError(f"without_damaged is {self.without_damaged!r}; allowed is True or False.")
         try:
-            texts = [[key, *values] for key, values in self._tags()]
+            texts = [[key, *values] for key, values in self.tags()]
         except (TypeError, AttributeError):
             texts = [[]]
         if not all(len(text) > 1 and all(isinstance(word, str) for word in text) for text in texts):
@@ -63,36 +69,18 @@ class Search:
         """How many of the best clips are needed for choosing `k`."""
         return 4 * k + 16 if self.diversity else k
 
-    def of_row(self) -> tuple[str, list[str]]:
-        """Conditions on one row `v`, for a candidate: looked up by its id."""
-        return self._sql("EXISTS (SELECT 1 FROM tags t WHERE t.key = ? AND t.value IN ({}) AND t.id = v.id)")
-
-    def of_scan(self) -> tuple[str, list[str]]:
-        """Conditions on rows `v`, for a scan: the range of the tags leads."""
-        return self._sql("v.id IN (SELECT id FROM tags WHERE key = ? AND value IN ({}))")
-
     def leaves_few(self, db: sqlite3.Connection) -> bool:
         """Whether `where` leaves so few clips that scanning them is cheapest; reads no more than that many tags."""
         question = "SELECT COUNT(*) FROM (SELECT 1 FROM tags WHERE key = ? AND value IN ({}) LIMIT ?)"
         return any(
             db.execute(question.format(marks(values)), (key, *values, FEW + 1)).fetchone()[0] <= FEW
-            for key, values in self._tags()
+            for key, values in self.tags()
         )
 
-    def _tags(self) -> Iterator[tuple[str, list[str]]]:
+    def tags(self) -> Iterator[tuple[str, list[str]]]:
         """Each key with the list of the values that it may have."""
         for key, values in () if self.where is None else self.where.items():
             yield key, [values] if isinstance(values, str) else list(values)
-
-    def _sql(self, tag: str) -> tuple[str, list[str]]:
-        sql, parameters = "", []
-        for key, values in self._tags():
-            sql += " AND " + tag.format(marks(values))
-            parameters += [key, *values]
-        if self.exclude_source is not None:
-            sql += " AND NOT EXISTS (SELECT 1 FROM clips c WHERE c.id = v.id AND c.source = ?)"
-            parameters += [self.exclude_source]
-        return sql, parameters
 
 
 EVERYTHING = Search()

@@ -1,62 +1,51 @@
 """The SQLite file of a motion memory: schema, opening, writing, reading what is checked, and looking for damage.
 
-    clips (narrow, with a checksum over all of the row)   vectors (embedding, read by the search)
+    clips (narrow)   vectors (embedding, read by the search)
     records (wide, read for the clips found; NULL where records are made on demand)
-    tags (key, value, id): metadata and dataset, turned round, so that a filter is a range of this table
+    tags (key, value, id): metadata and dataset, turned round, so that a filter is a range of this table; tallies of them
     history: one row for each change; the last says how many clips there are, and each names a state by its digest
 
-Ids are never given twice, so whatever is derived from a state stays right about the ids that it knows.
+Each row has a checksum over all of it, and is checked whenever it is read. Ids are never given twice, so whatever is derived
+from a state stays right about the ids that it knows. The header of the file has a number drawn for this memory (with the
+schema, in `user_version`), by which a log beside it that is another memory's is known.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import secrets
 import sqlite3
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
 from motionrt.runtime.errors import MemoryStoreError
-from motionrt.runtime.memory.rows import DamagedRow, Layout, Reference, Row
+from motionrt.runtime.memory import tags
+from motionrt.runtime.memory.rows import Damaged, DamagedRow, Layout, Reference, Row, checksum
 from motionrt.runtime.memory.search import marks
+from motionrt.runtime.memory.state import SCHEMA, State, check_log, identity_of
 
-SCHEMA = 3  # 1 and 2, with two kinds of tokens for columns, were never released
 FILE = "memory.sqlite"
 _APPLICATION = 0x4D52544D  # "MRTM", marks the SQLite file as ours
 _PAGE = 8192  # five 384-d vectors to a page, and a fourth of the pages of a large blob
 _AT_ONCE = 4096  # values in one statement; SQLite takes 32,766
-_COLUMNS = "caption, source, start, duration, fps, source_sha256, dataset, metadata"  # as of `Row.told`
-_TABLES = """
+_TABLES = f"""
 CREATE TABLE meta (layout TEXT NOT NULL, checksum INTEGER NOT NULL);
 CREATE TABLE history (generation INTEGER PRIMARY KEY, content TEXT NOT NULL, last INTEGER NOT NULL, clips INTEGER NOT NULL,
     checksum INTEGER NOT NULL);
 CREATE TABLE clips (id INTEGER PRIMARY KEY, caption TEXT NOT NULL, source TEXT NOT NULL, start REAL NOT NULL,
     duration REAL NOT NULL, fps REAL NOT NULL, source_sha256 TEXT NOT NULL, dataset TEXT NOT NULL, metadata TEXT NOT NULL,
     checksum INTEGER NOT NULL);
-CREATE TABLE vectors (id INTEGER PRIMARY KEY, embedding BLOB NOT NULL);
-CREATE TABLE records (id INTEGER PRIMARY KEY, record BLOB);
-CREATE TABLE tags (key TEXT, value TEXT, id INTEGER, PRIMARY KEY (key, value, id)) WITHOUT ROWID;
+CREATE TABLE vectors (id INTEGER PRIMARY KEY, embedding BLOB NOT NULL, checksum INTEGER NOT NULL);
+CREATE TABLE records (id INTEGER PRIMARY KEY, record BLOB, checksum INTEGER NOT NULL);
+{tags.TABLES.strip()};
 CREATE INDEX clips_sha256 ON clips (source_sha256)
 """
-
-
-class State(NamedTuple):
-    """A state of a memory: how often it was changed, a digest of all changes, the last id given, the clips it holds."""
-
-    generation: int
-    content: str
-    last: int
-    clips: int
-
-    @property
-    def checksum(self) -> int:
-        return zlib.crc32(msgspec.json.encode(self))
 
 
 def create(layout: Layout, file: Path) -> None:
@@ -70,8 +59,8 @@ def create(layout: Layout, file: Path) -> None:
             db.execute(statement)
         text = msgspec.json.encode(layout)
         db.execute("INSERT INTO meta VALUES (?, ?)", (text.decode(), zlib.crc32(text)))
+        db.execute(f"PRAGMA user_version={secrets.randbelow(2**23) << 8 | SCHEMA}")
         _enter(db, State(0, hashlib.sha256(text).hexdigest(), 0, 0))
-        db.execute(f"PRAGMA user_version={SCHEMA}")
         db.execute("COMMIT")
 
 
@@ -85,19 +74,24 @@ def connect(directory: Path, readonly: bool) -> tuple[sqlite3.Connection, bool]:
         )
     with plain_errors(directory):
         with file.open("rb") as stream:
-            head = stream.read(20)
+            head = stream.read(64)
         if not head.startswith(b"SQLite format 3\0"):
             raise damaged(directory, f"{FILE} is not an SQLite file")
         effective = os.access in os.supports_effective_ids
         writable = all(os.access(place, os.W_OK, effective_ids=effective) for place in (directory, file))
-        log = file.with_name(f"{FILE}-wal")
+        logged = check_log(file, head)
         # SQLite cannot share a WAL-mode file that it may not write beside; without a log nobody else has it open.
-        alone = head[18:20] == b"\2\2" and not (log.exists() and log.stat().st_size)
+        alone = head[18:20] == b"\2\2" and not logged
         # Readers open it for writing where they may, so that SQLite can undo what a killed writer left half done.
         mode = "rw" if writable else "ro&immutable=1" if alone else "ro"
         uri = f"{file.absolute().as_uri()}?mode={mode}"
         db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=10)
-        db.execute("PRAGMA cache_size=-8000")  # KiB: the upper levels of a million rows
+        db.text_factory = lambda text: text.decode("utf-8", "replace")  # what was damaged is found by its checksum
+        try:
+            db.execute("PRAGMA cache_size=-8000")  # KiB: the upper levels of a million rows
+        except BaseException:
+            db.close()
+            raise
     return db, readonly or not writable
 
 
@@ -105,7 +99,7 @@ def read_layout(db: sqlite3.Connection, path: Path) -> Layout:
     """What a memory keeps, inside a transaction; MemoryStoreError for another file or another schema."""
     if db.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION:
         raise MemoryStoreError(f"{path} is not a motion memory; choose another.")
-    schema = int(db.execute("PRAGMA user_version").fetchone()[0])
+    schema = identity_of(db)[1]
     if schema != SCHEMA:
         fix = "a newer MotionRT wrote it: upgrade" if schema > SCHEMA else "an older MotionRT wrote it: index its videos again"
         raise MemoryStoreError(f"the motion memory {path} has schema {schema}; this MotionRT reads schema {SCHEMA} ({fix}).")
@@ -121,7 +115,7 @@ def read_layout(db: sqlite3.Connection, path: Path) -> Layout:
 def read_state(db: sqlite3.Connection, path: Path) -> State:
     """The state that this transaction sees, without counting rows."""
     row = db.execute("SELECT * FROM history ORDER BY generation DESC LIMIT 1").fetchone()
-    if row is None or State(*row[:-1]).checksum != row[-1]:
+    if row is None or State(*row[:-1]).checksum(identity_of(db)[0]) != row[-1]:
         raise damaged(path, f"its history ends in {row!r}")
     return State(*row[:-1])
 
@@ -131,12 +125,12 @@ def insert(db: sqlite3.Connection, path: Path, rows: Iterable[Row]) -> list[int]
     generation, content, last, clips = read_state(db, path)
     ids: list[int] = []
     for number, row in enumerate(rows, last + 1):
-        checksum = row.checksum(number)
-        db.execute(f"INSERT INTO clips VALUES (?, {marks(row.told)}, ?)", (number, *row.told, checksum))
-        db.execute("INSERT INTO vectors VALUES (?, ?)", (number, row.embedding))
-        db.execute("INSERT INTO records VALUES (?, ?)", (number, row.record))
-        db.executemany("INSERT INTO tags VALUES (?, ?, ?)", _tags(number, *row.told[-2:]))
-        content = hashlib.sha256(f"{content} {number} {checksum}".encode()).hexdigest()
+        told, embedding, record = sums = row.checksums(number)
+        db.execute(f"INSERT INTO clips VALUES (?, {marks(row.told)}, ?)", (number, *row.told, told))
+        db.execute("INSERT INTO vectors VALUES (?, ?, ?)", (number, row.embedding, embedding))
+        db.execute("INSERT INTO records VALUES (?, ?, ?)", (number, row.record, record))
+        tags.insert(db, tags.tags_of(number, *row.told[-2:]))
+        content = hashlib.sha256(f"{content} {number} {sums}".encode()).hexdigest()
         ids.append(number)
     if ids:
         _enter(db, State(generation + 1, content, ids[-1], clips + len(ids)))
@@ -144,16 +138,16 @@ def insert(db: sqlite3.Connection, path: Path, rows: Iterable[Row]) -> list[int]
 
 
 def delete(db: sqlite3.Connection, path: Path, ids: Iterable[int]) -> int:
-    """Remove clips; return how many there were of these ids."""
+    """Remove clips, damaged ones too; return how many there were of these ids."""
     generation, content, last, clips = read_state(db, path)
     gone = 0
     for number in ids:
-        row = db.execute("SELECT dataset, metadata FROM clips WHERE id = ?", (number,)).fetchone()
-        if row is None:
+        row = db.execute(f"SELECT {tags.TOLD}, checksum FROM clips WHERE id = ?", (number,)).fetchone()
+        sound = row is not None and checksum(number, row[:-1]) == row[-1]
+        found = sum(db.execute(f"DELETE FROM {table} WHERE id = ?", (number,)).rowcount for table in _PARTS)
+        if not found:
             continue
-        db.executemany("DELETE FROM tags WHERE key = ? AND value = ? AND id = ?", _tags(number, *row))
-        for table in ("clips", "vectors", "records"):
-            db.execute(f"DELETE FROM {table} WHERE id = ?", (number,))
+        tags.delete(db, tags.tags_of(number, *row[-3:-1]) if sound else tags.held(db, number))
         content = hashlib.sha256(f"{content} -{number}".encode()).hexdigest()
         gone += 1
     if gone:
@@ -168,21 +162,36 @@ def read(
 
     MemoryStoreError for an id that is not there, DamagedRow for a row that is not what was written.
     """
-    rows: dict[int, tuple[Row, int]] = {}
+    rows: dict[int, Row] = {}
+    wrong: dict[int, str] = {}
     for start in range(0, len(ids), _AT_ONCE):
         some = ids[start : start + _AT_ONCE]
-        for row in db.execute(f"{_ROWS} WHERE id IN ({marks(some)})", some):
-            rows[row[0]] = Row(row[1:-3], *row[-2:]), row[-3]
-    if missing := [number for number in ids if number not in rows]:
-        raise MemoryStoreError(f"the motion memory {path} has no clip {missing[0]}; use an id that search gave.")
-    vectors, clips = layout.embeddings(ids, [rows[number][0].embedding for number in ids]), []
-    for number, score in zip(ids, scores, strict=True):
-        row, checksum = rows[number]
-        record = _checked(number, layout, row, checksum)
+        for number, row, sums in _rows(db, f"WHERE id IN ({marks(some)})", some):
+            rows[number] = row
+            try:
+                _check(number, layout, row, sums)
+            except DamagedRow as error:
+                wrong |= error.wrong
+    missing = [number for number in ids if number not in rows]
+    wrong |= dict.fromkeys(still_there(db, {*missing}), "is there in part")
+    if unknown := [number for number in missing if number not in wrong]:
+        raise MemoryStoreError(f"the motion memory {path} has no clip {unknown[0]}; use an id that search gave.")
+    if wrong:
+        raise DamagedRow(wrong)
+    vectors, clips = layout.embeddings(ids, [rows[number].embedding for number in ids]), []
+    parts = {} if layout.on_demand else layout.unpack(ids, [rows[number].record for number in ids])
+    for at, (number, score) in enumerate(zip(ids, scores, strict=True)):
+        row, record = rows[number], {name: values[at, ...] for name, values in parts.items()}
         caption, source, start, duration, fps, sha256, dataset, metadata = row.told
         facts = {"dataset": dataset, "metadata": msgspec.json.decode(metadata), "fps": fps, "source_sha256": sha256}
         clips.append(Reference(number, score, caption, source, start, duration, record, **facts))
     return clips, vectors
+
+
+def still_there(db: sqlite3.Connection, ids: Set[int]) -> set[int]:
+    """Those of some ids that have a row in any of the tables."""
+    one_of = " OR ".join(f"EXISTS (SELECT 1 FROM {table} WHERE id = ?1)" for table in _PARTS)
+    return {number for number in ids if db.execute(f"SELECT {one_of}", (number,)).fetchone()[0]}
 
 
 def problems(db: sqlite3.Connection, path: Path) -> list[str]:
@@ -197,25 +206,21 @@ def problems(db: sqlite3.Connection, path: Path) -> list[str]:
             found.append(f"{table} has {count} rows; the history says {state.clips}")
         if count and last > state.last:
             found.append(f"{table} has a clip {last}; the history says that {state.last} was the last")
-    tags = 0
-    for number, *told, checksum, embedding, record in db.execute(f"{_ROWS} ORDER BY id"):
-        row = Row(tuple(told), embedding, record)
+    count = 0
+    for number, row, sums in _rows(db, "ORDER BY id", ()):
         try:
-            layout.embeddings([number], [embedding])
-            _checked(number, layout, row, checksum)
-            for tag in _tags(number, *told[-2:]):
-                tags += 1
+            layout.embeddings([number], [row.embedding])
+            _check(number, layout, row, sums)
+            for tag in tags.tags_of(number, *row.told[-2:]):
+                count += 1
                 if db.execute("SELECT 1 FROM tags WHERE key = ? AND value = ? AND id = ?", tag).fetchone() is None:
                     found.append(f"clip {number} is not found by {tag[0]!r}: tags has not what its metadata says")
         except DamagedRow as error:
             found.append(str(error))
     have = db.execute("SELECT COUNT(*) FROM tags").fetchone()[0]
-    if not found and have != tags:
-        found.append(f"tags has {have} rows; the clips have {tags} in their metadata")
-    return found
-
-
-_ROWS = f"SELECT id, {_COLUMNS}, checksum, embedding, record FROM clips JOIN vectors USING (id) JOIN records USING (id)"
+    if not found and have != count:
+        found.append(f"tags has {have} rows; the clips have {count} in their metadata")
+    return found + list(tags.problems(db))
 
 
 def copy(source: Path, target: Path) -> None:
@@ -223,6 +228,8 @@ def copy(source: Path, target: Path) -> None:
     for file in (source, target):
         with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)) as db:
             if file is source:
+                with source.open("rb") as stream:
+                    check_log(source, stream.read(64))
                 read_layout(db, source)  # that it is a memory
                 db.execute("VACUUM INTO ?", (str(target),))
             elif wrong := problems(db, source):
@@ -235,11 +242,19 @@ def plain_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except DamagedRow as error:
+        ids = " ".join(map(str, [*error.wrong][:20]))
+        raise MemoryStoreError(
+            f"the motion memory {path} is damaged: {error}. The other clips are not. Remove it (`motionrt memory remove {path}"
+            f" {ids}`) and add its file again, restore a copy, or search without it (--without-damaged)."
+        ) from error
+    except Damaged as error:
         raise damaged(path, str(error)) from error
-    except (sqlite3.Error, OSError) as error:
+    except (sqlite3.Error, OSError, UnicodeError) as error:  # sqlite3's own message may quote what is damaged
         name = getattr(error, "sqlite_errorname", type(error).__name__)
         if name.startswith(("SQLITE_FULL", "SQLITE_IOERR", "OSError")):
-            text = f"cannot be written or read ({error}). Nothing was changed. Free space on the disk and try again."
+            text = (
+                f"cannot be written or read ({error}). Nothing of this change was kept. Free space on the disk and try again."
+            )
         elif name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
             text = "is being written by another process; wait for it to finish and try again."
         elif name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM", "Permission")):
@@ -258,22 +273,23 @@ def damaged(path: Path, why: str) -> MemoryStoreError:
 
 
 def _enter(db: sqlite3.Connection, state: State) -> None:
-    db.execute("INSERT INTO history VALUES (?, ?, ?, ?, ?)", (*state, state.checksum))
+    db.execute("INSERT INTO history VALUES (?, ?, ?, ?, ?)", (*state, state.checksum(identity_of(db)[0])))
 
 
-def _tags(number: int, dataset: str, metadata: str) -> list[tuple[str, str, int]]:
-    """Rows of `tags` for a clip. By Python: SQLite's own JSON ends a text at a zero byte. DamagedRow."""
-    try:
-        return [(*tag, number) for tag in {"dataset": dataset, **json.loads(metadata)}.items()]
-    except (TypeError, ValueError) as error:
-        raise DamagedRow(f"clip {number} has metadata that cannot be read ({error})") from error
+_PARTS = ("clips", "vectors", "records")  # tables with a row for each clip
+_JOINED = "FROM clips c JOIN vectors v USING (id) JOIN records r USING (id)"
 
 
-def _checked(number: int, layout: Layout, row: Row, checksum: int) -> dict[str, Any]:
-    """The record of a row that is what was written; DamagedRow."""
+def _rows(db: sqlite3.Connection, condition: str, parameters: Sequence[int]) -> Iterator[tuple[int, Row, tuple[int, ...]]]:
+    """Ids, rows and their checksums as they are stored."""
+    columns = f"id, {tags.TOLD}, embedding, record, c.checksum, v.checksum, r.checksum"
+    for number, *told, embedding, record, one, two, three in db.execute(f"SELECT {columns} {_JOINED} {condition}", parameters):
+        yield number, Row(tuple(told), embedding, record), (one, two, three)
+
+
+def _check(number: int, layout: Layout, row: Row, checksums: tuple[int, ...]) -> None:
+    """DamagedRow unless a row is what was written."""
     if layout.on_demand != (row.record is None):
-        raise DamagedRow(f"clip {number} has {'no' if row.record is None else 'a'} record, as no clip of this memory")
-    record = {} if row.record is None else layout.unpack_one(number, row.record)
-    if row.checksum(number) != checksum:
-        raise DamagedRow(f"clip {number} is not what was written: its checksum differs")
-    return record
+        raise DamagedRow({number: f"has {'no' if row.record is None else 'a'} record, as no clip of this memory"})
+    if row.checksums(number) != checksums:
+        raise DamagedRow({number: "is not what was written: its checksum differs"})

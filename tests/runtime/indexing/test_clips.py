@@ -202,8 +202,13 @@ def test_index_clips_stops_on_a_full_disk_and_keeps_the_earlier_batches(
         pages = memory._db.execute("PRAGMA page_count").fetchone()[0]
         memory._db.execute(f"PRAGMA max_page_count={pages}")  # what is left of the last pages holds some clips more
         many = [(items[0][0], f"more {number}", None) for number in range(99)]
-        with pytest.raises(MemoryStoreError, match="disk is full"):
+        with pytest.raises(
+            MemoryStoreError, match=r"disk is full.*The \d+ clips that this run added before are there"
+        ) as error:
             index_clips(memory, ENCODERS, many)
+        assert f"The {len(memory) - 2} clips" in str(error.value) and "Nothing was changed" not in str(error.value)
+        with pytest.raises(MemoryStoreError, match="Free space on the disk and try again.$"):  # and none were added before
+            index_clips(memory, ENCODERS, many[len(memory) :])
         kept = [r.caption for r in memory.get(range(1, len(memory) + 1))]
         assert 2 < len(kept) < 101 and len(kept) % 2 == 0  # whole batches
         assert kept == [f"clip {i}" for i in range(2)] + [f"more {i}" for i in range(len(kept) - 2)]

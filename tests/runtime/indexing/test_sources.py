@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,6 +197,106 @@ def test_a_folder_gives_its_videos_with_the_captions_beside_them(tmp_path: Path)
     (tmp_path / "c.json").write_text(json.dumps({"none.mp4": "named", "sub/ü.WEBM": "by path"}), encoding="utf-8")
     named = items(tmp_path, captions=tmp_path / "c.json")
     assert [item.caption for item in named] == ["rises", "turns left", "", "named", "by path"]
+
+
+def left_out(folder: Path, **options: Any) -> dict[str, str]:
+    return {str(path.relative_to(folder)): why for path, why in open_sources([folder], caption="x", **options).left_out}
+
+
+def test_every_file_of_a_folder_is_an_item_or_named_with_its_reason(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "f", tmp_path / "elsewhere"
+    (elsewhere / "deep").mkdir(parents=True)
+    for name in ("a.mp4", "c.m2ts", "d.TS", "e.ts", "g.webp", "h.webp", "i.y4m", "k.f4v", "a.txt", "cover.jpg", "sub/l.mp4",
+                 "._a.mp4", ".DS_Store", "__MACOSX/._a.mp4", "@eaDir/a.mp4", "Thumbs.db"):  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+    (folder / "d.TS").write_bytes(b"G@\0\x10")
+    (folder / "e.ts").write_bytes(b"export const x = 1")
+    (folder / "g.webp").write_bytes(b"RIFF\0\0\0\0WEBPVP8X\x0a\0\0\0\x02")
+    (folder / "h.webp").write_bytes(b"RIFF\0\0\0\0WEBPVP8 \x0a\0\0\0\x02")
+    os.mkfifo(folder / "m.mp4")
+    (elsewhere / "b.mp4").write_bytes(b"")
+    (elsewhere / "deep" / "b.mp4").write_bytes(b"")
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "sub" / "up").symlink_to(folder)  # neither a loop nor a folder twice is read
+    (elsewhere / "back").symlink_to(folder / "sub")
+    (folder / "n.mp4").symlink_to("nowhere")
+    found = [str(Path(item.video).relative_to(folder)) for item in items(folder, caption="x")]
+    assert found == ["a.mp4", "c.m2ts", "d.TS", "g.webp", "i.y4m", "k.f4v", "linked/b.mp4", "linked/deep/b.mp4", "n.mp4",
+                     "sub/l.mp4"]  # fmt: skip
+    hidden = "a companion of another system, or hidden"
+    assert left_out(folder) == {
+        "e.ts": "text", "h.webp": "a still picture", "cover.jpg": "no video by its extension", "._a.mp4": hidden,
+        ".DS_Store": hidden, "__MACOSX": hidden, "@eaDir": hidden, "Thumbs.db": hidden, "m.mp4": "no regular file",
+    }  # fmt: skip
+    (folder / "c.json").write_text("{}")
+    assert "c.json" in left_out(folder)
+    assert "c.json" not in [file.name for file, _ in open_sources([folder], captions=folder / "c.json").left_out]
+
+
+def test_a_folder_that_cannot_be_read_is_an_item_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its videos are missing: that is said. (The tests may run as root, who may read everything.)"""
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.mp4").write_bytes(b"")
+    real = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    good, closed = items(tmp_path, caption="x")
+    assert not good.problem and closed.video == tmp_path / "closed"
+    assert closed.problem == "this folder cannot be read: Permission denied."
+    assert [item.problem for item in items(tmp_path / "closed", caption="x")] == [closed.problem]
+
+
+FORMS = [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")]
+
+
+@pytest.mark.parametrize("asked, there", FORMS)
+def test_names_match_whatever_their_unicode_form(tmp_path: Path, asked: Any, there: Any) -> None:
+    """macOS gives names with the accents apart, everything else writes them composed."""
+    name, other = (unicodedata.normalize(form, "ä/café.mp4") for form in (there, asked))
+    file = tmp_path / "f" / name
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"")
+    for key in (other, other.split("/")[1]):
+        for coding in ("utf-8", "utf-8-sig", "utf-16"):
+            (tmp_path / "c.json").write_text(json.dumps({key: "left"}, ensure_ascii=False), encoding=coding)
+            (item,) = items(tmp_path / "f", captions=tmp_path / "c.json")
+            assert (item.video, item.caption) == (file, "left")
+    (item,) = items(write_csv(tmp_path / "t.csv", [{"video": f"f/{other}", "caption": "left"}]))
+    assert item.video == file
+    (tmp_path / "f" / other).parent.mkdir(exist_ok=True)
+    (file.parent / other.split("/")[1]).with_suffix(".txt").write_text("beside")
+    assert items(file)[0].caption == "beside" and not open_sources([tmp_path / "f"]).left_out
+
+
+def test_two_captions_for_one_name_are_refused(tmp_path: Path) -> None:
+    names = [unicodedata.normalize(form, "é.mp4") for form in ("NFC", "NFD")]
+    (tmp_path / "c.json").write_text(json.dumps(dict.fromkeys(names, "same")))
+    assert items(tmp_path / names[1], captions=tmp_path / "c.json")[0].caption == "same"
+    (tmp_path / "c.json").write_text(json.dumps(dict(zip(names, ("one", "other"), strict=True))))
+    with pytest.raises(InputError, match="two captions for .* in two Unicode forms"):
+        items(tmp_path / "é.mp4", captions=tmp_path / "c.json")
+
+
+@pytest.mark.parametrize("name, content", [
+    ("t.csv", '\ufeffvideo, caption ,  camera\na.mp4, "left, then right", still\n'),
+    ("t.csv", "video ,caption, camera\r\na.mp4 ,\"left, then right\",still\r\n"),
+    ("t.jsonl", '\ufeff{" video": "a.mp4", "caption ": "left, then right", "camera": "still"}\n'),
+])  # fmt: skip
+def test_a_byte_order_mark_and_spaces_in_headers_are_nothing(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    (item,) = items(tmp_path / name)
+    assert item[:2] == (tmp_path / "a.mp4", "left, then right") and item.metadata == {"camera": "still"}
+
+
+def test_spaces_around_the_columns_of_a_parquet_table_are_nothing(tmp_path: Path) -> None:
+    (item,) = items(write_parquet(tmp_path / "t.parquet", [{" video": "a.mp4", "caption ": "left"}]))
+    assert item[:2] == (tmp_path / "a.mp4", "left")
 
 
 def test_sources_of_several_kinds_come_in_the_order_given(tmp_path: Path) -> None:

@@ -181,10 +181,10 @@ def test_a_closed_memory_is_one_clean_file_that_reading_leaves_alone(tmp_path: P
 
 
 def test_equal_contents_give_equal_state(tmp_path: Path) -> None:
-    states = []
+    states, history = [], "SELECT generation, content, last, clips FROM history"
     for name in ("a", "b"):
         with sqlite3.connect(filled(tmp_path / name, 5) / "memory.sqlite") as db:
-            states.append((db.execute("SELECT * FROM meta").fetchall(), db.execute("SELECT * FROM history").fetchall()))
+            states.append((db.execute("SELECT * FROM meta").fetchall(), db.execute(history).fetchall()))
         db.close()
     assert states[0] == states[1] and states[0][1][-1][0] == 1
 
@@ -318,15 +318,15 @@ def test_missing_and_damaged_truth(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change, words", [
-    ("PRAGMA user_version=9", "schema 9; this MotionRT reads schema 3 .a newer MotionRT wrote it: upgrade"),
+    ("PRAGMA user_version=9", "schema 9; this MotionRT reads schema 4 .a newer MotionRT wrote it: upgrade"),
     ("DELETE FROM meta", "damaged"), ("UPDATE meta SET layout='['", "damaged"), ("UPDATE meta SET checksum=x'00'", "damaged"),
     ("UPDATE history SET clips='x'", "history ends in"), ("DELETE FROM history", "damaged"), ("DROP TABLE clips", "damaged"),
-    ("UPDATE records SET record=x'00'", "damaged: clip 2 has 1 bytes of record"),
+    ("UPDATE records SET record=x'00'", "damaged: clip 2 is not what was written"),
     ("UPDATE records SET record=NULL", "damaged: clip 2 has no record"),
-    ("UPDATE records SET record='text'", "damaged: clip 2 has 0 bytes of record"),
+    ("UPDATE records SET record='text'", "damaged: clip 2 is not what was written"),
     ("UPDATE vectors SET embedding=x'0000'", "2 bytes of embedding"),
     (f"UPDATE records SET record=x'{'0000' * M * D + '007e' * M * D}'", "clip 2 is not what was written"),
-    (f"UPDATE vectors SET embedding=x'{'0000c07f' * E}'", "impossible embedding"),
+    (f"UPDATE vectors SET embedding=x'{'0000c07f' * E}'", "the checksum of its embedding differs; clip 2 is"),
 ])  # fmt: skip
 def test_damage_inside_the_truth(tmp_path: Path, change: str, words: str) -> None:
     path = filled(tmp_path / "m", 3)
@@ -401,7 +401,7 @@ def test_a_full_disk_adds_nothing(tmp_path: Path) -> None:
         assert memory._db is not None
         pages = memory._db.execute("PRAGMA page_count").fetchone()[0]
         memory._db.execute(f"PRAGMA max_page_count={pages + 2}")  # SQLite's own SQLITE_FULL, in the middle of the clips
-        with pytest.raises(MemoryStoreError, match="disk is full.*Nothing was changed. Free space"):
+        with pytest.raises(MemoryStoreError, match="disk is full.*Nothing of this change was kept. Free space"):
             memory.add(clip(i) for i in range(500))
         assert len(memory) == 3
         memory._db.execute("PRAGMA max_page_count=1000000")
@@ -424,3 +424,129 @@ def test_a_full_disk_keeps_create_and_the_index_from_half_writing(
     with MotionMemory.open(path, index_threshold=10) as memory:  # the index is derived: the search still answers
         assert [r.id for r in memory.search(query(), 5)] == [n for n, _ in ranked(30, query())[:5]]
     assert names(path) == ["memory.sqlite"] and "could not be kept" in caplog.text
+
+
+# Places
+
+
+def test_a_memory_stays_where_it_was_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opened by a relative path, whatever the working directory becomes."""
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with MotionMemory.create("m", **KEPT, index_threshold=50) as memory:
+        memory.add(clip(i) for i in range(100))
+        memory.refresh()
+        monkeypatch.chdir("other")
+        assert memory.search(query(), 1)[0].id == ranked(100, query())[0][0]
+        assert memory.verify() == [] and memory.stats().bytes_index > 0
+        memory.add(clip(i) for i in range(100, 5000))
+        memory.compact()
+        memory.export_file("one")
+    with MotionMemory.import_file("one", "n") as other:
+        monkeypatch.chdir(tmp_path)
+        assert len(other) == 5000 and other.verify() == []
+    assert names(tmp_path / "other") == ["n", "one"] and names(tmp_path) == ["m", "other"]
+
+
+KILLED = """
+import os, sys, runpy
+t = runpy.run_path(sys.argv[1])
+m = t['MotionMemory'].create(sys.argv[2], **t['KEPT'])
+m.add(t['clip'](n) for n in range(8))
+os._exit(9)
+"""
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-journal"])
+def test_nothing_is_made_beside_the_log_of_another_memory(tmp_path: Path, suffix: str) -> None:
+    """SQLite would play it into the new file: old clips came back, and `verify` found them sound."""
+    with MotionMemory.open(filled(tmp_path / "good", 9)) as memory:
+        memory.export_file(tmp_path / "one")
+        command = [sys.executable, "-c", KILLED, _fake.__file__, str(tmp_path / "m")]
+        assert subprocess.run(command, env=environment(), check=False).returncode == 9
+        (tmp_path / "m" / "memory.sqlite").unlink()
+        (tmp_path / "m" / "memory.sqlite-shm").unlink()
+        log = (tmp_path / "m" / "memory.sqlite-wal").rename(tmp_path / "m" / f"memory.sqlite{suffix}")
+        shutil.copy(log, tmp_path / f"two{suffix}")
+        words = f"{suffix} is left of another memory, whose memory.sqlite is gone. Put that file back"
+        for call in (
+            lambda: MotionMemory.create(tmp_path / "m", **KEPT),
+            lambda: MotionMemory.import_file(tmp_path / "one", tmp_path / "m"),
+        ):
+            with pytest.raises(MemoryStoreError, match=words):
+                call()
+        with pytest.raises(MemoryStoreError, match="is left of another memory"):
+            memory.export_file(tmp_path / "two")
+        assert names(tmp_path / "m") == [log.name]
+        log.unlink()
+        assert len(MotionMemory.import_file(tmp_path / "one", tmp_path / "m")) == 9
+
+
+FILLED_UP = """
+import os, resource, sys, runpy
+t = runpy.run_path(sys.argv[1])
+m = t['MotionMemory'].open(sys.argv[2])
+m.add(t['clip'](n) for n in range(100, 400))
+resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(sys.argv[2] + '/memory.sqlite'), resource.RLIM_INFINITY))
+m.close()
+"""
+
+
+def test_closing_on_a_full_disk_keeps_the_log_and_all_that_was_added(tmp_path: Path) -> None:
+    path = filled(tmp_path / "m", 3)
+    command = [sys.executable, "-c", FILLED_UP, _fake.__file__, str(path)]
+    done = subprocess.run(command, env=environment(), check=False, capture_output=True, text=True)
+    assert done.returncode == 0 and "stays beside it" in done.stderr, done.stderr
+    assert (path / "memory.sqlite-wal").stat().st_size
+    with MotionMemory.open(path) as memory:
+        assert len(memory) == 303 and memory.verify() == []
+        memory.remove([1])
+    assert names(path) == ["memory.sqlite"]
+
+
+@pytest.mark.parametrize("tidy", [True, False], ids=["log", "log and shared memory"])
+@pytest.mark.parametrize("compacted", [True, False])
+@pytest.mark.parametrize("count", [0, 9])
+def test_a_log_that_is_of_another_memory_is_noticed(tmp_path: Path, count: int, compacted: bool, tidy: bool) -> None:
+    """A backup that was put back over the file, while the log that a killed writer left is of another memory."""
+    path = filled(tmp_path / "m", 9)
+    code = f"""
+import os, sys, runpy
+t = runpy.run_path(sys.argv[1])
+m = t['MotionMemory'].open(sys.argv[2])
+m.add(t['clip'](n) for n in range(8))
+{"m.compact()" if compacted else ""}
+os._exit(9)
+"""
+    command = [sys.executable, "-c", code, _fake.__file__, str(path)]
+    assert subprocess.run(command, env=environment(), check=False).returncode == 9
+    own = (path / "memory.sqlite").read_bytes()
+    shutil.copy(filled(tmp_path / "other", count) / "memory.sqlite", path / "memory.sqlite")
+    if tidy:
+        (path / "memory.sqlite-shm").unlink()
+    for readonly in (True, False):
+        with pytest.raises(MemoryStoreError, match="memory.sqlite-wal is of another memory than memory.sqlite beside it"):
+            MotionMemory.open(path, readonly)
+    with pytest.raises(MemoryStoreError, match="is of another memory"):
+        MotionMemory.import_file(path / "memory.sqlite", tmp_path / "n")
+    (path / "memory.sqlite").write_bytes(own)
+    with MotionMemory.open(path) as memory:  # looking did not harm it
+        assert len(memory) == 17 and memory.verify() == []
+
+
+def test_a_log_that_is_older_than_its_file_is_noticed(tmp_path: Path) -> None:
+    path = filled(tmp_path / "m", 9)
+    shutil.copytree(path, tmp_path / "newer")
+    with MotionMemory.open(tmp_path / "newer") as memory:
+        for number in range(5):
+            memory.add([clip(number)])
+    code = "t = runpy.run_path(sys.argv[1]); m = t['MotionMemory'].open(sys.argv[2]); m.add([t['clip'](7)]); os._exit(9)"
+    command = [sys.executable, "-c", f"import os, sys, runpy; {code}", _fake.__file__, str(path)]
+    assert subprocess.run(command, env=environment(), check=False).returncode == 9
+    shutil.copy(tmp_path / "newer" / "memory.sqlite", path / "memory.sqlite")
+    for readonly in (True, False):
+        with pytest.raises(MemoryStoreError, match="memory.sqlite-wal is of an older state than memory.sqlite beside it"):
+            MotionMemory.open(path, readonly)
+    (path / "memory.sqlite-wal").unlink()
+    (path / "memory.sqlite-shm").unlink()
+    assert len(MotionMemory.open(path)) == 14

@@ -34,8 +34,8 @@ DEMO = Path(__file__).resolve().parents[3] / "demo" / "memory"
 
 
 @pytest.mark.parametrize("number, words", [
-    (1, "schema 1; this MotionRT reads schema 3 .an older MotionRT wrote it: index its videos again"), (2, "schema 2;.*older"),
-    (4, "schema 4; .*a newer MotionRT wrote it: upgrade"),
+    (1, "schema 1; this MotionRT reads schema 4 .an older MotionRT wrote it: index its videos again"), (3, "schema 3;.*older"),
+    (5, "schema 5; .*a newer MotionRT wrote it: upgrade"),
 ])  # fmt: skip
 def test_other_schemas_are_refused_in_a_plain_sentence(tmp_path: Path, number: int, words: str) -> None:
     path = filled(tmp_path / "m", 3)
@@ -263,7 +263,7 @@ def test_import_refuses_what_is_damaged_and_leaves_nothing(tmp_path: Path) -> No
     newer[60:64] = (99).to_bytes(4, "big")
     for content, words in ((bytes(flipped), "clip 138 is not what was written"), (good[: len(good) // 2], "damaged"),
                            (good[:40960] + bytes(4096) + good[45056:], "damaged"), (b"", "not a motion memory"),
-                           (b"hello" * 999, "damaged"), (bytes(newer), "schema 99; this MotionRT reads schema 3")):  # fmt: skip
+                           (b"hello" * 999, "damaged"), (bytes(newer), "schema 99; this MotionRT reads schema 4")):  # fmt: skip
         file.write_bytes(content)
         with pytest.raises(MemoryStoreError, match=words):
             MotionMemory.import_file(file, tmp_path / "n")
@@ -285,6 +285,8 @@ def test_import_refuses_what_is_damaged_and_leaves_nothing(tmp_path: Path) -> No
     ("DELETE FROM tags WHERE id = 6 AND key = 'dataset'", "clip 6 is not found by 'dataset'"),
     ("INSERT INTO tags VALUES ('licence', 'none', 6)", "tags has 61 rows; the clips have 60"),
     ("UPDATE tags SET value = 'x' WHERE id = 7 AND key = 'dataset'", "clip 7 is not found by 'dataset'"),
+    ("UPDATE tallies SET sum = sum + 1 WHERE key = 'licence'", "the filter licence=CC0 comes to (30, "),
+    ("DELETE FROM tallies WHERE key = 'dataset'", "the filter dataset= comes to (30, "),
     ("UPDATE history SET last = 29", "its history ends in"), ("UPDATE meta SET layout = replace(layout, 'f', 'e')", "checksum"),
     ("DELETE FROM history", "its history ends in None"),
 ])  # fmt: skip
@@ -299,7 +301,7 @@ def test_verify_says_what_is_wrong(tmp_path: Path, change: str, words: str) -> N
 
 COLUMNS = {
     "clips": ("caption", "source", "start", "duration", "fps", "source_sha256", "dataset", "metadata", "checksum"),
-    "vectors": ("embedding",), "records": ("record",),
+    "vectors": ("embedding", "checksum"), "records": ("record", "checksum"),
 }  # fmt: skip
 
 
@@ -334,7 +336,7 @@ def test_a_flipped_bit_anywhere_is_found_or_means_nothing(tmp_path: Path) -> Non
 
     def contents() -> list[Any]:
         with closing(sqlite3.connect(file)) as db:
-            tables = ("meta", "history", "clips", "vectors", "records", "tags")
+            tables = ("meta", "history", "clips", "vectors", "records", "tags", "tallies")
             return [db.execute(f"SELECT * FROM {table}").fetchall() for table in tables]
 
     good, whole, found = file.read_bytes(), contents(), 0
