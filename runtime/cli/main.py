@@ -89,6 +89,7 @@ def generate(
     """
     from motionrt.runtime.cli import show
     from motionrt.runtime.media.video import WRITABLE, write_video
+    from motionrt.runtime.media.video import check_output as check_video
 
     if out.suffix.lower() not in WRITABLE:  # said before the work, not after it
         raise MediaError(f"cannot write {out}: extension {out.suffix!r} is not one of {', '.join(WRITABLE)}.")
@@ -97,7 +98,9 @@ def generate(
     console = show.console()
     with open_pipeline(bundle, memory or [], run_options, low_memory=low_memory) as pipeline, show.progress() as bars:
         job = pipeline.start(Request(inputs.obj, seed, solver, steps, references, search))
-        check_output(out, video_size(out, pipeline.bundle.manifest.output))
+        shown = pipeline.bundle.manifest.output
+        check_video(out, shown.height, shown.width, shown.fps)
+        check_output(out, video_size(out, shown))
         start = time.perf_counter()
         pipeline.warm()
         load = time.perf_counter() - start

@@ -21,6 +21,7 @@ from motionrt.runtime.cli.common import (
     with_run_options,
     with_search_options,
 )
+from motionrt.runtime.cli.terminal import echo
 from motionrt.runtime.errors import InputError, MemoryStoreError
 from motionrt.runtime.memory.search import Search
 
@@ -59,7 +60,7 @@ def memory_create(
     from motionrt.runtime.memory.memory import MotionMemory
 
     MotionMemory.for_bundle(memory, Bundle.open(bundle), tokens=tokens, on_demand=on_demand).close()
-    typer.echo(f"{memory}: an empty motion memory. Fill it with: motionrt memory add {memory} CLIP... -b {bundle}")
+    echo(f"{memory}: an empty motion memory. Fill it with: motionrt memory add {memory} CLIP... -b {bundle}")
 
 
 @memory_app.command("add")
@@ -117,18 +118,18 @@ def memory_add(
         outcome = index_clips(opened, encoders, source.items(), advance, span=span, reembed=reembed)
         count = len(opened)
     before = f"{outcome.skipped} there before, " if outcome.skipped else ""
-    typer.echo(f"{memory}: {outcome.added} added, {before}{count} clips in all.")
+    echo(f"{memory}: {outcome.added} added, {before}{count} clips in all.")
     for why in sorted({why for _, why in source.left_out}):
         files = [str(file) for file, reason in source.left_out if reason == why]
         more = f" and {len(files) - SHOWN} more" if len(files) > SHOWN else ""
-        typer.echo(f"left out, {why}: {', '.join(files[:SHOWN])}{more}.")
+        echo(f"left out, {why}: {', '.join(files[:SHOWN])}{more}.")
     if pipeline.choice:
-        typer.echo(pipeline.choice)
+        echo(pipeline.choice)
     if outcome.vectors:
-        typer.echo(f"{outcome.vectors} vectors were kept as they came: they must be of this bundle's text encoder.")
+        echo(f"{outcome.vectors} vectors were kept as they came: they must be of this bundle's text encoder.")
     if outcome.failed:
         for item, reason in outcome.failed[:SHOWN]:
-            typer.echo(f"{item.video}: {reason}", err=True)
+            echo(f"{item.video}: {reason}", err=True)
         rest = f" and {len(outcome.failed) - SHOWN} more" if len(outcome.failed) > SHOWN else ""
         where = f"listed in {failed}" if failed else f"listed above{rest}; --failed failed.csv keeps them all"
         if failed is not None:
@@ -188,9 +189,9 @@ def memory_search(
     if found:
         report.console().print(report.found_table(found))
     else:
-        typer.echo("no clip passes --min-score; lower it.")
+        echo("no clip passes --min-score; lower it.")
     if pipeline.choice:
-        typer.echo(pipeline.choice)
+        echo(pipeline.choice)
 
 
 @memory_app.command("remove")
@@ -210,7 +211,7 @@ def memory_remove(
         raise InputError("say what to remove: either ids, or --where key=value.")
     with open_memory(memory) as opened:
         removed = opened.remove(ids or opened.ids(parse_where(where)))
-        typer.echo(f"{memory}: {removed} removed, {len(opened)} clips in all.")
+        echo(f"{memory}: {removed} removed, {len(opened)} clips in all.")
 
 
 @memory_app.command("verify")
@@ -224,10 +225,10 @@ def memory_verify(memory: MemoryPath) -> None:
     with open_memory(memory, readonly=True) as opened:
         problems, count = opened.verify(), len(opened)
     for problem in problems:
-        typer.echo(f"{memory}: {problem}", err=True)
+        echo(f"{memory}: {problem}", err=True)
     if problems:
         raise MemoryStoreError(f"{memory} has {len(problems)} problems (listed above).")
-    typer.echo(f"{memory}: {count} clips, all sound.")
+    echo(f"{memory}: {count} clips, all sound.")
 
 
 @memory_app.command("compact")
@@ -243,7 +244,7 @@ def memory_compact(memory: MemoryPath) -> None:
         opened.compact()
         after = opened.stats()
     sizes = [(s.bytes_db + s.bytes_index) / 2**20 for s in (before, after)]
-    typer.echo(f"{memory}: {sizes[0]:.1f} MiB before, {sizes[1]:.1f} MiB now.")
+    echo(f"{memory}: {sizes[0]:.1f} MiB before, {sizes[1]:.1f} MiB now.")
 
 
 @memory_app.command("export")
@@ -256,7 +257,7 @@ def memory_export(memory: MemoryPath, file: Annotated[Path, typer.Argument(help=
     """
     with open_memory(memory, readonly=True) as opened:
         opened.export_file(file)
-        typer.echo(f"{file}: {len(opened)} clips, {file.stat().st_size / 2**20:.1f} MiB.")
+        echo(f"{file}: {len(opened)} clips, {file.stat().st_size / 2**20:.1f} MiB.")
 
 
 @memory_app.command("import")
@@ -273,7 +274,7 @@ def memory_import(
     from motionrt.runtime.memory.memory import MotionMemory
 
     with MotionMemory.import_file(file, memory) as opened:
-        typer.echo(f"{memory}: {len(opened)} clips.")
+        echo(f"{memory}: {len(opened)} clips.")
 
 
 @memory_app.command("stats")
@@ -291,6 +292,6 @@ def memory_stats(
     with open_memory(memory, readonly=True) as opened:
         stats = asdict(opened.stats())
     if as_json:
-        typer.echo(json.dumps(stats, ensure_ascii=False))
+        echo(json.dumps(stats, ensure_ascii=False))
     else:
         report.console().print(report.stats_table(str(memory), stats))
