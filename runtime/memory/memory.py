@@ -24,7 +24,7 @@ from motionrt.runtime.memory import index as derived
 from motionrt.runtime.memory import ranking, store, tags
 from motionrt.runtime.memory.file import INDEX_THRESHOLD, MemoryFile
 from motionrt.runtime.memory.ranking import Found, Ranked, Searchable
-from motionrt.runtime.memory.rows import Clip, DamagedRow, MemoryStats, Reference
+from motionrt.runtime.memory.rows import Clip, Damaged, DamagedRow, MemoryStats, Reference
 from motionrt.runtime.memory.search import Search, marks
 from motionrt.runtime.memory.state import State
 from motionrt.runtime.memory.store import plain_errors
@@ -136,6 +136,8 @@ class MotionMemory(MemoryFile, Searchable):
             state, base = view.state, view.base
             datasets = "SELECT value, COUNT(*) FROM tags WHERE key = 'dataset' GROUP BY value ORDER BY value"
             counts = dict(view.db.execute(datasets).fetchall())
+            if sum(counts.values()) != state.clips:
+                raise Damaged(f"its datasets have {sum(counts.values())} clips; the history says {state.clips}")
         behind = 0 if base is None else state.last - base.last
         index = (
             "not needed" if state.clips <= self.index_threshold else "missing" if base is None

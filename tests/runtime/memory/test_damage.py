@@ -200,6 +200,13 @@ def test_a_filter_that_was_damaged_is_an_error(tmp_path: Path, sql: str) -> None
         assert memory.search(query(), 1)[0].id == ranked(60, query())[0][0]
 
 
+def test_counts_of_datasets_that_cannot_be_right_are_an_error(tmp_path: Path) -> None:
+    path = filled(tmp_path / "m", 60)
+    change(path, "DELETE FROM tags WHERE key = 'dataset' AND id = ?", 4)
+    with MotionMemory.open(path) as memory, pytest.raises(MemoryStoreError, match="datasets have 59 clips; .* says 60"):
+        memory.stats()
+
+
 def test_too_few_sound_clips_are_counted(tmp_path: Path) -> None:
     path = filled(tmp_path / "m", 3)
     change(path, FLIPS["record"], 2)
