@@ -23,8 +23,8 @@ from motionrt.runtime.indexing.tables import Row, Table, is_table, open_table
 CAPTIONS = ("motion_caption", "caption", "text")  # columns that a caption is taken from: the first that is there
 VECTOR = "text_embedding"
 VIDEOS = frozenset(
-    ".3g2 .3gp .apng .asf .avi .avif .f4v .flv .gif .m2ts .m2v .m4v .mjpeg .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogm .ogv .qt .ts"
-    " .vob .webm .webp .wmv .y4m".split()
+    ".3g2 .3gp .apng .asf .avi .avif .f4v .flv .gif .m2ts .m2v .m4v .mjpeg .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogm .ogv .qt"
+    " .ts .vob .webm .webp .wmv .y4m".split()
 )
 _COMPANIONS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini"})
 _TAKEN = ("video", "start_sec", "end_sec", "dataset", "reason", VECTOR)  # columns that are no metadata
