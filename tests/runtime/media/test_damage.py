@@ -40,7 +40,7 @@ def test_damaged_files_are_one_error_or_an_array(tmp_path: Path, suffix: str) ->
         moving = {"save_all": True, "append_images": rest, "duration": 100} if suffix in ("gif", "png", "webp", "avif") else {}
         first.save(path, **moving)
     whole, refused = path.read_bytes(), 0
-    for number in range(60):
+    for number in range(60 if suffix != "webp" else 15):
         path.write_bytes(damaged(whole, number, random))
         try:
             assert read_image(path, 8, 12).shape == (3, 8, 12)
