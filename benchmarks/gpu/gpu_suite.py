@@ -11,8 +11,8 @@ too long nor a crash keeps the next one from running. Every row is appended to -
 all rows of the run are printed as JSON lines, between two marks, to be copied from a terminal if nothing else comes back.
 
 On a machine with Python 3.12, PyTorch 2.11, Triton 3.6 and transformers 5.17 that reaches no registry, bring four wheels
-(43 MB): `diffusers`, `usearch`, `av` and `msgspec` in the versions of requirements/; docs/running-engines.md has the commands. What a
-stage needs and does not find is said ("not run: ...") and the suite goes on.
+(43 MB): `diffusers`, `usearch`, `av` and `msgspec` in the versions of requirements/; docs/running-engines.md has the commands.
+What a stage needs and does not find is said ("not run: ...") and the suite goes on.
 """
 
 from __future__ import annotations
