@@ -76,7 +76,7 @@ def test_what_the_blocks_made_is_there(place: Path) -> None:
     assert read_clip(place / "torch.mp4", FRAMES, HEIGHT, WIDTH, 8).shape == video.shape
     graphs = json.loads((place / "cogvideox" / "bundle.json").read_text())["graphs"]
     assert {path.stem for path in (place / "cogvideox" / "engines" / "rtx-sm_89-float16").glob("*.json")} == set(graphs)
-    assert json.loads((place / "svd-motion" / "bundle.json").read_text())["model"]["frames"] == 16
+    assert json.loads((place / "svd-motion" / "bundle.json").read_text())["output"]["frames"] == 16
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.excluded], ids=str)
