@@ -32,6 +32,10 @@ class MemoryStoreError(MotionRTError):
     """A motion memory is missing, damaged, empty, or was made for another bundle."""
 
 
+class UnknownClip(MemoryStoreError):
+    """A motion memory has no clip of the id that was asked for."""
+
+
 class MediaError(MotionRTError):
     """An image or video cannot be read or written."""
 

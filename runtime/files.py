@@ -23,7 +23,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,8 @@ def replacing(path: Path, error: type[MotionRTError]) -> Iterator[Path]:
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Give an empty folder beside `path`; it takes the place of `path` when the block ends well, and vanishes otherwise."""
     partial, old = path.with_name(f"{path.name}.partial"), path.with_name(f"{path.name}.old")
+    if old.exists() and not path.exists():  # a process was killed between the two renames below
+        os.replace(old, path)
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -73,6 +75,26 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def here() -> Path:
+    """The folder of the process, for relative paths that are used later: it may go elsewhere meanwhile."""
+    try:
+        return Path.cwd()
+    except OSError:  # it is gone, and with it whatever a relative path could have been
+        return Path()
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of JSON with its `seal`, the SHA-256 of all else in it, however it will be laid out: damage to a file of digests
+    and facts would not be seen otherwise."""
+    plain = {key: value for key, value in json.loads(json.dumps(record)).items() if key != "seal"}
+    return {**plain, "seal": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
+
+
+def is_sealed(record: Mapping[str, Any]) -> bool:
+    """Whether a record, as it was parsed from JSON, has a seal, and has not changed since."""
+    return "seal" in record and sealed(record)["seal"] == record["seal"]
 
 
 def sha256_of(path: Path) -> str:

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motionrt.benchmarks import harness
-from motionrt.benchmarks.questions.memory_data import CHUNK, Floats, chunks, draw, leaves
+from motionrt.benchmarks.models.memory_data import CHUNK, Floats, chunks, draw, leaves
 from motionrt.benchmarks.report import searches
 from motionrt.benchmarks.report.rows import Report
 from motionrt.runtime.bundle.manifest import Part
@@ -89,15 +89,20 @@ def memory_of_process() -> dict[str, float]:
     return {f"{name.lower()}_mib": int(lines[name].split()[0]) / 1024 for name in ("Pss", "Pss_Anon", "Pss_File")}
 
 
+def into_cache(folder: Path) -> None:
+    """Read all files of a memory once: they are in the system's page cache then, as far as it holds them."""
+    for file in sorted(folder.glob("*")):
+        with file.open("rb") as stream:
+            while stream.read(1 << 24):
+                pass
+
+
 def reader(path: Path, queries: Path) -> None:
     """In a process of its own: open, search, and print as JSON what it took."""
     with np.load(queries) as stored:
         asked, warm = stored["queries"], stored["warm"]
     memory_index._usearch()  # its import is a program's, not a memory's
-    for file in sorted(path.glob("*")):  # into the system's page cache, as far as it holds them
-        with file.open("rb") as stream:
-            while stream.read(1 << 24):
-                pass
+    into_cache(path)
     before = memory_of_process()
     start = perf_counter()
     memory = MotionMemory.open(path, readonly=True)

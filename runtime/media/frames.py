@@ -17,7 +17,7 @@ from PIL import Image
 
 from motionrt.runtime.errors import InputError, MediaError
 from motionrt.runtime.media.colour import HDR, WIDE, over_white, still_to_srgb, video_to_srgb
-from motionrt.runtime.media.limits import LIMITS, Limits
+from motionrt.runtime.media.limits import LIMITS, Limits, more
 from motionrt.runtime.media.pictures import animation, is_picture, simple
 
 if TYPE_CHECKING:
@@ -28,9 +28,11 @@ if TYPE_CHECKING:
 Rate = float | Fraction  # frames per second, exact if a Fraction
 Float = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
+Box = tuple[float, float, float, float]  # left, top, right, bottom; (0, 0) is the upper left corner of a picture
 Picture = Callable[[], tuple[Pixels, float]]  # converts a decoded frame when called: RGB [h,w,3], pixel width / height
 _KEPT = 32  # bytes of each pixel of a frame, with the frames that a decoder keeps beside it
 _SCANNED = 20_000  # packets that are looked at to find which tracks move
+_LAST_STAMP = 2**63 - 1
 _UNKNOWN_SPACES = (14, 15)  # H.273: ICtCp, IPT-C2
 _SEEK_AFTER = 2  # seconds: up to here, decoding from the beginning is cheaper than what can go wrong with a seek
 
@@ -66,7 +68,7 @@ def _last(container: InputContainer, stream: VideoStream, seek: Fraction | None,
     origin: int | None = stream.start_time
     try:
         if seek is not None and seek > 0:
-            container.seek(int(seek / base) + (origin or 0), stream=stream)
+            _seek(container, stream, int(seek / base) + (origin or 0))
         for packet in islice(container.demux(stream), limits.frames):
             if not packet.size or packet.is_corrupt:
                 continue
@@ -80,6 +82,11 @@ def _last(container: InputContainer, stream: VideoStream, seek: Fraction | None,
         if not counted and seek is None:
             raise
     return last
+
+
+def _seek(container: InputContainer, stream: VideoStream, stamp: int) -> None:
+    """To the key frame before a time stamp; one that no file can hold is behind its end."""
+    container.seek(max(-_LAST_STAMP, min(stamp, _LAST_STAMP)), stream=stream)
 
 
 def undecodable(path: Path, error: BaseException) -> MediaError:
@@ -147,7 +154,7 @@ def bounded(path: Path, frames: Iterator[tuple[Fraction, Picture]], limits: Limi
         if number >= limits.frames or time - first > limits.seconds:
             raise MediaError(
                 f"{path} must be decoded for more than {limits.frames} frames or {limits.seconds:g} s to find this clip. Cut"
-                " the file, write it with key frames, or pass `limits` with more of them."
+                f" the file, write it with key frames, or {more('frames' if number >= limits.frames else 'seconds')}."
             )
         yield time, picture
 
@@ -159,7 +166,7 @@ def decode_from(path: Path, seek: Fraction | None, limits: Limits) -> Iterator[t
     with opened(path, limits) as (container, stream):
         base, origin = stream.time_base, stream.start_time
         if seek is not None and base is not None:
-            container.seek(int(seek / base) + (origin or 0), stream=stream)
+            _seek(container, stream, int(seek / base) + (origin or 0))
         interval = 1 / (stream.average_rate or stream.guessed_rate or Fraction(25))
         last: Fraction | None = None
         for frame in _decoded(container, stream):
@@ -264,12 +271,15 @@ def cover_image(image: Image.Image, height: int, width: int, aspect: float = 1.0
 
     Only the box that stays is read and only the result is made: a 1 x 50000 picture costs no more than any other.
     """
-    columns, rows = image.size
+    return image.resize((width, height), Image.Resampling.BICUBIC, box=cover_box(*image.size, height, width, aspect))
+
+
+def cover_box(columns: int, rows: int, height: int, width: int, aspect: float = 1.0) -> Box:
+    """The part (left, top, right, bottom) of a picture of `columns` x `rows` that becomes `width` x `height` pixels."""
     scale = max(width / (columns * aspect), height / rows)
     box_width, box_height = min(width / scale / aspect, columns), min(height / scale, rows)
     left, top = (columns - box_width) / 2, (rows - box_height) / 2
-    box = (left, top, min(left + box_width, columns), min(top + box_height, rows))
-    return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    return left, top, min(left + box_width, columns), min(top + box_height, rows)
 
 
 def normalise(pixels: Pixels) -> Float:

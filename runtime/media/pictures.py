@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import struct
+import zlib
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops
 
 from motionrt.runtime.errors import MediaError
 from motionrt.runtime.media.colour import h273
@@ -18,18 +20,29 @@ from motionrt.runtime.media.limits import Limits
 
 _FOREIGN = ("EPS", "WMF")  # formats that Pillow hands to other programs
 _FLOAT_WHITE, _FLOAT_MOST = 1.0, 16.0  # the white of floats; what only a few highlights exceed
+_PNG = b"\x89PNG\r\n\x1a\n"
 _HEAD = 1 << 16  # bytes: where the tags of colour are, before the pixels
+_WEBP_FLAGS, _WEBP_ALPHA = 20, 0x10  # of an extended webp: where its flags are, and that one (RFC 9649, 2.7)
+_KEEP, _CLEAR, _BACK = range(3)  # what becomes of a frame before the next: it stays, nothing, what was before it
 _KEPT = 16  # bytes that are kept of each pixel of an animation: the canvas of the decoder, and Pillow's pictures
 
 
 def open_picture(file: IO[bytes], name: str) -> Image.Image:
     """`Image.open` without its limit on pixels, which is one for the whole process and warns before it refuses.
 
-    `info` of the picture has `h273`, its transfer and primaries, if the file says them.
+    `info` of the picture has `h273`, its transfer and primaries, if the file says them. Of a webp the pixels say what is
+    transparent, and not the flag in its header: some encoders forget it, and what no frame covers is transparent in any case.
     """
     Image.init()
     head = file.read(_HEAD)
+    if head.startswith(_PNG):
+        _check_chunks(file)
     prefix = head[:16]
+    if prefix[8:] == b"WEBPVP8X" and len(head) > _WEBP_FLAGS and not head[_WEBP_FLAGS] & _WEBP_ALPHA:
+        file.seek(0)
+        data = bytearray(file.read())  # as Pillow does
+        data[_WEBP_FLAGS] |= _WEBP_ALPHA
+        file = io.BytesIO(data)
     for kind in Image.ID:
         factory, accept = Image.OPEN[kind]
         if kind in _FOREIGN or (accept is not None and accept(prefix) is not True):
@@ -40,6 +53,19 @@ def open_picture(file: IO[bytes], name: str) -> Image.Image:
             image.info["h273"] = h273(head)
             return image
     raise ValueError("it is of no format that is known")
+
+
+def _check_chunks(file: IO[bytes]) -> None:
+    """ValueError if a chunk of a png is not what was written: Pillow does not compare the checksums of its pixels."""
+    file.seek(len(_PNG))
+    while len(start := file.read(8)) == 8:
+        size, crc = int.from_bytes(start[:4], "big"), zlib.crc32(start[4:])
+        while size and (data := file.read(min(size, _HEAD))):
+            size, crc = size - len(data), zlib.crc32(data, crc)
+        if size or file.read(4) != crc.to_bytes(4, "big"):
+            raise ValueError("it is damaged: a part of it is cut, or its checksum differs")
+        if start[4:] == b"IEND":
+            return
 
 
 def simple(image: Image.Image) -> Image.Image:
@@ -92,6 +118,37 @@ def is_picture(path: Path) -> bool:
     return head.startswith((b"GIF8", b"\x89PNG")) or head[8:] == b"WEBP" or head[4:] in (b"ftypavif", b"ftypavis")
 
 
+class Canvas:
+    """What of the canvas of a gif or an animated png its frames cover. The rest is transparent, as browsers show it; Pillow
+    fills it with the colour of the background, or black.
+    """
+
+    def __init__(self, image: Image.Image) -> None:
+        self._left = Image.new("L", image.size)  # what is still covered when the next frame comes
+
+    def shown(self, image: Image.Image) -> Image.Image:
+        """The frame that `image` is at, which is loaded; to be called for one after the other. It may be `image` itself."""
+        if image.format == "GIF":
+            box, disposal = image.dispose_extent, image.disposal_method - 1  # type: ignore[attr-defined]
+        else:
+            box, disposal = image.info.get("bbox"), image.info.get("disposal", _KEEP)
+        if box is None:
+            return image
+        covered = Image.new("L", image.size)  # that of a gif may grow
+        covered.paste(self._left)
+        before = covered.copy()
+        covered.paste(255, box)
+        self._left = before if disposal == _BACK else covered.copy()
+        if disposal == _CLEAR:
+            self._left.paste(0, box)
+        if covered.getextrema() == (255, 255):
+            return image
+        frame = simple(image).convert("RGBA")
+        frame.putalpha(ImageChops.darker(frame.getchannel("A"), covered))
+        frame.info = {key: value for key, value in image.info.items() if key != "transparency"}
+        return frame
+
+
 def animation(path: Path, limits: Limits) -> Iterator[tuple[Fraction, Fraction, Image.Image]]:
     """(start, duration, picture) of each frame; seconds. Raises MediaError (size) and ValueError (damage).
 
@@ -106,12 +163,16 @@ def animation(path: Path, limits: Limits) -> Iterator[tuple[Fraction, Fraction, 
                     limits.check_picture(*image.size, _KEPT)
                 except MediaError as error:
                     raise MediaError(f"{path} {error}") from error
-                for number in range(int(getattr(image, "default_image", False)), getattr(image, "n_frames", 1)):
+                first, canvas = int(getattr(image, "default_image", False)), Canvas(image)
+                if first:
+                    image.paste((0,) * len(image.getbands()), (0, 0, *image.size))  # else frames would lie on that still
+                for number in range(first, getattr(image, "n_frames", 1)):
                     image.seek(number)
                     image.load()
                     shown = Fraction(image.info.get("duration", 0)).limit_denominator(1000)
                     duration = (shown if shown > 10 else Fraction(100)) / 1000
-                    yield time, duration, image.copy()
+                    frame = canvas.shown(image)
+                    yield time, duration, image.copy() if frame is image else frame
                     time += duration
         except MediaError:
             raise

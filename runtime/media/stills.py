@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageChops
 
 from motionrt.runtime.errors import InputError, MediaError
 from motionrt.runtime.media.colour import still_to_srgb
 from motionrt.runtime.media.frames import Float, check_size, cover_image, existing, normalise, reason
-from motionrt.runtime.media.limits import LIMITS, Limits
-from motionrt.runtime.media.pictures import open_picture, simple
+from motionrt.runtime.media.limits import LIMITS, Limits, check_limits
+from motionrt.runtime.media.pictures import Canvas, open_picture, simple
 
+T = TypeVar("T")
+Still = str | os.PathLike[str] | Image.Image | NDArray[Any]  # a file, a Pillow image, or uint8 [h,w], [h,w,3] or [h,w,4]
 _WHOLE = 1 << 25  # pixels: up to here a jpeg is decoded at its full size
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -24,9 +27,7 @@ _UPRIGHT = {
 }  # fmt: skip
 
 
-def read_image(
-    source: str | os.PathLike[str] | Image.Image | NDArray[Any], height: int, width: int, *, limits: Limits = LIMITS
-) -> Float:
+def read_image(source: Still, height: int, width: int, *, limits: Limits = LIMITS) -> Float:
     """Read a still of any size, mode, range, profile, EXIF orientation and alpha (over white) -> float32 [3,H,W] in [-1,1].
 
     source: a file (its first picture), a Pillow image, or a uint8 array [h,w], [h,w,3] or [h,w,4]. Resized with an
@@ -35,29 +36,70 @@ def read_image(
     for files that are missing, damaged or beyond `limits` and InputError for arrays and sizes that cannot be used.
     """
     check_size(height=height, width=width)
+    check_limits(limits)
+    small = _read(source, lambda image: _small(image, height, width, limits))
+    video = normalise(np.asarray(small)[None])
+    return video.reshape(video.shape[1:])
+
+
+def still_size(source: Still, limits: Limits = LIMITS) -> tuple[int, int]:
+    """Columns and rows of a still as it is seen, upright. Raises what `read_image` raises."""
+
+    def size(image: Image.Image) -> tuple[int, int]:
+        columns, rows = image.size
+        limits.check_picture(columns, rows, 0)
+        return (columns, rows) if _orientation(image) < 5 else (rows, columns)
+
+    return _read(source, size)
+
+
+def read_painted(source: Still, what: str = "image", limits: Limits = LIMITS) -> Image.Image:
+    """How strongly each pixel of a still is painted, as a grey picture of its own size, upright: the brightest of its colours,
+    by how far it covers. Black and what is transparent are 0. what: its name, for what is raised, as `read_image` does."""
+    check_limits(limits)
+
+    def painted(image: Image.Image) -> Image.Image:
+        limits.check_picture(*image.size, 16)
+        image.load()
+        plain = simple(image)
+        if plain.mode in ("CMYK", "LAB"):
+            plain = still_to_srgb(plain, image.info)
+        red, green, blue, alpha = plain.convert("RGBA").split()
+        strong = ImageChops.multiply(ImageChops.lighter(ImageChops.lighter(red, green), blue), alpha)
+        return strong if (turn := _UPRIGHT.get(_orientation(image))) is None else strong.transpose(turn)
+
+    return _read(source, painted, what)
+
+
+def _read(source: Still, use: Callable[[Image.Image], T], what: str = "image") -> T:
+    """What `use` makes of an open still, which is called `what`; whatever is wrong with it is said in one sentence."""
     if isinstance(source, np.ndarray):
         plain = source.dtype == np.uint8 and source.ndim in (2, 3) and source.shape[2:] in ((), (3,), (4,))
         if not plain or 0 in source.shape:
             raise InputError(
-                f"the image array is {source.dtype} {list(source.shape)}; allowed is uint8 [h,w], [h,w,3] or [h,w,4]."
+                f"the {what} array is {source.dtype} {list(source.shape)}; allowed is uint8 [h,w], [h,w,3] or [h,w,4]."
                 " For floats in [0,1] pass `(x * 255).round().astype('uint8')`."
             )
         source = Image.fromarray(np.ascontiguousarray(source))
-    name = "the image" if isinstance(source, Image.Image) else str(existing(source, "image"))
+    name = f"the {what}" if isinstance(source, Image.Image) else str(existing(source, what))
     try:
         if isinstance(source, Image.Image):
-            small = _small(source, height, width, limits)
-        else:
-            with open(name, "rb") as file, open_picture(file, name) as image:
-                small = _small(image, height, width, limits)
+            return use(source)
+        with open(name, "rb") as file, open_picture(file, name) as image:
+            return use(image)
     except MediaError as error:
         raise MediaError(f"{name} {error}") from error
     except MemoryError as error:
         raise MediaError(f"{name} needs more memory than there is; make it smaller.") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise MediaError(f"{name} cannot be read as an image: {reason(error)}. Use an intact png or jpeg.") from error
-    video = normalise(np.asarray(small)[None])
-    return video.reshape(video.shape[1:])
+
+
+def _orientation(image: Image.Image) -> int:
+    """What EXIF says of how a picture is turned: 1 (upright) to 8."""
+    with contextlib.suppress(Exception):  # damaged EXIF: the picture is still good
+        return turn if (turn := image.getexif().get(0x0112, 1)) in _UPRIGHT else 1
+    return 1
 
 
 def _small(image: Image.Image, height: int, width: int, limits: Limits) -> Image.Image:
@@ -70,13 +112,12 @@ def _small(image: Image.Image, height: int, width: int, limits: Limits) -> Image
     per_pixel = 16 if image.mode[0] in "IF" else 8
     limits.check_picture(columns, rows, 1, image.width * image.height * per_pixel + columns * rows * coefficients)
     image.load()
-    orientation = 1
-    with contextlib.suppress(Exception):  # damaged EXIF: the picture is still good
-        orientation = image.getexif().get(0x0112, 1)
+    orientation = _orientation(image)
     turn = _UPRIGHT.get(orientation)
-    if orientation in (5, 6, 7, 8):
+    if orientation >= 5:
         height, width = width, height
-    small = still_to_srgb(cover_image(simple(image), height, width), image.info)
+    shown = Canvas(image).shown(image) if image.format == "GIF" and image.tell() == 0 else image
+    small = still_to_srgb(cover_image(simple(shown), height, width), image.info)
     return small if turn is None else small.transpose(turn)
 
 

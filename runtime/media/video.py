@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from motionrt.runtime.errors import InputError, MediaError
+from motionrt.runtime.arguments import path_of
+from motionrt.runtime.errors import InputError, MediaError, shown
 from motionrt.runtime.files import replacing
 from motionrt.runtime.media.frames import (
     Float,
@@ -36,7 +37,7 @@ from motionrt.runtime.media.frames import (
     reason,
     undecodable,
 )  # fmt: skip
-from motionrt.runtime.media.limits import LIMITS, Limits
+from motionrt.runtime.media.limits import LIMITS, Limits, check_limits
 from motionrt.runtime.media.stills import read_image as read_image
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ def decode_clip(
     import av
 
     check_size(frames=frames, height=height, width=width)
-    begin, rate = fraction("start", start or 0), fraction("fps", fps)
+    check_limits(limits)
+    begin, rate = fraction("start", 0 if start is None else start), fraction("fps", fps)
     limit = None if end is None else fraction("end", end)
     if rate <= 0:
         raise InputError(f"fps is {fps!r}; allowed is any number above 0.")
@@ -98,7 +100,7 @@ def decode_clip(
         raise InputError(f"end is {end!r}; allowed are seconds after the start, {float(begin):g}.")
     file = existing(path, "video")
     try:
-        limits.check_memory(frames * height * width * 15, "Ask for fewer or smaller frames, or")  # uint8, then float32
+        limits.check_memory(frames * height * width * 15, "Ask for fewer or smaller frames")  # uint8, then float32
     except MediaError as error:
         raise InputError(f"a clip of {frames} frames of {height} x {width} {error}") from error
     cut = False
@@ -135,6 +137,12 @@ def decode_clip(
     return DecodedClip(normalise(np.stack(picked)), float(begin), float(duration), float(frames / duration))
 
 
+def check_span(span: object) -> None:
+    """InputError for what is no rule of `span_start`."""
+    if not isinstance(span, str) or span not in SPANS:
+        raise InputError(f"the span rule is {shown(span)}; allowed are {', '.join(SPANS)}.")
+
+
 def span_start(
     path: File, span: str, seconds: float, start: float | None = None, end: float | None = None, *, limits: Limits = LIMITS
 ) -> float:
@@ -143,9 +151,9 @@ def span_start(
     "start": at `start`, or the beginning. "centre": in the middle between the limits, or at `start` if they are nearer
     to each other than `seconds`; without `end`, the file's own end counts. Raises InputError, MediaError.
     """
-    if span not in SPANS:
-        raise InputError(f"the span rule is {span!r}; allowed are {', '.join(SPANS)}.")
-    first = fraction("start", start or 0)
+    check_span(span)
+    check_limits(limits)
+    first = fraction("start", 0 if start is None else start)
     limit = None if end is None else fraction("end", end)
     if limit is not None and limit <= first:
         raise InputError(f"end is {end!r}; allowed are seconds after the start, {float(first):g}.")
@@ -158,7 +166,7 @@ def span_start(
 
 def check_output(path: File, height: int, width: int, fps: Rate) -> Fraction:
     """What `write_video` refuses and can be known before there are frames; the rate. Raises MediaError and InputError."""
-    file = Path(path)
+    file = path_of("the file to write", path)
     kind = file.suffix.lower()
     if kind not in WRITABLE:
         raise MediaError(f"cannot write {file}: unknown extension {file.suffix!r}; allowed are {', '.join(WRITABLE)}.")
@@ -190,8 +198,11 @@ def write_video(path: File, frames: Pixels, fps: Rate) -> None:
     """
     import av
 
-    file = Path(path)
-    array = np.asarray(frames)
+    file = path_of("the file to write", path)
+    try:
+        array = np.asarray(frames)
+    except Exception as error:  # lists of different lengths, and whatever an object may raise
+        raise InputError(f"the frames are {shown(frames)}; allowed is uint8 [F,H,W,3].") from error
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape:
         check_output(file, 1, 1, 25)  # an extension that is wrong is said first
         raise InputError(f"the frames are {array.dtype} {list(array.shape)}; allowed is uint8 [F,H,W,3], none 0.")

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from motionrt.runtime.arguments import flag, ids_of, listed, path_of, text_of, whole
 from motionrt.runtime.bundle.manifest import MemorySpec, Part
-from motionrt.runtime.errors import BundleError, MemoryStoreError
+from motionrt.runtime.errors import BundleError, InputError, MemoryStoreError, shown
 from motionrt.runtime.files import replacing
 from motionrt.runtime.memory import store, tags
-from motionrt.runtime.memory.rows import Clip, Damaged, Layout
+from motionrt.runtime.memory.rows import Clip, Damaged, Layout, seconds
 from motionrt.runtime.memory.search import Search, Where
 from motionrt.runtime.memory.state import no_leftovers
 from motionrt.runtime.memory.store import plain_errors
@@ -57,8 +58,10 @@ class MemoryFile:
         on_demand: records are not kept, but made of the clips' files when they are used (`indexing.encoders.make_record`).
         MemoryStoreError if there is one already or no place; InputError.
         """
-        directory = Path(path).absolute()
-        layout = Layout(embedding, tuple(record), fingerprint, tokens, on_demand)
+        directory = path_of("the directory of a motion memory", path).absolute()
+        whole("index_threshold", index_threshold, 0)
+        parts = tuple(listed("the record of a motion memory", record, "the parts that a bundle declares"))
+        layout = Layout(embedding, parts, fingerprint, tokens, on_demand)
         with _new_file(directory) as temporary:
             store.create(layout, temporary)
         return cls.open(directory, index_threshold=index_threshold)
@@ -83,9 +86,11 @@ class MemoryFile:
         It stays that directory whatever the working directory becomes. Raises MemoryStoreError if it is missing, damaged or
         of another schema, or if the log beside it is of another memory.
         """
-        db, readonly = store.connect(Path(path), readonly)
+        directory = path_of("the directory of a motion memory", path)
+        whole("index_threshold", index_threshold, 0)
+        db, readonly = store.connect(directory, flag("readonly", readonly))
         try:
-            return cls(Path(path).absolute(), db, readonly, index_threshold)
+            return cls(directory.absolute(), db, readonly, index_threshold)
         except BaseException:
             db.close()
             raise
@@ -96,10 +101,10 @@ class MemoryFile:
 
         Every page, row and checksum is verified first; MemoryStoreError, and no memory, if one is wrong.
         """
-        source = Path(file).absolute()
-        if not source.is_file():
+        source = path_of("the file to import", file).absolute()
+        directory = path_of("the directory of a motion memory", path).absolute()
+        if not os.path.isfile(source):
             raise MemoryStoreError(f"there is no file {source} to import; make one with `motionrt memory export`.")
-        directory = Path(path).absolute()
         with _new_file(directory) as temporary, plain_errors(source):
             store.copy(source, temporary)
         return cls.open(directory)
@@ -109,8 +114,8 @@ class MemoryFile:
 
         MemoryStoreError if the file exists, there is no place for it, or this memory is damaged.
         """
-        target = Path(path).absolute()
-        if target.exists():
+        target = path_of("the file to write", path).absolute()
+        if os.path.exists(target):
             raise MemoryStoreError(f"{target} exists; remove it, or choose another file.")
         no_leftovers(target)
         with plain_errors(self.path), replacing(target, MemoryStoreError) as temporary:
@@ -149,7 +154,7 @@ class MemoryFile:
 
     def check(self, fingerprint: str) -> None:
         """Raise MemoryStoreError unless this memory was made by what has this fingerprint (a bundle's)."""
-        mine = self.layout.fingerprint
+        mine, fingerprint = self.layout.fingerprint, text_of("the fingerprint", fingerprint)
         if fingerprint != mine:
             raise MemoryStoreError(
                 f"the motion memory {self.path} was made by other encoders: its fingerprint is {mine[:12] or 'none'}, this"
@@ -158,23 +163,35 @@ class MemoryFile:
             )
 
     def contains(self, source_sha256: str, start: float, caption: str) -> bool:
-        """Whether the span at `start` of the file of this SHA-256 is there under this caption."""
+        """Whether the span at `start` of the file of this SHA-256 is there under this caption. Raises InputError."""
+        text_of("the SHA-256", source_sha256)
+        text_of("the caption", caption)
+        seconds("the start", start)
         question = "SELECT 1 FROM clips WHERE source_sha256 = ? AND start = ? AND caption = ? LIMIT 1"
         with self._transaction() as db:
             return db.execute(question, (source_sha256, start, caption)).fetchone() is not None
+
+    def find(self, source_sha256: str, caption: str | None = None) -> list[int]:
+        """Ids, rising, of the clips of the file of this SHA-256, under this caption if one is given."""
+        question = "SELECT id FROM clips WHERE source_sha256 = ?1 AND (?2 IS NULL OR caption = ?2)"
+        with self._transaction() as db:
+            return sorted(row[0] for row in db.execute(question, (source_sha256, caption)))
 
     def add(self, entries: Iterable[Clip]) -> list[int]:
         """Add clips, all or none, and return their ids. Raises InputError (shape, NaN, …) and MemoryStoreError.
 
         They are found at once; an index is brought up to date by `refresh`, which index building calls at its end.
         """
-        rows = [self.layout.row(number, clip) for number, clip in enumerate(entries)]
+        rows = [self.layout.row(number, clip) for number, clip in enumerate(listed("entries", entries, "Clips"))]
         with self._writing(bool(rows)) as db:
             return store.insert(db, self.path, rows)
 
     def remove(self, ids: Iterable[int]) -> int:
-        """Remove the clips of these ids, all or none, and return how many were there. An id is never given again."""
-        numbers = [int(number) for number in ids]
+        """Remove the clips of these ids, all or none, and return how many were there. An id is never given again.
+
+        Raises InputError (no ids) and MemoryStoreError.
+        """
+        numbers = ids_of(ids)
         with self._writing(bool(numbers)) as db:
             return store.delete(db, self.path, numbers)
 
@@ -214,13 +231,15 @@ class MemoryFile:
         with self._lock:
             if self._db is not None and changes:
                 with plain_errors(self.path):
-                    self._db.execute("PRAGMA journal_mode=WAL")  # others can read while this writes
+                    store.write_ahead(self._db)
             with self._transaction("BEGIN IMMEDIATE" if changes else "BEGIN") as db:
                 yield db
 
 
 def memory_spec(bundle: Bundle) -> MemorySpec:
     """What `bundle` declares for a memory; BundleError if its requests take no clips."""
+    if not hasattr(getattr(bundle, "manifest", None), "memory"):
+        raise InputError(f"the bundle is {shown(bundle)}; allowed is what Bundle.open gives.")
     if bundle.manifest.memory is None:
         raise BundleError(f"the bundle {bundle.path} takes no clips of a motion memory; use another bundle.")
     return bundle.manifest.memory
@@ -230,7 +249,7 @@ def memory_spec(bundle: Bundle) -> MemorySpec:
 def _new_file(directory: Path) -> Iterator[Path]:
     """A temporary file that becomes the SQLite file of a new memory in `directory` when the block succeeds."""
     file = directory / store.FILE
-    if file.exists():
+    if os.path.exists(file):
         raise MemoryStoreError(f"{directory} already holds a motion memory; open it, or choose another directory.")
     no_leftovers(file)
     with plain_errors(directory), replacing(file, MemoryStoreError) as temporary:

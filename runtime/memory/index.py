@@ -24,11 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motionrt.runtime.errors import MemoryStoreError, MotionRTError
-from motionrt.runtime.files import replacing, sha256_of, stamp_of
+from motionrt.runtime.files import is_sealed, replacing, sealed, sha256_of, stamp_of
 from motionrt.runtime.memory.state import State
 
 SIDECAR = "index.json"
-_FORMAT = 5
+_FORMAT = 6
 # A search waits for memory, so the vectors are kept in 8 bits, each scaled to its own largest component (USearch's own
 # conversion uses 6 of them at 384 dimensions). What that misorders is put right with the float32 rows.
 _DTYPE, _CONNECTIVITY, _EXPANSION_ADD, _EXPANSION_SEARCH = "i8", 32, 200, 64
@@ -151,7 +151,7 @@ def open_base(directory: Path, readonly: bool) -> Base | None:
 
 def sound(directory: Path) -> bool:
     """Whether the stored index is, byte for byte, what was written."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         record = _record(directory)
         return bool(sha256_of(directory / str(record["file"])) == record["sha256"])
     return False
@@ -195,7 +195,7 @@ def make_base(directory: Path, state: State, scan: Callable[[int], Chunks], size
 
 def tidy(directory: Path) -> None:
     """Remove index files that no sidecar names, and what writers left half-written an hour ago or more."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         keep = str(_record(directory)["file"])
         for file in directory.glob("index-*.usearch"):
             if file.name != keep:
@@ -234,16 +234,16 @@ def _save(directory: Path, base: Base, rows: Chunks) -> None:
 
 
 def _record(directory: Path) -> dict[str, Any]:
-    """The sidecar; ValueError for one of another format."""
+    """The sidecar; ValueError for one of another format, or that is not what was written."""
     record = json.loads((directory / SIDECAR).read_text(encoding="utf-8"))
-    if record["format"] != _FORMAT or Path(record["file"]).name != record["file"]:
+    if record["format"] != _FORMAT or not is_sealed(record) or Path(record["file"]).name != record["file"]:
         raise ValueError("another format")
     return dict(record)
 
 
 def _write_record(directory: Path, record: dict[str, Any]) -> None:
     with replacing(directory / SIDECAR, MemoryStoreError) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(sealed(record), indent=1) + "\n", encoding="utf-8")
 
 
 def _in_bytes(vectors: NDArray[np.float32]) -> NDArray[np.int8]:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from motionrt.runtime.arguments import ids_of, whole
 from motionrt.runtime.errors import MemoryStoreError
 from motionrt.runtime.memory import index as derived
 from motionrt.runtime.memory import ranking, store, tags
@@ -31,6 +32,7 @@ from motionrt.runtime.memory.store import plain_errors
 
 __all__ = ["INDEX_THRESHOLD", "Clip", "MemoryStats", "MotionMemory", "Reference", "Search"]
 _log = logging.getLogger(__name__)
+_THREADS = 1024
 DELTA = 4096  # clips newer than the index that `refresh` leaves to exact search: about half a millisecond
 
 
@@ -80,9 +82,10 @@ class MotionMemory(MemoryFile, Searchable):
             return self._sound(view, part, vector, k, search, compared)
 
     def get(self, ids: Sequence[int]) -> list[Reference]:
-        """The clips of these ids, in this order; their score is NaN. Raises MemoryStoreError for an unknown id."""
+        """The clips of these ids, in this order; their score is NaN. Raises MemoryStoreError for an unknown id; InputError."""
+        numbers = ids_of(ids)
         with self._transaction() as db:
-            return store.read(db, self.path, self.layout, [int(number) for number in ids], [math.nan] * len(ids))[0]
+            return store.read(db, self.path, self.layout, numbers, [math.nan] * len(numbers))[0]
 
     def refresh(self, threads: int = 1) -> None:
         """Bring the index up to date: made if it is missing or half of it is removed, extended if it lacks many clips.
@@ -90,6 +93,7 @@ class MotionMemory(MemoryFile, Searchable):
         Up to 4096 newer clips are left to exact search. Others can search and write meanwhile. A read-only memory takes
         what others stored. threads: more are faster, but then the index depends on their timing.
         """
+        whole("threads", threads, 1, _THREADS)
         with self._view() as view:
             state, base = view.state, view.base
             if self.readonly or state.clips <= self.index_threshold:
@@ -100,6 +104,7 @@ class MotionMemory(MemoryFile, Searchable):
 
     def compact(self, threads: int = 1) -> None:
         """Give back the space of removed clips, and make the index one of exactly the clips that are there."""
+        whole("threads", threads, 1, _THREADS)
         with self._writing(False) as db:  # not where it is read-only
             state = store.read_state(db, self.path)
         with self._view() as view:
@@ -129,6 +134,11 @@ class MotionMemory(MemoryFile, Searchable):
         elif wanted and not derived.sound(self.path):
             wrong.append("the index is not what was written; remove index.json to have it made again")
         return wrong
+
+    def digest(self) -> str:
+        """A digest of all changes that led to what is in the memory: equal ones, equal clips; hex, empty for a new memory."""
+        with self._view() as view:
+            return view.state.content
 
     def stats(self) -> MemoryStats:
         """Counts and sizes; see `MemoryStats`."""

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from motionrt.runtime.errors import InputError, MemoryStoreError
+from motionrt.runtime.arguments import LAST_ID, instance, whole
+from motionrt.runtime.errors import MemoryStoreError
 from motionrt.runtime.memory import tags
 from motionrt.runtime.memory.rows import Damaged, DamagedRow, Layout, Reference
 from motionrt.runtime.memory.search import EVERYTHING, Search, marks
@@ -56,9 +57,9 @@ class Searchable:
         return self._answer(part, array, k, search)
 
     def _answer(self, part: str | None, query: NDArray[Any], k: int, search: Search) -> list[Reference]:
-        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
-            raise InputError(f"the number of references is {k!r}; allowed is a whole number from 1 on.")
-        answer = diverse(self.found(part, query, int(k), search), int(k), search.diversity)
+        k = whole("the number of references", k, 1, LAST_ID)
+        instance("search", search, Search, "a Search(...)")
+        answer = diverse(self.found(part, query, k, search), k, search.diversity)
         if len(answer) < k and (not search.may_be_short or not len(self)):
             raise MemoryStoreError(f"{k} references were asked for; {self._too_few(len(answer), search)}.")
         return answer

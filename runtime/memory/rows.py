@@ -14,10 +14,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from motionrt.runtime.arguments import flag, instance, real, text_of, whole
 from motionrt.runtime.bundle.manifest import Part
-from motionrt.runtime.errors import InputError
+from motionrt.runtime.errors import InputError, shown
 
 TOKENS = ("float16", "int8")
+_LARGEST = 1_000_000_000  # bytes of a vector or a record: what SQLite keeps in one place
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,15 +128,20 @@ class Layout:
     on_demand: bool = False
 
     def __post_init__(self) -> None:
+        for part in self.record:
+            instance("a part of the record of a motion memory", part, Part, "a Part, as a bundle declares them")
+        object.__setattr__(self, "embedding", whole("the embedding of a motion memory", self.embedding, 1, _LARGEST // 4))
         names = [part.name for part in self.record]
-        sizes = [self.embedding, *(size for part in self.record for size in part.dims)]
-        whole = all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes)
-        if not whole or not names or "" in names or len({*names}) < len(names):
+        sizes = [size for part in self.record for size in part.dims]
+        good = all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes)
+        if not good or not names or "" in names or len({*names}) < len(names):
             raise InputError(f"a motion memory of {self}: allowed are parts of different names, and whole sizes from 1 on.")
-        if self.tokens is not None and self.tokens not in TOKENS:
-            raise InputError(f"the tokens of a motion memory are {self.tokens!r}; allowed is {' or '.join(TOKENS)}.")
-        if not isinstance(self.fingerprint, str):
-            raise InputError(f"the fingerprint of a motion memory is {self.fingerprint!r}; pass the one of the bundle.")
+        if sum(8 * math.prod(part.dims) for part in self.record) > _LARGEST:
+            raise InputError(f"a motion memory of {self}: a record may take {_LARGEST:,} bytes. Keep less of a clip.")
+        if self.tokens is not None and (not isinstance(self.tokens, str) or self.tokens not in TOKENS):
+            raise InputError(f"the tokens of a motion memory are {shown(self.tokens)}; allowed is {' or '.join(TOKENS)}.")
+        text_of("the fingerprint of a motion memory", self.fingerprint)
+        flag("on_demand", self.on_demand)
 
     def __str__(self) -> str:
         parts = ", ".join(f"{part.name} {part.dtype} {list(part.dims)}" for part in self.record)
@@ -157,9 +164,9 @@ class Layout:
             raise InputError("this motion memory makes records on demand: it cannot be searched by them, nor by `distinct`.")
         allowed = [part for part in self.record if _is_float(part)]
         for part in allowed:
-            if name in (None, part.name):
+            if name is None or isinstance(name, str) and name == part.name:
                 return part
-        wanted = "`distinct` compares" if name is None else f"the record is searched by {name!r};"
+        wanted = "`distinct` compares" if name is None else f"the record is searched by {shown(name)};"
         names = " or ".join(repr(part.name) for part in allowed) or "none: this memory's records have no float part"
         raise InputError(f"{wanted} float parts of the record; allowed is {names}.")
 
@@ -171,24 +178,28 @@ class Layout:
 
     def row(self, number: int, clip: Clip) -> Row:
         """A clip as it is stored; InputError, which names it by `number`, for what a memory cannot hold."""
-        name = f"clip {number} ({clip.source!r})"
+        instance(f"entry {number}", clip, Clip, "a Clip")
+        name = f"clip {number} ({shown(clip.source)})"
+        for what, kept in (("metadata", clip.metadata), ("record", clip.record)):
+            instance(f"the {what} of {name}", kept, Mapping, "a mapping from names")
         texts = (clip.caption, clip.source, clip.source_sha256, clip.dataset, *clip.metadata, *clip.metadata.values())
         try:
             for text in texts:
                 text.encode()
-        except (AttributeError, UnicodeEncodeError) as error:
+        except (AttributeError, TypeError, UnicodeEncodeError) as error:
             raise InputError(f"{name}: caption, source, SHA-256, dataset and metadata must be valid text ({error}).") from error
         if not clip.caption.strip():
             raise InputError(f"{name} has an empty caption; say in a few words what moves and how.")
         if "dataset" in clip.metadata:
             raise InputError(f"{name} has `dataset` in its metadata; a clip has a field for it: Clip(dataset=...).")
-        times = (clip.start, clip.duration, clip.fps)
-        if not all(math.isfinite(value) and value >= 0 for value in times):
-            raise InputError(f"{name} has (start, duration, fps) {times}; allowed are finite numbers from 0 on.")
+        times = [
+            seconds(f"the {what} of {name}", value)
+            for what, value in (("start", clip.start), ("duration", clip.duration), ("fps", clip.fps))
+        ]
         embedding = _floats(f"`embedding` of {name}", clip.embedding, (self.embedding,))
         unit(embedding)
         told = (
-            clip.caption, clip.source, *(float(value) + 0.0 for value in times),  # SQLite does not keep the sign of -0.0
+            clip.caption, clip.source, *times,
             clip.source_sha256, clip.dataset, json.dumps(dict(clip.metadata), ensure_ascii=False, sort_keys=True),
         )  # fmt: skip
         return Row(told, embedding.astype("<f4").tobytes(), self._pack(clip.record, name))
@@ -240,7 +251,7 @@ class Layout:
         names = [] if self.on_demand else [part.name for part in self.record]
         if set(record) != set(names):
             kept = f"keeps {', '.join(names)}" if names else "makes records on demand, and keeps none"
-            raise InputError(f"the record of {clip} has {', '.join(record) or 'nothing'}; this memory {kept}.")
+            raise InputError(f"the record of {clip} has {', '.join(map(str, record)) or 'nothing'}; this memory {kept}.")
         if self.on_demand:
             return None
         row = np.zeros((), self.dtype)
@@ -264,6 +275,14 @@ class Layout:
         return row.tobytes()
 
 
+def seconds(name: str, value: object) -> float:
+    """A finite number from 0 on; InputError."""
+    number = real(value)
+    if number is not None and number >= 0:
+        return number + 0.0  # SQLite does not keep the sign of -0.0
+    raise InputError(f"{name} is {shown(value)}; allowed is a finite number from 0 on.")
+
+
 def unit(vector: NDArray[np.float32]) -> NDArray[np.float32]:
     """Divide [E] by its length; InputError for a vector without a direction."""
     with np.errstate(over="ignore"):
@@ -279,7 +298,10 @@ def _is_float(part: Part) -> bool:
 
 def _array(what: str, value: object, dims: tuple[int, ...], dtype: str) -> NDArray[Any]:
     """`value` as it is if it has the shape and the dtype ("float": any float); InputError, which calls it `what`."""
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except Exception as error:  # lists of different lengths, and whatever an object may raise
+        raise InputError(f"{what} is {shown(value)}, which is no array; this memory accepts {dtype} {list(dims)}.") from error
     if array.shape != dims or not (array.dtype.kind == "f" if dtype == "float" else array.dtype == np.dtype(dtype)):
         raise InputError(f"{what} is {array.dtype} {list(array.shape)}; this memory accepts {dtype} {list(dims)}.")
     return array

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
 
-from motionrt.runtime.errors import InputError
+from motionrt.runtime.arguments import flag, text_of
+from motionrt.runtime.errors import InputError, shown
 
+_MOST = 30_000  # values of one key, and the key: SQLite takes 32,766 in a statement
 FEW = 4096  # clips that a filter may leave for an exact scan of them to be the cheapest way
 
 Where = Mapping[str, str | Sequence[str]]
@@ -45,16 +47,18 @@ class Search:
             value: Any = getattr(self, name)
             number = isinstance(value, Real) and not isinstance(value, bool)  # NumPy's numbers too; NaN fails the range
             if value is not None and not (number and low <= value <= 1):
-                raise InputError(f"{name} is {value!r}; allowed is a number from {low} to 1, or None.")
-        if not isinstance(self.without_damaged, bool):
-            raise InputError(f"without_damaged is {self.without_damaged!r}; allowed is True or False.")
+                raise InputError(f"{name} is {shown(value)}; allowed is a number from {low} to 1, or None.")
+        flag("without_damaged", self.without_damaged)
+        if self.exclude_source is not None:
+            text_of("exclude_source", self.exclude_source)
         try:
             texts = [[key, *values] for key, values in self.tags()]
-        except (TypeError, AttributeError):
-            texts = [[]]
-        if not all(len(text) > 1 and all(isinstance(word, str) for word in text) for text in texts):
-            allowed = '{"dataset": "name", "a metadata key": ["one", "or other"]}'
-            raise InputError(f"where is {self.where!r}; allowed is {allowed}.")
+            good = all(1 < len(text) <= _MOST and "".join(text).encode() is not None for text in texts)
+        except (TypeError, AttributeError, UnicodeEncodeError):
+            good = False
+        if not good:
+            allowed = '{"dataset": "name", "a metadata key": ["one", "or other"]}, valid text'
+            raise InputError(f"where is {shown(self.where)}; allowed is {allowed}, up to {_MOST - 1:,} values of a key.")
 
     @property
     def may_be_short(self) -> bool:

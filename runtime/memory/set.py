@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from motionrt.runtime.errors import InputError
+from motionrt.runtime.arguments import instance, listed, real, text_of
+from motionrt.runtime.errors import InputError, shown
 from motionrt.runtime.memory.memory import MotionMemory, Reference
 from motionrt.runtime.memory.ranking import Found, Searchable, pick
 from motionrt.runtime.memory.search import Search
@@ -24,12 +24,18 @@ class MemorySet(Searchable):
     """
 
     def __init__(self, memories: Mapping[str, MotionMemory], weights: Mapping[str, float] | None = None) -> None:
+        instance("memories", memories, Mapping, "a mapping from names to open motion memories")
+        for name, memory in memories.items():
+            text_of("the name of a motion memory", name)
+            instance(f"the motion memory {name!r}", memory, MotionMemory, "an open MotionMemory")
+        if weights is not None:
+            instance("weights", weights, Mapping, "a mapping from names of the set to numbers, or None")
         self.memories = dict(memories)
         self.weights = dict.fromkeys(self.memories, 1.0) | dict(weights or {})
-        wrong = [name for name, weight in self.weights.items() if name not in self.memories or not 0 < weight < math.inf]
-        if wrong or not self.memories:
+        good = all(name in self.memories and (real(weight) or 0) > 0 for name, weight in self.weights.items())
+        if not good or not self.memories:
             raise InputError(
-                f"the weights of a set of memories {sorted(self.memories)} are {dict(weights or {})!r}; allowed are finite"
+                f"the weights of a set of memories {sorted(self.memories)} are {shown(weights)}; allowed are finite"
                 " numbers above 0, for names of the set, which has at least one memory."
             )
 
@@ -55,10 +61,11 @@ class MemorySet(Searchable):
     def get(self, ids: Sequence[tuple[str, int]]) -> list[Reference]:
         """The clips of these (memory name, id), in this order. Raises InputError and MemoryStoreError for unknown ones."""
         found = []
-        for item in ids:
-            if not isinstance(item, tuple) or len(item) != 2 or item[0] not in self.memories:
+        for item in listed("ids", ids, "pairs of a memory's name and the id of a clip"):
+            good = isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and item[0] in self.memories
+            if not good:
                 names = sorted(self.memories)
-                raise InputError(f"a clip of a set is (memory name, id), the name one of {names}; got {item!r}.")
+                raise InputError(f"a clip of a set is (memory name, id), the name one of {names}; got {shown(item)}.")
             found.append(replace(self.memories[item[0]].get([item[1]])[0], memory=item[0]))
         return found
 

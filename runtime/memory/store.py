@@ -16,6 +16,7 @@ import hashlib
 import os
 import secrets
 import sqlite3
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import closing, contextmanager
@@ -24,7 +25,7 @@ from typing import Any
 
 import msgspec
 
-from motionrt.runtime.errors import MemoryStoreError
+from motionrt.runtime.errors import MemoryStoreError, UnknownClip
 from motionrt.runtime.memory import tags
 from motionrt.runtime.memory.rows import Damaged, DamagedRow, Layout, Reference, Row, checksum
 from motionrt.runtime.memory.search import marks
@@ -67,7 +68,7 @@ def create(layout: Layout, file: Path) -> None:
 def connect(directory: Path, readonly: bool) -> tuple[sqlite3.Connection, bool]:
     """A connection to the memory in `directory`, and whether it is read-only: as asked, or because it must be."""
     file = directory / FILE
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise MemoryStoreError(
             f"there is no motion memory at {directory} (no {FILE}). Check the path, or make one with"
             f" `motionrt memory create {directory}`."
@@ -93,6 +94,23 @@ def connect(directory: Path, readonly: bool) -> tuple[sqlite3.Connection, bool]:
             db.close()
             raise
     return db, readonly or not writable
+
+
+def write_ahead(db: sqlite3.Connection) -> None:
+    """Let others read while this connection writes.
+
+    SQLite waits here for who writes, but gives up at once where two connections ask for it together, since each holds what the
+    other waits for: then one of them has it a moment later.
+    """
+    end = time.monotonic() + db.execute("PRAGMA busy_timeout").fetchone()[0] / 1000
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if not error.sqlite_errorname.startswith("SQLITE_BUSY") or time.monotonic() >= end:
+                raise
+        time.sleep(0.01)
 
 
 def read_layout(db: sqlite3.Connection, path: Path) -> Layout:
@@ -175,7 +193,7 @@ def read(
     missing = [number for number in ids if number not in rows]
     wrong |= dict.fromkeys(still_there(db, {*missing}), "is there in part")
     if unknown := [number for number in missing if number not in wrong]:
-        raise MemoryStoreError(f"the motion memory {path} has no clip {unknown[0]}; use an id that search gave.")
+        raise UnknownClip(f"the motion memory {path} has no clip {unknown[0]}; use an id that search gave.")
     if wrong:
         raise DamagedRow(wrong)
     vectors, clips = layout.embeddings(ids, [rows[number].embedding for number in ids]), []

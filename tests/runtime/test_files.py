@@ -21,7 +21,7 @@ from PIL import Image
 from motionrt.runtime import files as digests
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.errors import BundleError
-from motionrt.runtime.files import STAMPS, digest_of, replacing, replacing_folder, sha256_of
+from motionrt.runtime.files import STAMPS, digest_of, is_sealed, replacing, replacing_folder, sealed, sha256_of
 
 
 @pytest.fixture
@@ -291,6 +291,24 @@ def test_replacing_folder_gives_the_whole_folder_or_leaves_the_old_one(tmp_path:
         raise ZeroDivisionError
     assert [item.name for item in path.iterdir()] == ["two"], "nothing of the folder before stays"
     assert [item.name for item in path.parent.iterdir()] == ["bundle"]
+
+
+def test_a_folder_whose_process_was_killed_between_two_renames_comes_back(tmp_path: Path) -> None:
+    path, old = tmp_path / "bundle", tmp_path / "bundle.old"
+    old.mkdir()
+    (old / "one").touch()
+    with pytest.raises(ZeroDivisionError), replacing_folder(path):
+        raise ZeroDivisionError
+    assert [item.name for item in path.iterdir()] == ["one"] and not old.exists()
+
+
+def test_a_seal_is_of_all_else_and_of_no_layout() -> None:
+    record = sealed({"one": 1, "more": {"b": [1.5, None], "a": "\ud800"}})
+    assert is_sealed(record) and sealed(record) == record
+    assert is_sealed(json.loads(json.dumps(dict(reversed(record.items())), indent=3)))
+    changes: list[dict[str, object]] = [{"one": 2}, {"one": True}, {"two": 2}, {"more": {}}, {"seal": "0" * 64}]
+    assert not any(is_sealed(record | change) for change in changes)
+    assert not is_sealed({"one": 1})
 
 
 def test_module_imports_only_the_standard_library(tmp_path: Path) -> None:

@@ -80,6 +80,88 @@ def test_transparent_animations_lie_on_white_as_their_stills_do(tmp_path: Path, 
     assert near(levels(video[1:], 20, 8), (200, 30, 30), 4) and near(levels(video[1:], 20, W - 8), (255, 255, 255), 2)
 
 
+@pytest.mark.parametrize("lossless", [True, False])
+@pytest.mark.parametrize("moves", [True, False], ids=["animation", "still"])
+def test_the_pixels_of_a_webp_say_what_is_transparent_and_not_its_flag(tmp_path: Path, moves: bool, lossless: bool) -> None:
+    path, first = tmp_path / "a.webp", Image.fromarray(half_transparent())
+    more = {"save_all": True, "append_images": [first.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]} if moves else {}
+    first.save(path, lossless=lossless, exif=b"Exif\0\0II*\0\b\0\0\0\0\0", duration=125, exact=True, **more)
+    want = read_image(path, H, W), read_clip(path, 2, H, W, 8)
+    data = bytearray(path.read_bytes())
+    assert data[12:16] == b"VP8X" and data[20] & 16, "it has a header, and the flag of transparency there"
+    data[20] &= ~16
+    path.write_bytes(data)
+    got = read_image(path, H, W), read_clip(path, 2, H, W, 8)
+    assert np.array_equal(got[0], want[0]) and np.array_equal(got[1], want[1])
+    assert near(levels(got[1], 20, 8), (255, 255, 255), 2) and near(levels(got[1], 20, W - 8), (200, 30, 30), 8)
+
+
+def test_what_no_frame_of_a_webp_covers_is_white(tmp_path: Path) -> None:
+    first, second = (Image.new("RGB", (16, 16), colour) for colour in ("red", "blue"))
+    first.save(tmp_path / "a.webp", save_all=True, append_images=[second], duration=125, lossless=True)
+    data = bytearray((tmp_path / "a.webp").read_bytes())
+    assert data[12:16] == b"VP8X" and not data[20] & 16
+    data[24:30] = (W - 1).to_bytes(3, "little") + (H - 1).to_bytes(3, "little")  # the size of the canvas
+    (tmp_path / "a.webp").write_bytes(data)
+    video = read_clip(tmp_path / "a.webp", 2, H, W, 8)
+    assert [levels(video[i:], 5, 5) for i in (0, 1)] == [[255, 0, 0], [0, 0, 255]]
+    assert levels(video, 40, 40) == levels(video[1:], 40, 40) == [255, 255, 255]
+    assert np.array_equal(read_image(tmp_path / "a.webp", H, W), video[0])
+
+
+@pytest.mark.parametrize("clear", [None, 0], ids=["opaque", "transparent"])
+def test_what_no_frame_of_a_gif_covers_is_white(tmp_path: Path, clear: int | None) -> None:
+    """Nor its background colour, the first of its palette, which browsers do not show either."""
+    first, second = (Image.new("P", (16, 16), 1) for _ in range(2))
+    first.putpalette([0, 200, 0, 255, 0, 0])
+    second.putpalette([0, 200, 0, 0, 0, 255])
+    more = {} if clear is None else {"transparency": clear}
+    first.save(tmp_path / "a.gif", save_all=True, append_images=[second], duration=125, background=0, optimize=False, **more)
+    data = bytearray((tmp_path / "a.gif").read_bytes())
+    data[6:10] = W.to_bytes(2, "little") + H.to_bytes(2, "little")  # the size of the canvas
+    (tmp_path / "a.gif").write_bytes(data)
+    video = read_clip(tmp_path / "a.gif", 2, H, W, 8)
+    assert [levels(video[i:], 5, 5) for i in (0, 1)] == [[255, 0, 0], [0, 0, 255]]
+    assert levels(video, 40, 40) == levels(video[1:], 40, 40) == [255, 255, 255]
+    assert np.array_equal(read_image(tmp_path / "a.gif", H, W), video[0])
+
+
+def test_a_gif_that_was_opened_is_read_at_its_frame(tmp_path: Path) -> None:
+    """Of which the last is written as its square alone."""
+    first = Image.new("RGB", (W, H), "red")
+    second = first.copy()
+    second.paste("blue", (0, 0, 8, 8))
+    first.save(tmp_path / "a.gif", save_all=True, append_images=[second], duration=125)
+    with Image.open(tmp_path / "a.gif") as image:
+        assert levels(read_image(image, H, W)[None], 2, 2) == [255, 0, 0]
+        image.seek(1)
+        got = read_image(image, H, W)[None]
+    assert levels(got, 2, 2) == [0, 0, 255] and levels(got, 40, 40) == [255, 0, 0]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_what_is_left_of_a_png_when_a_frame_is_cleared_is_white(tmp_path: Path, mode: str) -> None:
+    """The second frame is written as its square alone: all around it was cleared to black, and not painted."""
+    first, second, third = (Image.new(mode, (W, H)) for _ in range(3))
+    for picture in (first, third):
+        picture.paste(Image.new(mode, (W, H), "red"))
+    second.paste(Image.new(mode, (16, 16), "gray"), (0, 0))
+    first.save(tmp_path / "a.png", save_all=True, append_images=[second, third], duration=125, disposal=1, blend=0)
+    video = read_clip(tmp_path / "a.png", 3, H, W, 8)
+    assert levels(video, 40, 40) == levels(video[2:], 40, 40) == [255, 0, 0]
+    assert levels(video[1:], 5, 5) == [128, 128, 128] and levels(video[1:], 40, 40) == [255, 255, 255]
+
+
+def test_the_still_of_a_png_does_not_lie_under_its_frames(tmp_path: Path) -> None:
+    frames = [Image.fromarray(half_transparent()), Image.fromarray(half_transparent()[:, ::-1].copy())]
+    more = {"default_image": True, "append_images": frames, "blend": 1, "disposal": 1}
+    Image.new("RGBA", (W, H), "blue").save(tmp_path / "a.png", save_all=True, duration=125, **more)
+    video = read_clip(tmp_path / "a.png", 2, H, W, 8)
+    assert near(levels(video, 20, 8), (255, 255, 255), 1) and near(levels(video[1:], 20, W - 8), (255, 255, 255), 1)
+    assert near(levels(video, 20, W - 8), (200, 30, 30), 1)
+    assert levels(read_image(tmp_path / "a.png", H, W)[None], 20, 8) == [0, 0, 255]
+
+
 def pq(nits: np.ndarray) -> np.ndarray:
     """SMPTE ST 2084, equation 5.1: the signal of light."""
     power = (np.asarray(nits) / 10000) ** (2610 / 16384)

@@ -131,6 +131,17 @@ def test_read_image_of_damaged_files_is_a_media_error(tmp_path: Path) -> None:
         read_image(good, 0, 8)
 
 
+def test_every_part_of_a_png_is_compared_with_its_checksum(tmp_path: Path) -> None:
+    file = tmp_path / "a.png"
+    Image.effect_noise((40, 30), 60).save(file)
+    good = file.read_bytes()
+    flipped = [good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :] for at in range(8, len(good), 61)]
+    for damaged in (*flipped, good[: len(good) // 2]):
+        file.write_bytes(damaged)
+        with pytest.raises(MediaError, match="a.png"):
+            read_image(file, 16, 16)
+
+
 def test_plain_stills_are_read_as_ever() -> None:
     """The demo's inputs: pixel for pixel what Pillow decodes, through the one resize; no rule of colour touches them."""
     for path in sorted((ROOT / "demo/inputs").glob("*.png")):
@@ -410,13 +421,32 @@ def test_a_reduced_photo_shows_the_same(tmp_path: Path, monkeypatch: pytest.Monk
 ])  # fmt: skip
 def test_limits_are_options(tmp_path: Path, limits: Limits, words: str) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
-    with pytest.raises(MediaError, match=words):
+    with pytest.raises(MediaError, match=f"{words}.*raise the limit .--limit (pixels|memory)=[0-9]+; in Python limits=Limits"):
         read_image(tmp_path / "a.png", 8, 8, limits=limits)
     read_image(tmp_path / "a.png", 8, 8, limits=Limits(pixels=4096, memory=4096 * 8))
 
 
-@pytest.mark.parametrize("wrong", [0, -1, float("nan"), True, "1"])
+@pytest.mark.parametrize("wrong", [0, -1, float("nan"), float("inf"), 2**63, 10**400, True, "1", None, np.array(3)], ids=repr)
 @pytest.mark.parametrize("name", ["pixels", "frames", "seconds", "memory"])
 def test_limits_are_checked(name: str, wrong: object) -> None:
     with pytest.raises(InputError, match=f"the limit `{name}`"):
         Limits(**{name: wrong})  # type: ignore[arg-type]
+
+
+def test_limits_that_are_counts_are_whole() -> None:
+    assert Limits(pixels=4e8, frames=np.int64(9), seconds=np.float16(0.5)) == Limits(400_000_000, 9, 0.5)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="`frames` is 1.5; allowed is a whole number"):
+        Limits(frames=1.5)  # type: ignore[arg-type]
+
+
+def test_limits_of_texts() -> None:
+    assert Limits.parse([]) == Limits() and Limits.parse(["pixels=4e8", "seconds=0.5"]) == Limits(400_000_000, seconds=0.5)
+    for texts in (["pixel=1"], ["pixels"], ["pixels="], ["pixels=a"], ["pixels=0"], ["frames=nan"], ["frames=1.5"],
+                  ["pixels=1", "pixels=2"], ["pixels=" + "9" * 5000], [""]):  # fmt: skip
+        with pytest.raises(InputError, match="limit.* is .*; allowed is"):
+            Limits.parse(texts)
+
+
+def test_no_limits_are_said(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"limits is 5; allowed is Limits\(\.\.\.\) of motionrt.runtime.media.limits"):
+        read_image(tmp_path / "a.png", 8, 8, limits=5)  # type: ignore[arg-type]

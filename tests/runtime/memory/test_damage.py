@@ -1,90 +1,43 @@
 """Damage to `memory.sqlite`: what is asked of it gives one MotionRTError, or exactly the undamaged answer.
 
-The long run, 10,000 damages: `python tests/runtime/memory/test_damage.py 10000`; it prints how many there were of each outcome.
+The long run over every kind of file is benchmarks/reliability/bench_reliability.py, whose memory and questions these are.
 """
 
 from __future__ import annotations
 
-import logging
-import runpy
 import sqlite3
-import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import astuple
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from motionrt.benchmarks.reliability.memories import LONG, QUESTIONS, WITHOUT, fake, made, told
 from motionrt.runtime.errors import InputError, MemoryStoreError
-from motionrt.runtime.memory.memory import Clip, MotionMemory, Search
+from motionrt.runtime.memory.memory import MotionMemory, Search
 
-_fake = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[3] / "tests/helpers/fake_memory.py")))
-clip, filled, query, ranked = _fake.clip, _fake.filled, _fake.query, _fake.ranked
-TIMES = 20  # what vectors are longer here: a page holds a few of them
-KEPT = {"embedding": TIMES * _fake.E, "record": _fake.RECORD, "fingerprint": "a" * 64}
-WITHOUT = Search(without_damaged=True)
-
-
-def longer(number: int, **changes: Any) -> Clip:
-    return clip(number, embedding=np.tile(clip(number).embedding, TIMES), **changes)  # type: ignore[no-any-return]
-
-
-def made(path: Path, count: int = 60, **options: Any) -> Path:
-    """A memory of several datasets and changes, with an index if its threshold says so."""
-    with MotionMemory.create(path, **KEPT, **options) as memory:
-        memory.add(longer(n, dataset=f"set{n % 3}", metadata={"shade": f"{n % 5}"}) for n in range(count))
-        memory.add(longer(n, dataset="late") for n in range(count, count + 5))
-        memory.remove([7, count + 2])
-        memory.refresh()
-    return path
-
-
-LONG = np.tile(query(), TIMES)
-QUESTIONS: dict[str, Callable[[MotionMemory], Any]] = {
-    "search": lambda m: m.search(LONG, 9),
-    "dataset": lambda m: m.search(LONG, 5, Search(where={"dataset": "set1"})),
-    "metadata": lambda m: m.search(LONG, 5, Search(where={"shade": ["1", "4"]}, exclude_source="video3.mp4")),
-    "source": lambda m: m.search(LONG, 9, Search(exclude_source="video1.mp4")),
-    "record": lambda m: m.search_record("motion", clip(5).record["motion"], 4),
-    "distinct": lambda m: m.search(LONG, 6, Search(distinct=0.9, diversity=0.3)),
-    "get": lambda m: m.get([3, 17, 30]),
-    "ids": lambda m: m.ids().tolist(),
-    "filter": lambda m: m.ids({"dataset": ["set0", "late"]}).tolist(),
-    "len": len,
-    "every": lambda m: m.search(LONG, 63),
-}
-
-
-def plain(value: Any) -> Any:
-    """Answers as something that can be compared for equality."""
-    if not isinstance(value, list) or not value or isinstance(value[0], int):
-        return value
-    fields = [astuple(reference) for reference in value]
-    return [[{k: v.tobytes() for k, v in f.items()} if isinstance(f, dict) and n == 6 else repr(f) for n, f in enumerate(one)]
-            for one in fields]  # fmt: skip
+clip, filled, query, ranked = fake.clip, fake.filled, fake.query, fake.ranked
+ASKED = {name: ask for name, ask in QUESTIONS.items() if name not in ("without", "verify")}
 
 
 def answers(path: Path, threshold: int) -> dict[str, Any]:
     """What a memory says to each question: an answer, or a MemoryStoreError. Any other error ends the test."""
     try:
         with MotionMemory.open(path, readonly=True, index_threshold=threshold) as memory:
-            given = {name: _asked(ask, memory) for name, ask in QUESTIONS.items()}
+            given = {name: _asked(ask, memory) for name, ask in ASKED.items()}
         with MotionMemory.open(path, readonly=True, index_threshold=threshold) as memory:
             sound = _asked(lambda m: m.search(LONG, 9, WITHOUT), memory)
             return given | {"without": sound, "left out": {*map(str, memory._told)}}
     except MemoryStoreError as error:
-        return dict.fromkeys([*QUESTIONS, "without"], error) | {"left out": set()}
+        return dict.fromkeys([*ASKED, "without"], error) | {"left out": set()}
 
 
 def _asked(ask: Callable[[MotionMemory], Any], memory: MotionMemory) -> Any:
     try:
-        return plain(ask(memory))
+        return told(ask(memory))
     except MemoryStoreError as error:
         return error
 
@@ -228,11 +181,3 @@ def test_damage_anywhere_is_an_error_or_means_nothing(tmp_path: Path, threshold:
 @pytest.mark.parametrize("threshold", [1000, 20], ids=["exact", "index"])
 def test_much_damage_anywhere_is_an_error_or_means_nothing(tmp_path: Path, threshold: int) -> None:
     damaged(tmp_path, 5000, 1, threshold)
-
-
-if __name__ == "__main__":
-    logging.disable(logging.CRITICAL)
-    tries, seed = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 2
-    for threshold in (1000, 20):
-        with tempfile.TemporaryDirectory() as folder:
-            print(f"threshold {threshold}: {dict(damaged(Path(folder), tries // 2, seed, threshold))}", flush=True)

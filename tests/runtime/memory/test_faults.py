@@ -5,6 +5,7 @@ The long run, 200 kills of each kind: `python tests/runtime/memory/test_faults.p
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -13,8 +14,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -267,15 +270,17 @@ with t['MotionMemory'].open(sys.argv[2], index_threshold=40) as m:
 
 def test_two_writers_and_a_reader_during_rebuilds(tmp_path: Path) -> None:
     path = filled(tmp_path / "m", 100)
-    children = []
-    for first in (1000, 2000):
-        command = [sys.executable, "-c", WRITER, _fake.__file__, str(path), str(first)]
-        children.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=_fake.environment()))
     seen, searches = 100, 0
     with (
+        contextlib.ExitStack() as stack,
         MotionMemory.open(path, True, index_threshold=THRESHOLD) as reader,
         MotionMemory.open(path, index_threshold=THRESHOLD) as writer,
     ):
+        children = []
+        for first in (1000, 2000):
+            command = [sys.executable, "-c", WRITER, _fake.__file__, str(path), str(first)]
+            child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=_fake.environment())
+            children.append(stack.enter_context(child))
         while any(child.poll() is None for child in children) or not searches:
             if searches % 20 == 0:
                 (path / "index.json").unlink(missing_ok=True)
@@ -288,13 +293,27 @@ def test_two_writers_and_a_reader_during_rebuilds(tmp_path: Path) -> None:
             assert writer.search(clip(9).embedding, 1)[0].id == 10
         for child in children:
             assert child.wait() == 0, child.communicate()[1]
-            child.communicate()
         assert len(reader) == 180
     with MotionMemory.open(path, index_threshold=THRESHOLD) as memory:
         memory.refresh()
         assert memory.verify() == []
         captions = {r.caption for r in memory.get(memory.ids().tolist())}
     assert captions == {f"caption {n}" for n in [*range(100), *range(1000, 1040), *range(2000, 2040)]}
+
+
+def test_writers_that_begin_together_all_write(tmp_path: Path) -> None:
+    """The first write of each turns the file over to a log beside it, and SQLite refuses one of two that do it at once."""
+    for turn in range(8):
+        path = filled(tmp_path / f"m{turn}", 1)
+        ready = threading.Barrier(4)
+        with contextlib.ExitStack() as stack, ThreadPoolExecutor(4) as pool:
+            writers = [stack.enter_context(MotionMemory.open(path)) for _ in range(4)]
+
+            def write(writer: MotionMemory, ready: threading.Barrier = ready) -> list[int]:
+                ready.wait()
+                return writer.add([clip(5)])
+
+            assert sorted(pool.map(write, writers)) == [[2], [3], [4], [5]]
 
 
 def test_a_writer_that_waits_too_long_says_so(tmp_path: Path) -> None:

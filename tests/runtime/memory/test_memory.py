@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from motionrt.runtime.errors import InputError, MemoryStoreError
+from motionrt.runtime.files import sealed
 from motionrt.runtime.memory import index as memory_index
 from motionrt.runtime.memory import memory as memory_module
 from motionrt.runtime.memory.memory import MotionMemory, Reference, Search
@@ -363,9 +364,9 @@ def test_an_index_that_cannot_be_trusted_is_made_again(tmp_path: Path) -> None:
     record = json.loads(good_sidecar)
     for change in ("", "{}", "[1]", {"sha256": "0" * 64, "stamp": []}, {"count": 299}, {"content": "0"}, {"format": 1},
                    {"generation": 7}, {"file": "../m/" + index.name}, {"file": "gone"}):  # fmt: skip
-        sidecar.write_text(change if isinstance(change, str) else json.dumps(record | change))
+        sidecar.write_text(change if isinstance(change, str) else json.dumps(sealed(record | change)))
         assert search() == want
-        assert json.loads(sidecar.read_text()) == record | {"stamp": list(stamped(index))}
+        assert json.loads(sidecar.read_text()) == sealed(record | {"stamp": list(stamped(index))})
     filled(tmp_path / "other", 0)  # another memory with as many clips and changes
     with MotionMemory.open(tmp_path / "other", index_threshold=10) as other:
         other.add(clip(i + 1000) for i in range(300))

@@ -20,6 +20,7 @@ import pytest
 
 from motionrt.runtime.bundle.manifest import ClipSize, Dim, GraphSpec, MemorySpec, Part, Port
 from motionrt.runtime.errors import BundleError, InputError, MemoryStoreError
+from motionrt.runtime.files import sealed
 from motionrt.runtime.memory.memory import Clip, MotionMemory, Search
 from motionrt.runtime.memory.rows import Layout
 
@@ -365,7 +366,8 @@ def test_verify_reads_the_index_even_where_its_stamp_fits(tmp_path: Path) -> Non
     content[-1] ^= 1
     index.write_bytes(content)
     record = json.loads((path / "index.json").read_text())
-    (path / "index.json").write_text(json.dumps(record | {"stamp": list(_fake.stamped(index))}))  # as a failing disk would
+    unseen = sealed(record | {"stamp": list(_fake.stamped(index))})  # as a failing disk would leave it
+    (path / "index.json").write_text(json.dumps(unseen))
     with MotionMemory.open(path, index_threshold=10) as memory:
         assert memory.verify() == ["the index is not what was written; remove index.json to have it made again"]
         (path / "index.json").write_text(json.dumps(record))

@@ -5,7 +5,7 @@ level, as shares of a unit vector's squared length (so of a cosine). The rest is
 all-MiniLM-L6-v2 embeddings of English sentences: there the median cosine of the n-th nearest of N falls by about 0.0375
 each time n / N doubles. Run as a script, this embeds sentences again and prints both profiles:
 
-    .venv-dev/bin/python benchmarks/questions/memory_data.py --sentences 10000
+    .venv-dev/bin/python benchmarks/models/memory_data.py --sentences 10000
 """
 
 from __future__ import annotations
