@@ -18,11 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from motionrt.runtime.arguments import flag, instance, real, whole
 from motionrt.runtime.bundle.manifest import GraphSpec
-from motionrt.runtime.errors import InputError
+from motionrt.runtime.errors import InputError, shown
 from motionrt.runtime.job import Job
 from motionrt.runtime.loop import Call
 from motionrt.runtime.pipeline import MotionPipeline
+
+_PROBES = 3  # calls that are run both ways before it is said what a batch gains
 
 
 class Scheduler:
@@ -32,14 +35,19 @@ class Scheduler:
     batch: most jobs in one call; 1, the default, runs each alone, which costs large models nothing (a step of theirs fills a
     device by itself). `same`: graph -> whether it gave the same bits alone and in a batch on this backend. That is never
     assumed: the first calls that could share a batch are run both ways, and where the results differ (or a backend takes no
-    batch) the graph's calls are run alone from then on, unless `inexact`.
+    batch) the graph's calls are run alone from then on, unless `inexact`. `gains`: graph -> how many times as long it took
+    alone, as often as that was measured; with `gain`, the middle of the first three must be at least that, or calls are run
+    alone.
     """
 
-    def __init__(self, pipeline: MotionPipeline, batch: int = 1, *, inexact: bool = False) -> None:
-        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-            raise InputError(f"batch is {batch!r}; it must be 1 or more.")
-        self.pipeline, self.batch, self.inexact = pipeline, batch, inexact
+    def __init__(self, pipeline: MotionPipeline, batch: int = 1, *, inexact: bool = False, gain: float = 0.0) -> None:
+        instance("the pipeline", pipeline, MotionPipeline, "an open MotionPipeline")
+        batch, inexact, pays = whole("batch", batch, 1), flag("inexact", inexact), real(gain)
+        if pays is None or pays < 0:
+            raise InputError(f"gain is {shown(gain)}; allowed is a number of 0 or more, such as 1.1.")
+        self.pipeline, self.batch, self.inexact, self.gain = pipeline, batch, inexact, pays
         self.same: dict[str, bool] = {}
+        self.gains: dict[str, list[float]] = {}
         self._line: deque[Job] = deque()
 
     def __len__(self) -> int:
@@ -47,11 +55,13 @@ class Scheduler:
 
     def add(self, job: Job) -> Job:
         """Put a job at the end of the line."""
+        instance("the job", job, Job, "what pipeline.start(...) gives")
         self._line.append(job)
         return job
 
     def abort(self, job: Job) -> None:
         """Stop a job; the others do not notice."""
+        instance("the job", job, Job, "what pipeline.start(...) gives")
         job.close()
         if job in self._line:
             self._line.remove(job)
@@ -61,9 +71,13 @@ class Scheduler:
         while self._line:
             self.turn()
 
-    def turn(self) -> list[Job]:
-        """Run one call: of the job that waited longest, and of those that share its batch. The jobs that went on."""
-        while self._line and self._waiting(self._line[0]) is None:
+    def turn(self, first: Job | None = None) -> list[Job]:
+        """Run one call: of `first`, else of the job that waited longest, and of those that share its batch. The jobs that went
+        on."""
+        if first is not None and first in self._line:
+            self._line.remove(first)
+            self._line.appendleft(first)
+        while self._line and self.waiting(self._line[0]) is None:
             self._line.popleft()
         if not self._line:
             return []
@@ -75,11 +89,11 @@ class Scheduler:
                 for job in group:
                     self._alone(job)
         finally:  # also behind Ctrl-C: whoever catches it may go on
-            self._line += [job for job in group if self._waiting(job) is not None]
+            self._line += [job for job in group if self.waiting(job) is not None]
         return group
 
-    def _waiting(self, job: Job) -> Call | None:
-        """The call that a job waits for, if it still does."""
+    def waiting(self, job: Job) -> Call | None:
+        """The call that a job waits for, if it still does; `job.failure` says why where it cannot."""
         try:
             return None if job.failure is not None else job.call
         except Exception as error:  # of any kind: it must not take the others with it
@@ -91,13 +105,19 @@ class Scheduler:
         assert call is not None
         spec, group = self.pipeline.bundle.graph(call.graph), [first]
         most = min([self.batch, *(port.dims[0].max // port.dims[0].min for port in spec.inputs if port.shared)])
-        if call.key is not None or self.same.get(call.graph) is False and not self.inexact:
+        if call.key is not None or not self._shares(call.graph):
             return group
         for job in list(self._line)[1:]:
-            other = self._waiting(job)
+            other = self.waiting(job)
             if len(group) < most and other is not None and other.graph == call.graph and may_share(spec, call, other):
                 group.append(job)
         return group
+
+    def _shares(self, graph: str) -> bool:
+        """Whether calls of `graph` may be run as one: nothing that was found speaks against it."""
+        found = self.gains.get(graph, ())
+        pays = not self.gain or len(found) < _PROBES or sorted(found)[_PROBES // 2] >= self.gain
+        return pays and (self.inexact or self.same.get(graph) is not False)
 
     def _alone(self, job: Job) -> None:
         start, call = time.perf_counter(), job.call
@@ -113,10 +133,12 @@ class Scheduler:
         graph, start = self.pipeline.graph(calls[0].graph), time.perf_counter()
         try:
             parts = split(graph.spec, graph.run(merge(graph.spec, calls)), len(group))
-            name = graph.spec.name
-            if name not in self.same:
+            name, together = graph.spec.name, time.perf_counter() - start
+            gains = self.gains.setdefault(name, [])
+            if name not in self.same or self.gain and len(gains) < _PROBES:
                 alone = [dict(self.pipeline.run(call, job.placed)) for call, job in zip(calls, group, strict=True)]
-                self.same[name] = all(
+                gains.append((time.perf_counter() - start - together) / together)
+                self.same[name] = self.same.get(name, True) and all(
                     np.array_equal(np.asarray(one[port]), np.asarray(part[port]), equal_nan=True)
                     for one, part in zip(alone, parts, strict=True) for port in one
                 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -194,3 +195,37 @@ def test_calls_share_a_batch_only_where_the_rest_is_equal(pipeline: MotionPipeli
 def test_scheduler_refuses(pipeline: MotionPipeline, batch: Any) -> None:
     with pytest.raises(InputError, match="batch is"):
         Scheduler(pipeline, batch)
+
+
+def test_whoever_turns_may_say_who_is_first(pipeline: MotionPipeline, still: Still) -> None:
+    scheduler = Scheduler(pipeline)
+    first, second = (scheduler.add(pipeline.start(pipeline.request(still, "a", seed=i, steps=3, **OFF))) for i in range(2))
+    assert [scheduler.turn(second) for _ in range(3)] == [[second]] * 3
+    assert scheduler.turn() == [first] and scheduler.waiting(first) is not None
+    scheduler.abort(first)
+    assert scheduler.turn(first) == [second]  # one that left the line is no first any more
+    scheduler.run()
+    assert scheduler.turn() == []
+
+
+@pytest.mark.parametrize(("slower", "pays"), [(0.0, True), (0.02, False)])
+def test_with_a_gain_batches_are_left_that_do_not_pay(
+    fake_bundle: Path, watching: ModuleType, still: Still, slower: float, pays: bool
+) -> None:
+    """A step that takes 5 ms, and in a batch as long (pays) or more than four times as long."""
+    backend = Counting(watching)
+
+    def timed(name: str, inputs: Mapping[str, Any], run: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+        outputs = Counting.run(backend, name, inputs, run)
+        if name == "step":
+            time.sleep(0.005 + (slower if len(inputs["latents"]) > 1 else 0))
+        return outputs
+
+    pipeline = MotionPipeline(Bundle.open(fake_bundle), watching.Watching(timed))
+    scheduler = Scheduler(pipeline, 2, gain=1.1)
+    jobs = [scheduler.add(pipeline.start(pipeline.request(still, "a", seed=i, steps=6, **OFF))) for i in range(2)]
+    scheduler.run()
+    steps = [size for name, size in backend.calls if name == "step"]
+    assert steps == [2, 1, 1] * 3 + ([2] * 3 if pays else [1] * 6)
+    assert len(scheduler.gains["step"]) == 3 and (sorted(scheduler.gains["step"])[1] >= 1.1) is pays
+    assert len(frames(pipeline, jobs)) == 2
