@@ -10,18 +10,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from motionrt.runtime.errors import InputError, MediaError, MemoryStoreError, MotionRTError
-from motionrt.runtime.indexing.encoders import ClipEncoders, cut
+from motionrt.runtime.arguments import called, flag, instance, path_of, text_of
+from motionrt.runtime.errors import InputError, MediaError, MemoryStoreError, MotionRTError, shown
+from motionrt.runtime.files import here
+from motionrt.runtime.indexing.encoders import ClipEncoders, check_moves, cut
 from motionrt.runtime.indexing.hashes import FileHashes
 from motionrt.runtime.indexing.sources import Item
-from motionrt.runtime.media.video import SPANS, DecodedClip, span_start
+from motionrt.runtime.media.limits import LIMITS, Limits, check_limits
+from motionrt.runtime.media.video import DecodedClip, check_span, span_start
 from motionrt.runtime.memory.memory import Clip, MotionMemory
 from motionrt.runtime.memory.rows import Layout
 
 __all__ = ["BATCH", "ClipEncoders", "IndexReport", "index_clips"]
 
 BATCH = 8  # clips through the encoders, and into the memory, at once
-STILL = 4 / 127.5  # of values in [-1, 1]: up to 4 of 255 levels a still changes by being coded as a video
 SAME_ENCODER = 0.98  # cosine of two vectors of one caption, above which one encoder made both (float16 costs 1e-3)
 
 
@@ -46,32 +48,42 @@ def index_clips(
     *,
     span: str = "start",
     reembed: bool = False,
+    limits: Limits = LIMITS,
 ) -> IndexReport:
     """Cut, encode and add clips: `items`, or the first fields of them (video file, caption, start in seconds or None).
 
     Each clip is the window that `span_start` places by the rule `span` ("start" or "centre") and `decode_clip` cuts, so
     indexing is reproducible; its metadata says `span` (start, centre, or explicit where the item gave the start) and the
-    item's limits. What identifies a clip is the SHA-256 of its file, its start and its caption: one that the memory has is
-    skipped. An item that cannot be used (damaged, no motion in its window, no caption or one too long) is reported and the
-    rest go on; a window shows no motion if no pixel of it differs from its first frame by more than 4 of 255 levels.
+    item's own start and end. What identifies a clip is the SHA-256 of its file, its start and its caption: one that the
+    memory has is skipped. An item that cannot be used (damaged, no motion in its window, no caption or one too long) is
+    reported and the rest go on; a window shows no motion if no pixel of it differs from its first frame by more than 4 of 255
+    levels, or if its pictures change less than the bundle asks for (`check_moves`). Relative paths start where the process is
+    at the call. limits: of decoding.
 
     Vectors that come with the captions are kept if they have the memory's dimension, unless `reembed`: they must come from
     the bundle's own text encoder, and the first one is compared with it (MemoryStoreError if they differ).
 
-    progress(done, path) is called after each item. Clips are added in batches: after a kill, or an error that concerns them
-    all (a full disk, a failing backend), the earlier batches are there, the last is not (the error says how many clips are),
-    and the same call goes on from there; files that did not change meanwhile are not even read again (`FileHashes`).
+    limits: of decoding. progress(done, path) is called after each item. Clips are added in batches: after a kill, or an error
+    that concerns them all (a full disk, a failing backend), the earlier batches are there, the last is not (the error says
+    how many clips are), and the same call goes on from there; files that did not change meanwhile are not even read again
+    (`FileHashes`).
 
     For a memory that makes records on demand only captions are encoded: what is wrong with a record is said when it is used.
     """
-    if span not in SPANS:
-        raise InputError(f"the span rule is {span!r}; allowed are {', '.join(SPANS)}.")
-    run = _Run(memory, encoders, span, reembed, FileHashes(memory.path / "resume.jsonl"))
+    check_span(span)
+    check_limits(limits)
+    instance("the memory", memory, MotionMemory, "an open MotionMemory")
+    instance("the encoders", encoders, ClipEncoders, "ClipEncoders.of(...)")
+    called("progress", progress, "a number of items and a path")
+    flag("reembed", reembed)
+    instance("items", items, Iterable, "a list, or the like, of Items or tuples of their first fields")
+    run = _Run(memory, encoders, span, reembed, limits, here(), FileHashes(memory.path / "resume.jsonl"))
     try:
-        for done, item in enumerate(items, 1):
-            run.take(Item(*item))
+        for done, given in enumerate(items, 1):
+            item = _item(given)
+            run.take(item)
             if progress is not None:
-                progress(done, str(item[0]))
+                progress(done, str(item.video))
         run.flush()
         memory.refresh()
     except MotionRTError as error:
@@ -83,12 +95,20 @@ def index_clips(
     return run.report
 
 
+def _item(given: Any) -> Item:
+    """One of the items, or its first fields; InputError."""
+    if not isinstance(given, tuple) or not 2 <= len(given) <= len(Item._fields):
+        raise InputError(f"an item is {shown(given)}; allowed is an Item, or its first fields: a video, a caption, a start.")
+    return Item(*given)
+
+
 @dataclass(frozen=True, eq=False)
 class _Pending:
     item: Item
     start: float
     sha256: str
     decoded: DecodedClip
+    field: NDArray[np.float32] | None  # where records are made of it
     embedding: NDArray[np.float32]
 
 
@@ -100,6 +120,8 @@ class _Run:
     encoders: ClipEncoders
     span: str
     reembed: bool
+    limits: Limits
+    folder: Path  # where relative paths start, wherever the process goes meanwhile
     hashes: FileHashes
     report: IndexReport = field(default_factory=IndexReport)
     pending: list[_Pending] = field(default_factory=list)
@@ -121,31 +143,33 @@ class _Run:
 
     def _prepare(self, item: Item) -> _Pending | None:
         """The decoded clip, or nothing if the memory or the batch has it already."""
-        if item.problem:
+        if text_of("the problem of an item", item.problem):
             raise InputError(item.problem)
-        path, caption, encoders = Path(item.video), item.caption, self.encoders
+        path = self.folder / path_of("the video of an item", item.video)
+        caption, encoders = item.caption, self.encoders
+        if not isinstance(item.metadata, Mapping):
+            raise InputError(f"the metadata of {path} is {shown(item.metadata)}; allowed is a mapping from text to text.")
         if not isinstance(caption, str) or not caption.strip():
-            raise InputError(f"the caption of {path} is {caption!r}; say in a few words what moves and how.")
+            raise InputError(f"the caption of {path} is {shown(caption)}; say in a few words what moves and how.")
         try:
             f"{path}{caption}".encode()
         except UnicodeEncodeError as error:
             raise InputError(f"the path and the caption {caption[:80]!r} must be valid text ({error}).") from None
         seconds = encoders.spec.clip.frames / encoders.spec.clip.fps
-        start = span_start(path, self.span, seconds, item.start, item.end)
+        start = span_start(path, self.span, seconds, item.start, item.end, limits=self.limits)
         sha256 = self.hashes.sha256(path)
         waiting = any((p.sha256, p.start, p.item.caption) == (sha256, start, caption) for p in self.pending)
         if waiting or self.memory.contains(sha256, start, caption):
             return None
-        decoded = cut(encoders.spec, path, start, item.end)
-        if len(decoded.video) > 1 and np.abs(decoded.video - decoded.video[:1]).max() <= STILL:
-            raise MediaError(
-                f"{path} shows one picture from {start:g} to {start + decoded.duration:g} s, which is no motion. Leave it out,"
-                " or choose a part that moves."
-            )
-        return _Pending(item, start, sha256, decoded, self._embedding(item))
+        decoded = cut(encoders.spec, path, start, item.end, self.limits)
+        check_moves(encoders.spec, path, decoded)
+        motion = None if self.memory.layout.on_demand else encoders.field(decoded, path, self.limits)
+        return _Pending(item, start, sha256, decoded, motion, self._embedding(item))
 
     def _embedding(self, item: Item) -> NDArray[np.float32]:
         given = item.embedding
+        if given is not None and not (isinstance(given, np.ndarray) and given.ndim == 1 and given.dtype.kind == "f"):
+            raise InputError(f"the vector of {item.video} is {shown(given)}; allowed is a float array [E], or None.")
         if self.reembed or given is None or len(given) != self.memory.layout.embedding:
             return self.encoders.embed(item.caption)
         if not np.isfinite(given).all() or not given.any():
@@ -173,7 +197,9 @@ class _Run:
                 )
             records: list[dict[str, NDArray[Any]]] = [{} for _ in self.pending]
             if not layout.on_demand:
-                records = encoders.records(np.stack([p.decoded.video for p in self.pending]))
+                fields = [p.field for p in self.pending if p.field is not None]
+                videos = np.stack([p.decoded.video for p in self.pending])
+                records = encoders.records(videos, np.stack(fields) if fields else None)
             clips = [self._clip(p, record) for p, record in zip(self.pending, records, strict=True)]
             added = self._add(self.pending, clips)
             self.report.added += len(added)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from motionrt.runtime.errors import MediaError
-from motionrt.runtime.files import read_digest, stamp_of
+from motionrt.runtime.files import is_sealed, read_digest, sealed, stamp_of
 
 
 class FileHashes:
@@ -23,9 +23,9 @@ class FileHashes:
         self._new: list[str] = []
         with contextlib.suppress(OSError):
             for line in [] if journal is None else journal.read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError, TypeError):  # a line that was cut
-                    path, stamp, sha256 = json.loads(line)
-                    self._known[path] = stamp, sha256
+                with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):  # cut, or damaged
+                    if is_sealed(record := json.loads(line)):
+                        self._known[record["path"]] = record["stamp"], record["sha256"]
 
     def sha256(self, path: Path) -> str:
         """The SHA-256 of the bytes of `path`. Raises MediaError if it cannot be read."""
@@ -37,7 +37,8 @@ class FileHashes:
             sha256, stamp = read_digest(path)
             if stamp is not None:
                 self._known[name] = [*stamp], sha256
-                self._new += [json.dumps([name, stamp, sha256])] if self.journal is not None else []
+                if self.journal is not None:
+                    self._new.append(json.dumps(sealed({"path": name, "stamp": stamp, "sha256": sha256})))
             return sha256
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or error

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from motionrt.runtime.errors import InputError, MotionRTError
-from motionrt.runtime.files import replacing
+from motionrt.runtime.arguments import listed, path_of, real, text_of
+from motionrt.runtime.errors import InputError, MotionRTError, shown
+from motionrt.runtime.files import here, replacing
 from motionrt.runtime.indexing.tables import Row, Table, is_table, open_table
 
 CAPTIONS = ("motion_caption", "caption", "text")  # columns that a caption is taken from: the first that is there
@@ -69,16 +70,28 @@ def open_sources(
 ) -> Source:
     """Everything in `paths`, each by its kind: a video file, a folder of them, or a table (`tables.is_table`).
 
-    A folder is read with all folders in it, links to others too; every file there is an item or is in `left_out`.
+    A folder is read with all folders in it, links to others too; every file there is an item, lies beside one (.txt, and .npy,
+    its field) or is in `left_out`.
     caption: of all videos; captions: a JSON file {"name or path in the folder": "caption"}; else the caption is the text
     in the .txt file of the video's name. Names match whatever their Unicode form is. start: where the spans of videos begin,
     in seconds. videos: the folder that relative paths of a table start from, its own if None. dataset: of all items, else a
     table's column. Raises InputError for what is wrong with a source as a whole; an item that cannot be used says so in
-    `problem`.
+    `problem`. All paths are absolute from here on, so that the process may change its folder.
     """
+    paths = [path_of("a source", path) for path in listed("paths", paths, "paths of videos, folders and tables")]
+    captions = None if captions is None else path_of("captions", captions)
+    videos = None if videos is None else path_of("videos", videos)
+    for name, text in (("caption", caption), ("dataset", dataset)):
+        if text is not None:
+            text_of(name, text)
+    if start is not None and real(start) is None:
+        raise InputError(f"start is {shown(start)}; allowed are seconds.")
     if caption is not None and captions is not None:
         raise InputError("give either --caption (one for all clips) or --captions (a JSON file with one for each).")
     _listed.cache_clear()
+    folder = here()
+    paths = [folder / path for path in paths]
+    captions, videos = (None if path is None else folder / path for path in (captions, videos))
     named = {} if captions is None else _read_captions(captions)
     tables = [path for path in paths if is_table(path)]
     if tables and (caption is not None or captions is not None or start is not None):
@@ -93,9 +106,9 @@ def open_sources(
             files, unread, other = _files(path) if path.is_dir() else ([(path, path.name)], [], [])
             items = [_with_caption(file, name, caption, named, start, dataset or "") for file, name in files]
             items += [Item(place, "", problem=f"this folder cannot be read: {why}.") for place, why in unread]
-            used = {_composed(str(Path(item.video).with_suffix(".txt"))) for item in items}
-            used |= {str(captions.absolute())} if captions is not None else set()
-            left = [(file, why) for file, why in other if not {_composed(str(file)), str(file.absolute())} & used]
+            used = {_composed(str(Path(item.video).with_suffix(kind))) for item in items for kind in (".txt", ".npy")}
+            used |= set() if captions is None else {str(captions)}
+            left = [(file, why) for file, why in other if not {_composed(str(file)), str(file)} & used]
             sources.append(Source(len(items), items.__iter__, left))
     left_out = [one for source in sources for one in source.left_out]
     return Source(sum(s.count for s in sources), lambda: (item for s in sources for item in s.items()), left_out)
