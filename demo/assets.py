@@ -10,7 +10,8 @@ from pathlib import Path
 import domain
 import model as demo
 import numpy as np
-from training import HERE, WORK, log, restore, tokenizer
+from recipe import log
+from training import HERE, WORK, tokenizer, work
 
 GROUP = 6  # clips of one free path
 NAMED, FREE = 80, 800  # clips per seen family; free paths
@@ -57,7 +58,7 @@ def stage_pack() -> None:
     """All parts into demo/checkpoint.safetensors (float16) and demo/tokenizer.json; work/ keeps a float32 copy."""
     net = demo.build()
     for part in demo.PARTS:
-        restore(getattr(net, part), "refined" if part == "autoencoder" else part)
+        work.restore(getattr(net, part), "refined" if part == "autoencoder" else part)
     net.eval().refresh_uncond()
     demo.save(net, HERE / "checkpoint.safetensors")
     for part in ("motion_encoder", "motion_proj", "appearance_encoder", "appearance_proj"):  # as the memories know them

@@ -166,7 +166,7 @@ UNSEEN = tuple(name for name, family in FAMILIES.items() if not family.seen)
 class Spec:
     """Everything a clip depends on.
 
-    `start` is the sprite's centre in frame 0, `path` [FRAMES, 2] the displacement from it, both in px.
+    `start` is the sprite's centre in frame 0, `path` [F, 2] the displacement from it, both in px.
     """
 
     family: str  # a key of FAMILIES, or "free" for an unnamed random path
@@ -179,13 +179,13 @@ class Spec:
 
     @property
     def centres(self) -> Array:
-        """float64 [FRAMES, 2] in px."""
+        """float64 [F, 2] in px."""
         return np.asarray(self.path, dtype=np.float64) + np.asarray(self.start, dtype=np.float64)
 
 
-def named_path(name: str) -> Array:
-    """float64 [FRAMES, 2]: the displacement of a named family in px, without jitter."""
-    x, y = FAMILIES[name].path(np.linspace(0.0, 1.0, FRAMES))
+def named_path(name: str, frames: int = FRAMES) -> Array:
+    """float64 [frames, 2]: the displacement of a named family in px, without jitter."""
+    x, y = FAMILIES[name].path(np.linspace(0.0, 1.0, frames))
     return np.stack([x, y], axis=1) * REACH
 
 
@@ -209,18 +209,18 @@ def jumps(path: Array) -> bool:
     return float(np.linalg.norm(np.diff(np.asarray(path), axis=0), axis=1).max()) > MAX_STEP
 
 
-def free_path(rng: np.random.Generator) -> Array:
-    """float64 [FRAMES, 2]: an unnamed random path in px; teaches what a path is without any named family.
+def free_path(rng: np.random.Generator, frames: int = FRAMES) -> Array:
+    """float64 [frames, 2]: an unnamed random path in px; teaches what a path is without any named family.
 
     Paths that cross themselves or jump are drawn again, so that training never sees the kinds of the unseen families.
     """
-    while crosses(path := _any_path(rng)) or jumps(path * 1.1):  # room for jitter_path
+    while crosses(path := _any_path(rng, frames)) or jumps(path * 1.1):  # room for jitter_path
         pass
     return path
 
 
-def _any_path(rng: np.random.Generator) -> Array:
-    u = np.linspace(0.0, 1.0, FRAMES)
+def _any_path(rng: np.random.Generator, frames: int) -> Array:
+    u = np.linspace(0.0, 1.0, frames)
     kind = rng.integers(3)
     if kind == 0:  # straight pieces
         knots = np.concatenate([np.zeros((1, 2)), np.cumsum(rng.normal(size=(rng.integers(1, 4), 2)), axis=0)])
@@ -250,14 +250,16 @@ def sample_spec(
     path: Array | None = None,
     start: tuple[float, float] | None = None,
     jitter: bool = True,
+    frames: int = FRAMES,
 ) -> Spec:
     """A random clip.
 
-    `family`: a key of FAMILIES (None: a random seen one); `path` [FRAMES, 2] px overrides it under the name "free".
+    `family`: a key of FAMILIES (None: a random seen one); `path` [F, 2] px overrides it under the name "free", and its
+    length overrides `frames`.
     """
     if path is None:
         family = family if family is not None else SEEN[rng.integers(len(SEEN))]
-        base = named_path(family)
+        base = named_path(family, frames)
     else:
         family, base = "free", np.asarray(path, dtype=np.float64)
     moved = jitter_path(base, rng) if jitter else base
@@ -319,7 +321,7 @@ def render(spec: Spec, size: int = SIZE, frames: int | None = None) -> tuple[NDA
 
     `frames` limits F (1: the still).
     """
-    centres = spec.centres[: frames if frames is not None else FRAMES]
+    centres = spec.centres[:frames]
     unit = SIZE / size
     axis = (np.arange(size) + 0.5) * unit
     x = axis[None, None, :] - centres[:, 0, None, None]

@@ -9,8 +9,9 @@ import model as demo
 import numpy as np
 import torch
 import torch.nn.functional as F
+from recipe import log
 from torch import Tensor, nn
-from training import WORK, Pool, ids, keep, keep_tensor, log, restore, tokenizer, training
+from training import WORK, Pool, ids, tokenizer, work
 
 PICKS = [*range(8), *range(9, 17)]  # the frames VideoMAE sees
 
@@ -44,7 +45,7 @@ def stage_motion(steps: int) -> None:
     torch.manual_seed(3)
     net, dense = demo.MotionEncoder(), nn.Linear(96, 36)
     both = nn.ModuleList([net, dense])
-    for step in training("motion_dense", both, [{"params": both.parameters(), "lr": 1.5e-3}], steps):
+    for step in work.training("motion_dense", both, [{"params": both.parameters(), "lr": 1.5e-3}], steps):
         index = step.rng.choice(pool.train, 16)
         mask, centres = token_masks(pool.mask(index)), (pool.centres[index][:, PICKS] - 32) / 32
         out = dense(net(pool.video(index)))
@@ -53,14 +54,14 @@ def stage_motion(steps: int) -> None:
         loss = F.binary_cross_entropy_with_logits(out[..., :32], mask)
         step.advance(loss + ((cover + 0.02) * (out[..., 32:] - where).abs()).mean() / (cover + 0.02).mean())
     net.eval()
-    keep(net, "motion_encoder")
+    work.keep(net, "motion_encoder")
     everything = np.arange(len(pool.frames))
     with torch.no_grad():
         features = torch.cat([net(pool.video(part)) for part in np.array_split(everything, len(everything) // 32)])
     log("cached VideoMAE features", tuple(features.shape))
     proj, head = demo.resampler(), nn.Linear(demo.WIDTH, 4)
     both = nn.ModuleList([proj, head])
-    for step in training("motion_resampler", both, [{"params": both.parameters(), "lr": 3e-3}], steps):
+    for step in work.training("motion_resampler", both, [{"params": both.parameters(), "lr": 3e-3}], steps):
         index = step.rng.choice(pool.train, 48)
         cover = token_masks(pool.mask(index)).mean(dim=-1).unflatten(1, (8, 16)) + 1e-6
         target = torch.diag_embed((cover / cover.sum(dim=-1, keepdim=True)).transpose(1, 2)).permute(
@@ -70,8 +71,8 @@ def stage_motion(steps: int) -> None:
         where = ((pool.centres[index][:, PICKS] - 32) / 32).unflatten(1, (8, 2)).flatten(2)
         step.advance(4 * (head(tokens) - where).abs().mean() + 0.05 * attention)
     proj.eval()
-    keep(proj, "motion_proj")
-    keep(head, "motion_head")
+    work.keep(proj, "motion_proj")
+    work.keep(head, "motion_head")
     with torch.no_grad():
         tokens = torch.cat([proj(part) for part in features.split(256)])
         where = head(tokens).unflatten(-1, (2, 2)).flatten(1, 2) * 32 + 32
@@ -80,7 +81,7 @@ def stage_motion(steps: int) -> None:
         f"motion tokens hold the path to {float(error[pool.check].mean()):.2f} px,",
         f"unseen kinds {float(error[pool.held].mean()):.2f} px",
     )
-    keep_tensor(tokens, "motion_tokens")
+    work.keep_data(tokens, "motion_tokens")
 
 
 def stage_appearance(steps: int) -> None:
@@ -90,7 +91,7 @@ def stage_appearance(steps: int) -> None:
     net, proj, dense = demo.AppearanceEncoder(), demo.resampler(), nn.Linear(96, 6)
     head, kind = nn.Linear(demo.WIDTH, 2), nn.Linear(demo.WIDTH, len(domain.COLOURS) + len(domain.SHAPES))
     modules = nn.ModuleList([net, proj, dense, head, kind])
-    for step in training("appearance", modules, [{"params": modules.parameters(), "lr": 1.5e-3}], steps):
+    for step in work.training("appearance", modules, [{"params": modules.parameters(), "lr": 1.5e-3}], steps):
         index = step.rng.choice(pool.train, 24)
         image = torch.from_numpy(pool.frames[index, 0]).permute(0, 3, 1, 2).float() / 127.5 - 1
         mask = (
@@ -109,14 +110,14 @@ def stage_appearance(steps: int) -> None:
         loss = loss + 0.2 * F.cross_entropy(logits[:, : len(domain.COLOURS)], pool.colour[index])
         step.advance(loss + 0.2 * F.cross_entropy(logits[:, len(domain.COLOURS) :], pool.shape[index]))
     modules.eval()
-    keep(net, "appearance_encoder")
-    keep(proj, "appearance_proj")
+    work.keep(net, "appearance_encoder")
+    work.keep(proj, "appearance_proj")
     with torch.no_grad():
         images = torch.from_numpy(pool.frames[:, 0].copy()).permute(0, 3, 1, 2)
         tokens = torch.cat([proj(net(part.float() / 127.5 - 1)) for part in images.split(64)])
         error = ((head(tokens).mean(dim=1) * 32 + 32) - pool.centres[:, 0]).norm(dim=-1)
     log(f"appearance tokens hold the place to {float(error[pool.check].mean()):.2f} px")
-    keep_tensor(tokens, "appearance_tokens")
+    work.keep_data(tokens, "appearance_tokens")
 
 
 def text_of(pool: Pool, index: int, motion: bool) -> str:
@@ -140,13 +141,13 @@ def stage_text(steps: int) -> None:
     motions = [domain.FAMILIES[name].phrase for name in domain.SEEN] + ["moves"]
     counts = (len(colours), len(domain.SHAPES), len(motions))
     both = nn.ModuleList([net, nn.Linear(demo.TEXT_WIDTH, sum(counts))])
-    for step in training("text", both, [{"params": both.parameters(), "lr": 3e-3}], steps):
+    for step in work.training("text", both, [{"params": both.parameters(), "lr": 3e-3}], steps):
         pick = torch.from_numpy(np.stack([step.rng.integers(n, size=64) for n in counts]))
         texts = [f"a {colours[c]} {domain.SHAPES[s]} {motions[m]}" for c, s, m in pick.T.tolist()]
         out = net(blur(step.rng, ids(words, texts)))
         logits = both[1](out.mean(dim=1)).split(counts, dim=-1)
         step.advance(sum((F.cross_entropy(part, true) for part, true in zip(logits, pick, strict=True)), torch.zeros(())))
-    keep(net, "text")
+    work.keep(net, "text")
 
 
 def siblings(pool: Pool) -> dict[int, np.ndarray]:
@@ -187,9 +188,9 @@ def stage_cama(steps: int) -> None:
     motion, appearance = tokens_of_pool()
     groups = siblings(pool)
     net, head = demo.build().cama, nn.Linear(demo.WIDTH, 4)
-    restore(head, "motion_head")
+    work.restore(head, "motion_head")
     head.requires_grad_(False)
-    for step in training("cama", net, [{"params": net.parameters(), "lr": 1.5e-3}], steps):
+    for step in work.training("cama", net, [{"params": net.parameters(), "lr": 1.5e-3}], steps):
         count = int(step.rng.choice([1, 2, 3, 4, 4, 4, 5, 8]))
         index = step.rng.choice(pool.train, 64)
         refs = references(step.rng, pool, groups, index, count, 0.15)
@@ -202,7 +203,7 @@ def stage_cama(steps: int) -> None:
         loss = (weight * (out - true).square()).mean() + 3 * (weight * (head(out) - head(true)).abs()).mean()
         step.advance(loss)
     net.eval()
-    keep(net, "cama")
+    work.keep(net, "cama")
     with torch.no_grad():
         made = cama_for(pool, net, motion, appearance, pool.check, np.random.default_rng(0))
         error = ((head(made) - head(motion[pool.check])) * 32).unflatten(-1, (2, 2)).norm(dim=-1).mean()

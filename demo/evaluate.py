@@ -209,7 +209,7 @@ def int8_weights(bundle: Path) -> Iterator[Path]:
     import onnx
     from onnx import numpy_helper
 
-    from motionrt.runtime.files import sha256_of
+    from motionrt.runtime.files import sealed, sha256_of
 
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "bundle"
@@ -228,7 +228,7 @@ def int8_weights(bundle: Path) -> Iterator[Path]:
                     tensor.CopyFrom(numpy_helper.from_array(rounded, tensor.name))
             onnx.save(model, copy / entry["file"])
             entry["sha256"] = sha256_of(copy / entry["file"])
-        (copy / "bundle.json").write_text(json.dumps(manifest), encoding="utf-8")
+        (copy / "bundle.json").write_text(json.dumps(sealed(manifest)), encoding="utf-8")
         yield copy
 
 

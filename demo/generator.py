@@ -10,8 +10,9 @@ import model as demo
 import numpy as np
 import torch
 import torch.nn.functional as F
+from recipe import log
 from torch import Tensor
-from training import WORK, Pool, ids, keep, keep_tensor, log, restore, tokenizer, training
+from training import WORK, Pool, ids, tokenizer, work
 
 # The denoiser's latents will not be exact either: noise on frame 0's latent, and on the groups'.
 NOISE = torch.tensor([0.06, 0.25, 0.25, 0.25, 0.25])[:, None, None, None]
@@ -32,7 +33,7 @@ def stage_autoencoder(steps: int) -> None:
     pool, batch = Pool(), 16
     torch.manual_seed(2)
     net = demo.Autoencoder()
-    for step in training("autoencoder", net, [{"params": net.parameters(), "lr": 1.5e-3}], steps):
+    for step in work.training("autoencoder", net, [{"params": net.parameters(), "lr": 1.5e-3}], steps):
         index = step.rng.choice(pool.train, batch)
         group = step.rng.integers(4, size=batch)
         window = np.stack([np.concatenate([[0], 1 + 4 * g + np.arange(4)]) for g in group])  # all that a group depends on
@@ -77,10 +78,10 @@ def stage_autoencoder(steps: int) -> None:
                 square = (result - video).square() / 4
                 whole, sprite = (-10 * math.log10(float(x.mean())) for x in (square, square[inside]))
                 log(f"{name}: {kind} latents give {whole:.2f} dB, on the sprite {sprite:.2f} dB")
-    keep(net, "autoencoder")
+    work.keep(net, "autoencoder")
     with torch.no_grad():
         everything = np.array_split(np.arange(len(pool.frames)), len(pool.frames) // 32)
-        keep_tensor(torch.cat([net.encode(pool.video(part)) for part in everything]), "latents")
+        work.keep_data(torch.cat([net.encode(pool.video(part)) for part in everything]), "latents")
 
 
 def stage_denoiser(steps: int, batch: int = 16) -> None:
@@ -99,7 +100,7 @@ def stage_denoiser(steps: int, batch: int = 16) -> None:
     latents = torch.load(WORK / "latents.pt", weights_only=True)
     model, words = demo.build(), tokenizer()
     for part in ("autoencoder", "text", "motion_encoder", "motion_proj", "cama"):
-        restore(getattr(model, part), part)
+        work.restore(getattr(model, part), part)
     model.eval().requires_grad_(False).refresh_uncond()
     net = model.denoiser.requires_grad_(True)
     with torch.no_grad():
@@ -113,7 +114,7 @@ def stage_denoiser(steps: int, batch: int = 16) -> None:
     rotary = rotary_tables(net.config, demo.LATENTS[0], demo.LATENTS[2], demo.LATENTS[3])
     alphas = demo.scheduler().alphas_cumprod.float()
     named = pool.train[[pool.family[i] != "free" for i in pool.train]]
-    for step in training("denoiser", net, groups, steps):
+    for step in work.training("denoiser", net, groups, steps):
         rng, off = step.rng, step.number % 16 == 15
         index = rng.choice(named if off and rng.random() < 0.7 else pool.train, batch)
         clean = latents[index]
@@ -138,7 +139,7 @@ def stage_denoiser(steps: int, batch: int = 16) -> None:
         guess = a.sqrt() * noisy - (1 - a).sqrt() * out
         moved = field_loss(model.autoencoder.field(guess), pool.centres[index], pool.mask(index))
         step.advance((out - target).square().mean() + 0.5 * moved)
-    keep(net, "denoiser")
+    work.keep(net, "denoiser")
 
 
 @torch.no_grad()
@@ -174,7 +175,7 @@ def generated_latents(model: demo.DemoModel, pool: Pool, index: np.ndarray) -> T
                 text = model.text(ids(words, texts))
             still = F.pad(latents[part][:, :1], (0, 0, 0, 0, 0, 0, 0, 4))
             parts.append(sample(model, still, text, motion[part]))
-        keep_tensor(torch.cat(parts), "generated")
+        work.keep_data(torch.cat(parts), "generated")
         log("generated", len(index), "clips")
     generated: Tensor = torch.load(path, weights_only=True)
     return generated
@@ -185,7 +186,7 @@ def stage_refine(steps: int, batch: int = 32) -> None:
     pool = Pool()
     model = demo.build()
     for part in ("autoencoder", "text", "motion_encoder", "motion_proj", "denoiser"):
-        restore(getattr(model, part), part)
+        work.restore(getattr(model, part), part)
     model.eval().requires_grad_(False).refresh_uncond()
     net = model.autoencoder
     decoder = [
@@ -195,7 +196,7 @@ def stage_refine(steps: int, batch: int = 32) -> None:
     trained = [p for part in decoder for p in part.requires_grad_(True).parameters()]
     chosen = np.random.default_rng(9).choice(pool.train, 640, replace=False)
     clean, made = torch.load(WORK / "latents.pt", weights_only=True), generated_latents(model, pool, chosen)
-    for step in training("refine", net, [{"params": trained, "lr": 7e-4}], steps):
+    for step in work.training("refine", net, [{"params": trained, "lr": 7e-4}], steps):
         pick = step.rng.choice(len(chosen), batch // 2)
         index = np.concatenate([chosen[pick], step.rng.choice(pool.train, batch // 2)])
         noisy = clean[index[batch // 2 :]]
@@ -210,4 +211,4 @@ def stage_refine(steps: int, batch: int = 32) -> None:
         loss = loss + 0.3 * F.binary_cross_entropy_with_logits(look[2], cover)
         loss = loss + (look[1] - torch.from_numpy(behind)).square().mean() * 4
         step.advance(loss + field_loss(field, pool.centres[index], pool.mask(index)))
-    keep(net, "refined")
+    work.keep(net, "refined")

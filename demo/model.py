@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+from layers import Residual
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model, T5Config, T5EncoderModel, VideoMAEConfig, VideoMAEModel
@@ -39,18 +40,6 @@ SCHEDULER = {
 PARTS = (
     "autoencoder", "text", "motion_encoder", "motion_proj", "appearance_encoder", "appearance_proj", "cama", "denoiser",
 )  # fmt: skip
-
-
-class Residual(nn.Module):
-    """x + conv(gelu(norm-free conv(x))): 3x3 on `[N, C, h, w]`."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(F.gelu(self.conv1(x)))
 
 
 class Mixer(nn.Module):

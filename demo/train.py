@@ -21,14 +21,13 @@ demo/work, which is not kept. Then `python demo/evaluate.py --keep` measures wha
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import assets
 import encoders
 import generator
-import torch
-from training import HERE, WORK, log
+from recipe import Trained
+from training import HERE, work
 
 
 def export() -> None:
@@ -38,14 +37,14 @@ def export() -> None:
     export_demo(HERE / "checkpoint.safetensors", HERE / "bundle")
 
 
-TRAINED: dict[str, tuple[Callable[[int], None], int, tuple[str, ...]]] = {  # stage, steps, what it goes on from
-    "autoencoder": (generator.stage_autoencoder, 3200, ("autoencoder.state.pt",)),
-    "motion": (encoders.stage_motion, 1300, ("motion_dense.state.pt", "motion_resampler.state.pt")),
-    "appearance": (encoders.stage_appearance, 1500, ("appearance.state.pt",)),
-    "text": (encoders.stage_text, 700, ("text.state.pt",)),
-    "cama": (encoders.stage_cama, 2500, ("cama.state.pt",)),
-    "denoiser": (generator.stage_denoiser, 6000, ("denoiser.state.pt",)),
-    "refine": (generator.stage_refine, 800, ("refine.state.pt", "generated.pt")),
+TRAINED = {
+    "autoencoder": Trained(generator.stage_autoencoder, 3200, ("autoencoder.state.pt",)),
+    "motion": Trained(encoders.stage_motion, 1300, ("motion_dense.state.pt", "motion_resampler.state.pt")),
+    "appearance": Trained(encoders.stage_appearance, 1500, ("appearance.state.pt",)),
+    "text": Trained(encoders.stage_text, 700, ("text.state.pt",)),
+    "cama": Trained(encoders.stage_cama, 2500, ("cama.state.pt",)),
+    "denoiser": Trained(generator.stage_denoiser, 6000, ("denoiser.state.pt",)),
+    "refine": Trained(generator.stage_refine, 800, ("refine.state.pt", "generated.pt")),
 }
 MADE: dict[str, Callable[[], None]] = {
     "data": assets.stage_data, "pack": assets.stage_pack, "clips": assets.stage_clips,
@@ -54,39 +53,8 @@ MADE: dict[str, Callable[[], None]] = {
 ORDER = ("data", *TRAINED, "pack", "clips", "export", "memories")
 
 
-def run(stage: str, steps: int | None, skip_done: bool) -> None:
-    """Run one stage; what it was run with goes to work/<stage>.done when it has finished."""
-    done = WORK / f"{stage}.done"
-    count = steps or (TRAINED[stage][1] if stage in TRAINED else 0)
-    if skip_done and done.exists() and done.read_text() == str(count):
-        log(stage, "is done")
-        return
-    log(stage, "starts")
-    if stage in TRAINED:
-        TRAINED[stage][0](count)
-    else:
-        MADE[stage]()
-    done.write_text(str(count))
-
-
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=[*ORDER, "all"])
-    parser.add_argument("--steps", type=int, help="training steps of the stage instead of its default")
-    parser.add_argument("--threads", type=int, default=2, help="of PyTorch (default 2; 1 for stages side by side)")
-    parser.add_argument("--again", action="store_true", help="forget what the stage has trained, and start it anew")
-    options = parser.parse_args(arguments)
-    if options.stage == "all" and (options.steps or options.again):
-        parser.error("--steps and --again are for one stage; to train everything anew delete demo/work")
-    if options.steps is not None and (options.steps < 1 or options.stage not in TRAINED):
-        parser.error("--steps is a positive number, for a stage that trains")
-    torch.set_num_threads(options.threads)
-    WORK.mkdir(exist_ok=True)
-    if options.again and options.stage in TRAINED:
-        for state in TRAINED[options.stage][2]:
-            (WORK / state).unlink(missing_ok=True)
-    for stage in ORDER if options.stage == "all" else (options.stage,):
-        run(stage, options.steps, skip_done=options.stage == "all")
+    work.main(arguments, __doc__, TRAINED, MADE, ORDER, threads=2)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,8 @@
-"""What every training stage shares: the rendered clips, the loop that survives a kill, and the work files."""
+"""What every training stage shares: the rendered clips, the work folder, and the words."""
 
 from __future__ import annotations
 
 import json
-import math
-import os
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +10,12 @@ import domain
 import model as demo
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from recipe import Work
+from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 WORK = HERE / "work"
-SAVE_SECONDS = 60.0
-
-
-def log(*parts: Any) -> None:
-    print(time.strftime("[%H:%M:%S]"), *parts, flush=True)
+work = Work(WORK)
 
 
 class Pool:
@@ -54,88 +45,6 @@ class Pool:
     def mask(self, index: np.ndarray) -> Tensor:
         """float32 `[B, 17, 16, 16]` in [0, 1]."""
         return torch.from_numpy(self.masks[index]).float() / 255
-
-
-@dataclass
-class Step:
-    """One training step: its own random generator (torch's global one is seeded too), and what to do with the loss."""
-
-    number: int
-    rng: np.random.Generator
-    advance: Callable[[Tensor], None]
-
-
-def training(name: str, modules: nn.Module, groups: list[dict[str, Any]], steps: int, decay: float = 0.01) -> Iterator[Step]:
-    """Yield `steps` AdamW steps; the rate of each group warms up over 50 steps and falls as a cosine to 2 %.
-
-    Every minute, modules and optimiser go to work/<name>.state.pt; a later call goes on from there. Randomness depends
-    on the stage and the step alone, so a run that was killed and resumed draws what an undisturbed one would.
-    """
-    optimiser = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.98), weight_decay=decay)
-    base = [group["lr"] for group in groups]
-    everything = [p for group in optimiser.param_groups for p in group["params"]]
-    state, first, mean = WORK / f"{name}.state.pt", 0, 0.0
-    if state.exists():
-        kept = torch.load(state, weights_only=True)
-        modules.load_state_dict(kept["modules"])
-        optimiser.load_state_dict(kept["optimiser"])
-        first, mean = kept["step"], kept["mean"]
-        log(name, "goes on at step", first)
-    saved = start = time.monotonic()
-    seed = int.from_bytes(name.encode()[:7], "big")
-    for step in range(first, steps):
-        rate = min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        for group, value in zip(optimiser.param_groups, base, strict=True):
-            group["lr"] = value * rate
-
-        def advance(loss: Tensor) -> None:
-            nonlocal mean
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(everything, 1.0)
-            optimiser.step()
-            mean = 0.98 * mean + 0.02 * float(loss.detach())
-
-        torch.manual_seed(hash((seed, step)))  # integers hash alike in every process
-        yield Step(step, np.random.default_rng([seed, step]), advance)
-        done = step + 1
-        if done % 100 == 0 or done == steps:
-            speed = (time.monotonic() - start) / (done - first)
-            log(f"{name} step {done} of {steps}, {speed:.3f} s each, loss {mean / (1 - 0.98**done):.4f}")
-        if time.monotonic() - saved > SAVE_SECONDS or done == steps:
-            partial = state.with_suffix(".partial")
-            kept = {"modules": modules.state_dict(), "optimiser": optimiser.state_dict(), "step": done, "mean": mean}
-            torch.save(kept, partial)
-            os.replace(partial, state)
-            saved = time.monotonic()
-
-
-def keep(module: nn.Module, name: str) -> None:
-    """Write a finished part to work/<name>.safetensors."""
-    path = WORK / f"{name}.safetensors"
-    partial = path.with_suffix(".partial")
-    save_file({k: v.contiguous().clone() for k, v in module.state_dict().items()}, partial)
-    os.replace(partial, path)
-
-
-def keep_tensor(value: Tensor, name: str) -> None:
-    """Write a cached tensor to work/<name>.pt."""
-    partial = WORK / f"{name}.partial"
-    torch.save(value, partial)
-    os.replace(partial, WORK / f"{name}.pt")
-
-
-def restore(module: nn.Module, name: str) -> None:
-    """Read a part that an earlier stage finished."""
-    path = WORK / f"{name}.safetensors"
-    if not path.exists():
-        raise SystemExit(f"{path.name} is missing: run the stage that makes it first (see `python demo/train.py --help`).")
-    missing, unknown = module.load_state_dict(load_file(path), strict=False)
-    if unknown or missing:
-        raise SystemExit(
-            f"work file {path.name} does not fit the model: missing {missing}, unknown {unknown}; "
-            "delete it and its .state.pt and train the stage again."
-        )
 
 
 def tokenizer() -> Any:

@@ -13,28 +13,53 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from motionrt.runtime.cli.terminal import echo, visible
 from motionrt.runtime.errors import BackendError, InputError, install
 
 if TYPE_CHECKING:
     from motionrt.export.engines.build import Built
     from motionrt.export.engines.onnx_forms import Formed
     from motionrt.export.engines.process import Event
+    from motionrt.export.systems.motionrag_system import Sources
+    from motionrt.export.systems.system import System
 
-FRAMES = {"cogvideox-5b-i2v": 17, "svd": 16}  # the published models, and how many frames a video has unless told otherwise
+# The published models, and how many frames a video has unless told otherwise; options that are for some of them alone.
+FRAMES = {"cogvideox-5b-i2v": 17, "svd": 16, "motionclone": 16, "motion-i2v": 16}
+MOTIONRAG = ("motionrag", "videomae", "dinov2", "sos_token", "target_range", "positions", "decode_tiles")
+MOTIONCLONE = ("motion", "domain_adapter", "sparsectrl", "group_norm", "record", "semantic")
+MOTION_I2V = ("models", "unet", "vae", "form")
+# What an export cannot do without
+NEEDED = {"motionclone": ("base", "motion"), "motion-i2v": ("models",)}
 MIB = 2**20
 
 
 def export(
-    model: Annotated[str, typer.Argument(help=f"The published model: {' or '.join(FRAMES)}.")],
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help=f"The published model: {', '.join(FRAMES)}.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Bundle directory to write.")],
-    base: Annotated[Path | None, typer.Option(help="Diffusers folder of the base model.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Diffusers folder of the base model; Motion-I2V has its own.")] = None,
     motionrag: Annotated[Path | None, typer.Option(help="Folder with MotionRAG's files for that model.")] = None,
     videomae: Annotated[Path | None, typer.Option(help="Folder of VideoMAE-base, finetuned on SSv2.")] = None,
     dinov2: Annotated[Path | None, typer.Option(help="Folder of DINOv2-large.")] = None,
+    motion: Annotated[Path | None, typer.Option(help="AnimateDiff's motion modules, file or folder, for MotionClone.")] = None,
+    domain_adapter: Annotated[Path | None, typer.Option(help="AnimateDiff's domain adapter (LoRA), for MotionClone.")] = None,
+    sparsectrl: Annotated[
+        Path | None, typer.Option(help="SparseCtrl, file or folder: MotionClone from an image (rgb) or a sketch (scribble).")
+    ] = None,
+    models: Annotated[Path | None, typer.Option(help="Motion-I2V's folder `models`.")] = None,
+    unet: Annotated[Path | None, typer.Option(help="UNet in place of Motion-I2V's realistic_unet.ckpt.")] = None,
+    vae: Annotated[Path | None, typer.Option(help="Diffusers folder of a picture autoencoder for Motion-I2V.")] = None,
     text_query: Annotated[Path | None, typer.Option(help="Sentence-transformers folder to search with; else MiniLM.")] = None,
-    frames: Annotated[int | None, typer.Option(help="17 or 49 for CogVideoX, 16 for SVD.")] = None,
-    height: Annotated[int | None, typer.Option(help="Of the picture, for SVD: 576 unless given, a multiple of 64.")] = None,
-    width: Annotated[int | None, typer.Option(help="Of the picture, for SVD: 1024 unless given, a multiple of 64.")] = None,
+    frames: Annotated[int | None, typer.Option(help="17 or 49 for CogVideoX, 16 for the others.")] = None,
+    height: Annotated[
+        int | None,
+        typer.Option(
+            help="Of the picture, a multiple of 64; unless given, 576 for SVD, 512 for MotionClone, 320 for Motion-I2V."
+        ),
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Of the picture, a multiple of 64; unless given, 1024 for SVD, and 512.")
+    ] = None,
     dtype: Annotated[
         str,
         typer.Option(
@@ -49,52 +74,97 @@ def export(
     target_range: Annotated[str, typer.Option(help="What DINOv2 sees of the still: correct, or as released.")] = "correct",
     positions: Annotated[str, typer.Option(help="CogVideoX positions off 49 frames: released, or learned.")] = "released",
     decode_tiles: Annotated[int, typer.Option(help="Tiles along either side in which latents are decoded.")] = 1,
+    group_norm: Annotated[
+        str, typer.Option(help="Statistics of MotionClone's motion modules: per_frame as trained, or shared as in diffusers.")
+    ] = "per_frame",
+    form: Annotated[
+        str, typer.Option(help="Motion-I2V's branches of guidance: own, or mixed as in its released code (released).")
+    ] = "own",
+    record: Annotated[
+        str,
+        typer.Option(
+            help="What MotionClone's memory keeps of a clip: latents, or the representation that one noise gives, which costs "
+            "a request nothing and follows the clip less closely."
+        ),
+    ] = "latents",
+    semantic: Annotated[
+        bool, typer.Option("--semantic", help="Guide what MotionClone's video shows too, as its first version did.")
+    ] = False,
 ) -> None:
-    """Export a published base model with MotionRAG's files as a bundle. Needs pip install motionrt[export].
+    """Export a published model as a bundle: a base with MotionRAG's files, MotionClone or Motion-I2V. Needs pip install
+    motionrt[export].
 
     \b
-    Example:
+    Examples:
       motionrt export cogvideox-5b-i2v --base CogVideoX-5b-I2V --motionrag CogVideoX --videomae videomae-base-ssv2
         --dinov2 dinov2-large --sos-token seed:42 -o cogvideox
+      motionrt export motionclone --base stable-diffusion-v1-5 --motion v3_sd15_mm.ckpt -o motionclone
+      motionrt export motion-i2v --models Motion-I2V/models -o motion-i2v
     """
     _need("export", "torch", "diffusers", "transformers", "onnx", "onnxscript")
     if model not in FRAMES:
         raise InputError(f"model is {model!r}; it must be one of {', '.join(FRAMES)}. See docs/models.md.")
-    folders = {"--base": base, "--motionrag": motionrag, "--videomae": videomae, "--dinov2": dinov2}
-    if absent := [name for name, folder in folders.items() if folder is None]:
+    own_options = {"motionclone": (*MOTIONCLONE, "base", "text_query"), "motion-i2v": MOTION_I2V}
+    taken = own_options.get(model, (*MOTIONRAG, "base", "text_query"))
+    others = {*MOTIONRAG, *MOTIONCLONE, *MOTION_I2V, "base", "text_query"} - {*taken}
+    given = {name: context.get_parameter_source(name) for name in context.params if name in others}
+    if foreign := [f"--{name.replace('_', '-')}" for name, at in given.items() if at and at.name == "COMMANDLINE"]:
+        raise InputError(f"{', '.join(foreign)}: not for {model}. Leave out what is for another model; see docs/models.md.")
+    needed = NEEDED.get(model, ("base", "motionrag", "videomae", "dinov2"))
+    if absent := [f"--{name}" for name in needed if context.params[name] is None]:
         raise InputError(f"export {model} needs {', '.join(absent)}. See docs/models.md.")
-    assert base is not None and motionrag is not None and videomae is not None and dinov2 is not None
-    from motionrt.export.checkpoints.motionrag_files import SosToken
     from motionrt.export.exporter import export_system
-    from motionrt.export.systems.motionrag_system import Sources
 
-    sources = Sources(
-        base=base,
-        motionrag=motionrag,
-        videomae=videomae,
-        dinov2=dinov2,
-        dtype=dtype,
-        sos=SosToken.parse(sos_token) if sos_token else None,
-        target_range=target_range,
-        positions=positions,
-        text_query=text_query,
-        tiles=decode_tiles,
-    )
     frames = frames or FRAMES[model]
+    if model == "motion-i2v":
+        assert models is not None
+        from motionrt.export.checkpoints.motion_i2v_files import MotionI2VSources
+        from motionrt.export.systems.motion_i2v.released import motion_i2v_system
+
+        files = MotionI2VSources(models, unet, vae, form, dtype)
+        system = motion_i2v_system(files, frames=frames, height=height or 320, width=width or 512, say=echo)
+    elif model == "motionclone":
+        assert base is not None and motion is not None
+        from motionrt.export.checkpoints.animatediff_files import MotionCloneSources
+        from motionrt.export.systems.motionclone.system import motionclone_system
+
+        own = MotionCloneSources(base, motion, domain_adapter, sparsectrl, text_query, dtype, group_norm, record, semantic)
+        system = motionclone_system(own, frames=frames, height=height or 512, width=width or 512, say=echo)
+    else:
+        assert base is not None and motionrag is not None and videomae is not None and dinov2 is not None
+        from motionrt.export.checkpoints.motionrag_files import SosToken
+        from motionrt.export.systems.motionrag_system import Sources
+
+        sources = Sources(
+            base=base,
+            motionrag=motionrag,
+            videomae=videomae,
+            dinov2=dinov2,
+            dtype=dtype,
+            sos=SosToken.parse(sos_token) if sos_token else None,
+            target_range=target_range,
+            positions=positions,
+            text_query=text_query,
+            tiles=decode_tiles,
+        )
+        system = _motionrag(model, sources, frames, height, width)
+    lines = export_system(system, out, programs=not without_torch, say=echo)
+    for line in lines:
+        echo(line)
+    echo(f"{out}: exported. Look at it with: motionrt inspect {out}")
+
+
+def _motionrag(model: str, sources: Sources, frames: int, height: int | None, width: int | None) -> System:
+    """The system of a base model with MotionRAG's files."""
     if model == "svd":
         from motionrt.export.systems.svd import svd_system
 
-        system = svd_system(sources, frames=frames, height=height or 576, width=width or 1024, say=typer.echo)
-    elif height is not None or width is not None:
-        raise InputError(f"--height and --width are for svd; {model} was trained for one size, which its files say.")
-    else:
-        from motionrt.export.systems.cogvideox import cogvideox_system
+        return svd_system(sources, frames=frames, height=height or 576, width=width or 1024, say=echo)
+    if height is not None or width is not None:
+        raise InputError(f"--height and --width are not for {model}, which was trained for one size, which its files say.")
+    from motionrt.export.systems.cogvideox import cogvideox_system
 
-        system = cogvideox_system(sources, frames=frames, say=typer.echo)
-    lines = export_system(system, out, programs=not without_torch, say=typer.echo)
-    for line in lines:
-        typer.echo(line)
-    typer.echo(f"{out}: exported. Look at it with: motionrt inspect {out}")
+    return cogvideox_system(sources, frames=frames, say=echo)
 
 
 def build(
@@ -104,8 +174,10 @@ def build(
     ] = None,
     flavor: Annotated[
         str,
-        typer.Option(help="rtx (TensorRT-RTX; no GPU needed), tensorrt (on the target GPU), or onnxruntime: no engines, but "
-                     "graphs in --dtype for ONNX Runtime on any GPU."),
+        typer.Option(
+            help="rtx (TensorRT-RTX; no GPU needed), tensorrt (on the target GPU), or onnxruntime: no engines, but "
+            "graphs in --dtype for ONNX Runtime on any GPU."
+        ),
     ] = "rtx",
     dtype: Annotated[str, typer.Option(help="float16, bfloat16 (sm_80 and newer) or float32.")] = "float16",
     graphs: Annotated[list[str] | None, typer.Option("--graphs", "-g", help="Only these graphs; commas, or again.")] = None,
@@ -146,7 +218,7 @@ def build(
         force=force,
         kernel=kernel,
     )
-    start, console = time.perf_counter(), report.console()
+    start = time.perf_counter()
     made: Iterator[Built] | Iterator[Formed]
     count = new = 0
     with report.progress() as bars:
@@ -155,20 +227,19 @@ def build(
         def listen(event: Event) -> None:
             bars.update(task, description=f"{event.graph}: {event.phase}", completed=event.done, total=event.total or None)
             if event.phase.startswith("building") and bars.disable:
-                console.print(f"{event.graph}: {event.phase}", markup=False)
+                echo(f"{event.graph}: {event.phase}")
 
         made = build_forms(bundle, options, listen) if flavor == FLAVOR else build_engines(bundle, options, listen)
         for item in made:
             count, new = count + 1, new + (not item.cached)
             folder = item.form.folder if isinstance(item, Formed) else item.file.folder
-            (console if bars.disable else bars.console).print(_line(item), markup=False)
+            if bars.disable:
+                echo(_line(item))
+            else:  # above the bars
+                bars.console.print(visible(_line(item)), markup=False)
     what = "graphs" if flavor == FLAVOR else "engines"
-    console.print(
-        f"{folder}: {count} {what}, {new} of them built now, {time.perf_counter() - start:.1f} s. "
-        f"Look with: motionrt doctor {bundle}",
-        markup=False,
-        soft_wrap=True,
-    )
+    built = f"{folder}: {count} {what}, {new} of them built now, {time.perf_counter() - start:.1f} s"
+    echo(f"{built}. Look with: motionrt doctor {bundle}")
 
 
 def _line(item: Built | Formed) -> str:

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 from safetensors.numpy import save_file
 from torch import Tensor
 
 import motionrt
-from motionrt.export.compiler.partition import Partition, Program, partition
+from motionrt.export.compiler.gradients import differentiated
+from motionrt.export.compiler.partition import Partition, Program, any_rows, partition
 from motionrt.export.compiler.weightless import fake_partition, weights_by_class
 from motionrt.export.onnx.from_torch import Example
 from motionrt.export.onnx.streamed import stream_module, stream_program, stream_real
@@ -31,7 +33,7 @@ from motionrt.export.onnx.torch_programs import FOLDER as PROGRAMS
 from motionrt.export.systems.system import Graph, Step, System
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.bundle.manifest import FORMAT, MemorySpec
-from motionrt.runtime.files import STAMPS, replacing_folder, sha256_of
+from motionrt.runtime.files import STAMPS, replacing_folder, sealed, sha256_of
 
 Say = Callable[[str], None]
 _TABLES = "rows.safetensors"
@@ -48,11 +50,16 @@ def export_system(system: System, out: Path, *, programs: bool = True, say: Say 
     `programs`: with the torch programs of the loops' graphs; `say` is told which graph is next. Nothing but weights is read
     here: `system` was checked when it was made. Raises `ParityError` for a graph that does not give what its module gives.
     """
+    loops = {f"step{step.suffix}" for step in system.steps}  # graphs that others may take weights of
     with replacing_folder(out) as folder:
         writer = Writer(folder, programs, say)
         for name, graph in system.graphs.items():
-            writer.add(name, graph)
+            if graph.weights_of not in loops:
+                writer.add(name, graph)
         reports = [writer.cut(step) for step in system.steps]
+        for name, graph in system.graphs.items():
+            if graph.weights_of in loops:
+                writer.add(name, graph)
         writer.finish(system, reports)
     return [report.summary() for report in system.reports]
 
@@ -71,19 +78,20 @@ class Writer:
     def add(self, name: str, graph: Graph) -> None:
         """Write one graph; its network stays as it is."""
         self.say(name)
-        path, network, examples = self._path(name), graph.network, graph.examples()
+        path, network, examples, shared = self._path(name), graph.network, graph.examples(), self._shared(graph.weights_of)
         if graph.real:
             outside = {name: lazy.read().numpy() for name, lazy in (network.weights or {}).items()}
-            entry = stream_real(path, network.module, examples, graph.outputs, graph.sizes, external=outside)
+            entry = stream_real(
+                path, network.module, examples, graph.outputs, graph.sizes, external=outside, shared=shared
+            )
             if network.package is not None:
                 entry["weights"] = msgspec.to_builtins(network.package)
         else:
-            shared = self.folder / self.graphs[graph.weights_of]["data"]["file"] if graph.weights_of else None
             module = copy.deepcopy(network.module)  # a trace uses up a module without weights
             find = (network.weights or {}).get
             entry = stream_module(path, module, examples, graph.outputs, find, graph.sizes, shared=shared)
-            if graph.weights_of:
-                entry["data"] = self.graphs[graph.weights_of]["data"]
+        if graph.weights_of:
+            entry["data"] = self.graphs[graph.weights_of]["data"]
         if network.wide:
             entry["wide"] = list(network.wide)
         self._keep(name, entry)
@@ -92,28 +100,43 @@ class Writer:
     def cut(self, step: Step) -> dict[str, Any]:
         """Write the graphs that a step is cut into, with their torch programs; what the manifest says of the cut."""
         self.say("partition")
-        module, weights, most = step.network.module, step.network.weights, step.sizes["batch"].max
-        feeds = step.examples()
+        module, weights, feeds = step.network.module, step.network.weights, step.examples()
+        if weights is not None:
+            module = copy.deepcopy(module)  # a trace uses up a module without weights, and others may share it
+        traced = differentiated if step.gradient else None
         if weights is None:
-            rows = torch.export.Dim("batch", min=1, max=most)
             first = tuple(feeds[0].values())
-            cut = partition(module, first, step.changes, outputs=step.outputs, dynamic_shapes=tuple({0: rows} for _ in first))
+            rows = torch.export.Dim("batch", min=1, max=step.most) if step.most > 1 else None
+            cut = partition(
+                module if traced is None else traced(module, first), first, step.changes, outputs=step.outputs,
+                dynamic_shapes=None if rows is None else tuple({0: rows} for _ in first), suffix=step.suffix,
+            )
         else:
-            cut = fake_partition(module, tuple(feeds[-1].values()), step.changes, outputs=step.outputs, batch=most)
+            cut = fake_partition(
+                module, tuple(feeds[-1].values()), step.changes, outputs=step.outputs, batch=step.most, suffix=step.suffix,
+                traced=traced,
+            )
         for kind, program in cut.programs.items():
             name = f"{kind}{step.suffix}"
             if not program.outputs:
                 self.empty.add(name)
                 continue
             self.say(name)
+            if step.most == 1 and kind == "schedule":
+                any_rows(program.module)
             torch_program = self.folder / PROGRAMS / f"{name}.pt2" if self.programs else None
+            shared = self._shared(step.weights_of) if kind == "step" else None
             if weights is None:
-                examples = _program_examples(cut, kind, feeds)
+                examples = _program_examples(cut, kind, feeds, step.most == 1)
+                sizes = {name: span for name, span in step.sizes.items() if name in examples[0].sizes}
                 entry = stream_real(
-                    self._path(name), program.module, examples, program.outputs, step.sizes, torch_program=torch_program
+                    self._path(name), program.module, examples, program.outputs, sizes, torch_program=torch_program,
+                    shared=shared,
                 )
             else:
-                entry = stream_program(self._path(name), cut, kind, weights.get, step.sizes, torch_program)
+                entry = stream_program(self._path(name), cut, kind, weights.get, step.sizes, torch_program, shared)
+            if shared is not None:
+                entry["data"] = self.graphs[step.weights_of or ""]["data"]
             self._keep(name, entry)
             if kind in OVER_STEPS:
                 self.tables.setdefault(f"step{step.suffix}", []).append(name)
@@ -126,6 +149,10 @@ class Writer:
         classes = {kind: asdict(size) for kind, size in weights_by_class(cut, widths).items()}
         return {**cut.report(), "weights": classes}
 
+    def _shared(self, name: str | None) -> Path | None:
+        """The file of graph `name`'s weights."""
+        return None if name is None else self.folder / self.graphs[name]["data"]["file"]
+
     def _path(self, name: str) -> Path:
         return self.folder / "graphs" / f"{name}.onnx"
 
@@ -135,7 +162,7 @@ class Writer:
     def finish(self, system: System, partitions: list[dict[str, Any]]) -> None:
         """Write rows, tokenizers, keys.json and bundle.json; `BundleError` for a manifest that the run side would not take."""
         schedules = {
-            f"{loop}/{name}/{steps}": rows
+            f"{loop}/{name}/{steps}": np.ascontiguousarray(rows)  # safetensors writes a view's memory as it lies there
             for loop, entries in system.schedules.items()
             for name, lengths in entries.items()
             for steps, rows in lengths.items()
@@ -147,7 +174,9 @@ class Writer:
             keys = json.dumps([asdict(report) for report in system.reports], indent=1)
             (self.folder / "keys.json").write_text(f"{keys}\n", encoding="utf-8")
         loops = {
-            name: msgspec.structs.replace(loop, tables=tuple(t for graph in loop.graphs for t in self.tables.get(graph, ())))
+            name: msgspec.structs.replace(
+                loop, tables=(*loop.tables, *(t for graph in loop.graphs for t in self.tables.get(graph, ())))
+            )
             for name, loop in system.loops.items()
         }
         manifest = {
@@ -169,7 +198,7 @@ class Writer:
             "partition": partitions[0] if len(partitions) == 1 else dict(enumerate(partitions)),
             "provenance": {**system.provenance, **self._counted(system, partitions), "torch": torch.__version__},
         }
-        (self.folder / "bundle.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        (self.folder / "bundle.json").write_text(json.dumps(sealed(manifest), indent=1) + "\n", encoding="utf-8")
         Bundle.open(self.folder)  # what the run side would not open is not published
         (self.folder / STAMPS).unlink(missing_ok=True)
 
@@ -200,9 +229,15 @@ class Writer:
         return msgspec.structs.replace(memory, fingerprint=hashlib.sha256(text.encode()).hexdigest())
 
 
-def _program_examples(cut: Partition, kind: str, feeds: Sequence[Mapping[str, Tensor]]) -> list[Example]:
-    """Inputs of a program of a real module, from inputs of the whole step and what the programs before it make of them."""
+def _program_examples(cut: Partition, kind: str, feeds: Sequence[Mapping[str, Tensor]], single: bool) -> list[Example]:
+    """Inputs of a program of a real module, from inputs of the whole step and what the programs before it make of them.
+
+    single: the step is for one request, and only timesteps are taken many at once.
+    """
     found = []
+    if single and kind == "schedule":
+        over = {name: torch.cat([feed[name] for feed in feeds]) for name in cut.schedule.inputs}
+        return [Example({"steps": rows}, {name: value[:rows] for name, value in over.items()}) for rows in (2, 3, 1)]
     for feed in feeds:
         values, tables = dict(feed), set(cut.schedule.inputs)
         for before, program in cut.programs.items():
@@ -217,7 +252,8 @@ def _program_examples(cut: Partition, kind: str, feeds: Sequence[Mapping[str, Te
         inputs = {name: values[name] for name in cut.programs[kind].inputs}
         if kind == "timeline":
             inputs = {name: value if name in tables else value[:1] for name, value in inputs.items()}
-        found.append(Example({"steps" if kind in OVER_STEPS else "batch": _rows(feed)}, inputs))
+        size = {} if single else {"steps" if kind in OVER_STEPS else "batch": _rows(feed)}
+        found.append(Example(size, inputs))
     return found
 
 

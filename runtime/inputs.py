@@ -15,16 +15,31 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from motionrt.runtime.bundle.bundle import Bundle
-from motionrt.runtime.bundle.manifest import ColumnInput, ImageInput, Manifest, NumberInput, TextInput
+from motionrt.runtime.bundle.manifest import (
+    DRAWN,
+    ChoiceInput,
+    ColumnInput,
+    FieldInput,
+    ImageInput,
+    Manifest,
+    MaskInput,
+    NumberInput,
+    TextInput,
+    TracksInput,
+)  # fmt: skip
 from motionrt.runtime.errors import InputError, shown
-from motionrt.runtime.media.video import read_image
+from motionrt.runtime.media.drawn import Kept, brush, drags, field, is_array
+from motionrt.runtime.media.flow import check_flow, dense_flow
+from motionrt.runtime.media.limits import LIMITS, Limits
+from motionrt.runtime.media.stills import read_image, still_size
+from motionrt.runtime.media.video import decode_clip
 
 _LARGEST = float(np.finfo(np.float32).max)
 Values = dict[str, NDArray[Any]]
 
 
 def complete(manifest: Manifest, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Every declared input with what was given, or its default; a column that was not given is left out.
+    """Every declared input with what was given, or its default; left out are columns, and what may be drawn, if not given.
 
     `InputError` for a name that the bundle does not declare, and for an input that is missing.
     """
@@ -33,7 +48,9 @@ def complete(manifest: Manifest, given: Mapping[str, Any]) -> dict[str, Any]:
     every: dict[str, Any] = {}
     for name, spec in manifest.inputs.items():
         value = given.get(name)
-        if value is None and isinstance(spec, ColumnInput):
+        if value is None and isinstance(spec, ColumnInput | DRAWN):
+            continue
+        if isinstance(spec, TracksInput) and isinstance(value, Sequence) and not len(value):  # no tracks are none
             continue
         if value is None and spec.default is None and name not in given:
             raise InputError(f"{name} is missing; bundle '{manifest.name}' needs it{f': {spec.help}' if spec.help else '.'}")
@@ -41,11 +58,46 @@ def complete(manifest: Manifest, given: Mapping[str, Any]) -> dict[str, Any]:
     return every
 
 
-def convert(bundle: Bundle, name: str, value: Any) -> Values:
-    """The values that input `name` gives, by name; `InputError` or `MediaError` for what it does not take."""
+def values_of(bundle: Bundle, inputs: Mapping[str, Any], limits: Limits = LIMITS) -> tuple[Values, list[str]]:
+    """The values that `inputs` (`complete`) give, by name, and what is kept in another way than it was given, in sentences.
+    Raises what `convert` raises."""
+    values, said = Values(), list[str]()
+    declared = bundle.manifest.inputs
+    drawn = {name: spec for name, spec in declared.items() if isinstance(spec, DRAWN)}
+    kept = dict[str, Kept]()
+    for image in {spec.image for spec in drawn.values()}:  # before it is read: Pillow may make it smaller then
+        fitted = declared[image]
+        assert isinstance(fitted, ImageInput)
+        some = any(name in inputs for name, spec in drawn.items() if spec.image == image)
+        size = still_size(check_image(image, inputs[image]), limits) if some else (fitted.width, fitted.height)
+        kept[image] = Kept.of(*size, fitted.height, fitted.width)
+    for name, value in inputs.items():
+        if name not in drawn:
+            values |= convert(bundle, name, value, limits)
+    for name, spec in sorted(drawn.items(), key=lambda item: isinstance(item[1], TracksInput)):  # which may have a brush
+        given, over = inputs.get(name), kept[spec.image]
+        match spec:
+            case MaskInput():
+                values[name], told = brush(name, None if given is None else check_image(name, given), over, limits)
+                said += told
+            case FieldInput():
+                if given is not None and not is_array(given):
+                    given = _field_of(name, given, over, spec.frames, bundle.manifest.output.fps, limits)
+                if given is not None:
+                    values[name] = field(name, given, over, spec.frames, limits)
+            case TracksInput():
+                static = None if spec.mask is None else values[spec.mask]
+                flow, mask, told = drags(name, [] if given is None else given, over, spec.frames, spec.unit, spec.cell, static)
+                values |= {f"{name}.flow": flow, f"{name}.mask": mask}
+                said += told
+    return values, said
+
+
+def convert(bundle: Bundle, name: str, value: Any, limits: Limits = LIMITS) -> Values:
+    """The values that input `name`, which is not drawn, gives; `InputError` or `MediaError` for what it does not take."""
     match bundle.manifest.inputs[name]:
         case ImageInput() as spec:
-            image = read_image(check_image(name, value), spec.height, spec.width)[None]  # in [-1, 1]
+            image = read_image(check_image(name, value), spec.height, spec.width, limits=limits)[None]  # in [-1, 1]
             return {key: _in_range(image, *span) for key, span in spec.gives.items()}
         case TextInput() as spec:
             what = f"the {name.replace('_', ' ')}"
@@ -62,9 +114,24 @@ def convert(bundle: Bundle, name: str, value: Any) -> Values:
                 raise InputError(f"{name} is {shown(value)}; allowed is a number from {spec.min} to {spec.max}.")
             port = bundle.manifest.port(name)
             return {name: np.full(port.shape if port is not None else (1,), number, np.float32)}
-        case ColumnInput():
-            return {}  # it changes the rows of a loop: `column`
+        case ColumnInput() | ChoiceInput():
+            return {}  # it changes the rows of a loop: `column`; or the plan
+        case _:
+            pass  # what is drawn: `values_of`
     raise AssertionError("a kind of input without a converter")
+
+
+def _field_of(name: str, file: Any, kept: Kept, targets: int, fps: float, limits: Limits) -> NDArray[np.float32]:
+    """The field `[targets, 2, H, W]` of the clip that the video `file` begins with, cut as a picture is that is kept."""
+    check_flow(f"{name}, the video {file},", "Give the field itself, an .npy file of floats")
+    return dense_flow(decode_clip(file, targets + 1, kept.height, kept.width, fps, limits=limits).video)
+
+
+def choice(name: str, spec: ChoiceInput, value: Any) -> str:
+    """One of the options of `spec`; `InputError` for anything else."""
+    if not isinstance(value, str) or value not in spec.options:
+        raise InputError(f"{name} is {shown(value)}; allowed are {', '.join(spec.options)}.")
+    return value
 
 
 def column(name: str, value: Any, steps: int) -> NDArray[np.float32] | float:
@@ -92,7 +159,7 @@ def check_number(name: str, value: Any) -> float:
 def check_image(name: str, value: Any) -> Any:
     """`value` if it may be a picture: a file's path, a Pillow image or an array; `InputError` otherwise."""
     if isinstance(value, str) and re.match(r"\w[\w+.-]+://", value):
-        fix = "download it, or pipe it into the command (curl ... | motionrt generate --image - ...)"
+        fix = "download it, or pipe it into the command (curl ... | motionrt ... --image -)"
         raise InputError(f"{name} is {shown(value)}; nothing is fetched from elsewhere: {fix}.")
     if not isinstance(value, str | os.PathLike | np.ndarray | Image.Image):
         allowed = "the path of a file, a Pillow image, or a uint8 array [h,w], [h,w,3] or [h,w,4]"

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from motionrt.runtime.bundle.manifest import NOISE, Collect, GraphSpec, Loop, Port
+from motionrt.runtime.bundle.manifest import NOISE, Collect, GraphSpec, Loop, Port, tables_of
 from motionrt.runtime.errors import InputError
 
 Array = NDArray[Any]
@@ -30,20 +30,22 @@ Outputs = Mapping[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """What step `index` of `steps` reads of a table that has the same number of rows for every step."""
+    """What step `index` of `steps` reads of a table that has the same number of rows for every step, or what `count` steps from
+    that one on read."""
 
     table: Any
     index: int
     steps: int
+    count: int = 1
 
     def of(self, table: Any) -> Any:
-        """The rows of this step in `table`: `self.table`, or the same on a device."""
-        count = len(table) // self.steps
-        return table[self.index * count : (self.index + 1) * count]
+        """These rows in `table`: `self.table`, or the same on a device."""
+        rows = len(table) // self.steps
+        return table[self.index * rows : (self.index + self.count) * rows]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (len(self.table) // self.steps, *self.table.shape[1:])
+        return (len(self.table) // self.steps * self.count, *self.table.shape[1:])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         value = np.asarray(self.of(self.table))
@@ -92,29 +94,45 @@ class _Sum:
 
 def run_loop(
     name: str, loop: Loop, graphs: Mapping[str, GraphSpec], rows: NDArray[np.float32], values: Mapping[str, Any], draw: Draw,
-    key: Hashable = None,
 ) -> Generator[Call, Outputs, dict[str, Any]]:  # fmt: skip
     """Run `loop`, called `name`, over `rows` `[T, R]`; the values that it gives. `graphs`: interfaces, by name.
 
     `values`: what the step graphs read that the loop does not make. `draw(i, shape)`: standard normal float32, draw 0 for what
-    starts as noise and t + 1 for step t, asked for only where column `loop.noise` is not 0. `key`: of the rows, see `Call`.
-    Raises `InputError` for rows of another number of columns, or none.
+    starts as noise and t + 1 for step t, asked for only where column `loop.noise` is not 0. Raises `InputError` for rows of
+    another number of columns, or none.
     """
     if rows.ndim != 2 or rows.shape[1] != len(loop.columns) or not len(rows):
         raise InputError(
             f"the rows of loop '{name}' are {rows.shape}; they must be [T, {len(loop.columns)}] with T of 1 or more."
         )
     at = {column: index for index, column in enumerate(loop.columns)}
+    steps = [loop.graphs[int(graph)] for graph in rows[:, at["graph"]]]
     ports = {graph: {port.name: port for port in graphs[graph].inputs} for graph in (*loop.graphs, *loop.tables)}
     feeds = {
         port.name: _feed(rows[:, [at[column] for column in loop.feeds[port.name]]], port)
         for taken in ports.values() for port in taken.values() if port.name in loop.feeds
     }  # fmt: skip
-    tables: dict[str, Any] = {}
-    for graph in loop.tables:
-        given = {port: feeds[port] if port in feeds else tables.get(port, values.get(port)) for port in ports[graph]}
-        own = key if all(port in feeds for port in given) else None
-        tables |= yield Call(graph, given, key=None if own is None else (graph, own))
+    spans, tables = windows(loop, graphs, steps), dict[str, tuple[Any, range]]()  # a table, and the steps that it is for
+
+    def table_call(graph: str, span: range) -> Call:
+        given, same = dict[str, Any](), set[str]()
+        for port in ports[graph]:
+            if port in feeds:
+                given[port] = feeds[port][span.start : span.stop]
+            elif port in tables:
+                value, every = tables[port]
+                given[port] = value if span == every else Row(value, span.start, len(every), len(span))
+            else:
+                given[port] = values[port]
+                same.add(port)
+        of_rows = feeds.keys() >= given.keys() and graph not in loop.windows
+        key = (graph, *(given[port].tobytes() for port in given)) if of_rows else None
+        return Call(graph, given, frozenset(same if graph in loop.windows else ()), key)
+
+    for graph, (span, *_) in spans.items():
+        if graph not in loop.windows:
+            outputs = yield table_call(graph, span)
+            tables |= {port: (value, span) for port, value in outputs.items()}
     carried: dict[str, Any] = {}
     zeros: dict[str, Array] = {}
     for port, start in loop.start.items():
@@ -126,13 +144,21 @@ def run_loop(
     sliced = {port: np.asarray(values[part.value]) for port, part in loop.slices.items()}
     sums = {output: _Sum(part) for output, part in loop.collect.items()}
     for t, row in enumerate(rows):
-        graph, inputs, fixed = loop.graphs[int(row[at["graph"]])], dict[str, Any](), set[str]()
+        graph, inputs, fixed = steps[t], dict[str, Any](), set[str]()
+        for table in loop.windows:
+            if (window := next((span for span in spans.get(table, ()) if span.start == t), None)) is not None:
+                for made in graphs[table].outputs:
+                    tables.pop(made.name, None)  # before another takes its place
+                outputs = yield table_call(table, window)
+                tables |= {port: (value, window) for port, value in outputs.items()}
         where = {column: int(row[index]) for column, index in at.items()} if sliced or sums else {}
         for port, spec in ports[graph].items():
             if port in carried:
                 inputs[port] = carried[port]
-            elif port in feeds or port in tables:
-                inputs[port] = Row(feeds[port] if port in feeds else tables[port], t, len(rows))
+            elif port in feeds:
+                inputs[port] = Row(feeds[port], t, len(rows))
+            elif port in tables:
+                inputs[port] = Row(tables[port][0], t - tables[port][1].start, len(tables[port][1]))
             elif port == NOISE and loop.noise is not None:
                 silent = row[at[loop.noise]] == 0
                 inputs[port] = zeros[NOISE] if silent else draw(t + 1, spec.shape)
@@ -149,6 +175,24 @@ def run_loop(
         for output, total in sums.items():
             total.add(np.asarray(outputs[output]), where)
     return {loop.gives[port]: carried[port] for port in loop.gives} | {s.spec.value: s.total for s in sums.values()}
+
+
+def windows(loop: Loop, graphs: Mapping[str, GraphSpec], steps: Sequence[str]) -> dict[str, list[range]]:
+    """The graphs of the tables that the steps of a loop read, and the steps that each call of one is for; `steps`: what each
+    step runs. All at once, or in windows of steps that read it and follow each other."""
+    spans: dict[str, list[range]] = {}
+    for table in tables_of(loop, graphs, {*steps}):
+        if (most := loop.windows.get(table)) is None:
+            spans[table] = [range(len(steps))]
+            continue
+        reading, found = {step for step in {*steps} if table in tables_of(loop, graphs, [step])}, list[range]()
+        for t in (t for t, step in enumerate(steps) if step in reading):
+            if found and found[-1].stop == t and len(found[-1]) < most:
+                found[-1] = range(found[-1].start, t + 1)
+            else:
+                found.append(range(t, t + 1))
+        spans[table] = found
+    return spans
 
 
 def ramp(size: int, before: int, after: int) -> NDArray[np.float32]:

@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from motionrt.runtime.arguments import instance, whole
 from motionrt.runtime.backends.auto import Choice, choose
 from motionrt.runtime.backends.machine import usable_cores
 from motionrt.runtime.backends.open import RunOptions, open_backend
 from motionrt.runtime.backends.seam import Backend, Checked
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.errors import BatchError, Cancelled, InputError, MemoryStoreError, MotionRTError, shown
+from motionrt.runtime.files import here
 from motionrt.runtime.job import Job, Placed, Request, Result
 from motionrt.runtime.loop import Call, Row
+from motionrt.runtime.media.limits import LIMITS, Limits, check_limits
 from motionrt.runtime.memory.search import Search
 
 if TYPE_CHECKING:
@@ -43,7 +46,10 @@ class MotionPipeline:
         memory: MotionMemory | MemorySet | None = None,
         *,
         low_memory: bool = False,
+        limits: Limits = LIMITS,
     ) -> None:
+        check_limits(limits)
+        self._limits, self._folder = limits, here()
         self.bundle, self.backend, self.memory, self.low_memory = bundle, backend, memory, low_memory
         self._graphs: dict[str, Checked] = {}
         self._kept: dict[Hashable, dict[str, Any]] = {}
@@ -65,14 +71,16 @@ class MotionPipeline:
         device: str | None = None,
         precision: str | None = None,
         low_memory: bool = False,
+        limits: Limits = LIMITS,
     ) -> MotionPipeline:
         """Open the bundle directory `path` and the motion memory (a directory, opened read-only, or an open memory or set).
 
         `backend`: an open one, what `choose` chose, or a name: one of `BACKENDS`, the first if not given (with
         `threads`, `device` and `precision` as in `RunOptions`), or "auto": the fastest that runs here, and `Result.choice`
         says why. Graphs are loaded when they are first needed, and kept; with `low_memory` each makes room for the next: a
-        request takes no more than the largest graph needs, and longer by the time that loading takes. Raises `BundleError`,
-        `MemoryStoreError` (missing, damaged, made for another bundle), `BackendError`, `InputError`.
+        request takes no more than the largest graph needs, and longer by the time that loading takes. `limits`: how much is
+        decoded of a picture or clip. Raises `BundleError`, `MemoryStoreError` (missing, damaged, made for another bundle),
+        `BackendError`, `InputError`.
         """
         for given, value in (("threads", threads), ("device", device), ("precision", precision)):
             if value is not None and backend is not None and not isinstance(backend, str):
@@ -91,7 +99,7 @@ class MotionPipeline:
         runs = backend.backend if isinstance(backend, Choice) else backend
         opened = _open_memory(memory) if isinstance(memory, str | Path) else memory
         try:
-            pipeline = cls(bundle, runs, opened, low_memory=low_memory)
+            pipeline = cls(bundle, runs, opened, low_memory=low_memory, limits=limits)
         except BaseException:
             if opened is not None and opened is not memory:
                 opened.close()
@@ -155,10 +163,11 @@ class MotionPipeline:
         """The job of `request`: everything is checked, nothing has been run. See `Job`."""
         if not isinstance(request, Request):
             raise InputError(f"the request is a {type(request).__name__}; allowed is what pipeline.request(...) makes.")
-        return Job(self.bundle, self.memory, request, self.run)
+        return Job(self.bundle, self.memory, request, self.run, limits=self._limits, folder=self._folder)
 
     def result(self, job: Job) -> Result:
         """What a job gave; it is run to its end where it is not there yet."""
+        instance("the job", job, Job, "what pipeline.start(...) gives")
         if job.failure is not None:
             raise job.failure
         for _ in job:
@@ -167,7 +176,7 @@ class MotionPipeline:
             raise Cancelled("the job was stopped before it was done.")
         return Result(
             job.frames, job.references, job.seconds, job.step_seconds, job.seed, self.bundle.manifest.output.fps, job.fallback,
-            self.backend.label, self.choice,
+            self.backend.label, self.choice, job.field, tuple(job.notes),
         )  # fmt: skip
 
     def batch(
@@ -209,6 +218,10 @@ class MotionPipeline:
         if call.key is not None and call.key in self._kept:
             return self._kept[call.key]
         graph, inputs = self.graph(call.graph), dict(call.inputs)
+        if not call.loop:  # a table that is made anew, window by window: the one before makes room
+            made = {port.name for port in graph.spec.outputs}
+            for place in [place for place in placed if place[1] in made]:
+                del placed[place]
         for port, value in inputs.items():
             if isinstance(value, Row) or port in call.fixed:
                 whole = value.table if isinstance(value, Row) else value
@@ -227,7 +240,9 @@ class MotionPipeline:
     # --- graphs -------------------------------------------------------------------------------------------------------
 
     def graph(self, name: str) -> Checked:
-        """Graph `name` of the bundle, loaded once; with `low_memory` in the place of the one before it."""
+        """Graph `name` of the bundle, loaded once; with `low_memory` in the place of the one before it. Raises `BundleError`
+        for a name that is none, and `BackendError`."""
+        self.bundle.graph(name)
         if name not in self._graphs:
             if self.low_memory:
                 self._graphs.clear()
@@ -251,11 +266,11 @@ class MotionPipeline:
         (`parallel_load`) loads more than one, and only graphs that hold their own weights: what it takes for a moment to
         load those beside a graph, gigabytes each, must not add up.
         """
+        workers = usable_cores() if workers is None else whole("workers", workers, 1)
         if self.low_memory:
             return
         names = self.served()
         small = [name for name in names if name not in self._graphs and self.bundle.graph(name).data is None]
-        workers = workers or usable_cores()
         if workers > 1 and len(small) > 1 and self.backend.parallel_load:
             from concurrent.futures import ThreadPoolExecutor
 

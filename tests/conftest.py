@@ -27,6 +27,11 @@ CAPTIONS = (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest goes first: at the end one of two processes would run it alone."""
+    items.sort(key=lambda item: item.path.name != "test_matrix.py")
+
+
 @pytest.fixture(scope="session")
 def fake() -> ModuleType:
     """The module tests/helpers/fake_bundle.py."""
@@ -44,6 +49,35 @@ def watching() -> ModuleType:
 def fake_bundle(fake: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small valid bundle with every graph. Shared: copy it before changing it."""
     path: Path = fake.write_bundle(tmp_path_factory.mktemp("fake") / "bundle")
+    return path
+
+
+@pytest.fixture(scope="session")
+def guided(fake: ModuleType) -> ModuleType:
+    """The module tests/helpers/guided.py."""
+    return load_by_path(HERE / "helpers" / "guided.py")
+
+
+@pytest.fixture(scope="session")
+def guided_bundle(guided: ModuleType, fake: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of words and clips, with no picture to begin with: guided by a reference, or plain. Shared."""
+    path: Path = guided.write_bundle(fake, tmp_path_factory.mktemp("guided") / "bundle")
+    return path
+
+
+@pytest.fixture(scope="session")
+def drawn_bundle(fake: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that moves a picture as is drawn on it: drags, a brush, a field. Shared."""
+    system = load_by_path(HERE / "helpers" / "drawn_system.py")
+    path: Path = system.write_bundle(fake, tmp_path_factory.mktemp("drawn") / "bundle")
+    return path
+
+
+@pytest.fixture(scope="session")
+def recalling_bundle(fake: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`drawn_bundle` with a memory of motion fields, and a choice of what one that is found is for. Shared."""
+    system = load_by_path(HERE / "helpers" / "drawn_system.py")
+    path: Path = system.write_bundle(fake, tmp_path_factory.mktemp("recalling") / "bundle", recalls=True)
     return path
 
 
@@ -109,16 +143,26 @@ def fake_clips(fake: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> di
 @pytest.fixture(scope="session")
 def fake_memory(fake_bundle: Path, fake_clips: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A motion memory of the four clips, made for the fake bundle."""
+    return _filled(tmp_path_factory.mktemp("memory") / "memory", fake_bundle, fake_clips)
+
+
+@pytest.fixture(scope="session")
+def guided_memory(guided_bundle: Path, fake_clips: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A motion memory of the four clips, made for the guided bundle."""
+    return _filled(tmp_path_factory.mktemp("guided-memory") / "memory", guided_bundle, fake_clips)
+
+
+def _filled(path: Path, bundle_path: Path, clips: dict[str, Path]) -> Path:
+    """The motion memory `path`, made of the clips by their captions."""
     from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
     from motionrt.runtime.bundle.bundle import Bundle
     from motionrt.runtime.indexing.clips import ClipEncoders, index_clips
     from motionrt.runtime.memory.memory import MotionMemory
 
-    path = tmp_path_factory.mktemp("memory") / "memory"
-    bundle = Bundle.open(fake_bundle)
+    bundle = Bundle.open(bundle_path)
     with MotionMemory.for_bundle(path, bundle) as memory:
         encoders = ClipEncoders.from_bundle(bundle, OnnxRuntimeBackend(1))
-        report = index_clips(memory, encoders, [(file, caption, None) for caption, file in fake_clips.items()])
+        report = index_clips(memory, encoders, [(file, caption, None) for caption, file in clips.items()])
     assert not report.failed, report.failed
     return path
 

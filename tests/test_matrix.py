@@ -232,7 +232,7 @@ def as_near_as_diffusers(made: Cell) -> None:
 def test_one_cell_in_every_run_of_the_tests(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     made = _written(tmp_path, "cogvideox-5b-i2v", "bfloat16")
     from_files_to_a_video(made, run, monkeypatch)
-    as_near_as_diffusers(made)
+    hold_to_the_law(made, RunOptions(threads=1), made.kind)
 
 
 @pytest.mark.slow

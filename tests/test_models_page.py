@@ -1,4 +1,7 @@
-"""docs/models.md as a newcomer types it: its blocks run, on small models in the folders that it names."""
+"""docs/models.md as a newcomer types it: its blocks run, on small models in the folders that it names.
+
+MotionClone's and Motion-I2V's files do not say for which size they are: there `motionrt export` is told a small one.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +29,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = "docs/models.md"
 models = load_by_path(Path(__file__).resolve().parents[1] / "tests/helpers/tiny_models.py")
+animatediff = load_by_path(Path(__file__).resolve().parents[1] / "tests/helpers/animatediff_models.py")
+motion_i2v = load_by_path(Path(__file__).resolve().parents[1] / "tests/helpers/motion_i2v_models.py")
 readme = load_by_path(Path(__file__).resolve().parents[1] / "tests/test_readme.py")
 BLOCKS = readme.blocks((ROOT / PAGE).read_text(encoding="utf-8"), PAGE)
 FRAMES, HEIGHT, WIDTH = 17, 16, 32
+SMALL = (4, 16, 16)  # frames, height, width of the systems whose files do not say
+MOTIONRT = """#!/bin/sh
+case "$1 $2" in
+    "export motionclone"|"export motion-i2v") set -- "$@" --frames {} --height {} --width {} ;;
+esac
+exec "{}" -P -c "from motionrt.runtime.cli.main import main; main()" "$@"
+"""
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +68,27 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.fromarray(draw.integers(0, 256, (90, 120, 3), np.uint8)).save(folder / "still.png")
     (folder / "bin").mkdir()
     script = folder / "bin" / "motionrt"
-    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P -c "from motionrt.runtime.cli.main import main; main()" "$@"\n')
+    script.write_text(MOTIONRT.format(*SMALL, sys.executable))
     script.chmod(0o755)
+    write_other_systems(folder, draw)
     return folder
+
+
+def write_other_systems(folder: Path, draw: np.random.Generator) -> None:
+    """The downloads of sections 9 and 10 under the names there, two clips, and a picture with a mask."""
+    files = animatediff.small_animatediff(folder)
+    for path, name in (
+        (files.base, "stable-diffusion-v1-5"), (files.adapter, "v3_sd15_adapter.ckpt"),
+        (files.sparsectrl, "v3_sd15_sparsectrl_rgb.ckpt"),
+    ):  # fmt: skip
+        path.rename(folder / name)
+    motion_i2v.released_files(folder / "Motion-I2V")
+    for name in ("clip", "pan"):
+        write_video(folder / f"{name}.mp4", draw.integers(0, 256, (8, 4, 4, 3), np.uint8).repeat(8, 1).repeat(8, 2), 8)
+    Image.fromarray(draw.integers(0, 256, (20, 32, 3), np.uint8)).resize((512, 320)).save(folder / "boat.png")
+    mask = np.zeros((320, 512), np.uint8)
+    mask[120:280, 100:300] = 255
+    Image.fromarray(mask).save(folder / "boat-mask.png")
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if not block.excluded], ids=str)
@@ -77,6 +107,10 @@ def test_what_the_blocks_made_is_there(place: Path) -> None:
     graphs = json.loads((place / "cogvideox" / "bundle.json").read_text())["graphs"]
     assert {path.stem for path in (place / "cogvideox" / "engines" / "rtx-sm_89-float16").glob("*.json")} == set(graphs)
     assert json.loads((place / "svd-motion" / "bundle.json").read_text())["output"]["frames"] == 16
+    made = {name: (place / f"{name}.mp4").read_bytes() for name in ("both", "begins-with", "boat", "left")}
+    assert len(set(made.values())) == len(made) and (place / "boat-field.mp4").is_file()
+    for name in made:
+        assert read_clip(place / f"{name}.mp4", *SMALL, 8).std() > 0.01
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.excluded], ids=str)

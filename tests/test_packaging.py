@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -46,10 +47,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
 
 
 def expected_files() -> set[str]:
-    """Every Python file of the four packages in the working tree, as the wheel should name it."""
+    """Every Python file of the four packages in the working tree, as the wheel should name it, and the server's page."""
     files = {
         f"motionrt/{path.relative_to(ROOT)}" for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")
     }
+    files |= {f"motionrt/{path.relative_to(ROOT)}" for path in (ROOT / "runtime/serve/page").iterdir() if path.is_file()}
     return files | {f"motionrt/{path.name}" for path in (ROOT / "src/motionrt").glob("*.py")} | {"motionrt/py.typed"}
 
 
@@ -70,10 +72,48 @@ def test_wheel_declares_version_licence_extras_and_command(wheel: zipfile.ZipFil
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
     assert set(metadata.get_all("Provides-Extra", [])) == {
-        *("export", "torch", "cpu", "gpu", "tables", "lancedb", "tensorrt", "rtx", "dev"),
+        *("export", "torch", "cpu", "gpu", "flow", "tables", "lancedb", "otel", "tensorrt", "rtx", "serve", "dev"),
     }
     assert "motionrt = motionrt.__main__:main" in wheel.read(f"{info}/entry_points.txt").decode()
     assert f"{info}/licenses/LICENSE" in wheel.namelist()
+
+
+def test_wheel_is_bound_to_no_architecture_and_no_version_of_python(wheel: zipfile.ZipFile) -> None:
+    assert str(wheel.filename).endswith("-py3-none-any.whl")
+    (kind,) = (name for name in wheel.namelist() if name.endswith(".dist-info/WHEEL"))
+    told = Parser().parsestr(wheel.read(kind).decode())
+    assert told["Root-Is-Purelib"] == "true" and told.get_all("Tag") == ["py3-none-any"]
+
+
+PIP = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--dry-run", "--ignore-installed",
+       "--no-deps", "--only-binary=:all:"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def index() -> None:
+    """The package index of this machine: skipped where none can be reached."""
+    line = next(f"{package}=={version}" for package, version in pinned("runtime").items())
+    done = subprocess.run([*PIP, "--retries", "0", "--timeout", "20", line], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no package index can be reached that has {line}: {done.stderr.strip().splitlines()[-1]}")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("index")
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
+def test_run_side_resolves_to_wheels(wheel: zipfile.ZipFile, tmp_path: Path, python: str, machine: str) -> None:
+    """The wheel and all that is locked for it, for CPython on Linux with glibc 2.28 (RHEL 8, Debian 10) or newer."""
+    tags = [f"manylinux2014_{machine}", *(f"manylinux_2_{minor}_{machine}" for minor in range(17, 29))]
+    target = ["--implementation", "cp", "--python-version", python, *(f"--platform={tag}" for tag in tags)]
+    files = ["--target", str(tmp_path / "none"), "--report", str(tmp_path / "report.json")]
+    command = [*PIP, *target, *files, "-r", str(ROOT / "requirements/runtime.txt"), str(wheel.filename)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "report.json").read_text())["install"]
+    assert all(item["download_info"]["url"].endswith(".whl") for item in found)
+    got = {re.sub(r"[-_.]+", "-", item["metadata"]["name"]).lower(): item["metadata"]["version"] for item in found}
+    assert got.pop("motionrt") and got == pinned("runtime")
 
 
 def test_wheel_runs_from_elsewhere(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
@@ -129,7 +169,7 @@ print(json.dumps(commands), file=sys.stderr)
 def test_installed_commands_need_no_repository(
     wheel: zipfile.ZipFile, fake_bundle: Path, fake_clips: dict[str, Path], still: NDArray[np.uint8], tmp_path: Path
 ) -> None:
-    """From the wheel, outside the repository: the help of every command, and then each at work (export, build: refusing)."""
+    """From the wheel, outside the repository: the help of every command, and then each at work, or refusing."""
     wheel.extractall(tmp_path / "site")
     Image.fromarray(still).save(tmp_path / "still.png")
     bundle, clip = str(fake_bundle), str(next(iter(fake_clips.values())))
@@ -148,9 +188,19 @@ def test_installed_commands_need_no_repository(
         ["bench", bundle, "-m", "m", "-n", "1"],
         ["inspect", bundle],
         ["doctor", bundle],
+        ["keys", "create", "keys.json", "a"],
+        ["keys", "list", "keys.json"],
+        ["keys", "revoke", "keys.json", "a"],
+    ]
+    refused = [
         ["export", "svd", "-o", "exported"],
         ["build", bundle, "-t", "sm_1"],
+        ["serve", "-b", "none", "--store", "store"],
+        ["replay", "none.json", "-b", bundle],
+        *(["client", *words, "--server", "none"] for words in (["create"], ["list"])),
+        *(["client", name, "job", "--server", "none"] for name in ("watch", "get", "record", "cancel", "delete")),
     ]
+    lines += refused
     done = subprocess.run(
         [sys.executable, "-P", "-c", INSTALLED, str(tmp_path / "site"), str(ROOT), json.dumps(lines)],
         capture_output=True, text=True, cwd=tmp_path,
@@ -160,7 +210,7 @@ def test_installed_commands_need_no_repository(
     *ends, last = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("[")]
     untried = [name for name in last if not any(f"{' '.join(line)} ".startswith(f"{name} ") for line in lines)]
     assert untried == [], "add a line for it above"
-    wrong = [(line, status) for line, status in ends if status != (2 if line in lines[-2:] else 0)]
+    wrong = [(line, status) for line, status in ends if status != (2 if line in refused else 0)]
     assert wrong == [], done.stderr
 
 
@@ -217,8 +267,8 @@ def names(requirements: list[str]) -> set[str]:
 def test_locks_pin_what_the_project_asks_for() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
     runtime, dev = pinned("runtime"), pinned("dev")
-    assert names(PROJECT["project"]["dependencies"] + extras["cpu"]) <= runtime.keys()
-    assert names(extras["export"] + extras["torch"] + extras["rtx"] + extras["dev"]) <= dev.keys()
+    assert names(PROJECT["project"]["dependencies"] + extras["cpu"] + extras["serve"]) <= runtime.keys()
+    assert names(extras["export"] + extras["torch"] + extras["rtx"] + extras["flow"] + extras["dev"]) <= dev.keys()
     assert not runtime.keys() & dev.keys(), "dev.txt includes runtime.txt: a package in both could differ"
 
 

@@ -10,14 +10,16 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from serving import serving
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-PAGES = ("README.md", "docs/bring-your-own-videos.md")  # in this order, in one folder
+PAGES = ("README.md", "docs/jobs-over-http.md", "docs/bring-your-own-videos.md")  # in this order, in one folder
 EXCLUDED = "<!-- not run by tests:"
 SETS_UP = re.compile(r"(make [a-z]+|pip install .*|git clone .*|cd .*|\. \.venv/bin/activate)")
 
@@ -77,24 +79,35 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(command: list[str], place: Path) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of what `make serve` starts, on a port of its own."""
+    with serving(tmp_path_factory.mktemp("server") / "store", ROOT / "demo/bundle", ROOT / "demo/memory") as served:
+        yield served.url
+
+
+def run(command: list[str], place: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     path = f"{place / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
-    environment = {**os.environ, "PATH": path, "COLUMNS": "120"}
-    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=240)
+    every = {**os.environ, "PATH": path, "COLUMNS": "120", **environment}
+    return subprocess.run(command, cwd=place, env=every, capture_output=True, text=True, timeout=240)
 
 
 @pytest.mark.parametrize(
     "block", [pytest.param(b, marks=pytest.mark.slow if "motionrt bench" in b.text else ()) for b in RUN], ids=str
 )
-def test_readme_block_runs(block: Block, place: Path) -> None:
-    """In order of the pages: a later block may use what an earlier one wrote."""
+def test_readme_block_runs(block: Block, place: Path, request: pytest.FixtureRequest) -> None:
+    """In order of the pages: a later block may use what an earlier one wrote. What asks the server has one, elsewhere."""
+    text, environment = block.text, {}
+    if re.search(r"localhost:8420|motionrt client|serve\.client", text):
+        environment["MOTIONRT_SERVER"] = request.getfixturevalue("server")
+        text = text.replace("localhost:8420", environment["MOTIONRT_SERVER"])
     if block.language == "bash":
         # As typed, one after the other; the first failure stops, with the command shown.
-        done = run(["bash", "-euxo", "pipefail", "-c", block.text], place)
+        done = run(["bash", "-euxo", "pipefail", "-c", text], place, **environment)
     else:
         script = place / f"line{block.line}.py"
         script.write_text(block.text)
-        done = run([sys.executable, "-P", str(script)], place)
+        done = run([sys.executable, "-P", str(script)], place, **environment)
     assert done.returncode == 0, f"{block.page} line {block.line}:\n{done.stdout}\n{done.stderr}"
     for output in re.findall(r"\bout/[\w./-]+\.(?:mp4|gif|webp|png)\b", block.text):
         assert (place / output).stat().st_size > 0, f"{block.page} line {block.line} should have written {output}"
@@ -114,7 +127,7 @@ def test_readme_block_left_out_only_sets_up(block: Block) -> None:
 
 def test_readme_has_what_it_promises() -> None:
     assert any(block.language == "python" for block in RUN)
-    assert {"generate", "inspect", "bench", "memory"} <= set(re.findall(r"\bmotionrt ([a-z]+)", SHELL))
+    assert {"generate", "inspect", "bench", "memory", "client"} <= set(re.findall(r"\bmotionrt ([a-z]+)", SHELL))
     memory = {"create", "add", "search", "remove", "verify", "compact", "export", "import", "stats"}
     assert memory == set(re.findall(r"\bmotionrt memory ([a-z]+)", SHELL))
 

@@ -28,6 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from motionrt.benchmarks import harness
 
@@ -125,6 +126,15 @@ def onnxruntime(options: argparse.Namespace, toy: bool) -> None:
     gpu_demo.onnxruntime_step(_common(options), device="cpu" if toy else "cuda")
 
 
+def guided_step(options: argparse.Namespace, toy: bool) -> None:
+    """MotionClone's guided step beside the plain one: torch programs, then engines in float16; rows of gpu_guided."""
+    from motionrt.benchmarks.gpu import gpu_guided
+
+    how: dict[str, Any] = {"device": "cpu", "precisions": ("float32",)} if toy else {}  # a CPU takes seconds for a float16 step
+    if gpu_guided.main(_common(options), **how):
+        raise SystemExit(1)
+
+
 def tensorrt(options: argparse.Namespace, toy: bool) -> None:
     """Engines of the demo, by gpu_engines; without PyTorch. On a GPU that the library has no target for it says so."""
     from motionrt.benchmarks.gpu import gpu_engines
@@ -148,6 +158,7 @@ STAGES = (
     Stage("decode", 60, _request("decode", 5), ("torch", "transformers", "diffusers")),
     Stage("request", 150, _request("request", 3), ("torch", "transformers", "diffusers", "networkx")),
     Stage("torch_programs", 60, torch_programs, ("torch", "onnxruntime", "usearch")),
+    Stage("guided_step", 120, guided_step, ("torch", "onnxruntime", "usearch", "av")),
     Stage(
         "cogvideox_more", 400, _cogvideox("cogvideox_more", MORE, MORE_TOY), ("torch", "diffusers", "networkx"), optional=True
     ),

@@ -83,8 +83,9 @@ def drawn_system(folder: Path, sizes: Sizes) -> System:
     sources = Sources(folder, folder / "rag", folder / "videomae", folder / "dinov2", dtype="float32", sos=sos)
     networks = motionrag_networks(sources, files, sizes.frames, sizes.picture)
     nothing = Network(torch.nn.Identity())
+    graph = Graph(nothing, {}, ())
     base = Base(
-        "full-encoders", (sizes.frames, *sizes.picture), FPS, Graph(nothing, {}, ()), Decoding({}), nothing, {}, {},
+        "full-encoders", (sizes.frames, *sizes.picture), FPS, graph, Decoding({"decode": graph}), nothing, {}, {},
         {"none": {1: np.zeros((1, 9), np.float32)}},
     )  # fmt: skip
     whole = motionrag_system(

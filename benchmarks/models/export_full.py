@@ -2,6 +2,7 @@
 
     .venv-dev/bin/python benchmarks/models/export_full.py cogvideox-5b-i2v FOLDER --frames 17
     .venv-dev/bin/python benchmarks/models/export_full.py svd FOLDER
+    .venv-dev/bin/python benchmarks/models/export_full.py motionclone FOLDER      # without SparseCtrl
 
 FOLDER is made, and removed at the end unless `--keep`. The files are sparse: reading, hashing and moving their bytes costs what
 real ones would; the disk does not. The bundle is then opened as the runtime opens it, every graph passes the ONNX checker and
@@ -14,7 +15,7 @@ import argparse
 import json
 import resource
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, process_time
@@ -26,15 +27,18 @@ import torch
 
 from motionrt.benchmarks import harness
 from motionrt.benchmarks.models.anonymous_memory import AnonymousMemory
-from motionrt.benchmarks.models.sparse_models import RELEASED, write_cogvideox, write_svd
+from motionrt.benchmarks.models.sparse_models import RELEASED, Sizes, write_cogvideox, write_motionclone, write_svd
+from motionrt.export.checkpoints.animatediff_files import MotionCloneSources
 from motionrt.export.checkpoints.motionrag_files import SosToken
 from motionrt.export.exporter import export_system
 from motionrt.export.onnx import streamed as onnx_streamed
 from motionrt.export.onnx.torch_programs import FOLDER as PROGRAMS
 from motionrt.export.onnx.torch_programs import write_program
 from motionrt.export.systems.cogvideox import cogvideox_system
+from motionrt.export.systems.motionclone.system import motionclone_system
 from motionrt.export.systems.motionrag_system import Sources
 from motionrt.export.systems.svd import svd_system
+from motionrt.export.systems.system import System
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.dtypes import WEIGHTS
 
@@ -56,16 +60,18 @@ class Expected:
 
 
 # CogVideoX: 84 AdaLN linears, time MLP, norm_out.linear; 5570.5 M of the model and 660.6 M of the adapters.
+# MotionClone: 27.88 M of time in its guided step; the 19.17 M that make keys and values of the text are of the request.
 # SVD: 56.32 M of time and id embeddings, 99.19 M of frame positions; all 32 attn2, adapters included, have left the step.
 EXPECTED = {
     "cogvideox-5b-i2v": Expected(799_259_648, 6_231_082_560, 42),
     "svd": Expected(155_510_118, 1_562_572_522, 0),
+    "motionclone": Expected(27_875_520, 1_276_658_564, 0),
 }
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is exported. `size`: height, width of SVD's videos; CogVideoX has its own."""
+    """What is exported. `size`: height, width of SVD's and MotionClone's videos; CogVideoX has its own."""
 
     model: str
     frames: int
@@ -121,15 +127,30 @@ def _inferred_without_weights(path: Path) -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
 
 
-WRITERS = {"cogvideox-5b-i2v": write_cogvideox, "svd": write_svd}
+WRITERS: Mapping[str, Callable[[Path, Sizes], None]] = {
+    "cogvideox-5b-i2v": write_cogvideox, "svd": write_svd, "motionclone": lambda root, sizes: write_motionclone(root),
+}  # fmt: skip
+FRAMES = {"cogvideox-5b-i2v": 17, "svd": 16, "motionclone": 16}
+SIZES = {"svd": (576, 1024), "motionclone": (512, 512)}
 
 
-def export(root: Path, request: Request, *, limit: float = LIMIT) -> dict[str, Any]:
-    """Export what a writer left in `root` to `root/bundle` and look at it; the row. MemoryError if `limit` was not kept."""
+def open_system(root: Path, request: Request, say: Callable[[str], None]) -> System:
+    """The system of what a writer left in `root`."""
+    height, width = request.size
+    if request.model == "motionclone":
+        files = MotionCloneSources(root / "base", root / "motion.safetensors", dtype=request.dtype)
+        return motionclone_system(files, frames=request.frames, height=height, width=width, say=say)
     sources = Sources(
         root / "base", root / "rag", root / "videomae", root / "dinov2", request.dtype, SosToken(seed=42),
         steps=request.steps,
     )  # fmt: skip
+    if request.model == "svd":
+        return svd_system(sources, frames=request.frames, height=height, width=width, say=say)
+    return cogvideox_system(sources, frames=request.frames, say=say)
+
+
+def export(root: Path, request: Request, *, limit: float = LIMIT) -> dict[str, Any]:
+    """Export what a writer left in `root` to `root/bundle` and look at it; the row. MemoryError if `limit` was not kept."""
     bundle, stages = root / "bundle", list[dict[str, Any]]()
     program_seconds = 0.0
 
@@ -154,12 +175,7 @@ def export(root: Path, request: Request, *, limit: float = LIMIT) -> dict[str, A
                 stages.append({"stage": name})
 
         end("open and check files")
-        if request.model == "svd":
-            height, width = request.size
-            system = svd_system(sources, frames=request.frames, height=height, width=width, say=end)
-        else:
-            system = cogvideox_system(sources, frames=request.frames, say=end)
-        export_system(system, bundle, say=end)
+        export_system(open_system(root, request, end), bundle, say=end)
         seconds, cpu_seconds = perf_counter() - start, process_time() - used
         end("inspect")
         graphs = inspect(bundle)
@@ -187,7 +203,7 @@ def export(root: Path, request: Request, *, limit: float = LIMIT) -> dict[str, A
         "program_bytes": {path.stem: path.stat().st_size for path in sorted((bundle / PROGRAMS).glob("*.pt2"))},
         "stages": stages,
         "graphs": graphs,
-        "classes": manifest["partition"]["weights"],
+        "classes": (manifest["partition"].get("0") or manifest["partition"])["weights"],  # where there are several: the first
         "memory": manifest["provenance"]["memory"],
         "checked": "ONNX checker and strict shape inference passed for every graph; weights were zeros",
     }
@@ -195,11 +211,11 @@ def export(root: Path, request: Request, *, limit: float = LIMIT) -> dict[str, A
 
 def check_counts(row: Mapping[str, Any], expected: Expected) -> None:
     """ValueError unless the manifest's classes and the step graph are what `expected` says."""
-    classes = row["classes"]
+    classes, graphs = row["classes"], row["graphs"]
     got = Expected(
         classes["schedule"]["parameters"] + classes["constant"]["parameters"],
         classes["model"]["parameters"],
-        row["graphs"]["step"]["motion_attentions"],
+        sum(graph["motion_attentions"] for name, graph in graphs.items() if name.startswith("step")),
     )
     if got != expected:
         raise ValueError(f"the partition counts {got}; {expected} is expected")
@@ -209,7 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=list(EXPECTED))
     parser.add_argument("work", type=Path, help="folder for the files and the bundle; must not be there yet")
-    parser.add_argument("--frames", type=int, help="17 or 49 for CogVideoX, 16 for SVD")
+    parser.add_argument("--frames", type=int, help="17 or 49 for CogVideoX, 16 for the others")
     parser.add_argument("--dtype", default="checkpoint", choices=["checkpoint", *WEIGHTS], help="what weights are kept in")
     parser.add_argument("--keep", action="store_true", help="leave the files and the bundle there")
     arguments = parser.parse_args()
@@ -218,10 +234,10 @@ def main() -> None:
         parser.error(f"{root} is there already; give a folder that this may make, and remove")
     torch.set_num_threads(1)
     root.mkdir(parents=True)
-    frames = arguments.frames or {"cogvideox-5b-i2v": 17, "svd": 16}[arguments.model]
+    frames, size = arguments.frames or FRAMES[arguments.model], SIZES.get(arguments.model, Request.size)
     try:
         WRITERS[arguments.model](root, RELEASED)
-        row = export(root, Request(arguments.model, frames, arguments.dtype))
+        row = export(root, Request(arguments.model, frames, arguments.dtype, size=size))
         check_counts(row, EXPECTED[arguments.model])
     finally:
         if not arguments.keep:

@@ -2,6 +2,7 @@
 
     write_cogvideox(root, RELEASED)     # root/base, root/rag, root/videomae, root/dinov2
     write_svd(root, RELEASED)
+    write_motionclone(root)             # root/base, root/motion.safetensors, root/rgb.safetensors, root/sketch.safetensors
 
 For trials of an export at full size. Configs are those of the public `config.json` files; the text tokenizer is a stand-in.
 """
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from motionrt.benchmarks.models.released import COGVIDEOX_5B_I2V, SVD_UNET
+from motionrt.export.checkpoints.animatediff_files import released_name
 from motionrt.export.checkpoints.motionrag_files import CamaSize, ResamplerSize, adapter_shapes, overlay_shapes
 from motionrt.export.checkpoints.safetensors_file import NAMES
 from motionrt.export.compiler.weightless import meta
@@ -55,6 +57,30 @@ EULER: Config = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction",
     "timestep_spacing": "leading", "timestep_type": "continuous", "use_karras_sigmas": True, "sigma_min": 0.002,
     "sigma_max": 700.0, "steps_offset": 1, "interpolation_type": "linear",
+}  # fmt: skip
+
+# Stable Diffusion 1.5, and AnimateDiff v3 for it
+_SD_UNET: Config = {
+    "attention_head_dim": 8, "block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768, "in_channels": 4,
+    "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"], "layers_per_block": 2, "norm_num_groups": 32,
+    "sample_size": 64, "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
+}  # fmt: skip
+_SD_VAE: Config = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "latent_channels": 4,
+    "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32, "sample_size": 512,
+}  # fmt: skip
+_CLIP_L: Config = {
+    "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "max_position_embeddings": 77, "hidden_act": "quick_gelu",
+}  # fmt: skip
+ANIMATEDIFF: Config = {
+    "block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "num_attention_heads": 8,
+    "use_motion_mid_block": False,
+}  # fmt: skip
+_SPARSECTRL: Config = {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "attention_head_dim": 8}
+PNDM: Config = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
+    "skip_prk_steps": True, "steps_offset": 1,
 }  # fmt: skip
 
 
@@ -127,6 +153,31 @@ def write_svd(root: Path, sizes: Sizes, dtype: torch.dtype = torch.bfloat16) -> 
     write_encoders(root, sizes, dtype)
 
 
+def write_motionclone(root: Path, dtype: torch.dtype = torch.float16) -> None:
+    """A Stable Diffusion 1.5 folder, AnimateDiff's motion modules and both SparseCtrls by their released keys."""
+    from diffusers import AutoencoderKL, SparseControlNetModel, UNet2DConditionModel, UNetMotionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    base = root / "base"
+    _component(base / "unet", UNet2DConditionModel, _SD_UNET, _DIFFUSERS, dtype)
+    _component(base / "vae", AutoencoderKL, _SD_VAE, _DIFFUSERS, dtype)
+    text = CLIPTextConfig(**_CLIP_L)
+    _component(base / "text_encoder", CLIPTextModel, _CLIP_L, _TRANSFORMERS, dtype, lambda: CLIPTextModel(text))
+    _pipeline(base, "StableDiffusionPipeline", PNDM)
+    _tokenizer(base / "tokenizer", "<|endoftext|>")
+
+    def released(kind: Any, config: Config, only: str = "") -> dict[str, tuple[int, ...]]:
+        with meta():
+            state = kind(**config).state_dict()
+        found = {name: tuple(value.shape) for name, value in state.items() if not name.endswith(".pos_embed.pe")}
+        return {released_name(name): shape for name, shape in found.items() if only in name}
+
+    sketch = {**_SPARSECTRL, "conditioning_channels": 3, "use_simplified_condition_embedding": False}
+    sparse_file(root / "motion.safetensors", released(UNetMotionModel, ANIMATEDIFF, ".motion_modules."), dtype)
+    sparse_file(root / "rgb.safetensors", released(SparseControlNetModel, _SPARSECTRL), dtype)
+    sparse_file(root / "sketch.safetensors", released(SparseControlNetModel, sketch), dtype)
+
+
 def _component(
     folder: Path, kind: type, config: Config, file: str, dtype: torch.dtype, make: Callable[[], nn.Module] | None = None
 ) -> None:
@@ -147,12 +198,12 @@ def _pipeline(base: Path, name: str, scheduler: Config) -> None:
     (base / "scheduler" / "scheduler_config.json").write_text(json.dumps(dict(scheduler)))
 
 
-def _tokenizer(folder: Path) -> None:
-    """Words as tokens, and `</s>` behind every text as T5's does: the real one's model is not here."""
+def _tokenizer(folder: Path, end: str = "</s>") -> None:
+    """Words as tokens, and `end` behind every text as T5's and CLIP's do: the real one's model is not here."""
     from tokenizers import Tokenizer, models, processors
 
-    tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, end: 1, "<unk>": 2}, unk_token="<unk>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, 1)])
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
 

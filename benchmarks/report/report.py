@@ -17,7 +17,7 @@ from pathlib import Path
 
 from motionrt.benchmarks.harness import RESULTS, ROOT
 from motionrt.benchmarks.report import sections as render
-from motionrt.benchmarks.report import text
+from motionrt.benchmarks.report import serving, text
 from motionrt.benchmarks.report.rows import Report
 
 PAGE = ROOT / "docs" / "performance.md"
@@ -70,6 +70,16 @@ SECTIONS = (
     Section(
         "Cold start", "From nothing to the first and the second video.",
         render.stages("bench_cold_start"), "benchmarks/questions/bench_cold_start.py",
+    ),
+    Section(
+        "Serving",
+        "Jobs of the pipeline itself, of the server's queue and worker without HTTP, and over HTTP.",
+        serving.serve, "benchmarks/serving/bench_serve.py",
+    ),
+    Section(
+        "Serving: half an hour of kills",
+        "Two keys, one of them flooding; worker and server killed, the disk filled, jobs stopped and deleted.",
+        serving.soak, "benchmarks/serving/bench_serve_soak.py",
     ),
     Section(
         "Scaling",

@@ -1,4 +1,4 @@
-"""What a search costs, from the rows of bench_memory: tables and a figure for docs/memory.md and docs/performance.md."""
+"""What a search costs, from the rows of bench_memory and bench_checks, for docs/memory.md and docs/performance.md."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from motionrt.benchmarks import harness
 from motionrt.benchmarks.report import text
 from motionrt.benchmarks.report.plots import lines
-from motionrt.benchmarks.report.rows import Report, Row, by_run, groups
+from motionrt.benchmarks.report.rows import Report, Row, by_run, groups, times
 
 SIZE = ("clips", "embedding")
 SERIES = {
@@ -32,7 +32,17 @@ def cost(report: Report) -> list[str]:
         title = "One search of 384-d embeddings, 9 clips with tokens, one thread"
         svg = lines(title, series, across="clips", up="ms", log=True, dashed=["memory p99"])
         parts += [report.figure("bench_memory", svg, title), "", text.source(rows), ""]
-    return parts + report.unclean("bench_memory", *SIZE)
+    return parts + report.unclean("bench_memory", *SIZE) + checks(report)
+
+
+def checks(report: Report) -> list[str]:
+    """A table of each size's newest run with checks and without; no line where there are no rows."""
+    parts: list[str] = []
+    for rows in groups(report.rows("bench_checks"), *SIZE).values():
+        size = f"{rows[0].get('clips'):,} x {rows[0].get('embedding')}"
+        parts += [f"Of {size}, with the checks of the clips that a search returns, and without:", ""]
+        parts += [*times(rows, "unchecked", first="backend"), "", text.source(rows), ""]
+    return parts + report.unclean("bench_checks", *SIZE)
 
 
 def _plain(row: Row) -> bool:

@@ -1,4 +1,4 @@
-"""The networks around a denoiser, each with its preprocessing inside: T5, VideoMAE and DINOv2 with MotionRAG's Resamplers.
+"""The networks around a denoiser, each with its preprocessing inside: T5, CLIP, VideoMAE, DINOv2, and MotionRAG's Resamplers.
 
 Each is built with `meta`, so it costs no memory, and typed in float32, whatever its weights are stored in. Pictures come in as
 the runtime reads them: RGB in [-1, 1], at the size of the bundle.
@@ -24,7 +24,7 @@ from motionrt.export.systems.system import Network
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ENCODED = 224  # pixels that VideoMAE and DINOv2 see
 
-# What this version of transformers calls a weight -> what the released file calls it.
+# What this version of the library calls a weight -> what the released file calls it.
 _RENAMED = (
     (".attention.q_proj.", ".attention.attention.query."),
     (".attention.k_proj.", ".attention.attention.key."),
@@ -32,6 +32,10 @@ _RENAMED = (
     (".attention.o_proj.", ".attention.output.dense."),
     (".attention.attention.query.bias", ".attention.attention.q_bias"),
     (".attention.attention.value.bias", ".attention.attention.v_bias"),
+    (".attentions.0.to_q.", ".attentions.0.query."),  # of diffusers: the image autoencoder of Stable Diffusion 1.5
+    (".attentions.0.to_k.", ".attentions.0.key."),
+    (".attentions.0.to_v.", ".attentions.0.value."),
+    (".attentions.0.to_out.0.", ".attentions.0.proj_attn."),
 )
 
 
@@ -65,7 +69,7 @@ def weights_of(
 
 
 class Text(nn.Module):
-    """T5 encoder, padding attended as CogVideoX does: ids `[B, L]` int64 -> `[B, L, D]` float32."""
+    """T5 or CLIP's text encoder, padding attended as diffusers does: ids `[B, L]` int64 -> `[B, L, D]` float32."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -89,6 +93,21 @@ def text_encoder(base: Path) -> Network:
     tied = {"encoder.embed_tokens.weight": "shared.weight", "shared.weight": "encoder.embed_tokens.weight"}
     weights, report = weights_of(model, component, "text_encoder", "model.", aliases=tied)
     return Network(Text(model.eval()), weights, (report,), ("*.wo.weight",))
+
+
+def clip_text_encoder(base: Path) -> Network:
+    """`text_encoder` of a Stable Diffusion 1.5 folder."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    component = open_component(base, "text_encoder", "CLIPTextModel")
+    with meta():
+        model = CLIPTextModel(CLIPTextConfig(**component.config))
+    inside = "text_model." if any(key.startswith("text_model.") for key in component.tensors) else ""
+    weights, report = weights_of(
+        model, component, "text_encoder", "model.", inside=inside,
+        unused=lambda key: "a range, made anew" if key.endswith("position_ids") else None,
+    )  # fmt: skip
+    return Network(Text(model.eval()), weights, (report,))
 
 
 def resize_matrices(height: int, width: int, short: int, size: int, mode: str) -> tuple[Tensor, Tensor]:

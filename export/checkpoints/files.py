@@ -83,7 +83,7 @@ class Component:
 
     folder: Path
     config: Mapping[str, Any]
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, Lazy]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -162,11 +162,14 @@ def _open_shards(index: Path) -> dict[str, Stored]:
     return tensors
 
 
-def open_torch_file(path: Path) -> dict[str, InMemory]:
-    """Tensors of a `torch.save` file: a dict of tensors, or a Lightning dict with such a dict in `state_dict`.
+def open_torch_file(
+    path: Path, inside: Sequence[str] = ("state_dict",), settings: Sequence[str] = ()
+) -> dict[str, InMemory]:
+    """Tensors of a `torch.save` file: a dict of tensors, or one that has such a dict under a name in `inside`, as Lightning's.
 
     Mapped, not loaded, where the file allows it (torch's zip format). A file whose pickle asks for anything but tensors
-    and plain containers is refused: such a file is a program.
+    and plain containers is refused: such a file is a program. An entry that `settings` names may be no tensor; it is then given
+    as an empty one, so that it can be accounted for as a key.
     """
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}.")
@@ -183,19 +186,21 @@ def open_torch_file(path: Path) -> dict[str, InMemory]:
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read ({' '.join(str(error).split()):.200}). Download it again.") from None
-    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
-        loaded = loaded["state_dict"]
+    for name in inside:
+        if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
+            loaded = loaded[name]
     if not isinstance(loaded, dict) or not loaded:
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}; a dict of tensors is expected.")
+    loaded = {key: torch.empty(0) if key in settings and not isinstance(it, Tensor) else it for key, it in loaded.items()}
     for key, value in loaded.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise CheckpointError(f"{path}: `{key}` is a {type(value).__name__}; every entry must be a tensor.")
     return {key: InMemory(value.detach()) for key, value in loaded.items()}
 
 
-def open_any(path: Path) -> Mapping[str, Lazy]:
-    """Tensors of a `.safetensors` file or of a `torch.save` file."""
-    return read_header(path)[0] if path.suffix == ".safetensors" else open_torch_file(path)
+def open_any(path: Path, inside: Sequence[str] = ("state_dict",), settings: Sequence[str] = ()) -> Mapping[str, Lazy]:
+    """Tensors of a `.safetensors` file or of a `torch.save` file (see `open_torch_file`)."""
+    return read_header(path)[0] if path.suffix == ".safetensors" else open_torch_file(path, inside, settings)
 
 
 def convert(path: Path, out: Path) -> Mapping[str, Stored]:

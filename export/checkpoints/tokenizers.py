@@ -21,6 +21,35 @@ def tokenizer_json(folder: Path) -> tuple[str, int]:
     raise CheckpointError(f"{folder} has neither tokenizer.json nor spiece.model. Download the tokenizer of the model.")
 
 
+def clip_tokenizer_json(folder: Path) -> tuple[str, int]:
+    """(tokenizers JSON, padding id) of a CLIP tokenizer folder: its `tokenizer.json`, or one made from vocabulary and merges.
+
+    CLIP pads with the token that ends a text, unless the folder's settings name another.
+    """
+    from tokenizers import Tokenizer
+    from transformers import CLIPTokenizer
+
+    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    said = settings.get("pad_token") or "<|endoftext|>"
+    padding = str(said.get("content") if isinstance(said, dict) else said)
+    try:
+        if (folder / "tokenizer.json").is_file():
+            made = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        else:
+            vocabulary = read_json(folder / "vocab.json")
+            lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+            merges = [(first, second) for first, second in (line.split() for line in lines[1:] if line)]
+            made = CLIPTokenizer(vocabulary, merges).backend_tokenizer
+        pad = made.token_to_id(padding)
+    except CheckpointError:
+        raise
+    except Exception as error:  # the library raises a bare Exception
+        raise CheckpointError(f"{folder} is no CLIP tokenizer ({error!s:.120}). Download it again.") from None
+    if pad is None:
+        raise CheckpointError(f"{folder}: the padding {padding!r} is not in the vocabulary. Download the tokenizer again.")
+    return made.to_str(), pad
+
+
 def from_sentencepiece(path: Path, extra_ids: int = 100) -> str:
     """T5's unigram model `spiece.model` as tokenizers JSON, with `</s>` behind every text.
 

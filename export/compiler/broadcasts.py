@@ -103,8 +103,9 @@ def pack_tables(module: GraphModule, depends: Mapping[Node, frozenset[str]]) -> 
             continue
         first = next(n for n in graph.nodes if n.op == "call_function" and "step" in depends.get(n, ()))
         early = ancestors([source for _, source in found])
-        for node in list(graph.nodes):
-            if node in early and node.op != "placeholder":
+        nodes = list(graph.nodes)
+        for node in nodes[nodes.index(first) :]:  # what lies before it stays there: others may read it
+            if node in early:
                 first.prepend(node)
         widths = [value(source).shape[axis] for _, source in found]
         with graph.inserting_before(first):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
@@ -155,7 +156,8 @@ def flops(node: Node, known: dict[str, int]) -> int:
         kernel = 1
         for size in shape[1][1:]:
             kernel *= size
-        return 2 * elements * kernel
+        transposed = node.target == aten.convolution.default and node.args[6]
+        return 2 * kernel * (math.prod(shape[0]) if transposed else elements)
     if node.target == aten.scaled_dot_product_attention.default:
         *batch, length, width = shape[0]
         rows = length

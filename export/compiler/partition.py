@@ -109,22 +109,27 @@ def partition(
     *,
     outputs: tuple[str, ...],
     dynamic_shapes: Any = None,
+    suffix: str = "",
 ) -> Partition:
     """Cut `module(*args)` into programs by what its tensors depend on.
 
     `inputs` declares, in the order of `args`, each argument's name and what it changes with ("schedule", "request" or
-    "step"); `outputs` names the results. Row b of every argument belongs to request b: rows must not mix. Counts are those
-    of one request, a dynamic size being 1. Raises ValueError for an unknown class or a count that does not match.
+    "step"); `outputs` names the results, and `suffix` is put behind the class in the names of what crosses. Row b of every
+    argument belongs to request b: rows must not mix. Counts are those of one request, a dynamic size being 1. A `GraphModule`
+    is taken as it is. Raises ValueError for an unknown class or a count that does not match.
     """
     if len(inputs) != len(args):
         raise ValueError(f"partition: {len(inputs)} inputs are declared, {len(args)} arguments given; they must match.")
     for name, kind in inputs.items():
         if kind not in KINDS:
             raise ValueError(f"partition: input `{name}` is declared {kind!r}; allowed: {', '.join(sorted(KINDS))}.")
-    exported = torch.export.export(module.eval(), args, dynamic_shapes=dynamic_shapes, strict=False)
-    exported = exported.run_decompositions({})
-    whole: GraphModule = exported.module(check_guards=False)  # type: ignore[assignment]
-    _tidy(whole)
+    if isinstance(module, GraphModule):  # traced already: a module that differentiates (gradients.py)
+        whole = module
+    else:
+        exported = torch.export.export(module.eval(), args, dynamic_shapes=dynamic_shapes, strict=False)
+        exported = exported.run_decompositions({})
+        whole = exported.module(check_guards=False)  # type: ignore[assignment]
+        _tidy(whole)
     original = _copy(whole)
     known = _sizes_of_one(whole)
     original_counts = _count(whole, list(whole.graph.nodes), known)
@@ -134,7 +139,7 @@ def partition(
     pack_tables(whole, depends_on(whole, inputs))
     whole.recompile()
     depends = depends_on(whole, inputs)
-    programs, hoisted = _split(whole, depends, inputs, outputs, known)
+    programs, hoisted = _split(whole, depends, inputs, outputs, known, suffix)
     folded = [n for n in whole.graph.nodes if n.op == "call_function" and not depends[n] and not floating(n)]
     classes = {"constant": _count(whole, folded, known, weights=False)}
     classes |= {kind: _count(p.module, list(p.module.graph.nodes), known) for kind, p in programs.items()}
@@ -176,6 +181,7 @@ def _split(
     inputs: Mapping[str, str],
     outputs: tuple[str, ...],
     known: dict[str, int],
+    suffix: str,
 ) -> tuple[dict[str, Program], tuple[Hoisted, ...]]:
     """The programs, and what crosses into the step."""
     nodes = list(whole.graph.nodes)
@@ -195,7 +201,7 @@ def _split(
     for node in nodes:
         if node in into_step or node in into_timeline:
             kinds[node] = "timeline" if depends[node] == MIXED else next(iter(depends[node]))
-            names.setdefault(node, _name(node, kinds[node], set(names.values())))
+            names.setdefault(node, _name(node, f"{kinds[node]}{suffix}", set(names.values())))
     build = _Builder(whole, constants, names)
 
     def given(kind: str) -> list[Node]:
@@ -301,6 +307,16 @@ class _Builder:
                     graph.erase_node(given.pop(node))
         kept = tuple(self.names[n] for n in given)
         return Program(GraphModule(root, graph).eval(), kept, outputs or tuple(self.names[n] for n in wanted), weights)
+
+
+def any_rows(module: GraphModule) -> None:
+    """Make a graph that was traced for one row one for any number of them, in place: its shapes say 1 where they mean that."""
+    for node in module.graph.nodes:
+        if node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default):
+            source, shape = node.args
+            if shape and shape[0] == 1 and value(source).shape[0] == 1:
+                node.args = (source, [-1, *shape[1:]])
+    module.recompile()
 
 
 def _batch(node: Node) -> Any:

@@ -69,18 +69,21 @@ def faked(module: nn.Module) -> Iterator[FakeTensorMode]:
 
 
 def fake_partition(
-    module: nn.Module, args: tuple[Tensor, ...], inputs: Mapping[str, str], *, outputs: tuple[str, ...], batch: int = BATCH
-) -> Partition:
+    module: nn.Module, args: tuple[Tensor, ...], inputs: Mapping[str, str], *, outputs: tuple[str, ...], batch: int = BATCH,
+    suffix: str = "", traced: Callable[[nn.Module, tuple[Tensor, ...]], nn.Module] | None = None,
+) -> Partition:  # fmt: skip
     """`partition` of a module whose weights are not there; `args` give dtypes and shapes, of one request.
 
     `batch`: the most requests that a call may have; where it is more than 1, axis 0 of every argument is dynamic.
+    `suffix` as of `partition`; `traced`: what makes a graph of the module where `torch.export` cannot.
     """
     rows = torch.export.Dim("batch", min=1, max=batch) if batch > 1 else None
     with faked(module.eval()):
         shapes = [arg.shape if rows is None else (2 * arg.shape[0], *arg.shape[1:]) for arg in args]
         fakes = tuple(torch.empty(shape, dtype=arg.dtype) for shape, arg in zip(shapes, args, strict=True))
         dynamic = None if rows is None else tuple({0: rows} for _ in args)
-        cut = partition(module, fakes, inputs, outputs=outputs, dynamic_shapes=dynamic)
+        module = module if traced is None else traced(module, fakes)
+        cut = partition(module, fakes, inputs, outputs=outputs, dynamic_shapes=dynamic, suffix=suffix)
     gc.collect()  # traces of a big model hold each other in cycles
     return cut
 

@@ -7,9 +7,12 @@ when it loads the graph, and an engine's builder takes the weight at the precisi
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -77,8 +80,8 @@ def store(
     """
     graph, casts, written = model.graph, [], None
     if shared is not None:
-        data, places = shared, read_header(shared)[0]
-        places = {name: places[name] for name, lazy in weights.items() if name in places and _equal(places[name], lazy)}
+        data, there = shared, read_header(shared)[0]
+        places = {name: there[known] for name, known in names_in(shared, weights).items()}
         for name in weights.keys() - places.keys():
             graph.initializers[name].const_value = ir.tensor(weights[name].read().float().numpy(), name=name)
     else:
@@ -113,9 +116,24 @@ def store(
     return written
 
 
-def _equal(one: Lazy, other: Lazy) -> bool:
-    """Whether two tensors are the same in dtype, shape and every value."""
-    return one.dtype == other.dtype and tuple(one.shape) == tuple(other.shape) and torch.equal(one.read(), other.read())
+def names_in(shared: Path, weights: Mapping[str, Lazy]) -> dict[str, str]:
+    """Those of `weights` that the safetensors file `shared` holds too, in dtype, shape and every value: their names there."""
+    there = _contents(shared)
+    found = {name: there.get(_content(lazy)) for name, lazy in weights.items()}
+    return {name: known for name, known in found.items() if known is not None}
+
+
+@lru_cache(maxsize=2)
+def _contents(path: Path) -> dict[tuple[Any, ...], str]:
+    """What a file holds, by content; it is not written to again."""
+    return {_content(stored): name for name, stored in read_header(path)[0].items()}
+
+
+def _content(lazy: Lazy) -> tuple[Any, ...]:
+    with torch._subclasses.fake_tensor.unset_fake_temporarily():  # a trace without weights may be under way
+        value = lazy.read().contiguous()
+        raw = value.view(-1).view(torch.uint8).numpy().data if value.numel() else b""
+    return value.dtype, tuple(value.shape), hashlib.blake2b(raw, digest_size=16).digest()
 
 
 ONNX = {getattr(torch, name): dtype.onnx for name, dtype in DTYPES.items()}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -44,7 +45,7 @@ from motionrt.export.onnx.from_torch import (
 )
 from motionrt.export.onnx.functions import symbolic_forms
 from motionrt.export.onnx.rewrites import rewrite
-from motionrt.export.onnx.stored import INLINE, Computed, narrowest, store
+from motionrt.export.onnx.stored import INLINE, Computed, names_in, narrowest, store
 from motionrt.export.onnx.torch_programs import check_program, weights_of, write_program
 from motionrt.runtime.files import replacing
 
@@ -52,29 +53,33 @@ Find = Callable[[str], Lazy | None]
 
 
 def stream_program(
-    path: Path, cut: Partition, kind: str, find: Find, ranges: Mapping[str, Range], torch_program: Path | None = None
-) -> dict[str, Any]:
+    path: Path, cut: Partition, kind: str, find: Find, ranges: Mapping[str, Range], torch_program: Path | None = None,
+    shared: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Write the program `kind` of a partition that was traced with fake weights; its manifest entry.
 
     `find(name)` gives the weights of the module that was cut, by its own names; None for tables that it holds itself. A
     dynamic size is "steps" where timesteps are taken all at once, and "batch" elsewhere, of the range that `ranges` gives;
     other sizes are the traced ones. `torch_program`: where the same program goes in its torch form, without its weights; the
-    entry then has the key `program`.
+    entry then has the key `program`. `shared`: as of `stream_module`.
     """
     program, size = cut.programs[kind], "steps" if kind in ("schedule", "timeline") else "batch"
     values = [node.meta["val"] for node in program.module.graph.nodes if node.op == "placeholder"]
     mode = values[0].fake_mode if values else next(program.module.buffers()).fake_mode
     dynamic = any(isinstance(length, torch.SymInt) for value in values for length in value.shape)
+    over = kind == "schedule" and bool(values) and not dynamic  # of one request, but its timesteps are taken all at once
+    dynamic |= over
 
     def sized(rows: int) -> Example:
         shapes = ([_at(n, dict.fromkeys(_symbols(n), rows)) for n in value.shape] for value in values)
+        shapes = ([rows, *shape[1:]] if over else shape for shape in shapes)
         feed = [torch.empty(shape, dtype=value.dtype) for shape, value in zip(shapes, values, strict=True)]
         return Example({size: rows} if dynamic else {}, dict(zip(program.inputs, feed, strict=True)))
 
     with mode:
         return _stream(
             path, program.module, [sized(2), sized(3)], program.outputs, ranges if dynamic else {},
-            lambda name: _of(cut, program, name, find), torch_program,
+            lambda name: _of(cut, program, name, find), torch_program, shared=shared,
         )  # fmt: skip
 
 
@@ -106,7 +111,7 @@ def stream_module(
 ) -> dict[str, Any]:
     """Write a module that was built with `meta`; `find` knows its parameters, and buffers that it does not are its own.
 
-    `shared`: the file beside `path` that another graph's weights are in, and these too: none is written.
+    `shared`: the file beside `path` that another graph's weights are in, and these too, whatever their names: none is written.
 
     Feeds of the examples give dtypes and shapes; the axes in which the first two differ are dynamic.
     """
@@ -134,11 +139,13 @@ def stream_real(
     atol: float = 2e-5,
     torch_program: Path | None = None,
     external: Mapping[str, NDArray[Any]] | None = None,
+    shared: Path | None = None,
 ) -> dict[str, Any]:
     """Write a module that is in memory; weights are stored as float16 where that loses nothing.
 
     Graph and program are run on all examples: |ours - module| <= atol * max(1, max |module|), or `ParityError`, and no graph.
-    `external` names tensors that stay outside: a weight equal to one takes its name, and is stored nowhere.
+    `external` names tensors that stay outside: a weight equal to one takes its name, and is stored nowhere. `shared`: as of
+    `stream_module`.
     """
     module = module.eval()
     state = weights_of(module)
@@ -151,10 +158,10 @@ def stream_real(
         return InMemory(narrowest(state[name].detach())) if name in state else None
 
     try:
-        entry = _stream(path, module, examples, outputs, ranges, find, torch_program, outside)
+        entry = _stream(path, module, examples, outputs, ranges, find, torch_program, outside, shared)
         check_parity(path, outputs, examples, wanted, atol, external or {})
-        if torch_program is not None:
-            data = path.with_suffix(".safetensors") if "data" in entry else None  # none: a program without weights
+        if torch_program is not None and "program" in entry:
+            data = shared or (path.with_suffix(".safetensors") if "data" in entry else None)  # none: without weights
             check_program(torch_program, entry["program"], data, examples, wanted, atol)
     except BaseException:
         path.unlink(missing_ok=True)
@@ -221,10 +228,13 @@ def _stream(
     entry: dict[str, Any] = {}
     extra: dict[str, Lazy] = {}
     if torch_program is not None:
-        entry["program"] = write_program(torch_program, module, first.feed, outputs, shapes)
-        for name, own in weights_of(module).items():
-            if name not in weights:
-                extra[name] = value(name) or InMemory(own.detach())
+        own = {name: value(name) or InMemory(weight.detach()) for name, weight in weights_of(module).items()}
+        stored = {} if shared is None else names_in(shared, own)
+        if shared is not None:
+            own = {name: weight for name, weight in own.items() if name in stored or not _written_out(module, name)}
+        if shared is None or stored.keys() == own.keys():  # a program takes its weights from one file
+            entry["program"] = write_program(torch_program, module, first.feed, outputs, shapes, stored)
+        extra = {name: weight for name, weight in own.items() if name not in weights}
     with _quiet(), torch._subclasses.fake_tensor.unset_fake_temporarily():
         written = store(model, path, weights, extra, shared)
         _leave_outside(model.graph, outside)
@@ -241,6 +251,24 @@ def _stream(
     if written is not None:
         entry["data"] = {"file": f"{path.parent.name}/{path.with_suffix('.safetensors').name}", "sha256": written.sha256}
     return entry
+
+
+def _written_out(module: nn.Module, name: str) -> bool:
+    """Whether a weight of a graph is one number, and stands in the graph from now on."""
+    held = operator.attrgetter(name)(module)
+    if not isinstance(module, torch.fx.GraphModule) or held.numel() != 1 or isinstance(held, FakeTensor):
+        return False
+    for node in module.graph.find_nodes(op="get_attr", target=name):
+        with module.graph.inserting_before(node):
+            number = module.graph.call_function(
+                torch.ops.aten.full.default, ([*held.shape], held.item()), {"dtype": held.dtype}
+            )
+        number.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(number)
+        module.graph.erase_node(node)
+    module.recompile()
+    delattr(module, name)
+    return True
 
 
 def _shapes(examples: Sequence[Example], inputs: Sequence[Tensor], results: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -46,12 +47,13 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def write_program(
-    path: Path, module: nn.Module, feed: Mapping[str, Tensor], outputs: Sequence[str], dynamic_shapes: Any = None
-) -> dict[str, Any]:
+    path: Path, module: nn.Module, feed: Mapping[str, Tensor], outputs: Sequence[str], dynamic_shapes: Any = None,
+    stored: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:  # fmt: skip
     """Write the program of `module` to `path`, whole or not at all; its entry in the manifest's `programs`.
 
     `feed`: inputs by name, real or fake like the module's weights; `dynamic_shapes` as `torch.export.export` takes them for
-    these inputs alone.
+    these inputs alone. `stored`: names that weights are stored under, if others.
     """
     state = weights_of(module)
     names, weights = list(state), [value.detach() for value in state.values()]
@@ -67,7 +69,8 @@ def write_program(
             lifted = _Lifted(module, names).eval()
             program = torch.export.export(lifted, (weights, *feed.values()), dynamic_shapes=shapes, strict=False)
             program = program.run_decompositions({})  # assignments to slices as values, and nothing taken apart
-            torch.export.save(_bare(program), partial, extra_files={WEIGHTS: json.dumps(names)})
+            places = json.dumps([stored.get(name, name) for name in names])
+            torch.export.save(_bare(program), partial, extra_files={WEIGHTS: places})
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -58,7 +58,7 @@ class Decoding:
     @property
     def name(self) -> str:
         """What the plan runs."""
-        return PICTURES if self.loops else "decode"
+        return next(iter(self.loops or self.graphs))
 
 
 def decoding(
@@ -69,14 +69,20 @@ def decoding(
     *,
     caches: Sequence[str] = (),
     tiles_error: str = "not measured",
+    name: str = PICTURES,
+    channels: int = 3,
 ) -> Decoding:
-    """The loop `pictures` over `decode` and `decode_next`, if there is more to do than one call.
+    """The loop `name` over `decode` and `decode_next`, if there is more to do than one call.
 
     For each tile all its chunks follow one another: the first by the first of `graphs`, the others by the last. `chunks`:
     (latent frames, pictures) of each; `latents` F, C, H, W; `scale`: pixels per latent along a side; `caches`: inputs `NAME` of
-    the last graph, given by output `next_NAME` of the step before; `tiles_error`: what is known of the error of tiles.
+    the last graph, given by output `next_NAME` of the step before; `tiles_error`: what is known of the error of tiles;
+    `channels` of a picture. The first input of a graph is of the latents, and its first output the pictures: values are called
+    like these.
     """
-    tile = next(iter(graphs.values())).inputs["latents"].dims[3:]
+    first = next(iter(graphs.values()))
+    reads, gives = next(iter(first.inputs)), first.outputs[0]
+    tile = first.inputs[reads].dims[3:]
     tiled, columns = tile != latents[2:], ("graph", "frame", "top", "left", "out_frame", "out_top", "out_left")
     if not tiled and len(chunks) == 1:
         return Decoding(graphs)
@@ -92,8 +98,8 @@ def decoding(
         raise ValueError(f"chunks {list(chunks)} do not make up {latents[0]} latent frames")
     schedules = {"chunks": {len(rows): np.array(rows, np.float32)}}
     video = Collect(
-        "video",
-        (picture, 3, scale * latents[2], scale * latents[3]),
+        gives,
+        (picture, channels, scale * latents[2], scale * latents[3]),
         {1: "out_frame", 3: "out_top", 4: "out_left"},
         {3: ("top_before", "top_after"), 4: ("left_before", "left_after")} if tiled else {},
     )
@@ -103,9 +109,9 @@ def decoding(
         schedules=lengths(schedules),
         default=("chunks", len(rows)),
         carry={f"next_{name}": name for name in caches},
-        slices={"latents": Slice("latents", {1: "frame", 3: "top", 4: "left"})},
-        collect={"video": video},
+        slices={reads: Slice(reads, {1: "frame", 3: "top", 4: "left"})},
+        collect={gives: video},
     )
     quality = {"tiles": len(rows) // len(chunks), "error": tiles_error}
     approximations = (Approximation("tiles", tuple(graphs), quality),) if tiled else ()
-    return Decoding(graphs, {PICTURES: loop}, {PICTURES: schedules}, approximations)
+    return Decoding(graphs, {name: loop}, {name: schedules}, approximations)

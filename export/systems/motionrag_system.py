@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from motionrt.export.checkpoints.encoders import appearance_encoder, motion_encoder
-from motionrt.export.checkpoints.files import CheckpointError, KeyReport, Lazy
+from motionrt.export.checkpoints.files import CheckpointError, KeyReport
 from motionrt.export.checkpoints.motionrag_files import MotionRAG, SosToken
-from motionrt.export.checkpoints.text_query import SentenceEncoder, packaged_encoder, sentence_encoder
+from motionrt.export.checkpoints.sources import AS_STORED, Keeping
+from motionrt.export.checkpoints.text_query import SentenceEncoder
 from motionrt.export.compiler.weightless import meta
 from motionrt.export.onnx.from_torch import Range
-from motionrt.export.onnx.stored import stored_as
 from motionrt.export.systems.decoding import Decoding
 from motionrt.export.systems.system import Array, Graph, Network, Schedules, Step, System, TokenizerText, lengths
 from motionrt.runtime.bundle.manifest import (
@@ -39,9 +39,7 @@ from motionrt.runtime.bundle.manifest import (
     Part,
     TextInput,
 )
-from motionrt.runtime.dtypes import WEIGHTS
 
-AS_STORED = "checkpoint"  # weights are kept in the dtype of their file
 GUIDANCE, DEFAULT_STEPS, REFERENCES = 3.0, 25, 9  # of a published model's request that names none
 BATCH = Range(1, 1, 4)
 CLIPS = Range(1, 4, 32)  # of the memory, encoded at once
@@ -51,15 +49,13 @@ PENDING = "0" * 64  # a fingerprint that the exporter fills in
 
 
 @dataclass(frozen=True)
-class Sources:
+class Sources(Keeping):
     """Where an export of a published model finds its files, and the choices that change numbers.
 
     `base`: diffusers folder; `motionrag`: folder with its files; `videomae`, `dinov2`: transformers folders. `target_range`:
     what DINOv2 sees of the still, "correct" [-1, 1] or as CogVideoX was "released" [0, 1] (quirk A14.1). `positions`: see
-    `cogvideox_step.fix_positions` (A7). `text_query`: folder of a sentence-transformers model to search with; None for the
-    packaged one. `tiles` along either side of the picture in which latents are decoded: an approximation, for small devices.
-    `dtype`: what weights are kept in, "checkpoint" (as they are) or one of `WEIGHTS`, which may lose digits; graphs compute in
-    what a backend is asked for. `steps`: numbers of steps that there are rows for.
+    `cogvideox_step.fix_positions` (A7). `text_query`, `dtype`: see `Keeping`. `tiles` along either side of the picture in which
+    latents are decoded: an approximation, for small devices. `steps`: numbers of steps that there are rows for.
     """
 
     base: Path
@@ -75,32 +71,9 @@ class Sources:
     tiles: int = 1
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("dtype", self.dtype, (AS_STORED, *WEIGHTS)),
-            ("target_range", self.target_range, ("correct", "released")),
-            ("positions", self.positions, ("released", "learned")),
-        ):
-            if value not in allowed:
-                raise CheckpointError(f"{name} is {value!r}; allowed: {', '.join(allowed)}.")
+        self.check(target_range=("correct", "released"), positions=("released", "learned"))
         if not 1 <= self.tiles <= 8:
             raise CheckpointError(f"decode tiles is {self.tiles}; allowed: 1 (the whole picture) to 8 along either side.")
-
-    def kept(self, weights: Mapping[str, Lazy]) -> dict[str, Lazy]:
-        """`weights` in the dtype that they are kept in."""
-        return stored_as(weights, None if self.dtype == AS_STORED else getattr(torch, self.dtype))
-
-    def keeping(self, network: Network) -> Network:
-        """`network` with its weights in the dtype that they are kept in; those in a package stay as they are."""
-        if network.weights is None or network.package is not None:
-            return network
-        return replace(network, weights=self.kept(network.weights))
-
-    def sentence_encoder(self) -> SentenceEncoder:
-        """What captions and prompts are searched with."""
-        if self.text_query is None:
-            return packaged_encoder()
-        found = sentence_encoder(self.text_query)
-        return replace(found, network=self.keeping(found.network))
 
 
 def motionrag_networks(sources: Sources, files: MotionRAG, frames: int, size: tuple[int, int]) -> dict[str, Network]:

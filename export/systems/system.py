@@ -24,7 +24,9 @@ from motionrt.export.onnx.from_torch import Example, Range
 from motionrt.runtime.bundle.manifest import Approximation, Input, Loop, MemorySpec, Node, Output, Weights
 
 # Sizes of the examples that a graph is traced (the first two) and checked at, for those that may change.
-_EXAMPLES = {"batch": (2, 3, 1, 1), "references": (4, 8, 1, 2), "tokens": (12, 7, 40, 1), "steps": (5, 8, 1, 2)}
+_EXAMPLES = {
+    "batch": (2, 3, 1, 1), "references": (4, 8, 1, 2), "tokens": (12, 7, 40, 1), "steps": (5, 8, 1, 2), "window": (2, 1, 1),
+}  # fmt: skip
 
 Schedules = Mapping[str, Mapping[int, NDArray[np.float32]]]  # name -> number of steps -> rows [T, R]
 
@@ -126,8 +128,9 @@ class Step:
     """The network of a loop with guidance and solver in it, which the compiler cuts by what changes when.
 
     `changes`: input -> what it changes with, in the module's order. The graphs that come of it are named after their class
-    (`step`, `request`, ...) with `suffix` behind; the loop's `tables` and the plan name those that there are. `plain`: with the
-    graph of the step before it was rewritten.
+    (`step`, `request`, ...) with `suffix` behind; the loop's `tables` and the plan name those that there are. Without "batch"
+    in `sizes` they are for one request. `gradient`: the module differentiates. `plain`: with the graph of the step before it
+    was rewritten. `weights_of`: a graph before it whose file holds the weights of the step too.
     """
 
     network: Network
@@ -136,10 +139,17 @@ class Step:
     outputs: tuple[str, ...]
     sizes: Mapping[str, Range] = field(default_factory=dict)
     suffix: str = ""
+    gradient: bool = False
     plain: bool = False
+    weights_of: str | None = None
+
+    @property
+    def most(self) -> int:
+        """The most requests that a call may have."""
+        return self.sizes["batch"].max if "batch" in self.sizes else 1
 
     def examples(self) -> list[dict[str, Tensor]]:
-        """Inputs for 2, 3 and 1 requests; real ones where the module is in memory."""
+        """Inputs for 2, 3 and 1 requests, or for one each; real ones where the module is in memory."""
         draw = torch.Generator().manual_seed(1) if self.network.weights is None else None
         return [{name: array.drawn({"batch": rows}, draw) for name, array in self.inputs.items()} for rows in (2, 3, 1)]
 

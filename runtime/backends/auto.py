@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from motionrt.runtime.backends.kinds import BACKENDS, ONNXRUNTIME, BackendKind
+from motionrt.runtime.arguments import instance, listed
+from motionrt.runtime.backends.kinds import BACKENDS, ONNXRUNTIME, TENSORRT, BackendKind
 from motionrt.runtime.backends.machine import Gpu, find_gpus
 from motionrt.runtime.backends.open import RunOptions, open_backend
 from motionrt.runtime.backends.seam import Backend, Checked
 from motionrt.runtime.bundle.bundle import Bundle
-from motionrt.runtime.errors import BackendError, InputError
+from motionrt.runtime.errors import BackendError, InputError, shown
 
 log = logging.getLogger("motionrt")
 
@@ -30,6 +31,15 @@ class Choice:
     graphs: Mapping[str, Checked] = field(default_factory=dict)
 
 
+def backend_for(bundle: Bundle, options: RunOptions, graphs: Sequence[str] | None = None) -> Backend | Choice:
+    """What `options` ask for: an open backend, or for "auto" what `choose` takes for `bundle` and `graphs`."""
+    if options.backend != "auto":
+        return open_backend(options)
+    if options.engines is not None:
+        raise InputError(f"engines is {options.engines!r}, and the choice was left to auto; name {TENSORRT.name} as backend.")
+    return choose(bundle, device=options.device, threads=options.threads, precision=options.precision, graphs=graphs)
+
+
 def choose(
     bundle: Bundle, *, device: str | None = None, threads: int | None = None, precision: str | None = None,
     graphs: Sequence[str] | None = None,
@@ -40,9 +50,12 @@ def choose(
     the steps of denoising loops if not given; others may go to ONNX Runtime where it has not got them. With "cuda" the CPU is
     no answer: `BackendError` says what was tried.
     """
-    if device is not None and device != "cpu" and not device.startswith("cuda"):
-        raise InputError(f"device is {device!r}; with the backend auto it must be cpu, cuda, or not given.")
-    graphs = bundle.steps if graphs is None else graphs
+    instance("the bundle", bundle, Bundle, "what Bundle.open gives")
+    if device is not None and not (isinstance(device, str) and (device == "cpu" or device.startswith("cuda"))):
+        raise InputError(f"device is {shown(device)}; with the backend auto it must be cpu, cuda, or not given.")
+    graphs = bundle.steps if graphs is None else listed("graphs", graphs, "names of graphs")
+    for name in graphs:
+        bundle.graph(name)
     refused: list[str] = []
     if device == "cpu":
         refused.append("the device cpu was asked for")

@@ -9,10 +9,11 @@ import importlib.util
 from dataclasses import dataclass, field
 from typing import Any
 
+from motionrt.runtime.arguments import flag, instance
 from motionrt.runtime.backends.kinds import BACKENDS, ONNXRUNTIME, TENSORRT, TORCH
 from motionrt.runtime.backends.seam import Backend
 from motionrt.runtime.dtypes import WEIGHTS
-from motionrt.runtime.errors import InputError
+from motionrt.runtime.errors import InputError, shown
 
 
 def _option(default: Any, words: str) -> Any:
@@ -52,14 +53,18 @@ def open_backend(options: RunOptions = RunOptions()) -> Backend:
 
     Raises `InputError` for what does not exist and `BackendError` for a package or device that is not there.
     """
+    instance("options", options, RunOptions, "RunOptions(...)")
     name, engines = options.backend, options.engines
-    if name not in BACKENDS:
+    flag("allow_onnxruntime", options.allow_onnxruntime)
+    flag("allow_cpu", options.allow_cpu)
+    if not isinstance(name, str) or name not in BACKENDS:
         hint = " The choice 'auto' needs a bundle: MotionPipeline.from_bundle(..., backend='auto')." if name == "auto" else ""
-        raise InputError(f"backend is '{name}'; it must be one of {', '.join(BACKENDS)}.{hint}")
+        raise InputError(f"backend is {shown(name)}; it must be one of {', '.join(BACKENDS)}.{hint}")
     if engines is not None and name != TENSORRT.name:
-        raise InputError(f"engines is '{engines}', which the backend {name} does not use. Use the backend {TENSORRT.name}.")
+        what = f"engines is {shown(engines)}, which the backend {name} does not use"
+        raise InputError(f"{what}. Use the backend {TENSORRT.name}.")
     if options.precision is not None and options.precision not in WEIGHTS:
-        raise InputError(f"precision is {options.precision!r}; it must be one of {', '.join(WEIGHTS)}.")
+        raise InputError(f"precision is {shown(options.precision)}; it must be one of {', '.join(WEIGHTS)}.")
     kind = BACKENDS[name]
     fallback = open_backend(RunOptions(threads=options.threads)) if options.allow_onnxruntime else None
     return _OPENS[name](kind.devices[0] if options.device is None else options.device, options, fallback)

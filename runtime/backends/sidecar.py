@@ -17,7 +17,7 @@ import msgspec
 
 from motionrt.runtime.bundle.manifest import GraphSpec
 from motionrt.runtime.errors import EngineError
-from motionrt.runtime.files import digest_of
+from motionrt.runtime.files import digest_of, is_sealed, sealed
 
 FORMAT = 1
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
@@ -85,7 +85,7 @@ class Sidecar(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         """The sidecar's text; the same for the same contents."""
         record = msgspec.to_builtins(self, enc_hook=str)
         del record["folder"]
-        return json.dumps({"format": FORMAT, **record}, indent=1) + "\n"
+        return json.dumps(sealed({"format": FORMAT, **record}), indent=1) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -100,9 +100,14 @@ class Sidecar(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
             raise EngineError(f"{path} cannot be read ({error}). {again}.") from None
         if not isinstance(raw, dict):
             raise EngineError(f"{path}: it must hold one object. {again}.")
+        intact = "seal" not in raw or is_sealed(raw)
+        raw.pop("seal", None)
         if (number := raw.pop("format", None)) != FORMAT:
             raise EngineError(f"{path}: format is {number!r}; this version reads format {FORMAT}. {again}.")
         try:
-            return msgspec.convert({**raw, "folder": path.parent}, cls)
+            found = msgspec.convert({**raw, "folder": path.parent}, cls)
         except msgspec.ValidationError as error:
             raise EngineError(f"{path}: {error}. {again}.") from None
+        if not intact:
+            raise EngineError(f"{path} is damaged: it is not what its `seal` was made of. {again}.")
+        return found

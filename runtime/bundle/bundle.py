@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from motionrt.runtime.arguments import whole
 from motionrt.runtime.bundle.manifest import Dim, GraphSpec, Manifest, Port, Program, read_manifest
 from motionrt.runtime.errors import BundleError, InputError, shown
 from motionrt.runtime.files import digest_of
@@ -70,9 +71,9 @@ class Bundle:
 
     def graph(self, name: str) -> GraphSpec:
         """The declared interface of graph `name`; `BundleError` if the bundle has none."""
-        if name not in self.graphs:
+        if not isinstance(name, str) or name not in self.graphs:
             raise BundleError(
-                f"bundle {self.path} has no graph '{name}'; it has {', '.join(sorted(self.graphs))}. Export it again."
+                f"bundle {self.path} has no graph {shown(name)}; it has {', '.join(sorted(self.graphs))}. Export it again."
             )
         return self.graphs[name]
 
@@ -117,6 +118,8 @@ class Bundle:
 
     def schedule(self, loop: str, name: str | None = None, steps: int | None = None) -> Schedule:
         """The rows of `steps` steps of schedule `name` of a loop, the default ones if not given; `InputError` for others."""
+        if not isinstance(loop, str) or loop not in self.manifest.loops:
+            raise InputError(f"the loop is {shown(loop)}; this bundle has {', '.join(self.manifest.loops)}.")
         spec = self.manifest.loops[loop]
         name = spec.default[0] if name is None else name
         if not isinstance(name, str) or name not in spec.schedules:
@@ -131,8 +134,8 @@ class Bundle:
 
     def tokenizer(self, name: str) -> Tokenizer:
         """The `tokenizers.Tokenizer` of `name`, with its own padding and truncation switched off. Cached by file."""
-        if name not in self.manifest.tokenizers:
-            raise BundleError(f"bundle {self.path} has no tokenizer '{name}'. Export it again.")
+        if not isinstance(name, str) or name not in self.manifest.tokenizers:
+            raise BundleError(f"bundle {self.path} has no tokenizer {shown(name)}. Export it again.")
         return _load_tokenizer(str(self.path / self.manifest.tokenizers[name].file))
 
     def tokenize(self, name: str, text: str, length: int = 0, what: str = "the prompt") -> dict[str, NDArray[np.int64]]:
@@ -140,7 +143,7 @@ class Bundle:
 
         Padded to `length`, never cut: a text that is too long is an `InputError`, which calls it `what`.
         """
-        tokenizer, spec = self.tokenizer(name), self.manifest.tokenizers[name]
+        tokenizer, spec, length = self.tokenizer(name), self.manifest.tokenizers[name], whole("length", length, 0, 1 << 20)
         if not isinstance(text, str):
             raise InputError(f"{what} is of type {type(text).__name__}; it must be a string.")
         try:

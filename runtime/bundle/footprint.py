@@ -19,7 +19,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from motionrt.runtime.bundle.bundle import Bundle
@@ -37,19 +37,20 @@ _STORED = {DTYPES[name].safetensors: name for name in WEIGHTS}
 @dataclass(frozen=True)
 class Roles:
     """What serves a request: `when`: graph -> "before", "loop" or "after", in the plan's order; and the ports of the loop's
-    graphs that are `state` of the request or `rows` of a schedule. Other graphs (of indexing, or there to compare) are not
-    counted.
+    graphs that are `state` of the request or `rows` of a schedule, `windows` of them at a time where not all are there at once.
+    Other graphs (of indexing, or there to compare) are not counted.
     """
 
     when: Mapping[str, str]
     state: frozenset[str]
     rows: frozenset[str]
+    windows: Mapping[str, int] = field(default_factory=dict)
 
 
 def roles(manifest: Manifest) -> Roles:
     """The roles of a bundle's graphs."""
     when: dict[str, str] = {}
-    state, rows, made = set[str](), set[str](), set[str]()
+    state, rows, made, windows = set[str](), set[str](), set[str](), dict[str, int]()
     if manifest.memory is not None:
         when[manifest.memory.query] = "before"
     for node in manifest.nodes:
@@ -58,11 +59,12 @@ def roles(manifest: Manifest) -> Roles:
             when |= dict.fromkeys(loop.tables, "before") | dict.fromkeys(loop.graphs, "loop")
             state |= manifest.reads(node) & made
             rows |= {port.name for table in loop.tables for port in manifest.graphs[table].outputs}
+            windows |= {port.name: most for table, most in loop.windows.items() for port in manifest.graphs[table].outputs}
         else:
             kind = "after" if "loop" in when.values() else "before"
             when |= {graph: kind for graph in ((node.graph,) if loop is None else loop.graphs) if graph not in when}
         made |= manifest.gives(node)
-    return Roles(when, frozenset(state), frozenset(rows))
+    return Roles(when, frozenset(state), frozenset(rows), windows)
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def plan_memory(graphs: Sequence[GraphSize], roles: Roles, *, steps: int, dtype:
         raise ValueError(f"no graph is run in a loop; got {', '.join(sizes) or 'none'}.")
     read = {port[0]: _bytes(port) for name in loop for port in sizes[name].inputs}
     request_state = sum(count for name, count in read.items() if name in roles.state)
-    schedule_rows = steps * sum(count for name, count in read.items() if name in roles.rows)
+    schedule_rows = sum(read[port] * min(steps, roles.windows.get(port, steps)) for port in roles.rows & read.keys())
     between_ports = roles.state | roles.rows
     plans = []
     for name, when in roles.when.items():

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,9 +24,11 @@ from msgspec.structs import force_setattr
 
 from motionrt.runtime.dtypes import DTYPES, PORTS
 from motionrt.runtime.errors import BundleError
+from motionrt.runtime.files import is_sealed
 
 FORMAT = 2
 NOISE = "noise"  # the port that is given standard normal numbers of its size
+SCORES = "reference_scores"  # the value with the scores of the references, most similar first; 1 for what was not searched
 BATCH = "batch"  # the size of a port's first dimension that requests may share; `2*batch` is twice that, and so on
 
 Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
@@ -187,7 +189,8 @@ class NumberInput(_Strict, frozen=True, tag_field="kind", tag="number"):
 class ColumnInput(_Strict, frozen=True, tag_field="kind", tag="column"):
     """A finite number for all steps, or one for each: it takes the place of `column` in the rows of `loop`.
 
-    Not given, the rows stay as they were exported; `default` says what they hold, for people.
+    Not given, the rows stay as they were exported; `default` says what they hold, for people. What only scales something in
+    the rows has a column of its own, which holds 1, and the step graph multiplies.
     """
 
     loop: str
@@ -196,11 +199,83 @@ class ColumnInput(_Strict, frozen=True, tag_field="kind", tag="column"):
     help: str = ""
 
 
-Input = ImageInput | TextInput | NumberInput | ColumnInput
+class TracksInput(_Strict, frozen=True, tag_field="kind", tag="tracks"):
+    """Drags on the picture of input `image`, whose size is H x W here; none need be given.
+
+    It gives `NAME.flow`, float32 `[1, frames, 2, H, W]`: the displacement (x, y) of each pixel, in pixels, from the first frame
+    to each of the `frames` behind it, in a square of `unit` pixels to each side of where a drag begins, and 0 elsewhere; and
+    `NAME.mask`, float32 `[1, 1, H, W]`: 1 in these squares. Graphs that read the mask at every `cell`-th pixel find each drag.
+    `mask`: the input of kind mask that says what stands still: the flow is 0 there, and the mask 1.
+    """
+
+    image: str
+    frames: Count
+    unit: Count
+    cell: Count = 1
+    mask: str | None = None
+    help: str = ""
+    default: None = None
+
+
+class MaskInput(_Strict, frozen=True, tag_field="kind", tag="mask"):
+    """What may move, painted on the picture of input `image`; it gives a value of its name, float32 `[1, 1, H, W]`: 1 where
+    all must stand still, and 0 where it may move: everywhere, where nothing is painted or given."""
+
+    image: str
+    help: str = ""
+    default: None = None
+
+
+class FieldInput(_Strict, frozen=True, tag_field="kind", tag="field"):
+    """A motion field over the picture of input `image`. Where it is given it stands in for the value of its name that the plan
+    makes, float32 `[1, frames, 2, H, W]`: displacements (x, y) in pixels from the first frame to each one behind it."""
+
+    image: str
+    frames: Count
+    help: str = ""
+    default: None = None
+
+
+class Way(_Strict, frozen=True):
+    """What is different in the plan where an input of kind choice takes this value.
+
+    `reads`: value -> of the node that gives it: port -> the value that it reads there instead (as `Node.reads`). `schedules`:
+    loop -> the schedule that it runs, and its number of steps. `drawn`: inputs that count as given.
+    """
+
+    reads: Mapping[str, Mapping[str, str]] = {}
+    schedules: Mapping[str, tuple[str, Count]] = {}
+    drawn: tuple[str, ...] = ()
+
+
+class ChoiceInput(_Strict, frozen=True, tag_field="kind", tag="choice"):
+    """One of the names of `options`, each a way through the plan. `absent`: the one that is taken where the chosen one reads a
+    reference and there is none."""
+
+    options: Mapping[str, Way]
+    default: str
+    absent: str | None = None
+    help: str = ""
+
+    def __post_init__(self) -> None:
+        if unknown := {self.default, self.absent or self.default} - {*self.options}:
+            raise ValueError(f"'{min(unknown)}' is chosen and is none of the options {', '.join(self.options)}")
+
+
+Input = ImageInput | TextInput | NumberInput | ColumnInput | TracksInput | MaskInput | FieldInput | ChoiceInput
+DRAWN = TracksInput | MaskInput | FieldInput  # what lies over a picture; none of these must be given
+
+
+def reference_name(part: str) -> str:
+    """The value that a part of the record is in the plan."""
+    return f"reference_{part}"
 
 
 class Part(_Strict, frozen=True):
-    """One array of a record: `dtype` (NumPy's name) and sizes. It reaches the plan as `reference_NAME`, `[1, K, *dims]`."""
+    """One array of a record: `dtype` (NumPy's name) and sizes. It reaches the plan as `reference_NAME`, `[1, K, *dims]`.
+
+    No part is called `scores`: `reference_scores`, float32 `[1, K]`, are those of the search.
+    """
 
     name: str
     dtype: str
@@ -209,6 +284,8 @@ class Part(_Strict, frozen=True):
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES or self.dtype == "bfloat16":
             raise ValueError(f"part '{self.name}' of the record is {self.dtype}, which NumPy does not have")
+        if reference_name(self.name) == SCORES:
+            raise ValueError(f"a part of the record is called '{self.name}', and `{SCORES}` are the scores of the search")
 
 
 class ClipSize(_Strict, frozen=True):
@@ -226,9 +303,13 @@ class MemorySpec(_Strict, frozen=True):
     Captions, and the text input `text` of a request, are tokenized by `tokenizer` and made vectors by graph `query`. A clip's
     record: `graphs`, run in order on `video [K, F, 3, H, W]` (float32, [-1, 1]), `image` (its first pictures `[K, 3, H, W]`)
     and `pixels` (uint8 `[K, F, H, W, 3]`), give `record`, by name. `default` and `max`: how many clips a request takes.
-    `absent`: what stands in for a record where there is none: value -> "zeros", or a number, which is also how a request says
-    that it wants none; empty where a request must have one. `fingerprint`: of what made vectors and records: a memory fits
-    that has the same.
+    Graphs may also read `field` (float32 `[K, F - 1, 2, H, W]`: displacements (x, y) in pixels of H x W from a clip's first
+    picture to each one behind it), which lies beside the clip, or is found in it (`indexing/fields.py`).
+    `absent`: what stands in for a record where there is none: value -> "zeros", or a number; a number for an input is also how
+    a request says that it wants none (of a column: in every step). A request must have a clip where this is empty and neither a
+    loop nor a choice has an `absent` either. `fingerprint`: of what made vectors and records: a memory fits that has the same.
+    A clip that lasts less than `least_seconds` is refused, not stretched; so is one that shows too little motion: a mean
+    absolute difference of consecutive pictures below `least_change`, of 255 levels.
     """
 
     text: str
@@ -241,10 +322,15 @@ class MemorySpec(_Strict, frozen=True):
     fingerprint: Digest
     graphs: tuple[str, ...] = ()
     absent: Mapping[str, float | str] = {}
+    least_seconds: Rate | None = None
+    least_change: Annotated[float, Meta(gt=0, le=255)] | None = None
 
 
 class Node(_Strict, frozen=True):
-    """One graph in the plan whose ports are not named like the values: `reads`: port -> value, `writes`: port -> value."""
+    """One graph in the plan whose ports are not named like the values: `reads`: port -> value, `writes`: port -> value.
+
+    Of a loop values that it reads and gives have names of their own, which are taken for ports; `reads` may also say what a
+    carried port starts with."""
 
     graph: str
     reads: Mapping[str, str] = {}
@@ -270,6 +356,13 @@ class Collect(_Strict, frozen=True):
     ramps: Mapping[int, tuple[str, str]] = {}
 
 
+class Without(_Strict, frozen=True):
+    """What `runs` in the place of a step graph where none of `inputs` is given."""
+
+    runs: str
+    inputs: tuple[str, ...]
+
+
 class Loop(_Strict, frozen=True):
     """Step graphs, what is carried from step to step, and rows of numbers `[T, R]`, whose `columns` have names.
 
@@ -279,6 +372,11 @@ class Loop(_Strict, frozen=True):
     `carry`: output -> input of the next step; `start`: input -> "noise", "zeros" or a value; `gives`: carried input -> the
     value that it is called at the end. `schedules`: name -> the numbers of steps that there are rows for; `default`: one of
     them. `plain`: the graph of the step before it was rewritten, to compare with.
+
+    `absent`: graph -> the one that runs in its place where there is no reference; `without`: the same where nothing is drawn of
+    what it is for. `windows`: graph of `tables` -> of how many rows at a time it is asked, just before the first step that
+    reads them, where those of all steps would take too much room; what it made before is let go of then. Tables, and values of
+    the plan, that no step of the rows reads are not made.
     """
 
     graphs: tuple[str, ...]
@@ -294,16 +392,24 @@ class Loop(_Strict, frozen=True):
     slices: Mapping[str, Slice] = {}
     collect: Mapping[str, Collect] = {}
     plain: str | None = None
+    absent: Mapping[str, str] = {}
+    windows: Mapping[str, Count] = {}
+    without: Mapping[str, Without] = {}
 
 
 class Output(_Strict, frozen=True):
-    """The value that is the video, float32 `[1, F, 3, H, W]` in [-1, 1], and its sizes; `fps`: pictures a second."""
+    """The value that is the video, float32 `[1, F, 3, H, W]` in [-1, 1], and its sizes; `fps`: pictures a second.
+
+    `field`: a value on the way to it that people may look at as motion: float32 `[1, F or F - 1, 2, H, W]`, displacements (x,
+    y) in pixels from the first frame to each one, or to each one behind it.
+    """
 
     value: str
     frames: Count
     height: Count
     width: Count
     fps: Rate
+    field: str | None = None
 
 
 class Approximation(_Strict, frozen=True):
@@ -315,7 +421,9 @@ class Approximation(_Strict, frozen=True):
 
 
 class Manifest(_Strict, frozen=True, kw_only=True):
-    """bundle.json. `tables`: the file of all loops' rows; `partition`, `provenance`: what the exporter says, for people."""
+    """bundle.json. `tables`: the file of all loops' rows; `partition`, `provenance`: what the exporter says, for people.
+
+    `seal`: the digest of all else (`files.sealed`), if there is one, by which damage is noticed."""
 
     format: int
     name: str
@@ -331,6 +439,7 @@ class Manifest(_Strict, frozen=True, kw_only=True):
     approximations: tuple[Approximation, ...] = ()
     partition: Mapping[str, Any] = {}
     provenance: Mapping[str, Any] = {}
+    seal: Digest | None = None
 
     def __post_init__(self) -> None:
         if problem := next(_faults(self), None):
@@ -341,23 +450,82 @@ class Manifest(_Strict, frozen=True, kw_only=True):
         """The plan, every entry as a node; a loop's `graph` is the name of the loop."""
         return tuple(Node(entry) if isinstance(entry, str) else entry for entry in self.plan)
 
-    def reads(self, node: Node) -> set[str]:
-        """The values that a node needs; noise is drawn for it, and rows belong to the loop."""
+    def reads(self, node: Node, steps: Collection[str] | None = None) -> set[str]:
+        """The values that a node needs; noise is drawn for it, and rows belong to the loop.
+
+        steps: the graphs that the steps of a loop run, of those that it has; all if not given.
+        """
         loop = self.loops.get(node.graph)
         if loop is None:
             return {node.reads.get(port.name, port.name) for port in self.graphs[node.graph].inputs} - {NOISE}
+        loop = started(loop, node)
         made = {port.name for table in loop.tables for port in self.graphs[table].outputs}
         inner = {*loop.feeds, *loop.start, *loop.carry.values(), *loop.slices, *made, NOISE}
-        ports = {port.name for graph in (*loop.graphs, *loop.tables) for port in self.graphs[graph].inputs}
-        started = {value for value in loop.start.values() if value not in (NOISE, "zeros")}
-        return (ports - inner) | started | {part.value for part in loop.slices.values()}
+        run = loop.graphs if steps is None else steps
+        ports = {port.name for graph in (*run, *tables_of(loop, self.graphs, run)) for port in self.graphs[graph].inputs}
+        starts = {value for value in loop.start.values() if value not in (NOISE, "zeros")}
+        read = (ports - inner) | {part.value for part in loop.slices.values()}
+        return starts | {node.reads.get(name, name) for name in read}
+
+    @property
+    def references(self) -> set[str]:
+        """The values that references are in the plan."""
+        return set() if self.memory is None else {SCORES, *(reference_name(part.name) for part in self.memory.record)}
+
+    @property
+    def off(self) -> dict[str, float]:
+        """The inputs by which a request says that it wants no reference, with their values."""
+        given = {} if self.memory is None else self.memory.absent
+        numbers = {name for name, spec in self.inputs.items() if isinstance(spec, NumberInput | ColumnInput)}
+        return {name: value for name, value in given.items() if name in numbers and not isinstance(value, str)}
+
+    @property
+    def optional(self) -> bool:
+        """Whether a request may do without a reference."""
+        return self.memory is not None and bool(
+            self.memory.absent or any(loop.absent for loop in self.loops.values()) or any(one.absent for one in self.choices)
+        )
+
+    @property
+    def choices(self) -> list[ChoiceInput]:
+        """The inputs of kind choice."""
+        return [one for one in self.inputs.values() if isinstance(one, ChoiceInput)]
+
+    def way(self, chosen: Mapping[str, Any] | None = None, absent: bool = False) -> Way:
+        """The plan's changes by the options `chosen`, input -> name, the default where one is missing; `absent`: by those that
+        need no reference."""
+        reads, schedules, drawn = dict[str, Mapping[str, str]](), dict[str, tuple[str, int]](), list[str]()
+        for name, one in self.inputs.items():
+            if isinstance(one, ChoiceInput):
+                option = (chosen or {}).get(name, one.default)
+                way = one.options[one.absent if absent and one.absent is not None else option]
+                reads |= {value: {**reads.get(value, {}), **ports} for value, ports in way.reads.items()}
+                schedules |= way.schedules
+                drawn += way.drawn
+        return Way(reads, schedules, tuple(drawn))
+
+    def by(self, way: Way) -> tuple[Node, ...]:
+        """The nodes of the plan, changed by `way`."""
+        nodes = list[Node]()
+        for node in self.nodes:
+            own = dict(node.reads)
+            for value in self.gives(node) & way.reads.keys():
+                own |= way.reads[value]
+            nodes.append(Node(node.graph, own, node.writes))
+        return tuple(nodes)
+
+    def unreferenced(self, node: Node) -> set[str]:
+        """The graphs that the steps of a loop run where there is no reference."""
+        loop = self.loops.get(node.graph)
+        return set() if loop is None else {loop.absent.get(graph, graph) for graph in loop.graphs}
 
     def gives(self, node: Node) -> set[str]:
         """The values that a node makes."""
         loop = self.loops.get(node.graph)
         if loop is None:
             return {node.writes.get(port.name, port.name) for port in self.graphs[node.graph].outputs}
-        return {*loop.gives.values(), *(part.value for part in loop.collect.values())}
+        given = {*loop.gives.values(), *(part.value for part in loop.collect.values())}
+        return {node.writes.get(value, value) for value in given}
 
     def port(self, value: str) -> Port | None:
         """The first input of the plan's graphs that reads `value`; None where none does."""
@@ -368,6 +536,50 @@ class Manifest(_Strict, frozen=True, kw_only=True):
                     if node.reads.get(port.name, port.name) == value:
                         return port
         return None
+
+
+def started(loop: Loop, node: Node) -> Loop:
+    """`loop` with what its carried ports start with where `node` of the plan has it."""
+    own = {port: node.reads.get(port, node.reads.get(value, value)) for port, value in loop.start.items()}
+    return loop if own == loop.start else msgspec.structs.replace(loop, start=own)
+
+
+def tables_of(loop: Loop, graphs: Mapping[str, GraphSpec], steps: Iterable[str]) -> list[str]:
+    """The graphs of a loop's tables that are read by the step graphs `steps`, or by others of these, in order."""
+    read = {port.name for graph in steps for port in graphs[graph].inputs}
+    found = list[str]()
+    for table in reversed(loop.tables):
+        if any(port.name in read for port in graphs[table].outputs):
+            found.append(table)
+            read |= {port.name for port in graphs[table].inputs}
+    return found[::-1]
+
+
+def needed(
+    manifest: Manifest, there: set[str], wanted: set[str] | None = None, reads: Callable[[Node], set[str]] | None = None,
+    nodes: Sequence[Node] | None = None,
+) -> list[Node]:
+    """The nodes of the plan that must run to make the video out of the values `there`, in order.
+
+    With `wanted`: those of them that read one of these. reads: what a node needs, `manifest.reads` if not given; nodes: the
+    plan, as it is declared if not given.
+    """
+    want, route, reads = {manifest.output.value}, list[Node](), reads or manifest.reads
+    for node in reversed(manifest.nodes if nodes is None else nodes):
+        if manifest.gives(node) & want - there:
+            route.append(node)
+            want |= reads(node)
+    route.reverse()
+    return route if wanted is None else [node for node in route if reads(node) & wanted - there]
+
+
+def _drawn(name: str, entry: TracksInput | MaskInput | FieldInput, image: ImageInput) -> dict[str, tuple[int, ...]]:
+    """The values that what is drawn on `image` gives, with their sizes behind the first."""
+    plane = (image.height, image.width)
+    if isinstance(entry, MaskInput):
+        return {name: (1, *plane)}
+    field = (entry.frames, 2, *plane)
+    return {f"{name}.flow": field, f"{name}.mask": (1, *plane)} if isinstance(entry, TracksInput) else {name: field}
 
 
 def _faults(manifest: Manifest) -> Iterator[str]:
@@ -383,6 +595,20 @@ def _faults(manifest: Manifest) -> Iterator[str]:
             columns += [*collected.axes.values(), *(column for pair in collected.ramps.values() for column in pair)]
         if unknown := {"graph", *columns} - {*loop.columns}:
             yield f"loop '{name}' has no column '{min(unknown)}'; it has {', '.join(loop.columns)}"
+        for graph, instead in loop.absent.items():
+            if not {graph, instead} <= {*loop.graphs} or instead in loop.absent:
+                yield f"loop '{name}' runs '{instead}' in place of '{graph}'; both must be graphs of it, and that one stay"
+        for graph, other in loop.without.items():
+            drawn = all(isinstance(manifest.inputs.get(one), DRAWN) for one in other.inputs)
+            if not {graph, other.runs} <= {*loop.graphs} or other.runs in loop.without or not other.inputs or not drawn:
+                yield (
+                    f"loop '{name}' runs '{other.runs}' in place of '{graph}' without {', '.join(other.inputs)}; both must be"
+                    " graphs of it, that one stay, and these be inputs that are drawn"
+                )
+        for table in loop.windows:
+            outside = {*loop.tables} - {table}
+            if table not in loop.tables or {table} & {*tables_of(loop, graphs, outside)}:
+                yield f"loop '{name}' asks '{table}' for rows in windows; it must be one of its tables that no other one reads"
         if loop.default[1] not in loop.schedules.get(loop.default[0], ()):
             wanted = f"{loop.default[0]} with {loop.default[1]} steps"
             yield f"the default schedule of loop '{name}', {wanted}, is not among its schedules"
@@ -399,10 +625,26 @@ def _faults(manifest: Manifest) -> Iterator[str]:
             there |= set(entry.gives)
         elif isinstance(entry, NumberInput):
             there.add(name)
+        elif isinstance(entry, ChoiceInput):
+            yield from _strange(manifest, name, entry)
+        elif isinstance(entry, DRAWN):
+            over = manifest.inputs.get(entry.image)
+            if not isinstance(over, ImageInput):
+                yield f"input '{name}' is drawn on '{entry.image}', which is no image input of the bundle"
+                continue
+            for value, dims in _drawn(name, entry, over).items():
+                if not isinstance(entry, FieldInput):  # which the plan makes, too
+                    there.add(value)
+                if (port := manifest.port(value)) is not None and port.shape[1:] != dims:
+                    yield f"input '{name}' gives `{value}` of {list(dims)} a request, and a graph reads it as {port}"
+            brush = manifest.inputs.get(entry.mask or "") if isinstance(entry, TracksInput) else None
+            bounded = isinstance(brush, MaskInput) and brush.image == entry.image
+            if isinstance(entry, TracksInput) and entry.mask and not bounded:
+                yield f"input '{name}' is bounded by '{entry.mask}', which is no mask over '{entry.image}'"
         elif entry.loop not in loops or entry.column not in loops[entry.loop].columns:
             yield f"input '{name}' changes column '{entry.column}' of loop '{entry.loop}', which is not there"
     if memory is not None:
-        there |= {f"reference_{part.name}" for part in memory.record}
+        there |= manifest.references
         for graph in (memory.query, *memory.graphs):
             if graph not in graphs:
                 yield f"the memory needs '{graph}', which is no graph of the bundle"
@@ -410,12 +652,43 @@ def _faults(manifest: Manifest) -> Iterator[str]:
             yield f"the memory is searched by input '{memory.text}' and tokenizer '{memory.tokenizer}', which are not there"
         if memory.default > memory.max:
             yield f"a request takes {memory.default} clips and at most {memory.max}"
-    for node in manifest.nodes:
-        if missing := manifest.reads(node) - there:
-            yield f"'{node.graph}' of the plan reads `{min(missing)}`, which nothing before it gives"
-        there |= manifest.gives(node)
+    for way in [Way(), *(way for one in manifest.choices for way in one.options.values())]:
+        given = {*there}
+        for node in manifest.by(way):
+            if missing := manifest.reads(node) - given:
+                yield f"'{node.graph}' of the plan reads `{min(missing)}`, which nothing before it gives"
+            given |= manifest.gives(node)
+    there = given
     if manifest.output.value not in there:
         yield f"nothing gives `{manifest.output.value}`, which is the video"
+    out = manifest.output
+    fields = [name for name, entry in manifest.inputs.items() if isinstance(entry, FieldInput)]
+    for name in [*fields, *([out.field] if out.field else [])]:
+        if name not in there:
+            yield f"nothing gives `{name}`, which is a motion field"
+    if out.field and (port := manifest.port(out.field)) is not None:
+        if port.shape[1:] not in [(frames, 2, out.height, out.width) for frames in (out.frames - 1, out.frames)]:
+            yield f"the motion field that is shown, {port}, is not of the size of the video and of two channels"
+    if memory is not None and manifest.optional:
+        reads = lambda node: manifest.reads(node, manifest.unreferenced(node))  # noqa: E731
+        nodes = manifest.by(manifest.way(absent=True))
+        if left := needed(manifest, set(memory.absent), manifest.references, reads, nodes):
+            yield f"'{left[0].graph}' of the plan reads a reference also where there is none, which `absent` allows"
+
+
+def _strange(manifest: Manifest, name: str, entry: ChoiceInput) -> Iterator[str]:
+    """What the options of a choice name that is not there."""
+    made = set[str]().union(*map(manifest.gives, manifest.nodes))
+    for option, way in entry.options.items():
+        what = f"'{option}' of input '{name}'"
+        for value in way.reads.keys() - made:
+            yield f"{what} changes how `{value}` is made, which nothing gives"
+        for loop, (schedule, steps) in way.schedules.items():
+            if loop not in manifest.loops or steps not in manifest.loops[loop].schedules.get(schedule, ()):
+                yield f"{what} runs {steps} steps of '{schedule}' in loop '{loop}', which is not there"
+        for drawn in way.drawn:
+            if not isinstance(manifest.inputs.get(drawn), DRAWN):
+                yield f"{what} counts '{drawn}' as drawn, which is no input that is"
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -433,6 +706,11 @@ def read_manifest(path: Path) -> Manifest:
         newer = isinstance(number, int) and number > FORMAT
         fix = "a newer version of motionrt wrote it: upgrade motionrt" if newer else "export it again"
         raise BundleError(f"bundle {path.parent} has format {number}; this version reads format {FORMAT} ({fix}).")
+    if "seal" in raw and not is_sealed(raw):
+        raise BundleError(
+            f"{path} is damaged, or was changed by hand: it is not what its `seal` was made of. Copy or export the bundle"
+            " again; to keep a change of yours, remove `seal` from it."
+        )
     return parse_manifest(raw)
 
 

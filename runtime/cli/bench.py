@@ -27,11 +27,12 @@ import typer
 from msgspec.structs import replace
 
 from motionrt.runtime.backends.open import RunOptions
-from motionrt.runtime.cli.common import BundleArgument, Memories, Solver, Steps, open_pipeline, with_run_options
+from motionrt.runtime.cli.common import BundleArgument, Limited, Memories, Solver, Steps, open_pipeline, with_run_options
 from motionrt.runtime.cli.places import check_output
 from motionrt.runtime.cli.terminal import echo
 from motionrt.runtime.dtypes import DTYPES
 from motionrt.runtime.errors import MotionRTError
+from motionrt.runtime.media.limits import Limits
 
 if TYPE_CHECKING:
     from motionrt.runtime.pipeline import MotionPipeline, Request
@@ -80,6 +81,7 @@ def bench(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write every measured second here.")] = None,
     steps: Steps = None,
     solver: Solver = None,
+    limit: Limited = None,
     *,
     run_options: RunOptions,
 ) -> None:
@@ -98,7 +100,8 @@ def bench(
 
     if json_path is not None:
         check_output(json_path, error=MotionRTError)
-    with open_pipeline(bundle, memory or [], run_options) as pipeline, show.progress() as bars:
+    limits = Limits.parse(limit or ())
+    with open_pipeline(bundle, memory or [], run_options, limits=limits) as pipeline, show.progress() as bars:
         request = made_up(pipeline, inputs.obj, steps=steps, solver=solver)
         task = bars.add_task("requests", total=repeat + WARMUPS)
         rows = bench_requests(pipeline, request, repeat, lambda: bars.advance(task))
@@ -144,7 +147,7 @@ def made_up(pipeline: MotionPipeline, given: Mapping[str, Any], **options: Any) 
         if pipeline.memory is None and manifest.memory is not None:
             draw = np.random.default_rng(seed)
             references = [
-                Reference(i, 0.0, "random", "", 0.0, 0.0, {p.name: random_array(draw, p) for p in manifest.memory.record})
+                Reference(i, 1.0, "random", "", 0.0, 0.0, {p.name: random_array(draw, p) for p in manifest.memory.record})
                 for i in range(manifest.memory.default)
             ]
         return pipeline.request(**inputs, seed=seed, references=references, **options)
@@ -163,7 +166,7 @@ def random_array(draw: np.random.Generator, part: Any) -> Any:
 def bench_requests(
     pipeline: MotionPipeline, request: Callable[[int], Request], repeat: int, on_request: Callable[[], None]
 ) -> list[Row]:
-    """Run `repeat` requests after the warm-ups. Rows: every graph (of a loop one step of it), and those of `WHOLE`."""
+    """Run `repeat` requests after the warm-ups. Rows: every graph (of the steps of a loop each step), and those of `WHOLE`."""
     from motionrt.runtime.media.video import write_video
 
     rows: dict[str, Row] = {}
@@ -173,13 +176,16 @@ def bench_requests(
         for index in range(-WARMUPS, repeat):
             asked = request(index + WARMUPS)
             start = time.perf_counter()
-            result = pipeline.batch([asked])[0]
+            job, taken = pipeline.start(asked), dict[str, list[float]]()
+            for call in job:
+                if call.graph in steps:
+                    taken.setdefault(call.graph, []).append(job.step_seconds[-1])
+            result = pipeline.result(job)
             shown = time.perf_counter()
             write_video(Path(folder) / "video.mp4", result.frames, result.fps)
             end = time.perf_counter()
             if index >= 0:
-                taken = {name: [seconds] for name, seconds in result.seconds.items() if name not in steps}
-                taken["step"] = result.step_seconds
+                taken = {name: taken.get(name, [seconds]) for name, seconds in result.seconds.items()}
                 whole = (shown - start, shown - start - sum(result.seconds.values()), end - shown, end - start)
                 for name, seconds in (*taken.items(), *((name, [value]) for name, value in zip(WHOLE, whole, strict=True))):
                     rows.setdefault(name, Row(name)).seconds += seconds
@@ -188,7 +194,10 @@ def bench_requests(
 
 
 def compare_steps(pipeline: MotionPipeline, name: str, request: Request, rounds: int) -> Comparison:
-    """The rewritten step of loop `name` against the graph of it before it was rewritten, where the bundle has that."""
+    """The rewritten step of loop `name` against the graph of it before it was rewritten, where the bundle has that.
+
+    Nothing is timed where the loop has steps of several kinds: there is no one step to compare.
+    """
     from motionrt.runtime.job import Placed
     from motionrt.runtime.loop import Call, run_loop
     from motionrt.runtime.noise import noise
@@ -198,6 +207,11 @@ def compare_steps(pipeline: MotionPipeline, name: str, request: Request, rounds:
     job = pipeline.start(request)
     schedule = job.schedules[name]
     comparison = Comparison(name, schedule.name, schedule.steps)
+    if len(loop.graphs) > 1:
+        kinds = ", ".join(loop.graphs)
+        comparison.notes.append(f"plain step: not run: loop '{name}' has {kinds}; the stages say what each takes")
+        job.close()
+        return comparison
     job.keep = True  # the plain step reads what the rewritten one no longer does
     while job.call is not None and job.call.loop != name:
         next(job)
@@ -219,9 +233,8 @@ def compare_steps(pipeline: MotionPipeline, name: str, request: Request, rounds:
     def advance(way: str) -> dict[str, Any] | None:
         """Run the next call of one way; what its loop gives at the end."""
         if way not in running:
-            running[way] = run_loop(
-                name, ways[way], bundle.graphs, rows, values, lambda step, shape: noise(0, 0, step, shape), ("bench", name, way)
-            )
+            draw = lambda step, shape: noise(0, 0, step, shape)  # noqa: E731
+            running[way] = run_loop(name, ways[way], bundle.graphs, rows, values, draw)
             waiting[way] = next(running[way])
         try:
             waiting[way] = running[way].send(pipeline.run(waiting[way], placed[way]))

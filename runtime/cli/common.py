@@ -14,17 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 import typer
 
-from motionrt.runtime.backends.kinds import TENSORRT
-from motionrt.runtime.backends.open import RunOptions, open_backend
+from motionrt.runtime.backends.open import RunOptions
 from motionrt.runtime.backends.seam import ROOM, out_of_memory
 from motionrt.runtime.cli import terminal
 from motionrt.runtime.cli.places import still
 from motionrt.runtime.errors import InputError, MotionRTError
+from motionrt.runtime.media.limits import LIMITS, Limits
 from motionrt.runtime.memory.search import Search
 
 if TYPE_CHECKING:
-    from motionrt.runtime.backends.auto import Choice
-    from motionrt.runtime.backends.seam import Backend
     from motionrt.runtime.bundle.manifest import Manifest
     from motionrt.runtime.memory.memory import MotionMemory
     from motionrt.runtime.memory.set import MemorySet
@@ -38,6 +36,14 @@ Solver = Annotated[str | None, typer.Option(help="Solver, such as ddim or dpm.")
 LowMemory = Annotated[
     bool, typer.Option("--low-memory", help="Hold one graph at a time: for models larger than the device; loads them anew.")
 ]
+Limited = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--limit", metavar="NAME=VALUE",
+        help="The most that is decoded of a still or clip; again for another NAME: "
+        + "; ".join(f"{one.name} {one.metadata['help']} ({one.default:,.0f} unless given)" for one in fields(Limits)) + ".",
+    ),
+]  # fmt: skip
 Memories = Annotated[
     list[str] | None,
     typer.Option("--memory", "-m", help="Motion memory directory; again: searched together, `directory=0.5` for a weight."),
@@ -105,7 +111,7 @@ class BundleCommand(typer.core.TyperCommand):
     """A command whose options are also the inputs that the bundle among its arguments declares: nothing names them twice."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        from motionrt.runtime.bundle.manifest import ImageInput, read_manifest
+        from motionrt.runtime.bundle.manifest import ImageInput, MaskInput, read_manifest
 
         paths = [Path(argument.removeprefix("--bundle=")) / "bundle.json" for argument in args]
         file = next((path for path in paths if os.path.isfile(path)), None)  # a prompt may be no name that a file can have
@@ -116,8 +122,14 @@ class BundleCommand(typer.core.TyperCommand):
         taken = {flag for option in own for flag in option.opts}
         manifest = read_manifest(file)
         self.params = [*own, *input_options(manifest, taken)]
-        self.__dict__["stills"] = {name for name, spec in manifest.inputs.items() if isinstance(spec, ImageInput)}
-        return list(super().parse_args(ctx, args))
+        self.__dict__["stills"] = {name for name, spec in manifest.inputs.items() if isinstance(spec, ImageInput | MaskInput)}
+        try:
+            return list(super().parse_args(ctx, args))
+        except Exception as error:
+            if type(error).__name__ != "NoSuchOption":  # of click, or of the copy of it that typer has
+                raise
+            takes = ", ".join(f"--{name.replace('_', '-')}" for name in manifest.inputs)
+            raise InputError(f"{error}. The inputs of bundle '{manifest.name}' are {takes}; --help shows more.") from None
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; `ctx.obj` is what was given for the inputs, by name."""
@@ -132,17 +144,31 @@ class BundleCommand(typer.core.TyperCommand):
 
 def input_options(manifest: Manifest, taken: set[str]) -> list[Any]:
     """An option for each declared input: `--motion-scale`; one letter too where it must be given and no `taken` flag is it."""
-    from motionrt.runtime.bundle.manifest import ColumnInput, NumberInput
+    from motionrt.runtime.bundle.manifest import (
+        DRAWN,
+        ChoiceInput,
+        ColumnInput,
+        FieldInput,
+        MaskInput,
+        NumberInput,
+        TracksInput,
+    )
 
     options = []
     for name, spec in manifest.inputs.items():
         flags = [f"--{name.replace('_', '-')}"]
-        if spec.default is None and not isinstance(spec, ColumnInput) and (short := f"-{name[0]}") not in taken:
+        if spec.default is None and not isinstance(spec, ColumnInput | DRAWN) and (short := f"-{name[0]}") not in taken:
             flags.append(short)
             taken.add(short)
         kind: Any = float if isinstance(spec, NumberInput | ColumnInput) else str
-        shown = "" if spec.default in (None, "") else f" [default: {spec.default}]"
-        annotation = Annotated[kind | None, typer.Option(*flags, help=f"{spec.help}{shown}")]
+        more, said = dict[str, Any](), "" if spec.default in (None, "") else f" [default: {spec.default}]"
+        if isinstance(spec, TracksInput):
+            kind, more, said = list[str], {"metavar": '"X,Y X,Y ..."'}, f" Pixels of the {spec.image}; again for more."
+        elif isinstance(spec, MaskInput | FieldInput):
+            more = {"metavar": "FILE"}
+        elif isinstance(spec, ChoiceInput):
+            more = {"metavar": "|".join(spec.options)}
+        annotation = Annotated[kind | None, typer.Option(*flags, help=f"{spec.help}{said}".strip(), **more)]
         options.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
 
     def command(**inputs: Any) -> None:
@@ -162,13 +188,14 @@ def open_pipeline(
     *,
     graphs: Sequence[str] | None = None,
     low_memory: bool = False,
+    limits: Limits = LIMITS,
 ) -> Iterator[MotionPipeline]:
     """A pipeline with no memory, with one, or with several that are searched together: `directory` or `directory=weight`.
 
     graphs: what it is opened for, the denoising steps if not given; where the backend is left to auto, it is one that runs
     these.
     """
-    from motionrt.runtime.backends.auto import choose
+    from motionrt.runtime.backends.auto import backend_for
     from motionrt.runtime.bundle.bundle import Bundle
     from motionrt.runtime.pipeline import MotionPipeline
 
@@ -184,17 +211,10 @@ def open_pipeline(
             from motionrt.runtime.memory.set import MemorySet
 
             memory = MemorySet(opened, weights=weights)
-        backend: Backend | Choice
-        if options.backend != "auto":
-            backend = open_backend(options)
-        elif options.engines is not None:
-            named = f"--engines is {options.engines!r}, and the choice was left to auto"
-            raise InputError(f"{named}; add --backend {TENSORRT.name}.")
-        else:
-            backend = choose(
-                Bundle.open(bundle), device=options.device, threads=options.threads, precision=options.precision, graphs=graphs
-            )
-        yield stack.enter_context(MotionPipeline.from_bundle(bundle, memory, backend=backend, low_memory=low_memory))
+        backend = backend_for(Bundle.open(bundle), options, graphs)
+        yield stack.enter_context(
+            MotionPipeline.from_bundle(bundle, memory, backend=backend, low_memory=low_memory, limits=limits)
+        )
 
 
 def _weighted(text: str) -> tuple[str, float]:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from motionrt.runtime.backends.open import RunOptions
@@ -15,6 +16,7 @@ from motionrt.runtime.cli.common import (
     BundleArgument,
     BundleCommand,
     BundlePath,
+    Limited,
     LowMemory,
     Memories,
     Solver,
@@ -27,10 +29,15 @@ from motionrt.runtime.cli.common import (
 from motionrt.runtime.cli.doctor import doctor
 from motionrt.runtime.cli.memory import memory_app
 from motionrt.runtime.cli.places import check_output, video_size
+from motionrt.runtime.cli.service.client import client_app
+from motionrt.runtime.cli.service.replay import replay
+from motionrt.runtime.cli.service.serve import keys_app, serve
 from motionrt.runtime.cli.terminal import echo
 from motionrt.runtime.cli.verify import verify
-from motionrt.runtime.errors import MediaError
+from motionrt.runtime.errors import InputError, MediaError
+from motionrt.runtime.files import replacing
 from motionrt.runtime.job import Request
+from motionrt.runtime.media.limits import Limits
 from motionrt.runtime.memory.search import Search
 
 app = typer.Typer(
@@ -42,6 +49,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(memory_app, name="memory")
+app.add_typer(keys_app, name="keys")
+app.add_typer(client_app, name="client")
 
 
 def _print_version(wanted: bool) -> None:
@@ -73,7 +82,18 @@ def generate(
     steps: Steps = None,
     solver: Solver = None,
     references: Annotated[int | None, typer.Option("--references", "-k", help="How many clips to retrieve.")] = None,
+    reference: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A video to take the motion from, in place of the memory; again for more."),
+    ] = None,
+    show_field: Annotated[
+        bool, typer.Option("--show-field", help="Also write NAME-field: arrows over the frames, and colours by direction.")
+    ] = False,
+    save_field: Annotated[
+        Path | None, typer.Option(metavar="FILE.npy", help="Also write the motion field, floats [F, 2, H, W] in pixels.")
+    ] = None,
     low_memory: LowMemory = False,
+    limit: Limited = None,
     *,
     search: Search,
     run_options: RunOptions,
@@ -84,10 +104,14 @@ def generate(
     Examples:
       motionrt generate -b demo/bundle -m demo/memory -i star.png -p "a red star moves in a circle" -o star.mp4
       motionrt generate -b demo/bundle -m birds -m sea=0.5 -i star.png -p "waves" -o star.mp4
+      motionrt generate -b demo/bundle -i star.png -p "a red star" --reference wave.mp4 -o star.mp4
       motionrt generate -b demo/bundle -i star.png -p "a red star" --motion-scale 0 -o still.gif --steps 20
       motionrt generate -b demo/bundle -m demo/memory -i star.png -p "a red star" -o star.mp4 --backend auto
+    Where a bundle takes drags and a brush:
+      motionrt generate -b BUNDLE -i star.png --drag "20,32 44,32" --brush brush.png --show-field -o star.mp4
     """
     from motionrt.runtime.cli import show
+    from motionrt.runtime.media.fields import field_view
     from motionrt.runtime.media.video import WRITABLE, write_video
     from motionrt.runtime.media.video import check_output as check_video
 
@@ -95,12 +119,23 @@ def generate(
         raise MediaError(f"cannot write {out}: extension {out.suffix!r} is not one of {', '.join(WRITABLE)}.")
     if out.suffix.lower() == ".mp4":
         import av  # noqa: F401  # what writes it: an installation that is broken, or too little memory for it, is said now
-    console = show.console()
-    with open_pipeline(bundle, memory or [], run_options, low_memory=low_memory) as pipeline, show.progress() as bars:
-        job = pipeline.start(Request(inputs.obj, seed, solver, steps, references, search))
+    if reference and references is not None:
+        raise InputError("--reference gives the clips, and --references how many to find in the memory; leave one of them out.")
+    console, limits = show.console(), Limits.parse(limit or ())
+    with (
+        open_pipeline(bundle, memory or [], run_options, low_memory=low_memory, limits=limits) as pipeline,
+        show.progress() as bars,
+    ):
+        job = pipeline.start(Request(inputs.obj, seed, solver, steps, reference or references, search))
         shown = pipeline.bundle.manifest.output
+        if (show_field or save_field) and shown.field is None:
+            raise InputError(f"bundle '{pipeline.bundle.name}' shows no motion field; leave --show-field and --save-field out.")
+        field_out = out.with_stem(f"{out.stem}-field")
         check_video(out, shown.height, shown.width, shown.fps)
-        check_output(out, video_size(out, shown))
+        for path in (out, field_out) if show_field else (out,):
+            check_output(path, video_size(out, shown))
+        if save_field is not None:
+            check_output(save_field, 8 * shown.frames * shown.height * shown.width)
         start = time.perf_counter()
         pipeline.warm()
         load = time.perf_counter() - start
@@ -113,9 +148,14 @@ def generate(
         result = pipeline.result(job)
     start = time.perf_counter()
     write_video(out, result.frames, result.fps)
+    if result.field is not None and show_field:
+        write_video(field_out, field_view(result.frames, result.field), result.fps)
+    if result.field is not None and save_field is not None:
+        with replacing(save_field, MediaError) as temporary, open(temporary, "wb") as file:
+            np.save(file, result.field)
     if result.references:
         console.print(show.references_table(result.references))
-    for note in (result.fallback, result.choice):
+    for note in (*result.notes, result.fallback, result.choice):
         if note is not None:
             echo(note)
     console.print(show.stages_table([result], {"write": time.perf_counter() - start, "load": load}))
@@ -150,6 +190,8 @@ def inspect(
 app.command(cls=BundleCommand)(bench)
 app.command()(doctor)
 app.command()(verify)
+app.command()(serve)
+app.command()(replay)
 
 
 def register() -> None:

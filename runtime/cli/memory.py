@@ -14,6 +14,7 @@ from motionrt.runtime.backends.open import RunOptions
 from motionrt.runtime.cli.common import (
     BundlePath,
     Conditions,
+    Limited,
     MemoryPath,
     open_memory,
     open_pipeline,
@@ -21,8 +22,10 @@ from motionrt.runtime.cli.common import (
     with_run_options,
     with_search_options,
 )
+from motionrt.runtime.cli.places import still
 from motionrt.runtime.cli.terminal import echo
 from motionrt.runtime.errors import InputError, MemoryStoreError
+from motionrt.runtime.media.limits import Limits
 from motionrt.runtime.memory.search import Search
 
 DEFAULT_SHOWN = 4  # clips of a search
@@ -79,6 +82,7 @@ def memory_add(
     ] = None,
     failed: Annotated[Path | None, typer.Option(help="CSV file for what could not be added, and why.")] = None,
     reembed: Annotated[bool, typer.Option("--reembed", help="Leave vectors that a table brings; embed captions anew.")] = False,
+    limit: Limited = None,
     *,
     run_options: RunOptions,
 ) -> None:
@@ -100,6 +104,7 @@ def memory_add(
     from motionrt.runtime.indexing.sources import open_sources, write_failed
     from motionrt.runtime.memory.file import memory_spec
 
+    limits = Limits.parse(limit or ())
     source = open_sources(clips, caption=caption, captions=captions, start=start, videos=videos, dataset=dataset)
     if failed is not None:
         if failed.resolve() in [path.resolve() for path in clips]:
@@ -115,7 +120,7 @@ def memory_add(
         task = bars.add_task("indexing", total=source.count)
         encoders = ClipEncoders.of(pipeline.bundle, pipeline.graph)
         advance = lambda *_: bars.advance(task)  # noqa: E731
-        outcome = index_clips(opened, encoders, source.items(), advance, span=span, reembed=reembed)
+        outcome = index_clips(opened, encoders, source.items(), advance, span=span, reembed=reembed, limits=limits)
         count = len(opened)
     before = f"{outcome.skipped} there before, " if outcome.skipped else ""
     echo(f"{memory}: {outcome.added} added, {before}{count} clips in all.")
@@ -144,12 +149,13 @@ def memory_search(
     memory: MemoryPath,
     bundle: BundlePath,
     prompt: Annotated[str | None, typer.Argument(help="What moves, and how.")] = None,
-    image: Annotated[Path | None, typer.Option("--image", "-i", help="Search by the looks of this still instead.")] = None,
+    image: Annotated[str | None, typer.Option("--image", "-i", help="Search by the looks of this still instead.")] = None,
     video: Annotated[Path | None, typer.Option("--video", help="Search by the motion of this video instead.")] = None,
     references: Annotated[
         int | None, typer.Option("--references", "-k", help="How many clips; up to 4, as many as there are, if not given.")
     ] = None,
     start: Annotated[float | None, typer.Option(help="Where the span of --video begins, in seconds.")] = None,
+    limit: Limited = None,
     *,
     search: Search,
     run_options: RunOptions,
@@ -164,6 +170,7 @@ def memory_search(
     from motionrt.runtime.bundle.bundle import Bundle
     from motionrt.runtime.cli import show as report
     from motionrt.runtime.indexing.encoders import ClipEncoders, cut
+    from motionrt.runtime.inputs import check_image
     from motionrt.runtime.media.video import read_image
     from motionrt.runtime.memory.file import memory_spec
 
@@ -174,17 +181,20 @@ def memory_search(
     count = DEFAULT_SHOWN if references is None else references
     spec = memory_spec(Bundle.open(bundle))
     graphs = [spec.query] if prompt is not None else spec.graphs
+    limits, size = Limits.parse(limit or ()), (spec.clip.height, spec.clip.width)
+    looks = None if image is None else read_image(check_image("--image", still("--image", image)), *size, limits=limits)
+    moves = None if video is None else cut(spec, video, start, None, limits).video
     with open_pipeline(bundle, [str(memory)], run_options, graphs=graphs) as pipeline:
         assert pipeline.memory is not None
         if prompt is not None:
             found = pipeline.memory.search(pipeline.embed(prompt), count, search)
         else:
             encoders = ClipEncoders.of(pipeline.bundle, pipeline.graph)
-            if image is not None:
-                part, array = encoders.part_of_image(read_image(image, spec.clip.height, spec.clip.width))
+            if looks is not None:
+                part, array = encoders.part_of_image(looks)
             else:
-                assert video is not None
-                part, array = encoders.part_of_video(cut(spec, video, start, None).video)
+                assert moves is not None
+                part, array = encoders.part_of_video(moves)
             found = pipeline.memory.search_record(part, array, count, search)
     if found:
         report.console().print(report.found_table(found))
@@ -292,6 +302,6 @@ def memory_stats(
     with open_memory(memory, readonly=True) as opened:
         stats = asdict(opened.stats())
     if as_json:
-        echo(json.dumps(stats, ensure_ascii=False))
+        print(json.dumps(stats))  # in ASCII: nothing in it to be written out
     else:
         report.console().print(report.stats_table(str(memory), stats))

@@ -7,7 +7,22 @@ import textwrap
 from collections.abc import Iterable, Iterator
 
 from motionrt.runtime.bundle.bundle import Bundle
-from motionrt.runtime.bundle.manifest import NOISE, ColumnInput, ImageInput, Loop, Manifest, Node, NumberInput, TextInput
+from motionrt.runtime.bundle.manifest import (
+    NOISE,
+    SCORES,
+    ChoiceInput,
+    ColumnInput,
+    FieldInput,
+    ImageInput,
+    Loop,
+    Manifest,
+    MaskInput,
+    Node,
+    NumberInput,
+    TextInput,
+    TracksInput,
+    reference_name,
+)  # fmt: skip
 
 _LEFT = 46  # columns for what is read
 _SHOWN = 4  # names in one place; more are counted
@@ -17,7 +32,8 @@ def picture(bundle: Bundle) -> Iterator[str]:
     """The picture, line by line, at most about 110 columns wide."""
     manifest = bundle.manifest
     out = manifest.output
-    yield f"{manifest.name}: {out.frames} pictures of {out.width}x{out.height} at {out.fps:g} a second"
+    moving = "" if out.field is None else f"; `{out.field}` is shown as their motion field"
+    yield f"{manifest.name}: {out.frames} pictures of {out.width}x{out.height} at {out.fps:g} a second{moving}"
     yield ""
     yield "inputs"
     for name, spec in manifest.inputs.items():
@@ -26,7 +42,7 @@ def picture(bundle: Bundle) -> Iterator[str]:
     yield "the way to the video: what is read, the graph that runs, what it gives"
     rows = [row for node in manifest.nodes for row in _node(bundle, node)]
     if memory := manifest.memory:
-        clips = [f"reference_{part.name}" for part in memory.record]
+        clips = [reference_name(part.name) for part in memory.record] + [SCORES] * (manifest.port(SCORES) is not None)
         rows[:0] = [([memory.text], memory.query, ["a vector"]), (["a vector"], "MEMORY", clips)]
     left = min(_LEFT, max(len(_names(reads)) for reads, graph, _ in rows if graph))
     middle = max(len(graph) for _, graph, _ in rows)
@@ -45,8 +61,10 @@ def picture(bundle: Bundle) -> Iterator[str]:
             yield f"  {part.name:<16} {part.dtype} {list(part.dims)}"
         made = f"by {', '.join(memory.graphs)}" if memory.graphs else "as it is cut"
         yield f"  {made}; a request takes {memory.default} clips, up to {memory.max}, by the words of `{memory.text}`"
-        if memory.absent:
-            yield f"  without a clip: {', '.join(f'{name} = {value}' for name, value in memory.absent.items())}"
+        without = [f"{name} = {value}" for name, value in memory.absent.items()]
+        replaced = [pair for loop in manifest.loops.values() for pair in loop.absent.items()]
+        if without := [*without, *(f"{instead} in place of {graph}" for graph, instead in replaced)]:
+            yield f"  without a clip: {', '.join(without)}"
     for item in manifest.approximations:
         quality = ", ".join(f"{key} {value}" for key, value in item.quality.items())
         yield f"approximation {item.name} in {', '.join(item.graphs)}: {quality}"
@@ -65,6 +83,16 @@ def _kind(manifest: Manifest, name: str) -> str:
             return f"a number{span}" + ("" if spec.default is None else f"; {spec.default:g} if not given")
         case ColumnInput() as spec:
             return "a number, or one for each step" + ("" if spec.default is None else f"; {spec.default:g} if not given")
+        case TracksInput() as spec:
+            bounded = f", inside what `{spec.mask}` lets move" if spec.mask else ""
+            return f"drags on `{spec.image}`, or none{bounded}"
+        case MaskInput() as spec:
+            return f"what may move, painted on `{spec.image}`; everything if not given"
+        case FieldInput() as spec:
+            return f"a motion field of {spec.frames} frames over `{spec.image}`; made if not given"
+        case ChoiceInput() as spec:
+            absent = "" if spec.absent is None else f", and {spec.absent} without a clip"
+            return f"{' or '.join(spec.options)}; {spec.default} if not given{absent}"
 
 
 def _node(bundle: Bundle, node: Node) -> Iterator[tuple[list[str], str, list[str]]]:
@@ -80,13 +108,15 @@ def _node(bundle: Bundle, node: Node) -> Iterator[tuple[list[str], str, list[str
     yield [f"┌─ loop {node.graph}: {default}" + (f" (there are {schedules})" if loop.feeds else "")], "", []
     for table in loop.tables:
         gives = [port.name for port in manifest.graphs[table].outputs]
-        yield ["all rows at once"], table, gives
+        yield [f"{loop.windows[table]} rows at a time" if table in loop.windows else "all rows at once"], table, gives
     for graph in loop.graphs:
         yield _step_reads(manifest, loop, graph), graph, [port.name for port in manifest.graphs[graph].outputs]
     carried = ", ".join(f"{out} → {into}" for out, into in loop.carry.items() if "." not in into)
     caches = sum("." in into for into in loop.carry.values())
     carried += f"{' and ' if carried else ''}{caches} caches" if caches else ""
     yield [f"│  carried: {carried}" if carried else "│  nothing is carried"], "", []
+    for graph, other in loop.without.items():
+        yield [f"│  without {' and '.join(other.inputs)}: {other.runs} in place of {graph}"], "", []
     yield [f"└─ gives {_names(sorted(manifest.gives(node)))}"], "", []
 
 

@@ -9,14 +9,12 @@ import shutil
 import stat
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
 from motionrt.runtime.bundle.manifest import Output
 from motionrt.runtime.errors import InputError, MediaError, MotionRTError
+from motionrt.runtime.media.pictures import open_picture
 
 MOST = 512 << 20  # bytes of a still that comes through a pipe
 _PER_PIXEL = {".mp4": 1 / 8, ".webp": 1 / 4}  # bytes of a written video, about; of other kinds 1
@@ -44,12 +42,9 @@ def still(name: str, path: str) -> Any:
         got = f"more than {MOST >> 20} MiB came" if data else "nothing came"
         raise InputError(f"{name} is {path!r}, and {got} through that pipe; pipe one image in.")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # how large it may be is said where it is decoded
-            return Image.open(io.BytesIO(data))
-    except Exception as error:
-        reason = "not an image that is known" if isinstance(error, UnidentifiedImageError) else error
-        raise MediaError(f"{name}: what came through {path!r} cannot be read as an image: {reason}. Use png or jpeg.") from None
+        return open_picture(io.BytesIO(data), path)
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+        raise MediaError(f"{name}: what came through {path!r} cannot be read as an image: {error}. Use png or jpeg.") from None
 
 
 def video_size(out: Path, spec: Output) -> int:

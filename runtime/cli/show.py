@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.cli.terminal import visible
@@ -27,10 +29,15 @@ def console() -> Console:
     return plain if plain.is_terminal else Console(highlight=False, width=max(plain.width, 120))
 
 
+class _Description(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(visible(task.description))
+
+
 @contextmanager
 def progress() -> Iterator[Progress]:
-    """Progress bars on standard error, so that standard output can be kept."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    """Progress bars on standard error, so that standard output can be kept; descriptions may hold names out of files."""
+    columns = (_Description(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     err = Console(stderr=True)
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
         yield bars
@@ -57,11 +64,15 @@ def references_table(references: Sequence[Reference]) -> Table:
     """The clips whose motion was used."""
     several = any(r.memory for r in references)
     rows = [
-        (r.caption, r.source, *([r.memory] if several else []), f"{r.start:g}-{r.start + r.duration:g} s", f"{r.score:.3f}")
+        (r.caption, r.source, *([r.memory] if several else []), f"{r.start:g}-{r.start + r.duration:g} s", _score(r))
         for r in references
     ]
     columns = ("caption", "source", *(["memory"] if several else []), "span", "score")
     return table("references", columns, rows, left=len(columns) - 1)
+
+
+def _score(reference: Reference) -> str:
+    return "" if isnan(reference.score) else f"{reference.score:.3f}"  # given by hand: nothing was searched
 
 
 def found_table(references: Sequence[Reference]) -> Table:
@@ -157,7 +168,7 @@ def bench_tables(rows: Sequence[Row], compared: Sequence[Comparison], notes: Seq
         ms = row.percentiles()
         stages.append((row.what, *(f"{ms[q]:.2f}" if q in ms else "-" for q in ("p50", "p95", "p99")), len(row.seconds)))
     yield table("stages", ("stage", "p50 ms", "p95 ms", "p99 ms", "n"), stages)
-    for comparison in compared:
+    for comparison in (one for one in compared if one.seconds):
         lines = [
             (f"{name} step", f"{1e3 * sorted(seconds)[len(seconds) // 2]:.3f}", f"{comparison.ratio(name):.3f}", len(seconds))
             for name, seconds in comparison.seconds.items()

@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -34,6 +35,17 @@ def echo(text: str, err: bool = False) -> None:
     print(visible(text), file=sys.stderr if err else sys.stdout)
 
 
+class _Lines(logging.Handler):
+    """What we log, from warnings on, as lines of the command called `command`."""
+
+    def __init__(self, command: str) -> None:
+        super().__init__(logging.WARNING)
+        self.command = command
+
+    def emit(self, record: logging.LogRecord) -> None:
+        echo(f"{self.command}: {record.getMessage()}", err=True)
+
+
 def _spelled(error: UnicodeError) -> tuple[str, int]:
     """What an encoding lacks as `\\u00e9`, which JSON reads as well; lines of drawings as the nearest of ASCII."""
     if not isinstance(error, UnicodeEncodeError):
@@ -47,7 +59,7 @@ codecs.register_error("motionrt", _spelled)
 
 @contextlib.contextmanager
 def ready(name: str) -> Iterator[None]:
-    """For the time of a command called `name`: output in any encoding, our warnings and Ctrl-C as one line.
+    """For the time of a command called `name`: output in any encoding, our warnings, what we log and Ctrl-C as one line.
 
     Ctrl-C ends the command with `SystemExit(130)`, so that nothing is left half written; a second one ends it at once. It is
     left to others where they took it (an ignored one in the background, a program that runs the command in itself).
@@ -70,11 +82,15 @@ def ready(name: str) -> Iterator[None]:
     before = signal.getsignal(signal.SIGINT)
     takes = threading.current_thread() is threading.main_thread() and before in (stop, signal.default_int_handler)
     warnings.formatwarning = one_line
+    log, lines = logging.getLogger("motionrt"), _Lines(name)
+    if not log.hasHandlers():
+        log.addHandler(lines)
     if takes:
         signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:
         warnings.formatwarning = format_before
+        log.removeHandler(lines)
         if takes:
             signal.signal(signal.SIGINT, before)

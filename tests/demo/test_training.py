@@ -32,18 +32,16 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
 
 
 @pytest.fixture
-def training(load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """demo/training.py with its work folder in `tmp_path`."""
-    module = load("training.py")
-    monkeypatch.setattr(module, "WORK", tmp_path)
-    return module
+def training(load: Callable[[str], ModuleType], tmp_path: Path) -> Any:
+    """What both recipes train with, and its work folder in `tmp_path`."""
+    return load("recipe.py").Work(tmp_path)
 
 
-def run(training: Any, steps: int, stop: int | None = None) -> Tensor:
+def run(training: Any, steps: int, stop: int | None = None, average: float = 0.0) -> Tensor:
     """Train a line to a random target; `stop` breaks off after that many steps, as a kill would."""
     torch.manual_seed(0)
     net = nn.Linear(4, 4)
-    for step in training.training("toy", net, [{"params": net.parameters(), "lr": 0.05}], steps):
+    for step in training.training("toy", net, [{"params": net.parameters(), "lr": 0.05}], steps, average=average):
         if step.number == stop:
             break
         x = torch.randn(8, 4) * float(step.rng.uniform(0.5, 1))
@@ -51,14 +49,17 @@ def run(training: Any, steps: int, stop: int | None = None) -> Tensor:
     return net.weight.detach().clone()
 
 
-def test_a_killed_stage_goes_on_bit_for_bit(training: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    whole = run(training, 60)
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_a_killed_stage_goes_on_bit_for_bit(
+    average: float, training: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = run(training, 60, average=average)
     (tmp_path / "toy.state.pt").unlink()
     monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)  # a state after every step
-    broken = run(training, 60, stop=23)
+    broken = run(training, 60, 23, average)
     assert not torch.equal(broken, whole)
-    assert torch.equal(run(training, 60), whole)
-    assert torch.equal(run(training, 60), whole)  # finished: nothing left to do
+    assert torch.equal(run(training, 60, average=average), whole)
+    assert torch.equal(run(training, 60, average=average), whole)  # finished: nothing left to do
     assert not list(tmp_path.glob("*.partial"))
 
 

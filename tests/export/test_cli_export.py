@@ -26,6 +26,39 @@ def test_export_of_a_published_model_needs_its_folders(run: Run, tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
+def test_export_of_motionclone_needs_its_files_and_takes_no_others(run: Run, tmp_path: Path) -> None:
+    out = ("-o", tmp_path / "bundle")
+    status, _, err = run("export", "motionclone", *out, "--base", tmp_path)
+    assert status == 2 and "export motionclone needs --motion. See docs/models.md" in err
+    status, _, err = run("export", "motionclone", *out, "--motion", tmp_path, "--dinov2", tmp_path, "--target-range", "correct")
+    assert status == 2 and "--dinov2, --target-range: not for motionclone" in err
+    status, _, err = run("export", "svd", *out, "--group-norm", "shared")
+    assert status == 2 and "--group-norm: not for svd" in err
+    files = ("--base", tmp_path / "none", "--motion", tmp_path / "none.ckpt")
+    status, _, err = run("export", "motionclone", *out, *files)
+    assert status == 2 and "none is no folder. Give the diffusers folder of the base model" in err
+    status, _, err = run("export", "motionclone", *out, *files, "--group-norm", "per-frame")
+    assert status == 2 and "group_norm is 'per-frame'; allowed: per_frame, shared" in err
+    status, _, err = run("export", "motionclone", *out, *files, "--record", "representation", "--sparsectrl", tmp_path / "rgb")
+    assert status == 2 and "record is 'representation', and a SparseCtrl is given, or" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_of_motion_i2v_needs_its_folder_and_takes_no_others(run: Run, tmp_path: Path) -> None:
+    out = ("-o", tmp_path / "bundle")
+    status, _, err = run("export", "motion-i2v", *out)
+    assert status == 2 and "export motion-i2v needs --models. See docs/models.md" in err
+    status, _, err = run("export", "motion-i2v", *out, "--models", tmp_path, "--base", tmp_path, "--motion", tmp_path)
+    assert status == 2 and "--base, --motion: not for motion-i2v" in err
+    status, _, err = run("export", "motionclone", *out, "--form", "released")
+    assert status == 2 and "--form: not for motionclone" in err
+    status, _, err = run("export", "motion-i2v", *out, "--models", tmp_path / "none")
+    assert status == 2 and "none/stage2/StableDiffusion is no folder" in err
+    status, _, err = run("export", "motion-i2v", *out, "--models", tmp_path, "--form", "mixed")
+    assert status == 2 and "form is 'mixed'; allowed: own, released" in err
+    assert not list(tmp_path.iterdir())
+
+
 def test_export_refuses_what_is_no_published_model(run: Run, tmp_path: Path) -> None:
     status, _, err = run("export", "demo/checkpoint.safetensors", "-o", tmp_path / "bundle")
     assert status == 2 and "model is 'demo/checkpoint.safetensors'; it must be one of cogvideox-5b-i2v, svd" in err

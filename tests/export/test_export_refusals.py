@@ -201,7 +201,7 @@ def test_a_whole_download_gets_past_the_checks(
     opened: list[str] = []
     for module, name in ((files, "read_header"), (files, "open_torch_file")):
         plain = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda path, plain=plain: opened.append(str(path)) or plain(path))
+        monkeypatch.setattr(module, name, lambda path, *rest, plain=plain: opened.append(str(path)) or plain(path, *rest))
 
     def stop(*_: Any, **__: Any) -> None:
         raise Reached

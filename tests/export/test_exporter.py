@@ -14,80 +14,16 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 
 from by_path import load_by_path  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
 
-from motionrt.export.checkpoints.files import InMemory, KeyReport  # noqa: E402
-from motionrt.export.compiler.weightless import meta  # noqa: E402
 from motionrt.export.exporter import export_system  # noqa: E402
-from motionrt.export.onnx.from_torch import Range  # noqa: E402
-from motionrt.export.systems.system import Array, Graph, Network, Step, System, lengths  # noqa: E402
 from motionrt.runtime.bundle.bundle import Bundle  # noqa: E402
-from motionrt.runtime.bundle.manifest import Loop, NumberInput, Output  # noqa: E402
+from motionrt.runtime.bundle.manifest import Output  # noqa: E402
 from motionrt.runtime.errors import BundleError  # noqa: E402
 
 plain_run = load_by_path(Path(__file__).resolve().parents[1] / "helpers" / "plain_run.py")
-WIDTH, STEPS = 8, 3
-ROWS = {"even": {STEPS: np.array([[0, 9, 0.5, 1], [0, 5, 0.25, 2], [0, 1, 1, 3]], np.float32)}}
-
-
-class Wave(nn.Module):
-    """x' = c0 x + c1 tanh(A x) * sin(B t) s: the sine changes with time alone, and s with the request."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix, self.time = nn.Linear(WIDTH, WIDTH), nn.Linear(1, WIDTH)
-
-    def forward(self, latents: Tensor, coefficients: Tensor, timestep: Tensor, strength: Tensor | None = None) -> Tensor:
-        """`latents [B, D]`, `coefficients [B, 2]`, `timestep [B]` float32, `strength [B]` -> `[B, D]`."""
-        wave = torch.sin(self.time(timestep[:, None])) * (1.0 if strength is None else strength[:, None])
-        c0, c1 = coefficients.unbind(1)
-        return c0[:, None] * latents + c1[:, None] * torch.tanh(self.mix(latents)) * wave
-
-
-class Picture(nn.Module):
-    """`latents [B, D]` -> `video [B, 2, 3, 2, 2]`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.draw = nn.Linear(WIDTH, 24)
-
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.draw(latents).unflatten(1, (2, 3, 2, 2))
-
-
-def network(make: Any, streamed: bool) -> Network:
-    """What `make` makes with seeded weights, in memory or as places of its weights."""
-    torch.manual_seed(3)
-    module = make().eval()
-    if not streamed:
-        return Network(module)
-    weights = {name: InMemory(value.detach()) for name, value in module.state_dict().items()}
-    with meta():
-        return Network(make().eval(), weights, (KeyReport("toy", "toy.safetensors", "float32", tuple(weights)),))
-
-
-def toy(streamed: bool = False, scaled: bool = True) -> System:
-    batch = Range(1, 1, 4)
-    inputs = {"latents": Array(("batch", WIDTH)), "coefficients": Array(("batch", 2)), "timestep": Array(("batch",))}
-    changes = {"latents": "step", "coefficients": "step", "timestep": "schedule"}
-    if scaled:
-        inputs, changes = {**inputs, "strength": Array(("batch",))}, {**changes, "strength": "request"}
-    wave = network(Wave, streamed)
-    loop = Loop(
-        graphs=("step_wave",), columns=("graph", "timestep", "c0", "c1"), schedules=lengths(ROWS), default=("even", STEPS),
-        feeds={"timestep": ("timestep",), "coefficients": ("c0", "c1")}, carry={"next_latents": "latents"},
-        start={"latents": "noise"}, gives={"latents": "latents"},
-    )  # fmt: skip
-    return System(
-        "toy",
-        inputs={"strength": NumberInput(1.0, help="Of the wave.")},
-        graphs={"picture": Graph(network(Picture, streamed), {"latents": inputs["latents"]}, ("video",), {"batch": batch})},
-        steps=(Step(wave, changes, inputs, ("next_latents",), {"batch": batch, "steps": Range(1, 8, 99)}, suffix="_wave"),),
-        plan=("request_wave", "wave", "picture"),
-        loops={"wave": loop},
-        schedules={"wave": ROWS},
-        output=Output("video", 2, 2, 2, 8.0),
-    )
+_toy = load_by_path(Path(__file__).resolve().parents[1] / "helpers" / "toy_system.py")
+Picture, Wave, network, toy = _toy.Picture, _toy.Wave, _toy.network, _toy.toy
+ROWS, STEPS, WIDTH = _toy.ROWS, _toy.STEPS, _toy.WIDTH
 
 
 @torch.no_grad()
@@ -118,6 +54,7 @@ def test_a_bundle_does_what_its_modules_do(streamed: bool, scaled: bool, tmp_pat
     np.testing.assert_allclose(values["video"], expected(scaled, 0.7, draw), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_weights_of_another_graph_are_stored_once(tmp_path: Path) -> None:
     made = toy(streamed=True)
     second = replace(made.graphs["picture"], weights_of="picture")
@@ -134,12 +71,13 @@ def test_weights_of_another_graph_are_stored_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"plan": ("wave", "picture", "encode")}, "the plan runs 'encode', which is no graph and no loop"),
-        ({"plan": ("request_wave", "picture")}, "reads `latents`, which nothing before it gives"),
-        ({"output": Output("pictures", 2, 2, 2, 8.0)}, "nothing gives `pictures`"),
-        ({"schedules": {"wave": {"odd": ROWS["even"]}}}, "holds no finite float32"),
+        pytest.param({"plan": ("request_wave", "picture")}, "reads `latents`, which nothing before it gives", id="no value"),
+        *(pytest.param(change, message, id=name, marks=pytest.mark.slow) for name, change, message in (  # 5 s each
+            ("no graph", {"plan": ("wave", "picture", "encode")}, "the plan runs 'encode', which is no graph and no loop"),
+            ("no output", {"output": Output("pictures", 2, 2, 2, 8.0)}, "nothing gives `pictures`"),
+            ("no rows", {"schedules": {"wave": {"odd": ROWS["even"]}}}, "holds no finite float32"),
+        )),
     ],
-    ids=["no graph", "no value", "no output", "no rows"],
 )
 def test_a_system_that_does_not_fit_together_leaves_the_old_bundle_as_it_was(
     change: dict[str, Any], message: str, tmp_path: Path

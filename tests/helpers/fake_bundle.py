@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +194,16 @@ def constants() -> dict[str, np.ndarray]:
 
 
 def onnx_graph(name: str, external: tuple[str, ...] = ()) -> bytes:
-    """Graph `name`; the initializers named in `external` are declared external, without their data."""
-    inputs, outputs, body = GRAPHS[name]
+    """Graph `name`; see `parsed` for `external`."""
+    return parsed(name, *GRAPHS[name], constants(), external)
+
+
+def parsed(
+    name: str, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]], body: str, values: Mapping[str, Any],
+    external: tuple[str, ...] = (),
+) -> bytes:  # fmt: skip
+    """A graph whose nodes are the text `body`, with those of `values` that it reads as initializers; the ones named in
+    `external` are declared external, without their data."""
 
     def declare(ports: list[dict[str, Any]]) -> str:
         parts = []
@@ -207,18 +216,19 @@ def onnx_graph(name: str, external: tuple[str, ...] = ()) -> bytes:
         f'<ir_version: 10, opset_import: ["" : 20]> {name} ({declare(inputs)}) => ({declare(outputs)}) {{ {body} }}'
     )
     used = {operand for node in model.graph.node for operand in node.input}
-    for key, value in constants().items():
+    for key, value in values.items():
         if key not in used:
             continue
-        tensor = numpy_helper.from_array(value, key)
+        tensor = numpy_helper.from_array(np.asarray(value), key)
         if key in external:
             tensor.ClearField("raw_data")
             tensor.data_location = onnx.TensorProto.EXTERNAL
-            for field, text in (("location", "model.safetensors"), ("offset", "0"), ("length", str(value.nbytes))):
+            for field, text in (("location", "model.safetensors"), ("offset", "0"), ("length", str(np.asarray(value).nbytes))):
                 entry = tensor.external_data.add()
                 entry.key, entry.value = field, text
         model.graph.initializer.append(tensor)
-    return model.SerializeToString()
+    data: bytes = model.SerializeToString()
+    return data
 
 
 COLUMNS = ["graph", "timestep", "guidance", "p0", "p1", "c0", "c1", "c2", "c3"]

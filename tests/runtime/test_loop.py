@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from motionrt.runtime.bundle.manifest import Collect, Dim, GraphSpec, Loop, Port, Slice
 from motionrt.runtime.errors import InputError
-from motionrt.runtime.loop import Call, Row, dynamic_guidance, ramp, run_loop
+from motionrt.runtime.loop import Call, Row, dynamic_guidance, ramp, run_loop, windows
 
 SHAPE = (2, 3, 4, 5)
 BATCH = Dim("batch", 1, 1, 4)
@@ -59,10 +59,10 @@ def table_of(time: NDArray[Any]) -> NDArray[np.float32]:
 
 def run(
     table: NDArray[np.float32], values: Mapping[str, Any], *, loop: Loop = LOOP, graphs: Mapping[str, GraphSpec] = GRAPHS,
-    on_call: Callable[[Call], object] = lambda call: None, key: Any = None,
+    on_call: Callable[[Call], object] = lambda call: None,
 ) -> Outputs:  # fmt: skip
     """Drive the loop with a network whose output is `field * x + row`; its update is the solver's."""
-    calls = run_loop("video", loop, graphs, table, values, draw, key)
+    calls = run_loop("video", loop, graphs, table, values, draw)
     call = next(calls)
     while True:
         on_call(call)
@@ -99,9 +99,9 @@ def test_loop_follows_the_recurrence() -> None:
 
 def test_a_step_is_fed_its_row_and_what_stays_is_said() -> None:
     seen: list[Call] = []
-    run(rows(4), values(), on_call=seen.append, key=("a", 4))
+    run(rows(4), values(), on_call=seen.append)
     first, *steps = seen
-    assert first.graph == "schedule" and first.key == ("schedule", ("a", 4))
+    assert first.graph == "schedule" and first.key is not None
     assert first.inputs["time"].tolist() == [0, 10, 20, 30]
     assert [(call.loop, call.step, call.steps) for call in steps] == [("video", t, 4) for t in (1, 2, 3, 4)]
     for t, call in enumerate(steps):
@@ -186,3 +186,54 @@ def test_dynamic_guidance_is_that_of_diffusers() -> None:
     timesteps = [999, 959, 519, 39]
     want = [1 + 3.0 * ((1 - math.cos(math.pi * ((4 - t) / 4) ** 5.0)) / 2) for t in timesteps]
     assert dynamic_guidance(3.0, timesteps) == want
+
+
+def test_tables_come_in_windows_of_the_steps_that_read_them() -> None:
+    """Steps 1-3 and 5-6 of 6 read `far`, which is made of the rows of another table, and of a value that stays."""
+    table, given, seen = rows(6), values(), list[Call]()
+    table[:, 0] = [0, 0, 0, 1, 0, 0]
+    steps, rest = Dim("T", 1, 2, 50), (port("field", *SHAPE), port("row", 3, 4, 5, first=Dim("T", 1, 2, 50)))
+    graphs = {
+        "schedule": GRAPHS["schedule"],
+        "window": spec("window", rest, (port("far", 2, first=steps),)),
+        "step": spec("step", (FRAMES[0], port("far", 2))), "plain": spec("plain", (FRAMES[0],)),
+    }  # fmt: skip
+    loop = replace(
+        LOOP, graphs=("step", "plain"), tables=("schedule", "window"), windows={"window": 2}, carry={"next": "latents"},
+        start={"latents": "noise"}, noise=None,
+    )  # fmt: skip
+    calls = run_loop("video", loop, graphs, table, given, draw)
+    call, read = next(calls), list[Any]()
+    while True:
+        seen.append(call)
+        outputs: Outputs = {"next": draw(0, (1, *SHAPE))}
+        if call.graph == "schedule":
+            outputs = {"row": table_of(call.inputs["time"])}
+        elif call.graph == "window":
+            assert call.key is None and call.fixed == {"field"} and call.inputs["field"] is given["field"]
+            outputs = {"far": np.asarray(call.inputs["row"])[:, 0, 0, :2]}
+            assert call.inputs["row"].shape == np.asarray(call.inputs["row"]).shape
+        elif call.graph == "step":
+            read.append(np.asarray(call.inputs["far"]))
+        try:
+            call = calls.send(outputs)
+        except StopIteration:
+            break
+    order = ["schedule", "window", "step", "step", "window", "step", "plain", "window", "step", "step"]
+    assert [call.graph for call in seen] == order
+    assert [len(np.asarray(call.inputs["row"])) for call in seen if call.graph == "window"] == [2, 1, 2]
+    every = table_of(np.array([0, 10, 20, 40, 50]))[:, 0, 0, :2]  # of the steps that read it
+    np.testing.assert_array_equal(np.concatenate(read), every)
+    spans = {"schedule": [range(6)], "window": [range(2), range(2, 3), range(4, 6)]}
+    assert windows(loop, graphs, [call.graph for call in seen if call.loop]) == spans
+    table[:, 0] = 1  # nothing reads them: they are not made
+    assert next(run_loop("video", loop, graphs, table, {}, draw)).graph == "plain"
+
+
+def test_a_table_is_known_by_the_numbers_that_it_is_made_of() -> None:
+    """A request may change a column: its table must not be that of another."""
+    table, keys = rows(3), list[Any]()
+    for column, value in (("time", 0), ("guidance", 9), ("time", 7)):
+        table[1, COLUMNS.index(column)] = value
+        keys.append(next(run_loop("video", LOOP, GRAPHS, table, values(), draw)).key)
+    assert keys[0] == keys[1] != keys[2] and hash(keys[0]) == hash(keys[1])

@@ -24,6 +24,7 @@ from motionrt.runtime.errors import BackendError, BatchError, Cancelled, InputEr
 from motionrt.runtime.indexing.clips import index_clips
 from motionrt.runtime.indexing.encoders import ClipEncoders
 from motionrt.runtime.job import to_frames
+from motionrt.runtime.media.limits import Limits
 from motionrt.runtime.memory.memory import Clip, MotionMemory, Reference
 from motionrt.runtime.memory.search import Search
 from motionrt.runtime.memory.set import MemorySet
@@ -188,6 +189,28 @@ def test_records_on_demand_are_made_by_the_job_and_give_the_same_frames(
             again = frugal(still, "a red ball", references=memory.get([found.id for found in got.references]), seed=4)
     np.testing.assert_array_equal(got.frames, pipeline(still, "a red ball", references=2, seed=4).frames)
     np.testing.assert_array_equal(got.frames, again.frames)
+
+
+def test_limits_of_decoding_hold_for_stills_and_for_clips_that_are_cut_again(
+    fake_bundle: Path, fake_clips: dict[str, Path], still: Still, tmp_path: Path
+) -> None:
+    Image.fromarray(still).save(tmp_path / "still.png")
+    pixels, bundle = still.shape[0] * still.shape[1], Bundle.open(fake_bundle)
+    with pytest.raises(InputError, match="limits is 5; allowed is Limits"):
+        MotionPipeline.from_bundle(fake_bundle, limits=5)  # type: ignore[arg-type]
+    with MotionMemory.for_bundle(tmp_path / "m", bundle, on_demand=True) as memory:
+        encoders = ClipEncoders.from_bundle(bundle, OnnxRuntimeBackend(1))
+        items = [(file, caption, None) for caption, file in fake_clips.items()]
+        report = index_clips(memory, encoders, items, limits=Limits(frames=1))
+        assert [reason.count("--limit frames=") for _, reason in report.failed] == [1] * 4 and not len(memory)
+        index_clips(memory, encoders, items)
+        for limits, words in ((Limits(pixels=pixels - 1), "--limit pixels="), (Limits(frames=1), "clip0.mp4 must be")):
+            with MotionPipeline.from_bundle(fake_bundle, memory, threads=1, limits=limits) as bounded:
+                with pytest.raises(MediaError, match=words):
+                    bounded(tmp_path / "still.png", "a red ball moves right", references=1)
+        enough = Limits(pixels=max(pixels, 32 * 32))
+        with MotionPipeline.from_bundle(fake_bundle, memory, threads=1, limits=enough) as bounded:
+            assert bounded(tmp_path / "still.png", "a red ball moves right", references=1).references
 
 
 @pytest.mark.parametrize("kind", ["path", "pillow", "array", "rgba", "grey", "tiny", "wide"])
@@ -368,6 +391,20 @@ def test_the_process_may_change_its_folder(
         assert pipeline.bundle.path == tmp_path / "bundle" and pipeline.served()
 
 
+def test_clips_on_demand_are_found_from_where_the_pipeline_was_opened(
+    fake_bundle: Path, fake_clips: dict[str, Path], still: Still, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their memory was told relative paths, and keeps them."""
+    bundle, caption = Bundle.open(fake_bundle), next(iter(fake_clips))
+    shutil.copy(fake_clips[caption], tmp_path / "a.mp4")
+    monkeypatch.chdir(tmp_path)
+    with MotionMemory.for_bundle(tmp_path / "m", bundle, on_demand=True) as memory:
+        index_clips(memory, ClipEncoders.from_bundle(bundle, OnnxRuntimeBackend(1)), [("a.mp4", caption, None)])
+        with MotionPipeline.from_bundle(fake_bundle, memory, threads=1) as pipeline:
+            monkeypatch.chdir("/")
+            assert pipeline(still, caption, references=1).references[0].source == "a.mp4"
+
+
 def test_numpys_false_stops_as_well(pipeline: MotionPipeline, still: Still) -> None:
     with pytest.raises(Cancelled):
         pipeline(still, "a", callback=lambda step, steps: np.bool_(False))
@@ -438,7 +475,7 @@ def test_from_bundle_leaves_a_memory_that_it_was_given_open(fake_bundle: Path, f
         ({"path": "a\0b"}, "is not a directory"),
         ({"memory": 3}, "memory is 3; it must be a directory"),
         ({"memory": ["memory"]}, r"memory is \['memory'\]"),
-        ({"memory": "a" * 5000}, "the motion memory 'aaa.* cannot be opened: File name too long"),
+        ({"memory": "a" * 5000}, "there is no motion memory at .*aaa"),
         ({"backend": 3}, "backend is 3; it must be a name"),
     ],
     ids=lambda value: f"{value!r:.30}",

@@ -49,10 +49,12 @@ def test_every_stage_runs_on_the_cpu_or_says_why_not(
     assert {row["what"] for row in rows if row["question"] == "gpu_step"} == {"svd toy step"}
     wanted = {"memory", "release", "cogvideox", "svd, 4 frames at once", "ours eager", "as released, eager"}
     assert {backend for question, backend in found if question == "gpu_request"} == wanted
+    guided = {row["what"].split()[1].rstrip(","): row["over_plain"] for row in rows if row["question"] == "gpu_guided"}
+    assert guided.keys() == {"step_guided", "step_plain"} and guided["step_plain"] == 1 != guided["step_guided"]
     assert {"torch_cpu", "onnxruntime_cpu"} <= {backend for question, backend in found if question == "gpu_demo"}
-    assert {row["question"] for row in rows} == {"gpu_ceilings", "gpu_step", "gpu_request", "gpu_demo"}
+    assert {row["question"] for row in rows} == {"gpu_ceilings", "gpu_step", "gpu_request", "gpu_demo", "gpu_guided"}
     for row in rows:
-        assert row["device"] == "cpu" and row["p50_ms"] > 0
+        assert row.get("device", "cpu") == "cpu" and row["p50_ms"] > 0
     svd = {row["backend"]: row["flops"] for row in rows if row.get("what") == "svd toy step"}
     assert svd["ours_eager"] < svd["base_eager"] < svd["released_eager"], "with motion cheaper than the base without"
 

@@ -184,6 +184,14 @@ def test_the_files_for_svd_are_those_that_its_export_takes(scripts: tuple[Any, A
     assert system.graphs["encode"].network.wide == ("vae.*",)  # force_upcast: what diffusers does in float16
 
 
+def test_the_files_for_motionclone_are_those_that_its_export_takes(scripts: tuple[Any, Any], tmp_path: Path) -> None:
+    """At full size: they are holes, and of all weights only the text encoder's are read."""
+    full, sparse = scripts
+    sparse.write_motionclone(tmp_path)
+    system = full.open_system(tmp_path, full.Request("motionclone", 16, size=(512, 512)), lambda text: None)
+    assert system.memory is not None and [part.dims for part in system.memory.record] == [(16, 4, 64, 64)]
+
+
 def reference(root: Path, feeds: dict[str, dict[str, Any]]) -> dict[str, list[Any]]:
     """Outputs of the modules behind the graphs, in fp32 with the same stored weights."""
     sources = Sources(root / "base", root / "rag", root / "videomae", root / "dinov2", sos=SosToken(seed=42), steps=(2,))

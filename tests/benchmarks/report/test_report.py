@@ -186,6 +186,16 @@ def test_searches_of_each_run_are_a_table_with_the_rivals_of_that_run(tmp_path: 
     ElementTree.fromstring(report.page(tmp_path)[1]["bench_memory.svg"])
 
 
+def test_what_the_checks_of_a_search_cost_is_a_table_of_one_run(tmp_path: Path) -> None:
+    size = {"what": "search", "clips": 1_000_000, "embedding": 384, "p99_ms": 2.0, "n": 1000}
+    write(tmp_path, "bench_checks", {**timing("checked", 9.0), **size}, {**timing("unchecked", 8.0), **size})
+    newest = [{**timing("checked", 0.75, over_unchecked=[1.05, 1.01, 1.09]), **size}, {**timing("unchecked", 0.71), **size}]
+    write(tmp_path, "bench_checks", *({**row, "run": "2"} for row in newest))
+    body = "\n".join(searches.cost(report.Report(tmp_path)))
+    assert "Of 1,000,000 x 384, with the checks" in body and "9.00" not in body
+    assert "| checked | 0.75 |" in body and "| 1.050 [1.010, 1.090] |" in body and "| unchecked | 0.71 |" in body
+
+
 def test_the_page_of_the_memory_shows_what_its_rows_say() -> None:
     shown = "\n".join(searches.cost(report.Report(report.RESULTS)))
     assert shown in (ROOT / "docs" / "memory.md").read_text(encoding="utf-8"), "run `bench_memory.py --plot`"
@@ -209,3 +219,34 @@ def test_only_work_of_a_gpu_stands_in_a_gpus_section(tmp_path: Path) -> None:
 def test_lines_refuses_what_it_cannot_draw(values: list[tuple[float, float]]) -> None:
     with pytest.raises(ValueError, match="nothing to draw"):
         plots.lines("title", {"a": values}, across="x", up="y")
+
+
+def test_serving_rows_become_tables_two_figures_and_a_list(tmp_path: Path) -> None:
+    loaded = [
+        timing(way, 10.0 * load + place, what=what, axis="load", value=load)
+        for load in (0.5, 0.8)
+        for place, way in enumerate(("http", "direct"))
+        for what in ("wait", "total")
+    ]
+    curve = [[0.0, 60.0], [5.0, 61.5]]
+    write(
+        tmp_path, "bench_serve", timing("direct", 100.0, what="job"), timing("http", 110.0, what="job", over_direct=1.1),
+        timing("http", 9.0, what="outside"), *loaded, {**MACHINE, "model": "demo", "what": "rss", "backend": "server",
+        "seconds_and_mib": curve},
+    )  # fmt: skip
+    page, figures = report.page(tmp_path)
+    body = section(page, "Serving")
+    assert "| http | 110 | 111 | - | 30 | 1.100 | - |" in body and "| http | 9.00 |" in body
+    table = [line.split(" | ")[:3] for line in body.splitlines() if line.startswith("| 0.")]
+    assert table[:2] == [["| 0.5", "total", "direct"], ["| 0.5", "total", "http"]] and len(table) == 8
+    assert set(figures) == {"bench_serve_demo.svg", "bench_serve_rss_demo.svg"}
+    outcome = {
+        "seconds": 1800.0, "clients": {"flood": 8}, "lost": 0, "failed_by": {"storage_full": 3}, "two_jobs_ms": 250.0,
+        "quiet_wait": {"n": 70, "p50_ms": 9.0, "p95_ms": 20.0}, "aborts": 100, "rss_mib_before": [60.0, 200.0],
+        "rss_mib_after": [61.0, 210.0], "cpu_seconds_after_delete": [0.02, 50.0],
+    }  # fmt: skip
+    write(tmp_path, "bench_serve_soak", {**MACHINE, "model": "demo", "what": "mixed load and kills", **outcome})
+    body = section(report.page(tmp_path)[0], "Serving: half an hour of kills")
+    assert "| jobs lost | 0 | 0 |" in body and "| jobs that failed, and why | storage_full 3 |" in body
+    assert "| wait of the quiet key | p50 9.00 ms, p95 20.0 ms, n 70 | p95 below two jobs: 250 ms |" in body
+    assert "| disk filled to the last byte | not run: no tmpfs here |" in body

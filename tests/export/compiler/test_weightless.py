@@ -56,7 +56,13 @@ def equal(got: list[Tensor], want: Any) -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("frames", [2, 3], ids=["another grid: sine-cosine table", "native grid: learned table"])
+@pytest.mark.parametrize(
+    "frames",
+    [
+        pytest.param(2, id="another grid: sine-cosine table", marks=pytest.mark.slow),
+        pytest.param(3, id="native grid: learned table"),
+    ],
+)
 def test_cogvideox_programs_without_weights_equal_the_step_once_they_are_read(
     frames: int, tiny_partitions: Callable[[str], tuple[Partition, Tensor]]
 ) -> None:

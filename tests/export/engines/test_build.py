@@ -37,11 +37,11 @@ from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.backends.tensorrt.estimate import estimate
 from motionrt.runtime.backends.tensorrt.engine_file import EngineFile, EnginePort, Span, engine_folder
 from motionrt.runtime.errors import BackendError, EngineError, InputError
-from motionrt.runtime.files import sha256_of
+from motionrt.runtime.files import sealed, sha256_of
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: `pip install motionrt[rtx]`", exc_type=ImportError)
 
-pytestmark = pytest.mark.timeout(900)  # the first test waits for 44 builds
+pytestmark = pytest.mark.timeout(900)  # the first of those marked slow waits for 44 builds
 
 DEMO = Path(__file__).resolve().parents[3] / "demo/bundle"
 TARGETS = ("sm_89", "sm_120")
@@ -80,6 +80,7 @@ def small(bundle: Path, **changes: Any) -> Built:
     return built
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", LOW)
 def test_every_graph_builds_and_is_in_place(sets: Sets, dtype: str) -> None:
     built = sets[dtype, 0]
@@ -97,6 +98,7 @@ def test_every_graph_builds_and_is_in_place(sets: Sets, dtype: str) -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("name", GRAPHS)
 def test_second_build_gives_the_same_bytes(sets: Sets, name: str, dtype: str) -> None:
@@ -108,11 +110,13 @@ def test_second_build_gives_the_same_bytes(sets: Sets, name: str, dtype: str) ->
     assert first.engine_path.read_bytes() == second.engine_path.read_bytes()
 
 
+@pytest.mark.slow
 def test_precision_reaches_the_engine(sets: Sets) -> None:
     for name in GRAPHS:
         assert sets["float16", 0][name].file.engine_sha256 != sets["bfloat16", 0][name].file.engine_sha256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("name", GRAPHS)
 def test_interface_is_the_declared_one(sets: Sets, name: str, dtype: str) -> None:
@@ -132,6 +136,7 @@ def test_interface_is_the_declared_one(sets: Sets, name: str, dtype: str) -> Non
                     assert got == (-1 if dim["name"] in loose else dim["opt"]), (port, dim)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("name", GRAPHS)
 def test_every_attention_became_iattention(sets: Sets, name: str, dtype: str) -> None:
@@ -154,6 +159,7 @@ def test_float32_attention_is_taken_apart_and_says_so(bundle: Path) -> None:
     assert (built.file.attentions, built.decomposed) == (2, 2)
 
 
+@pytest.mark.slow
 def test_unchanged_engines_are_not_built_again(sets: Sets) -> None:
     files = [item.file for item in sets["float16", 0].values()]
     times = [file.engine_path.stat().st_mtime_ns for file in files]
@@ -200,7 +206,7 @@ def test_other_weights_beside_the_graph_build_again(bundle: Path) -> None:
         manifest = json.loads((bundle / "bundle.json").read_text())
         entry = manifest["graphs"]["encode"]
         entry |= {"sha256": sha256_of(path), "data": {"file": f"graphs/{data.name}", "sha256": sha256_of(data)}}
-        (bundle / "bundle.json").write_text(json.dumps(manifest))
+        (bundle / "bundle.json").write_text(json.dumps(sealed(manifest)))
 
     declare()
     first = small(bundle).file

@@ -81,6 +81,12 @@ def test_read_gives_what_was_written(file: EngineFile) -> None:
     assert json.loads(file.to_json())["format"] == 1
 
 
+def test_a_sidecar_of_a_version_without_seals_is_read(file: EngineFile) -> None:
+    path = file.folder / "step.json"
+    path.write_text(_edit(lambda raw: raw.pop("seal"))(path.read_text()))
+    assert EngineFile.read(path) == file
+
+
 def test_check_accepts_what_fits(file: EngineFile) -> None:
     file.check(SPEC)
     file.check(SPEC, HERE)
@@ -175,6 +181,7 @@ DAMAGED: dict[str, tuple[Callable[[str], str], str]] = {
     "no object": (lambda text: "[]", "one object"),
     "newer format": (_edit(lambda raw: raw.update(format=2)), "format is 2; this version reads format 1"),
     "no format": (_edit(lambda raw: raw.pop("format")), "format is None"),
+    "another value": (_edit(lambda raw: raw.update(library="9.9")), "damaged: it is not what its `seal` was made of"),
     "missing key": (_edit(lambda raw: raw.pop("library")), "missing required field `library`"),
     "unknown key": (_edit(lambda raw: raw.update(color=1)), "unknown field `color`"),
     "wrong type": (_edit(lambda raw: raw.update(engine_bytes="1")), r"Expected `int`, got `str` - at `\$.engine_bytes`"),

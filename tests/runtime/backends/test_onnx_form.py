@@ -19,6 +19,7 @@ from motionrt.runtime.backends.onnx_form import OnnxForm, find_form, form_folder
 from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.errors import BackendError, EngineError, InputError
+from motionrt.runtime.files import sealed, sha256_of
 
 ROOT = Path(__file__).resolve().parents[3]
 Run = Callable[..., tuple[int, str, str]]
@@ -86,7 +87,7 @@ def test_a_form_of_other_weights_or_another_version_is_refused(path: Path) -> No
         ({"files": {"../text.onnx": "0" * 64}}, "it must name its own files"),
         ({"more": 1}, "unknown field `more`"),
     ):
-        sidecar.write_text(json.dumps({**record, **change}))
+        sidecar.write_text(json.dumps(sealed({**record, **change})))
         with pytest.raises(EngineError, match=message):
             find_form(path, Bundle.open(path).graph("text"), "float16")
     sidecar.write_text("{")
@@ -117,10 +118,8 @@ def test_a_form_that_onnxruntime_cannot_load_says_what_to_do(path: Path) -> None
     folder = form_folder(path, "float16")
     (folder / "text.onnx").write_bytes(b"no graph")
     record = json.loads((folder / "text.form").read_text())
-    from motionrt.runtime.files import sha256_of
-
     record["files"]["text.onnx"] = sha256_of(folder / "text.onnx")
-    (folder / "text.form").write_text(json.dumps(record))
+    (folder / "text.form").write_text(json.dumps(sealed(record)))
     with pytest.raises(BackendError, match="cannot load graph 'text' .*Use --precision float32"):
         OnnxRuntimeBackend(1, precision="float16").load(Bundle.open(path), "text")
 

@@ -162,7 +162,7 @@ def test_memory_commands_run_engines(
         (["--backend", "jax"], "backend is 'jax'; it must be one of onnxruntime, torch, tensorrt"),
         (["--device", "tpu"], "the backend onnxruntime runs on cpu, cuda or tensorrt"),
         (["--threads", 0], "threads is 0"),
-        (["--backend", "auto", "--engines", "x"], "add --backend tensorrt"),
+        (["--backend", "auto", "--engines", "x"], "name tensorrt as backend"),
         (["--engines", "x"], "Use the backend tensorrt"),
     ],
     ids=str,

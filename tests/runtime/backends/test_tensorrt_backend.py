@@ -28,6 +28,7 @@ from motionrt.runtime.backends.tensorrt.device_memory import Cuda, DeviceArray, 
 from motionrt.runtime.backends.tensorrt.graph import TensorRTExecutor
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.errors import BackendError, BackendWarning, EngineError, InputError
+from motionrt.runtime.files import sealed
 from motionrt.runtime.pipeline import MotionPipeline
 
 DEMO = Path(__file__).resolve().parents[3] / "demo"
@@ -408,7 +409,7 @@ def test_run_refuses_an_input(make: Make, write: Any, path: Path, change: Callab
 def _edit(path: Path, **changes: Any) -> None:
     (sidecar,) = path.glob("engines/*/step.json")
     record = json.loads(sidecar.read_text())
-    sidecar.write_text(json.dumps({**record, **changes}))
+    sidecar.write_text(json.dumps(sealed({**record, **changes})))
 
 
 def _damage(path: Path, change: Callable[[bytes], bytes]) -> None:

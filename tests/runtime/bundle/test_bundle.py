@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from motionrt.runtime.bundle.bundle import Bundle, Dim
 from motionrt.runtime.errors import BundleError, InputError
+from motionrt.runtime.files import sealed
 
 Edit = Callable[..., Path]
 
@@ -58,6 +59,16 @@ def test_schedule_gives_rows(
 def test_schedule_refuses(fake_bundle: Path, name: str, steps: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Bundle.open(fake_bundle).schedule("video", name, steps)
+
+
+def test_a_seal_shows_that_a_manifest_is_another(fake_bundle: Path, edit_bundle: Edit) -> None:
+    assert "seal" not in json.loads((fake_bundle / "bundle.json").read_text()), "as versions before seals wrote it"
+    path = edit_bundle(lambda manifest: manifest.update(sealed(manifest)))
+    assert Bundle.open(path).name == "fake"
+    text = (path / "bundle.json").read_text()
+    (path / "bundle.json").write_text(text.replace('"name": "fake"', '"name": "fakf"'))
+    with pytest.raises(BundleError, match="damaged, or was changed by hand.*remove `seal`"):
+        Bundle.open(path)
 
 
 def test_tokenize_pads_to_the_length_that_is_asked_for(fake_bundle: Path) -> None:

@@ -6,6 +6,8 @@ import csv
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -147,6 +149,64 @@ def test_memory_search_by_prompt_image_and_video(
     for wrong in ([], ["a ball", "--video", folder / "clip1.mp4"], ["--image", "x.png", "--video", "y.mp4"]):
         status, _, err = run(*search, *wrong)
         assert status == 2 and "give one thing to search by" in err
+
+
+@pytest.mark.parametrize("way", ["-", "/dev/stdin", "fifo"])
+def test_memory_search_takes_a_still_through_a_pipe(
+    run: Run, fake_bundle: Path, memory: Path, tmp_path: Path, way: str
+) -> None:
+    Image.new("RGB", (40, 30), (80, 80, 80)).save(tmp_path / "still.png")
+    search = ["memory", "search", str(memory), "-b", str(fake_bundle), "-k", "2", "--image"]
+    if way == "fifo":
+        os.mkfifo(tmp_path / "fifo")
+        with subprocess.Popen(["cp", tmp_path / "still.png", tmp_path / "fifo"]):
+            got = run(*search, tmp_path / "fifo")
+    else:
+        command = [sys.executable, "-P", "-m", "motionrt", *search, way]
+        done = subprocess.run(command, input=(tmp_path / "still.png").read_bytes(), capture_output=True, timeout=60)
+        got = done.returncode, done.stdout.decode(), done.stderr.decode()
+    assert got == run(*search, tmp_path / "still.png") and got[0] == 0
+
+
+def test_memory_search_says_what_it_cannot_read(
+    run: Run, fake_bundle: Path, memory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any graph is loaded."""
+    monkeypatch.setattr(OnnxRuntimeBackend, "load", None)
+    (tmp_path / "text.png").write_bytes(b"no picture")
+    search = ["memory", "search", memory, "-b", fake_bundle]
+    for asked, words in (
+        (["--image", "https://example.com/a.png"], "nothing is fetched from elsewhere: download it, or pipe it"),
+        (["--image", tmp_path / "none.png"], "there is no image file"),
+        (["--image", tmp_path / "text.png"], "text.png cannot be read as an image"),
+        (["--image", "/dev/null"], "nothing came through that pipe; pipe one image in"),
+        (["--video", tmp_path / "text.png"], "text.png cannot be decoded"),
+    ):
+        status, out, err = run(*search, *asked)
+        assert status == 2 and out == "" and words in err and err.count("\n") == 1, err
+
+
+def test_limits_of_decoding_are_an_option(run: Run, fake_bundle: Path, memory: Path, folder: Path, tmp_path: Path) -> None:
+    """Of every command that reads stills or clips."""
+    Image.new("RGB", (40, 30), (80, 80, 80)).save(tmp_path / "still.png")
+    search = ["memory", "search", memory, "-b", fake_bundle]
+    shutil.copy(folder / "clip0.mp4", tmp_path / "new.mp4")
+    for asked in (
+        [*search, "--image", tmp_path / "still.png"],
+        [*search, "--video", folder / "clip1.mp4"],
+        ["memory", "add", memory, tmp_path / "new.mp4", "-b", fake_bundle, "--caption", "new"],
+        ["generate", "-b", fake_bundle, "-i", tmp_path / "still.png", "-p", "a", "--motion-scale", 0, "-o", tmp_path / "a.gif"],
+        ["bench", fake_bundle, "-i", tmp_path / "still.png", "-n", 1],
+    ):
+        for limit in ("pixels=1000", "memory=9000"):
+            status, _, err = run(*asked, "--limit", limit)
+            assert status == 2 and f"raise the limit (--limit {limit[:7]}" in err, (asked, err)
+        status, _, err = run(*asked, "--limit", "pixel=1")
+        assert status == 2 and "--limit is 'pixel=1'; allowed is NAME=VALUE with one of pixels, frames, seconds, memory." in err
+        assert run(*asked, "--limit", "pixels=1200", "--limit", "memory=1e6")[0] == 0, asked
+    for command in (["memory", "search"], ["memory", "add"], ["generate"], ["bench"]):
+        text = " ".join(run(*command, "--help")[1].replace("│", " ").split())
+        assert "again for another NAME: pixels of a still or a frame, as the file stores it (300,000,000 unless given)" in text
 
 
 def test_memory_search_filters_and_switches(run: Run, fake_bundle: Path, memory: Path, folder: Path) -> None:

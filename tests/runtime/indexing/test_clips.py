@@ -159,6 +159,16 @@ def test_what_is_no_motion_is_refused_with_why(tmp_path: Path, memory: MotionMem
         assert index_clips(memory, ENCODERS, [(tmp_path / "late.webp", "left", 0.5)]).added == 1
 
 
+def test_index_clips_reads_relative_paths_from_where_it_was_called(
+    tmp_path: Path, memory: MotionMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = [(video(tmp_path / f"{i}.mp4", i).name, f"clip {i}", None) for i in range(3)]
+    monkeypatch.chdir(tmp_path)
+    with memory:
+        report = index_clips(memory, ENCODERS, items, lambda *_: monkeypatch.chdir("/"))
+        assert report.added == 3 and not report.failed and memory.get([3])[0].source == "2.mp4"
+
+
 def test_index_clips_adds_nothing_twice(tmp_path: Path, memory: MotionMemory) -> None:
     path = video(tmp_path / "a.mp4")
     (tmp_path / "copy.mp4").write_bytes(path.read_bytes())

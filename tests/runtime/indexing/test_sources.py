@@ -324,6 +324,27 @@ def test_open_sources_refuses(tmp_path: Path) -> None:
         open_sources([tmp_path / "a.mp4"], caption="x", captions=tmp_path / "c.json")
 
 
+def test_paths_are_absolute_from_the_moment_of_opening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the process does before it reads the items, and however often it reads them."""
+    (tmp_path / "folder").mkdir()
+    for name in ("one.mp4", "folder/two.mp4"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "folder/two.txt").write_text("left")
+    (tmp_path / "captions.json").write_text('{"one.mp4": "up", "two.mp4": "left"}')
+    write_csv(tmp_path / "t.csv", [{"video": "one.mp4", "caption": "up"}])
+    monkeypatch.chdir(tmp_path)
+    named = open_sources([Path("one.mp4"), Path("folder")], captions=Path("captions.json"))
+    beside = open_sources([Path("folder")])
+    table = open_sources([Path("t.csv")])
+    elsewhere = open_sources([Path("t.csv")], videos=Path("folder"))
+    monkeypatch.chdir("/")
+    two = (tmp_path / "folder/two.mp4", "left")
+    assert [item[:2] for item in named.items()] == [(tmp_path / "one.mp4", "up"), two]
+    assert [item[:2] for item in beside.items()] == [two] and not beside.left_out
+    assert [item[:2] for item in table.items()] == [(tmp_path / "one.mp4", "up")]
+    assert [item[:2] for item in elsewhere.items()] == [(tmp_path / "folder/one.mp4", "up")]
+
+
 def test_failed_items_make_a_table_that_can_be_mended_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     first = Item(Path("a.mp4"), 'rises,\n"slowly"', 1.5, 4.25, "mine", {"camera": "still"})
