@@ -20,11 +20,15 @@ def colour_of(frames: Frames) -> str:
     """The name of the sprite's colour in uint8 frames [F, H, W, 3], in the middle frame."""
     middle = len(frames) // 2
     weight = domain.sprite_weight(frames)[middle]
-    seen = (frames[middle] / 255.0 * weight[..., None]).sum(axis=(0, 1)) / max(float(weight.sum()), 1e-9)
+    return named((frames[middle] / 255.0 * weight[..., None]).sum(axis=(0, 1)) / max(float(weight.sum()), 1e-9))
+
+
+def named(colour: NDArray[np.float64]) -> str:
+    """The name of the most alike of the domain's colours."""
 
     def likeness(name: str) -> float:
         known = np.asarray(domain.COLOURS[name])
-        return float(chroma(seen) @ chroma(known)) - abs(0.3 * float(seen.mean() - known.mean()))
+        return float(chroma(colour) @ chroma(known)) - abs(0.3 * float(colour.mean() - known.mean()))
 
     return max(domain.COLOURS, key=likeness)
 

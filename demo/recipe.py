@@ -142,7 +142,7 @@ class Work:
     ) -> None:  # fmt: skip
         """The command line of a recipe: one stage, or `all` in `order`. What a stage was run with goes to STAGE.done."""
         parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("stage", choices=[*order, "all"])
+        parser.add_argument("stage", choices=[*order, *sorted((set(trained) | set(made)) - set(order)), "all"])
         parser.add_argument("--steps", type=int, help="training steps of the stage instead of its default")
         parser.add_argument("--threads", type=int, default=threads, help=f"of PyTorch (default {threads})")
         parser.add_argument("--again", action="store_true", help="forget what the stage has trained, and start it anew")

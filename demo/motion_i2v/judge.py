@@ -177,10 +177,11 @@ def summary(row: str, scores: NDArray[np.float64]) -> Mapping[str, object]:
 
 def table(rows: Sequence[Mapping[str, object]]) -> str:
     """The figures as a Markdown table."""
-    lines = ["| field | scenes | path px | field px | colour | shape |", "| --- " * 6 + "|"]
+    head = ["motion from", "scenes", "path px", "field px", "colour", "shape", "leak", "never moves px"]
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for row in rows:
         cells = [str(row["row"]), str(row["scenes"])]
-        for name in METRICS:
+        for name in (*METRICS, "leak", "never moves"):
             value = row.get(name)
             cells.append(f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]" if isinstance(value, list) else "")
         lines.append("| " + " | ".join(cells) + " |")

@@ -1,13 +1,13 @@
 """How good Motion-I2V's shipped demo is, through its bundle: `python demo/motion_i2v/measure.py --scenes 24 --keep`.
 
 No PyTorch: pictures, fields, drags and brushes are handed to the pipeline as a user would. What is measured, and on which
-scenes, is in judge.py. `--keep` writes benchmarks/results/demo_motion_i2v.json and docs/demo_motion_i2v.png.
+scenes, is in judge.py. `--keep` writes benchmarks/results/demo_motion_i2v.json, docs/demo_motion_i2v.png and the README's
+table.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +24,7 @@ import domain  # noqa: E402
 import judge  # noqa: E402
 import numpy as np  # noqa: E402
 from fields import Floats, true_field  # noqa: E402
+from figures import ROOT, keep  # noqa: E402
 from judge import Scene  # noqa: E402
 from looks import Frames  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -31,8 +32,6 @@ from world import FRAMES  # noqa: E402
 
 from motionrt.runtime.pipeline import MotionPipeline  # noqa: E402
 
-ROOT = HERE.parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "demo_motion_i2v.json"
 Given = Mapping[str, Any]
 
 
@@ -121,9 +120,9 @@ def round_trip(pipeline: MotionPipeline, picture: Frames) -> Frames:
 
 
 def figures(row: Row, scenes: Sequence[Scene], clips: Sequence[Clip]) -> Given:
-    """The summary of a row; for the brush also how far anything changed outside of it."""
+    """The summary of a row, with the path error of a sprite that stays; for the brush also how far anything changed outside."""
     scores = [judge.measure(frames, scene, field) for (frames, field, _), scene in zip(clips, scenes, strict=True)]
-    summary = dict(judge.summary(row.name, np.array(scores)))
+    summary = {**judge.summary(row.name, np.array(scores)), "never moves": judge.still_error(scenes)["path"]}
     if row.given is brushed:
         outside = [judge.leak(frames, rest, judge.stays(s)) for (frames, _, rest), s in zip(clips, scenes, strict=True)]
         summary["leak"] = judge.interval(np.array(outside))
@@ -137,7 +136,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
     parser.add_argument("--place", type=Path, default=HERE, help="the folder of the bundle and the memory")
     parser.add_argument("--rows", type=int, nargs="+", default=list(range(len(ROWS))), help="which of ROWS, by place")
-    parser.add_argument("--keep", action="store_true", help="write the JSON and the picture")
+    parser.add_argument("--keep", action="store_true", help="write the JSON, the picture and the README's table")
     options = parser.parse_args()
     if options.scenes < 6 or options.jobs < 1:
         parser.error("--scenes is at least 6 and --jobs at least 1")
@@ -151,20 +150,11 @@ def main() -> None:
             parts = [part.tolist() for part in np.array_split(np.arange(len(scenes)), options.jobs)]
             jobs = [pool.submit(made, options.place, number, scenes, part) for part in parts]
             clips = [clip for job in jobs for clip in job.result()]
-            rows += [figures(row, scenes, clips), judge.still_error(scenes)]
+            rows.append(figures(row, scenes, clips))
             strips[row.name] = [np.concatenate(list(frames[::3]), axis=1) for frames, *_ in clips[:4]]
-            print(judge.table(rows[-2:]), rows[-2].get("leak", ""), flush=True)
+            print(judge.table(rows[-1:]), flush=True)
     if options.keep:
-        manifest = json.loads((options.place / "bundle" / "bundle.json").read_text(encoding="utf-8"))
-        result = {
-            "command": " ".join(["python demo/motion_i2v/measure.py", *sys.argv[1:]]),
-            "checkpoint": manifest["provenance"]["checkpoint"],
-            "scenes": options.scenes,
-            "metrics": judge.METRICS,
-            "interval": "mean, low, high: 95 % percentile bootstrap over scenes",
-            "rows": rows,
-        }
-        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        keep("motion_i2v", options.place / "bundle", options.scenes, judge.METRICS, rows, judge.table(rows))
         sheet = np.concatenate([strip for name in strips for strip in strips[name]])
         Image.fromarray(sheet).save(ROOT / "docs" / "demo_motion_i2v.png")
 

@@ -7,13 +7,16 @@ import numpy as np
 import torch
 from clips import BASE, HERE, WORK, Clips, work
 from fields import a_control, as_unit
-from networks import CONTROL, PREDICT, TARGETS, FieldAutoencoder, FlowUNet, MotionI2V, Trajectories, quick, save
+from networks import CONTROL, PREDICT, TARGETS, FieldAutoencoder, FlowUNet, MotionI2V, Trajectories, load, quick, save
 from recipe import log
 from render_stage import noised
 from stages import near
 from torch import Tensor, nn
 
-PARTS = {"flow": "flow", "predict": "predict", "motion_text": "text", "control": "control", "render": "longer"}  # work files
+PARTS = {  # of the checkpoint, and their work files when all is done
+    "flow": "flow", "predict": "predict_on", "motion_text": "text_on", "control": "control_on", "render": "render_on",
+    "text_encoder": "words",
+}  # fmt: skip
 
 
 class Noisy:
@@ -34,37 +37,61 @@ def data() -> tuple[Clips, Tensor]:
     return Clips(), torch.load(WORK / "fields.pt", weights_only=True)
 
 
-def stage_predict(steps: int, batch: int = 8) -> None:
+def stage_predict(steps: int) -> None:
     """v-prediction of flow latents `[B, 15, 4, 8, 8]`, beside the image's latent in every frame.
 
     MotionClone's text encoder learns on, for this stage alone: it tells colours and shapes apart, but hardly any motion.
     """
     torch.manual_seed(5)
-    (clips, flows), net, text = data(), FlowUNet(PREDICT).train(), demo.load(BASE).text_encoder.requires_grad_(True)
-    both = nn.ModuleList([net, text])
-    for step in work.training("predict", both, [{"params": both.parameters(), "lr": 1.2e-3}], steps, average=0.99):
+    _predicting("", FlowUNet(PREDICT), demo.load(BASE).text_encoder, 1.2e-3, steps, 0.99)
+
+
+def stage_predict_on(steps: int) -> None:
+    """The same again, from a lower rate."""
+    net, text = FlowUNet(PREDICT), demo.build_text()
+    work.restore(net, "predict")
+    work.restore(text, "text")
+    _predicting("_on", net, text, 8e-4, steps, 0.995)
+
+
+def _predicting(on: str, net: FlowUNet, text: nn.Module, rate: float, steps: int, average: float, batch: int = 8) -> None:
+    (clips, flows), both = data(), nn.ModuleList([net.train(), text.requires_grad_(True)])
+    for step in work.training(f"predict{on}", both, [{"params": both.parameters(), "lr": rate}], steps, average=average):
         made = Noisy(clips, flows, step.rng, batch, named=0.9)
         hidden = text(clips.text(step.rng, made.index, named=0.95)).last_hidden_state
         with quick(), torch.autocast("cpu", dtype=torch.bfloat16):
             out = net(*made.given, hidden)
         step.advance(made.loss(out))
-    work.keep(net, "predict")
-    work.keep(text, "text")
+    work.keep(net, f"predict{on}")
+    work.keep(text, f"text{on}")
 
 
-def stage_control(steps: int, batch: int = 8) -> None:
+def stage_control(steps: int) -> None:
     """The ControlNet alone, from the encoder of a stage 1 that stays. Where drags and words differ, drags are right."""
     torch.manual_seed(6)
-    (clips, flows), net, text = data(), FlowUNet(PREDICT), demo.build_text()
+    control, net = Trajectories(CONTROL), FlowUNet(PREDICT)
     work.restore(net, "predict")
-    work.restore(text, "text")
-    control, vae = Trajectories(CONTROL).train(), FieldAutoencoder()
     control.load_state_dict(net.state_dict(), strict=False)
+    _controlling("", control, 1e-3, steps, 0.99)
+
+
+def stage_control_on(steps: int) -> None:
+    """The same again, beside the stage 1 that `predict_on` left."""
+    control = Trajectories(CONTROL)
+    work.restore(control, "control")
+    _controlling("_on", control, 8e-4, steps, 0.995)
+
+
+def _controlling(on: str, control: Trajectories, rate: float, steps: int, average: float, batch: int = 8) -> None:
+    (clips, flows), net, text, vae = data(), FlowUNet(PREDICT), demo.build_text(), FieldAutoencoder()
+    work.restore(net, f"predict{on}")
+    work.restore(text, f"text{on}")
     work.restore(vae, "flow")
+    control.train()
     net.requires_grad_(False)
     text.eval().requires_grad_(False)
     vae.eval().requires_grad_(False)
-    for step in work.training("control", control, [{"params": control.parameters(), "lr": 1e-3}], steps, average=0.99):
+    for step in work.training(f"control{on}", control, [{"params": control.parameters(), "lr": rate}], steps, average=average):
         made = Noisy(clips, flows, step.rng, batch, named=0.5)
         hidden = text(clips.text(step.rng, made.index, named=0.5, wrong=0.3)).last_hidden_state
         drawn = [a_control(clips.fields(np.array([i]))[0].numpy(), clips.cover[i].numpy(), step.rng) for i in made.index]
@@ -73,7 +100,7 @@ def stage_control(steps: int, batch: int = 8) -> None:
         with quick(), torch.autocast("cpu", dtype=torch.bfloat16):
             out = net(*made.given, hidden, control(*made.given, hidden, hint))
         step.advance(made.loss(out))
-    work.keep(control, "control")
+    work.keep(control, f"control{on}")
 
 
 def hinted(known: Tensor, mask: Tensor) -> Tensor:
@@ -83,11 +110,18 @@ def hinted(known: Tensor, mask: Tensor) -> Tensor:
 
 
 def stage_pack() -> None:
-    """All parts into checkpoint.safetensors; those of MotionClone's demo too, as that may get others."""
-    model, base = MotionI2V(), demo.load(BASE)
+    """All parts into checkpoint.safetensors; MotionClone's demo's image autoencoder too, as that may get another."""
+    model = MotionI2V()
     for part, name in PARTS.items():
         work.restore(getattr(model, part), name)
-    model.vae, model.text_encoder = base.vae, base.text_encoder
+    model.vae = demo.load(BASE).vae
     path = HERE / "checkpoint.safetensors"
     save(model, path)
     log("wrote", path.name, path.stat().st_size, "bytes")
+
+
+def stage_unpack() -> None:
+    """The parts of the shipped checkpoint as the work files of the stages before the last ones."""
+    model = load(HERE / "checkpoint.safetensors")
+    for part, name in PARTS.items():
+        work.keep(getattr(model, part), name.removesuffix("_on") if part != "render" else "longer")

@@ -45,6 +45,7 @@ def groups(net: nn.Module, moving: float, spatial: float) -> list[dict[str, obje
 def stage_render(steps: int) -> None:
     """The motion modules have most to learn: to tell 31 keys apart, and that half of them are frame 0."""
     torch.manual_seed(4)
+    work.keep(demo.load(BASE).text_encoder, "words")
     _along("render", begun(), 8e-4, 3e-4, steps, 0.99)
 
 
@@ -55,9 +56,18 @@ def stage_longer(steps: int) -> None:
     _along("longer", net, 8e-4, 5e-4, steps, 0.995)
 
 
+def stage_render_on(steps: int) -> None:
+    """And again."""
+    net = VideoUNet(RENDER).train()
+    work.restore(net, "longer")
+    _along("render_on", net, 8e-4, 5e-4, steps, 0.995)
+
+
 def _along(name: str, net: VideoUNet, moving: float, rate: float, steps: int, average: float, batch: int = 8) -> None:
     """v-prediction of frames 1 to 15 beside a clean frame 0; captions often name another motion, so that the field decides."""
-    clips, text = Clips(), demo.load(BASE).text_encoder
+    clips, text = Clips(), demo.build_text()
+    work.restore(text, "words")
+    text.eval().requires_grad_(False)
     for step in work.training(name, net, groups(net, moving, rate), steps, average=average):
         rng = step.rng
         index = rng.choice(len(clips.latents), batch, replace=False)

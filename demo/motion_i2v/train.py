@@ -7,13 +7,15 @@
     predict   stage 1: the field, from a picture, words and a stride
     control   stage 1's ControlNet: drags and brushes
     longer    stage 2 again
+    predict_on, control_on, render_on  each of the three once more
     pack      checkpoint.safetensors
     clips     the clips of the memory, the pictures and prompts
     export    bundle
     memory    memory
 
 Everything is seeded by stage and step. A killed stage goes on from the last full minute when it is started again; `all`
-skips finished stages; `--again` forgets a stage's work first. Work files are in demo/motion_i2v/work, not kept.
+skips finished stages; `--again` forgets a stage's work first. Work files are in demo/motion_i2v/work, not kept. `unpack` makes
+them anew from the shipped checkpoint, for another round of the last three.
 """
 
 from __future__ import annotations
@@ -38,6 +40,9 @@ TRAINED = {
     "longer": Trained(render_stage.stage_longer, 800, ("longer.state.pt",)),
     "predict": Trained(predict_stage.stage_predict, 2000, ("predict.state.pt",)),
     "control": Trained(predict_stage.stage_control, 650, ("control.state.pt",)),
+    "predict_on": Trained(predict_stage.stage_predict_on, 2000, ("predict_on.state.pt",)),
+    "control_on": Trained(predict_stage.stage_control_on, 4000, ("control_on.state.pt",)),
+    "render_on": Trained(render_stage.stage_render_on, 900, ("render_on.state.pt",)),
 }
 
 
@@ -52,9 +57,12 @@ def export() -> None:
 
 MADE: dict[str, Callable[[], None]] = {
     "drawn": clips.stage_drawn, "fields": clips.stage_fields, "pack": predict_stage.stage_pack, "clips": assets.stage_clips,
-    "export": export, "memory": assets.stage_memory,
+    "export": export, "memory": assets.stage_memory, "unpack": predict_stage.stage_unpack,
 }  # fmt: skip
-ORDER = ("flow", "drawn", "render", "fields", "predict", "control", "longer", "pack", "clips", "export", "memory")
+ORDER = (
+    "flow", "drawn", "render", "fields", "predict", "control", "longer", "predict_on", "control_on", "render_on",
+    "pack", "clips", "export", "memory",
+)  # fmt: skip
 
 if __name__ == "__main__":
     clips.work.main(None, __doc__, TRAINED, MADE, ORDER, threads=1)

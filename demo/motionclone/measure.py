@@ -8,7 +8,6 @@ docs/demo_motionclone.png, and the README's table.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -24,12 +23,11 @@ sys.path.append(str(HERE.parent))  # demo/domain.py
 
 import numpy as np  # noqa: E402
 from evaluate import METRICS, Frames, Target, measure, never_moves, sheet, summary, table, targets  # noqa: E402
+from figures import ROOT, keep  # noqa: E402
 
 from motionrt.runtime.media.video import write_video  # noqa: E402
 from motionrt.runtime.pipeline import MotionPipeline  # noqa: E402
 
-ROOT = HERE.parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "demo_motionclone.json"
 SHIFT = 7  # a random reference is the clip of the target so many places on
 
 
@@ -90,26 +88,9 @@ def main() -> None:
     rows += [{"steps": None, **row} for row in never_moves(wanted)]
     print(table(rows))
     if options.keep:
-        manifest = json.loads((options.bundle / "bundle.json").read_text(encoding="utf-8"))
-        result = {
-            "command": " ".join(["python demo/motionclone/measure.py", *sys.argv[1:]]),
-            "checkpoint": manifest["provenance"]["checkpoint"],
-            "targets": options.targets,
-            "metrics": METRICS,
-            "interval": "mean, low, high: 95 % percentile bootstrap over targets",
-            "rows": rows,
-        }
-        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        keep("motionclone", options.bundle, options.targets, METRICS, rows, table(rows))
         picture = {name: np.stack(frames[row]) for row, name in SHOWN}
         sheet(str(ROOT / "docs" / "demo_motionclone.png"), wanted, picture)
-        into_readme(table(rows), ROOT / "README.md")
-
-
-def into_readme(text: str, path: Path) -> None:
-    """Replace what stands between the README's `motionclone` marks."""
-    mark, end = "<!-- motionclone: written by demo/motionclone/measure.py -->\n", "<!-- end of motionclone -->"
-    before, rest = path.read_text(encoding="utf-8").split(mark, 1)
-    path.write_text(f"{before}{mark}{text}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The stages that train: `autoencoder`, `latents`, `images`, `video` and `refine`. See train.py."""
+"""The stages that train. See train.py."""
 
 from __future__ import annotations
 
@@ -16,22 +16,28 @@ from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from recipe import log, noised
 from torch import Tensor, nn
 from training import HERE, WORK, ids, pixels, tokenizer, work
-from world import FRAMES, allowed, training_clip
+from world import FRAMES, a_paint, allowed, training_clip
 
 OBJECT = 13.0  # px from its centre, an object's edge and a little more
 NOISE = 0.12  # on latents, in the autoencoder's training: generated ones will not be exact either
+KEPT = 0.1  # of the loss of stage `painted`: how far known frames' latents move
 CLIPS = 9000
 EMPTY = 0.12  # share of prompts left out, for guidance
 REFINED = 320  # clips that the UNet makes anew for the decoder
 
 
-def pictures(rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Random single frames: pixels, coverage and the background alone, `[N, 3 | 1 | 3, 64, 64]`."""
+def pictures(rng: np.random.Generator, count: int, painted: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Random single frames: pixels, coverage and the background alone, `[N, 3 | 1 | 3, 64, 64]`.
+
+    `painted`: the share of those whose object has a colour without a name; they come first.
+    """
     frames, covers, behind = [], [], []
-    for _ in range(count):
+    for number in range(count):
         start = tuple(float(v) for v in rng.uniform(8, 56, 2))
-        spec = allowed(rng, domain.sample_spec(rng, path=np.zeros((1, 2)), start=(start[0], start[1])))
-        frame, cover = domain.render(spec)
+        spec = domain.sample_spec(rng, path=np.zeros((1, 2)), start=(start[0], start[1]))
+        paint = a_paint(rng, spec.shape) if number < count * painted else None
+        spec = spec if paint else allowed(rng, spec)
+        frame, cover = domain.render(spec, paint=paint)
         frames.append(frame[0])
         covers.append(cover[0])
         behind.append(domain.background(spec.background))
@@ -77,6 +83,28 @@ def stage_autoencoder(steps: int, batch: int = 32) -> None:
             whole, sprite = (-10 * math.log10(float(x.mean())) for x in (square, square[inside]))
             log(f"noise {noise}: {whole:.2f} dB, on the sprite {sprite:.2f} dB")
     work.keep(net, "autoencoder")
+
+
+def stage_painted(steps: int, batch: int = 32, painted: float = 0.75) -> None:
+    """Objects of any colour: what a shape looks like in latents must not hang on its colour, or pairs never seen come out as
+    others. Frames of the colours that have names keep their latents, as far as they can: the UNet knows those.
+    """
+    before, net = demo.FrameAutoencoder(), demo.FrameAutoencoder()
+    work.restore(before, "autoencoder")
+    work.restore(net, "autoencoder")
+    before.eval().requires_grad_(False)
+    for step in work.training("painted", net, [{"params": net.parameters(), "lr": 1e-3}], steps, average=0.99):
+        frames, cover, behind = pictures(step.rng, batch, painted)
+        named = frames[int(batch * painted) :]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            raw, known = net.encode_raw(frames), before.encode_raw(named)
+        latents = (raw.float() - net.mean) / net.std
+        moved = (latents[-len(named) :] - (known.float() - net.mean) / net.std).square().mean()
+        latents = latents + torch.randn_like(latents) * NOISE * float(step.rng.choice([0.3, 1.0, 1.7]))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            layers = net.layers(latents[:, None])
+        step.advance(layer_loss(layers, frames, cover, behind) + KEPT * moved)
+    work.keep(net, "painted")
 
 
 def stage_latents() -> None:
@@ -260,7 +288,7 @@ def made_again(count: int) -> tuple[list[Any], Tensor, Tensor]:
     if not path.exists():
         model = demo.DemoModel()
         work.restore(nn.ModuleList([model.unet, model.text_encoder]), "longer")
-        work.restore(model.vae, "autoencoder")
+        work.restore(model.vae, "painted")
         cloner = Cloner(model.eval().requires_grad_(False), quick=True)
         torch.manual_seed(31)
         clean, made = [], []
@@ -284,7 +312,7 @@ def stage_refine(steps: int, batch: int = 3) -> None:
     """The decoder learns what the UNet's latents look like, a clip at a time. The encoder stays."""
     specs, clean, made = made_again(REFINED)
     net = demo.FrameAutoencoder()
-    work.restore(net, "autoencoder")
+    work.restore(net, "painted")
     frozen = {"patch", "down", "mix", "to_latent"}
     trained = [p for name, p in net.named_parameters() if name.split(".")[0] not in frozen]
     for step in work.training("refine", net, [{"params": trained, "lr": 8e-4}], steps, average=0.99):
@@ -311,3 +339,10 @@ def stage_pack() -> None:
     demo.save(model, path)
     tokenizer().save(str(HERE / "tokenizer.json"))
     log("wrote", path.name, path.stat().st_size, "bytes")
+
+
+def stage_unpack() -> None:
+    """The shipped checkpoint as the work files of the stages before `painted`: its decoder is the refined one."""
+    model = demo.load(HERE / "checkpoint.safetensors")
+    work.keep(model.vae, "autoencoder")
+    work.keep(nn.ModuleList([model.unet, model.text_encoder]), "longer")

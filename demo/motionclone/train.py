@@ -6,6 +6,7 @@
     objects      the same, looking mostly at the objects
     video        the same on clips
     longer       the same again
+    painted      the autoencoder again, on objects of any colour
     refine       the decoder again, on latents as the UNet makes them
     pack         checkpoint.safetensors and tokenizer.json
     clips        the clips of the memory, the prompts
@@ -13,7 +14,8 @@
     memory       memory
 
 Everything is seeded by stage and step. A killed stage goes on from the last full minute when it is started again; `all`
-skips finished stages; `--again` forgets a stage's work first. Work files are in demo/motionclone/work, not kept.
+skips finished stages; `--again` forgets a stage's work first. Work files are in demo/motionclone/work, not kept. `unpack`
+makes those of the stages before `painted` from the shipped checkpoint.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ TRAINED = {
     "objects": Trained(stages.stage_objects, 1000, ("objects.state.pt",)),
     "video": Trained(stages.stage_video, 800, ("video.state.pt",)),
     "longer": Trained(stages.stage_longer, 700, ("longer.state.pt",)),
+    "painted": Trained(stages.stage_painted, 4000, ("painted.state.pt",)),
     "refine": Trained(stages.stage_refine, 900, ("refine.state.pt", "made_again.pt")),
 }
 
@@ -49,9 +52,12 @@ def export() -> None:
 
 MADE: dict[str, Callable[[], None]] = {
     "latents": stages.stage_latents, "pack": stages.stage_pack, "clips": assets.stage_clips, "export": export,
-    "memory": assets.stage_memory,
+    "memory": assets.stage_memory, "unpack": stages.stage_unpack,
 }  # fmt: skip
-ORDER = ("autoencoder", "latents", "images", "objects", "video", "longer", "refine", "pack", "clips", "export", "memory")
+ORDER = (
+    "autoencoder", "latents", "images", "objects", "video", "longer", "painted", "refine",
+    "pack", "clips", "export", "memory",
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:

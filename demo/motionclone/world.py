@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import colorsys
 from dataclasses import replace
 
 import domain
 import numpy as np
+from looks import named
 
 FRAMES = 16
 # Colour and shape never seen together by any stage, the autoencoder's included: every colour once.
@@ -20,6 +22,14 @@ def allowed(rng: np.random.Generator, spec: domain.Spec) -> domain.Spec:
     while (spec.colour, spec.shape) in HELD_PAIRS:
         spec = replace(spec, shape=domain.SHAPES[rng.integers(len(domain.SHAPES))])
     return spec
+
+
+def a_paint(rng: np.random.Generator, shape: str) -> tuple[float, float, float]:
+    """Any strong colour in [0, 1], but for those that look most like one that is held out with `shape`."""
+    while True:
+        paint = colorsys.hsv_to_rgb(*(float(v) for v in rng.uniform((0, 0.6, 0.7), (1, 1, 1))))
+        if (named(np.array(paint)), shape) not in HELD_PAIRS:
+            return paint
 
 
 def training_clip(rng: np.random.Generator) -> domain.Spec:
