@@ -126,7 +126,7 @@ def _copy(start: Path, place: Path) -> None:
 
 
 def _killed(line: list[str], place: Path, moment: float) -> float | None:
-    """Run a command and kill it, with all that it started, after `moment` seconds; or the seconds that it took, if it was done."""
+    """Run a command and kill it, with all that it started, after `moment` seconds; if it was done before: its seconds."""
     quiet, began = subprocess.DEVNULL, time.perf_counter()
     with subprocess.Popen(line, cwd=place, env=OURS, stdout=quiet, stderr=quiet, start_new_session=True) as process:
         try:
