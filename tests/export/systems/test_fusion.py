@@ -25,7 +25,7 @@ from motionrt.export.systems.motionrag import Resampler  # noqa: E402
 from motionrt.export.systems.motionrag_system import Sources  # noqa: E402
 from motionrt.export.systems.svd import adapter_blocks, svd_system  # noqa: E402
 from motionrt.runtime.cli.main import main  # noqa: E402
-from motionrt.runtime.errors import InputError  # noqa: E402
+from motionrt.runtime.errors import InputError, MemoryStoreError  # noqa: E402
 from motionrt.runtime.job import noise_stream  # noqa: E402
 from motionrt.runtime.media.video import read_clip, write_video  # noqa: E402
 from motionrt.runtime.noise import noise  # noqa: E402
@@ -281,7 +281,7 @@ def test_top1_refuses_another_number_of_clips_and_a_memory_of_features_before_an
     with MotionPipeline.from_bundle(folder / "top1", folder / "memory-top1", threads=1) as pipeline:
         with pytest.raises(InputError, match="references is 3; this bundle takes 1 to 1"):
             pipeline.start(pipeline.request(world["still"], PROMPT, references=3))
-    with pytest.raises(Exception, match="memory"):
+    with pytest.raises(MemoryStoreError, match="was made by other encoders"):
         MotionPipeline.from_bundle(folder / "top1", folder / "memory", threads=1)
 
 
