@@ -188,12 +188,13 @@ def open_motionrag(
         retuned, report = check_keys(opened, overlay_shapes(blocks), what="17_frames", file=overlay_file)
         reports.append(report)
 
-    widths = {"motion_proj": motion_size.output_dim, "Motion-Adapter": motion_width}
+    widths = {"motion_proj": motion_size.output_dim}
     release = MotionRAG(adapters, retuned, motion_proj, motion_size, {}, None, {}, None, {}, tuple(reports))
     if cama:
         release = _with_cama(release, folder, sos)
         assert release.appearance_size is not None and release.cama_size is not None
         widths |= {"condition_proj": release.appearance_size.output_dim, "transformer": release.cama_size.dim}
+    widths["Motion-Adapter"] = motion_width
     if len(set(widths.values())) > 1:
         raise CheckpointError(
             f"the files in {folder} do not belong together: token widths are "
