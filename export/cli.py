@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # The published models, and how many frames a video has unless told otherwise; options that are for some of them alone.
 FRAMES = {"cogvideox-5b-i2v": 17, "svd": 16, "motionclone": 16, "motion-i2v": 16}
-MOTIONRAG = ("motionrag", "videomae", "dinov2", "sos_token", "target_range", "positions", "decode_tiles")
+MOTIONRAG = ("motionrag", "videomae", "dinov2", "fusion", "sos_token", "target_range", "positions", "decode_tiles")
 MOTIONCLONE = ("motion", "domain_adapter", "sparsectrl", "group_norm", "record", "semantic")
 MOTION_I2V = ("models", "unet", "vae", "form")
 # What an export cannot do without
@@ -70,6 +70,13 @@ def export(
     without_torch: Annotated[
         bool, typer.Option("--without-torch", help="Leave out the torch programs: --backend torch cannot run the bundle then.")
     ] = False,
+    fusion: Annotated[
+        str,
+        typer.Option(
+            help="How MotionRAG's clips become one motion: cama, or without that network mean, concat, top1 or weight (by how "
+            "near a clip is), which need no --dinov2 and no motion_transformer."
+        ),
+    ] = "cama",
     sos_token: Annotated[str | None, typer.Option(help="seed:NUMBER or a file, where the checkpoint has none.")] = None,
     target_range: Annotated[str, typer.Option(help="What DINOv2 sees of the still: correct, or as released.")] = "correct",
     positions: Annotated[str, typer.Option(help="CogVideoX positions off 49 frames: released, or learned.")] = "released",
@@ -110,7 +117,7 @@ def export(
     given = {name: context.get_parameter_source(name) for name in context.params if name in others}
     if foreign := [f"--{name.replace('_', '-')}" for name, at in given.items() if at and at.name == "COMMANDLINE"]:
         raise InputError(f"{', '.join(foreign)}: not for {model}. Leave out what is for another model; see docs/models.md.")
-    needed = NEEDED.get(model, ("base", "motionrag", "videomae", "dinov2"))
+    needed = NEEDED.get(model, ("base", "motionrag", "videomae", *(("dinov2",) if fusion == "cama" else ())))
     if absent := [f"--{name}" for name in needed if context.params[name] is None]:
         raise InputError(f"export {model} needs {', '.join(absent)}. See docs/models.md.")
     from motionrt.export.exporter import export_system
@@ -131,7 +138,7 @@ def export(
         own = MotionCloneSources(base, motion, domain_adapter, sparsectrl, text_query, dtype, group_norm, record, semantic)
         system = motionclone_system(own, frames=frames, height=height or 512, width=width or 512, say=echo)
     else:
-        assert base is not None and motionrag is not None and videomae is not None and dinov2 is not None
+        assert base is not None and motionrag is not None and videomae is not None
         from motionrt.export.checkpoints.motionrag_files import SosToken
         from motionrt.export.systems.motionrag_system import Sources
 
@@ -146,6 +153,7 @@ def export(
             positions=positions,
             text_query=text_query,
             tiles=decode_tiles,
+            fusion=fusion,
         )
         system = _motionrag(model, sources, frames, height, width)
     lines = export_system(system, out, programs=not without_torch, say=echo)

@@ -7,7 +7,7 @@ the runtime reads them: RGB in [-1, 1], at the size of the bundle.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +148,7 @@ class Preprocess(nn.Module):
 class MotionTokens(nn.Module):
     """VideoMAE and the motion Resampler: clips `[n, F, 3, H, W]` in [-1, 1] -> motion tokens `[n, M, D]` float32."""
 
-    def __init__(self, encoder: Any, proj: Resampler, picks: list[int], preprocess: Preprocess) -> None:
+    def __init__(self, encoder: Any, proj: nn.Module, picks: list[int], preprocess: Preprocess) -> None:
         super().__init__()
         self.encoder, self.proj, self.picks, self.preprocess = encoder, proj, picks, preprocess
 
@@ -187,6 +187,16 @@ def motion_encoder(folder: Path, files: MotionRAG, frames: int, size: tuple[int,
     preprocess = Preprocess(*size, config.image_size, "bilinear", config.image_size)
     module = MotionTokens(encoder, proj, picked(frames, config.num_frames), preprocess).eval()
     return Network(module, weights | {f"proj.{name}": lazy for name, lazy in files.motion_proj.items()}, (report,))
+
+
+def feature_encoder(motion: Network) -> tuple[Network, tuple[int, int]]:
+    """VideoMAE alone, of a network by `motion_encoder`: clips -> features `[n, L, E]`, which the Resampler reads; and L, E."""
+    module = motion.module
+    assert isinstance(module, MotionTokens)
+    tokens, width = module.encoder.embeddings.position_embeddings.shape[1:]
+    weights = {name: lazy for name, lazy in (motion.weights or {}).items() if not name.startswith("proj.")}
+    alone = MotionTokens(module.encoder, nn.Identity(), module.picks, module.preprocess).eval()
+    return replace(motion, module=alone, weights=weights), (tokens, width)
 
 
 class AppearanceTokens(nn.Module):
@@ -230,6 +240,7 @@ def appearance_encoder(folder: Path, files: MotionRAG, size: tuple[int, int], sh
     """DINOv2 from its folder and MotionRAG's Resampler, for stills of `size`; `short` side and `crop` of what DINOv2 sees."""
     from transformers import Dinov2Config, Dinov2Model
 
+    assert files.appearance_size is not None  # nobody asks for it without CAMA
     component = open_component(folder, "", "Dinov2Model")
     config = Dinov2Config(**component.config)
     with meta():

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,18 +100,24 @@ class CamaSize:
 @dataclass(frozen=True)
 class MotionRAG:
     """All parts of a release, lazily: keys are those of the modules that take them; `adapter` and `overlay` (17 frames)
-    keep the released ones, with their `transformer.` or `unet.` in front."""
+    keep the released ones, with their `transformer.` or `unet.` in front. What CAMA's file holds is empty, and has no sizes,
+    where it was not opened."""
 
     adapter: Mapping[str, Lazy]
     overlay: Mapping[str, Lazy]
     motion_proj: Mapping[str, Lazy]
     motion_size: ResamplerSize
     appearance_proj: Mapping[str, Lazy]
-    appearance_size: ResamplerSize
+    appearance_size: ResamplerSize | None
     cama: Mapping[str, Lazy]
-    cama_size: CamaSize
+    cama_size: CamaSize | None
     sos: Mapping[str, Any]
     reports: tuple[KeyReport, ...]
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """M, D: motion tokens of a clip, and their width."""
+        return self.motion_size.num_queries, self.motion_size.output_dim
 
 
 def adapter_shapes(blocks: Mapping[str, int], motion_width: int) -> dict[str, tuple[int, ...]]:
@@ -141,10 +147,13 @@ def file_of(folder: Path, stem: str) -> Path | None:
     return None
 
 
-def open_motionrag(folder: Path, blocks: Mapping[str, int], *, overlay: bool, sos: SosToken | None = None) -> MotionRAG:
+def open_motionrag(
+    folder: Path, blocks: Mapping[str, int], *, overlay: bool, sos: SosToken | None = None, cama: bool = True
+) -> MotionRAG:
     """Open and check the files of one base model; `CheckpointError` for what is missing, foreign or damaged.
 
     `blocks`: attentions that have adapters, as in `adapter_shapes`; `overlay`: whether `17_frames` belongs to the model.
+    `cama`: whether `motion_transformer` is opened, which nothing but CAMA reads.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder. Give the folder with MotionRAG's files.")
@@ -179,31 +188,35 @@ def open_motionrag(folder: Path, blocks: Mapping[str, int], *, overlay: bool, so
         retuned, report = check_keys(opened, overlay_shapes(blocks), what="17_frames", file=overlay_file)
         reports.append(report)
 
-    transformer_file, transformer = _open(folder, "motion_transformer")
-    prefix = _prefix(transformer, _TRANSFORMER, "transformer.layers.", transformer_file)
-    transformer = {key.removeprefix(prefix): lazy for key, lazy in transformer.items()}
-    proj = {key: lazy for key, lazy in transformer.items() if key.startswith("condition_proj.")}
-    appearance_proj, appearance_size, report = _resampler(
-        proj, ("condition_proj.",), "condition_proj of motion_transformer", transformer_file
-    )
-    reports.append(report)
-    rest = {key: lazy for key, lazy in transformer.items() if key not in proj}
-    vision = [key for key in rest if key.startswith("vision_proj.")]
-    cama, cama_size, sos_record, report = _cama(rest, motion_size, vision, transformer_file, sos)
-    reports.append(report)
-    widths = {
-        "motion_proj": motion_size.output_dim, "condition_proj": appearance_size.output_dim, "transformer": cama_size.dim,
-        "Motion-Adapter": motion_width,
-    }  # fmt: skip
+    widths = {"motion_proj": motion_size.output_dim}
+    release = MotionRAG(adapters, retuned, motion_proj, motion_size, {}, None, {}, None, {}, tuple(reports))
+    if cama:
+        release = _with_cama(release, folder, sos)
+        assert release.appearance_size is not None and release.cama_size is not None
+        widths |= {"condition_proj": release.appearance_size.output_dim, "transformer": release.cama_size.dim}
+    widths["Motion-Adapter"] = motion_width
     if len(set(widths.values())) > 1:
         raise CheckpointError(
             f"the files in {folder} do not belong together: token widths are "
             f"{', '.join(f'{name} {width}' for name, width in widths.items())}."
         )
-    return MotionRAG(
-        adapters, retuned, motion_proj, motion_size, appearance_proj, appearance_size, cama, cama_size, sos_record,
-        tuple(reports),
-    )  # fmt: skip
+    return release
+
+
+def _with_cama(release: MotionRAG, folder: Path, sos: SosToken | None) -> MotionRAG:
+    """`release` with what `motion_transformer` holds."""
+    file, transformer = _open(folder, "motion_transformer")
+    prefix = _prefix(transformer, _TRANSFORMER, "transformer.layers.", file)
+    transformer = {key.removeprefix(prefix): lazy for key, lazy in transformer.items()}
+    proj = {key: lazy for key, lazy in transformer.items() if key.startswith("condition_proj.")}
+    found, size, proj_report = _resampler(proj, ("condition_proj.",), "condition_proj of motion_transformer", file)
+    rest = {key: lazy for key, lazy in transformer.items() if key not in proj}
+    vision = [key for key in rest if key.startswith("vision_proj.")]
+    cama, cama_size, record, report = _cama(rest, release.motion_size, vision, file, sos)
+    reports = (*release.reports, proj_report, report)
+    return replace(
+        release, appearance_proj=found, appearance_size=size, cama=cama, cama_size=cama_size, sos=record, reports=reports
+    )
 
 
 def _open(folder: Path, stem: str) -> tuple[Path, Mapping[str, Lazy]]:

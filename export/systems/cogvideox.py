@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from motionrt.export.checkpoints.encoders import text_encoder, weights_of
 from motionrt.export.checkpoints.files import CheckpointError, check_pipeline, open_component, read_json
-from motionrt.export.checkpoints.motionrag_files import open_motionrag
 from motionrt.export.checkpoints.tokenizers import tokenizer_json
 from motionrt.export.compiler.weightless import meta
 from motionrt.export.systems.cogvideox_step import INPUTS, solver_rows
@@ -177,8 +176,8 @@ def cogvideox_system(sources: Sources, *, frames: int = 17, say: Callable[[str],
     width = config["num_attention_heads"] * config["attention_head_dim"]
     blocks = {f"transformer.transformer_blocks.{i}.attn1": width for i in range(config["num_layers"])}
     overlay = frames != config["sample_frames"]
-    files = open_motionrag(sources.motionrag, blocks, overlay=overlay, sos=sources.sos)
-    tokens = (files.cama_size.num_queries, files.cama_size.dim)
+    files = sources.files(blocks, overlay=overlay)
+    tokens = files.tokens
     step = cogvideox_step(config, latents=latents, motion=tokens, positions=sources.positions)
     weights, report = weights_of(step.transformer, transformer, "transformer", "transformer.", added=".processor.")
     weights = {**weights, **files.overlay, **files.adapter}
@@ -218,8 +217,7 @@ def cogvideox_system(sources: Sources, *, frames: int = 17, say: Callable[[str],
         tokens,
         released_range=sources.target_range == "released",
         provenance={
-            "dtype": sources.dtype, "positions": sources.positions, "sos_token": dict(files.sos),
-            "target_range": sources.target_range, "overlay": "17_frames" if overlay else None,
+            **sources.provenance(files), "positions": sources.positions, "overlay": "17_frames" if overlay else None,
         },
         reports=(*files.reports, report),
     )  # fmt: skip

@@ -17,14 +17,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from motionrt.export.checkpoints.encoders import appearance_encoder, motion_encoder
+from motionrt.export.checkpoints.encoders import appearance_encoder, feature_encoder, motion_encoder
 from motionrt.export.checkpoints.files import CheckpointError, KeyReport
-from motionrt.export.checkpoints.motionrag_files import MotionRAG, SosToken
+from motionrt.export.checkpoints.motionrag_files import MotionRAG, SosToken, open_motionrag
 from motionrt.export.checkpoints.sources import AS_STORED, Keeping
 from motionrt.export.checkpoints.text_query import SentenceEncoder
 from motionrt.export.compiler.weightless import meta
 from motionrt.export.onnx.from_torch import Range
 from motionrt.export.systems.decoding import Decoding
+from motionrt.export.systems.fusion import RULES, Fusion
 from motionrt.export.systems.system import Array, Graph, Network, Schedules, Step, System, TokenizerText, lengths
 from motionrt.runtime.bundle.manifest import (
     ClipSize,
@@ -43,6 +44,7 @@ from motionrt.runtime.bundle.manifest import (
 GUIDANCE, DEFAULT_STEPS, REFERENCES = 3.0, 25, 9  # of a published model's request that names none
 BATCH = Range(1, 1, 4)
 CLIPS = Range(1, 4, 32)  # of the memory, encoded at once
+CAMA = "cama"  # the fusion that is a network of its own
 VIDEO = "video"  # the loop that denoises, and the value that it makes the frames of
 COLUMNS = ("graph", "timestep", "guidance", "p0", "p1", "c0", "c1", "c2", "c3")
 PENDING = "0" * 64  # a fingerprint that the exporter fills in
@@ -52,8 +54,9 @@ PENDING = "0" * 64  # a fingerprint that the exporter fills in
 class Sources(Keeping):
     """Where an export of a published model finds its files, and the choices that change numbers.
 
-    `base`: diffusers folder; `motionrag`: folder with its files; `videomae`, `dinov2`: transformers folders. `target_range`:
-    what DINOv2 sees of the still, "correct" [-1, 1] or as CogVideoX was "released" [0, 1] (quirk A14.1). `positions`: see
+    `base`: diffusers folder; `motionrag`: folder with its files; `videomae`, `dinov2`: transformers folders. `fusion`: how
+    clips become motion, "cama" or one of `fusion.RULES` (A10), which need no `dinov2`. `target_range`: what DINOv2 sees of the
+    still, "correct" [-1, 1] or as CogVideoX was "released" [0, 1] (quirk A14.1). `positions`: see
     `cogvideox_step.fix_positions` (A7). `text_query`, `dtype`: see `Keeping`. `tiles` along either side of the picture in which
     latents are decoded: an approximation, for small devices. `steps`: numbers of steps that there are rows for.
     """
@@ -61,7 +64,7 @@ class Sources(Keeping):
     base: Path
     motionrag: Path
     videomae: Path
-    dinov2: Path
+    dinov2: Path | None = None
     dtype: str = AS_STORED
     sos: SosToken | None = None
     target_range: str = "correct"
@@ -69,22 +72,45 @@ class Sources(Keeping):
     text_query: Path | None = None
     steps: tuple[int, ...] = tuple(range(2, 51))
     tiles: int = 1
+    fusion: str = CAMA
 
     def __post_init__(self) -> None:
-        self.check(target_range=("correct", "released"), positions=("released", "learned"))
+        self.check(target_range=("correct", "released"), positions=("released", "learned"), fusion=(CAMA, *RULES))
+        if self.fusion == CAMA and self.dinov2 is None:
+            raise CheckpointError("dinov2 is None, and CAMA reads what it sees. Give its folder, or choose another fusion.")
+        own = {"dinov2": self.dinov2, "sos_token": self.sos, "target_range": self.target_range != "correct"}
+        if self.fusion != CAMA and (given := ", ".join(name for name, value in own.items() if value)):
+            raise CheckpointError(f"{given}: for fusion cama, and fusion is {self.fusion}. Leave that out, or choose cama.")
         if not 1 <= self.tiles <= 8:
             raise CheckpointError(f"decode tiles is {self.tiles}; allowed: 1 (the whole picture) to 8 along either side.")
 
+    def files(self, blocks: Mapping[str, int], *, overlay: bool) -> MotionRAG:
+        """MotionRAG's files, opened and checked; see `open_motionrag`."""
+        return open_motionrag(self.motionrag, blocks, overlay=overlay, sos=self.sos, cama=self.fusion == CAMA)
+
+    def provenance(self, files: MotionRAG) -> dict[str, Any]:
+        """What a bundle tells of these choices."""
+        own = {"sos_token": dict(files.sos), "target_range": self.target_range} if self.fusion == CAMA else {}
+        return {"dtype": self.dtype, "fusion": self.fusion, **own}
+
 
 def motionrag_networks(sources: Sources, files: MotionRAG, frames: int, size: tuple[int, int]) -> dict[str, Network]:
-    """`motion`, `appearance` and `cama` for clips of `frames` pictures of `size` (H, W)."""
-    with meta():
-        cama = files.cama_size.build()
-    networks = {
-        "motion": motion_encoder(sources.videomae, files, frames, size),
-        "appearance": appearance_encoder(sources.dinov2, files, size),
-        "cama": Network(cama.eval(), files.cama),
-    }
+    """`motion`, `appearance` and `cama` for clips of `frames` pictures of `size` (H, W); of another fusion `motion`, `fusion`,
+    and `features` where these are fused and not motion tokens."""
+    networks = {"motion": motion_encoder(sources.videomae, files, frames, size)}
+    if sources.fusion == CAMA:
+        assert sources.dinov2 is not None and files.cama_size is not None  # checked when they were made
+        with meta():
+            cama = files.cama_size.build()
+        networks |= {"appearance": appearance_encoder(sources.dinov2, files, size), CAMA: Network(cama.eval(), files.cama)}
+    elif sources.fusion == "top1":
+        networks["fusion"] = Network(Fusion(sources.fusion, files.tokens).eval())
+    else:
+        features, dims = feature_encoder(networks["motion"])
+        with meta():
+            fusion = Fusion(sources.fusion, dims, files.motion_size.build())
+        weights = {f"proj.{name}": lazy for name, lazy in files.motion_proj.items()}
+        networks |= {"features": features, "fusion": Network(fusion.eval(), weights)}
     return {name: sources.keeping(network) for name, network in networks.items()}
 
 
@@ -128,22 +154,32 @@ def motionrag_system(
     provenance: Mapping[str, Any],
     reports: tuple[KeyReport, ...] = (),
 ) -> System:
-    """The system of `base` with MotionRAG's `networks` (motion, appearance, cama) and `tokens` M, D of a clip.
+    """The system of `base` with MotionRAG's `networks` (see `motionrag_networks`) and `tokens` M, D of a clip.
 
-    A request takes `references` clips unless it says otherwise, and at `most` that many, and `steps`, or the most that there
-    are rows for; `released_range`: DINOv2 sees the still in [0, 1] (A14.1); `plain`: with the graph of the step as it was.
+    A request takes `references` clips unless it says otherwise, and at `most` that many (one, of fusion `top1`), and `steps`,
+    or the most that there are rows for; `released_range`: DINOv2 sees the still in [0, 1] (A14.1); `plain`: with the graph of
+    the step as it was.
     """
     frames, *size = base.clip
-    video, still, pair = Array(("batch", frames, 3, *size)), Array(("batch", 3, *size)), Array(("batch", "references", *tokens))
-    one = Array(("batch", *tokens))
-    counts = {"batch": BATCH, "references": Range(1, references, most)}
+    video, still, one = Array(("batch", frames, 3, *size)), Array(("batch", 3, *size)), Array(("batch", *tokens))
+    fusion = "fusion" if "fusion" in networks else CAMA
+    if fusion == CAMA:
+        pair = Array(("batch", "references" if most > 1 else 1, *tokens))
+        reads = {"reference_motion": pair, "reference_appearance": pair, "appearance": one}
+        record = {"motion": tokens, "appearance": tokens}
+    else:
+        module = networks["fusion"].module
+        assert isinstance(module, Fusion)
+        if module.rule == "top1":
+            references = most = 1
+        reads = {name: Array(("batch", "references" if most > 1 else 1, *dims)) for name, dims in module.reads.items()}
+        record = {module.part: module.clip}
+    counts = {"batch": BATCH, "references": Range(1, references, most)} if most > 1 else {"batch": BATCH}
+    encoders = {name: {"image": still} if name == "appearance" else {"video": video} for name in record}
     graphs = {
         "text_query": query.graph(),
-        "motion": Graph(networks["motion"], {"video": video}, ("motion",), {"batch": CLIPS}),
-        "appearance": Graph(networks["appearance"], {"image": still}, ("appearance",), {"batch": CLIPS}),
-        "cama": Graph(
-            networks["cama"], {"reference_motion": pair, "reference_appearance": pair, "appearance": one}, ("motion",), counts
-        ),
+        **{name: Graph(networks[name], inputs, (name,), {"batch": CLIPS}) for name, inputs in encoders.items()},
+        fusion: Graph(networks[fusion], reads, ("motion",), counts),
         "encode": base.encode,
         **base.decoding.graphs,
     }
@@ -152,8 +188,9 @@ def motionrag_system(
         graphs, tokenizers = {"text": base.text, **graphs}, {"text": base.tokenizer, **tokenizers}
         plan.append(Node("text", {"input_ids": "prompt.input_ids"}))
         plan.append(Node("text", {"input_ids": "negative_prompt.input_ids"}, {"text": "negative_text"}))
-    plan.append(Node("appearance", {"image": "appearance_image"}) if released_range else "appearance")
-    plan += ["cama", "encode", "request", VIDEO, base.decoding.name]
+    if fusion == CAMA:
+        plan.append(Node("appearance", {"image": "appearance_image"}) if released_range else "appearance")
+    plan += [fusion, "encode", "request", VIDEO, base.decoding.name]
     name, rows = next(iter(base.solvers.items()))
     loop = Loop(
         graphs=("step",),
@@ -174,9 +211,9 @@ def motionrag_system(
         default=references,
         max=most,
         clip=ClipSize(*base.clip, float(base.fps)),
-        record=(Part("motion", "float16", tokens), Part("appearance", "float16", tokens)),
+        record=tuple(Part(name, "float16", dims) for name, dims in record.items()),
         fingerprint=PENDING,
-        graphs=("motion", "appearance"),
+        graphs=tuple(record),
         absent={"motion": "zeros", "motion_scale": 0},
     )
     sizes = {"batch": BATCH, "steps": Range(1, steps, 1000)}

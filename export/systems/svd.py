@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from motionrt.export.checkpoints.encoders import weights_of
 from motionrt.export.checkpoints.files import CheckpointError, check_pipeline, open_component, read_json
-from motionrt.export.checkpoints.motionrag_files import open_motionrag
 from motionrt.export.compiler.weightless import meta
 from motionrt.export.systems.decoding import decoding, tile_size
 from motionrt.export.systems.motionrag_system import (
@@ -153,8 +152,8 @@ def svd_system(
             f"frames is {frames} and the size {height}x{width}; allowed: 2 frames or more, multiples of {8 * factor} pixels."
         )
     latents = (frames, config["out_channels"], height // factor, width // factor)
-    files = open_motionrag(sources.motionrag, adapter_blocks(config), overlay=False, sos=sources.sos)
-    tokens = (files.cama_size.num_queries, files.cama_size.dim)
+    files = sources.files(adapter_blocks(config), overlay=False)
+    tokens = files.tokens
     networks = motionrag_networks(sources, files, frames, size)
     encode = sources.keeping(still_encoder(base, vae, vae_network, size))
     ids = (FPS - 1.0, MOTION_BUCKET, NOISE_LEVEL)
@@ -191,10 +190,7 @@ def svd_system(
         query,
         tokens,
         released_range=sources.target_range == "released",
-        provenance={
-            "dtype": sources.dtype, "sos_token": dict(files.sos), "target_range": sources.target_range,
-            "first_guidance": FIRST_GUIDANCE, "time_ids": list(ids),
-        },
+        provenance={**sources.provenance(files), "first_guidance": FIRST_GUIDANCE, "time_ids": list(ids)},
         reports=(*files.reports, report),
     )  # fmt: skip
 

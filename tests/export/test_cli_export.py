@@ -23,6 +23,14 @@ def test_export_of_a_published_model_needs_its_folders(run: Run, tmp_path: Path)
     assert status == 2 and "dtype is 'int8'; allowed: checkpoint, float32, float16, bfloat16" in err
     status, _, err = run("export", "svd", *folders, "-o", tmp_path / "bundle", "--sos-token", "seed:x")
     assert status == 2 and "seed:NUMBER" in err
+    status, _, err = run("export", "svd", "-o", tmp_path / "bundle", "--base", tmp_path, "--fusion", "mean")
+    assert status == 2 and "export svd needs --motionrag, --videomae. " in err
+    status, _, err = run("export", "svd", *folders, "-o", tmp_path / "bundle", "--fusion", "concat", "--sos-token", "seed:1")
+    assert status == 2 and "dinov2, sos_token: for fusion cama, and fusion is concat. Leave that out, or choose cama" in err
+    status, _, err = run("export", "svd", *folders, "-o", tmp_path / "bundle", "--fusion", "median")
+    assert status == 2 and "fusion is 'median'; allowed: cama, mean, concat, top1, weight" in err
+    status, _, err = run("export", "motionclone", "-o", tmp_path / "bundle", "--fusion", "mean")
+    assert status == 2 and "--fusion: not for motionclone" in err
     assert not list(tmp_path.iterdir())
 
 

@@ -204,13 +204,13 @@ def adding(store: Path | None = None) -> Any:
         kept = store / f"{name}-{hashlib.sha256((network.digest() + about).encode()).hexdigest()[:16]}"
         files = (f"{name}.onnx", f"{graph.weights_of or name}.safetensors")
         if kept.is_dir():
-            for file in files:
+            for file in filter(lambda file: (kept / file).is_file(), files):
                 shutil.copy(kept / file, self.folder / "graphs" / file)
             self.graphs[name] = json.loads((kept / "entry.json").read_text())
             return
         plain(self, name, graph)
         kept.mkdir(parents=True)
-        for file in files:
+        for file in filter(lambda file: (self.folder / "graphs" / file).is_file(), files):  # not all graphs have weights
             shutil.copy(self.folder / "graphs" / file, kept / file)
         (kept / "entry.json").write_text(json.dumps(self.graphs[name]))
 
