@@ -22,7 +22,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from motionrt.export.systems.dynamicrafter.parts import EncodeStill, ImageTokens  # noqa: E402
 from motionrt.export.systems.dynamicrafter.rows import rows, scales, signal, timesteps  # noqa: E402
-from motionrt.export.systems.dynamicrafter.step import DynamiCrafterStep  # noqa: E402
+from motionrt.export.systems.dynamicrafter.step import DynamiCrafterStep, MotionStep  # noqa: E402
 from motionrt.export.systems.dynamicrafter.unet import Conditions, DynamiCrafterUNet  # noqa: E402
 from motionrt.export.systems.motionclone.frames import DecodeFrames  # noqa: E402
 from motionrt.export.systems.motionrag import Resampler  # noqa: E402
@@ -225,10 +225,8 @@ def test_a_run_gives_the_latents_of_the_released_sampler(
 ) -> None:
     io, (spacing, guidance, rescale, image) = golden("ddim"), RUNS[name]
     motion = name.startswith("adapter")
-    step = DynamiCrafterStep(
-        adapted if motion else base, io["text_uncond"], io["image_tokens_uncond"], io["motion_uncond"] if motion else None,
-        three=image is not None,
-    )  # fmt: skip
+    nothing, three = (io["text_uncond"], io["image_tokens_uncond"]), image is not None
+    step = MotionStep(adapted, *nothing, io["motion_uncond"]) if motion else DynamiCrafterStep(base, *nothing, three=three)
     times, scaled = timesteps(5, spacing), scales(0.3)
     table = torch.from_numpy(rows(times, AB, "v_prediction", 1.0, scaled))
     more = [io["motion_cond"], torch.ones(1)] if motion else [torch.tensor([image])] if image else []
