@@ -86,7 +86,7 @@ def test_export_of_dynamicrafter_needs_its_files_and_takes_no_others(run: Run, t
     status, _, err = run("export", "dynamicrafter-512", *out, *files, "--positions", "learned", "--models", tmp_path)
     assert status == 2 and "--positions, --models: not for dynamicrafter-512" in err
     status, _, err = run("export", "svd", *out, "--frame-tokens", "all", "--tokenizer", tmp_path)
-    assert status == 2 and "--tokenizer, --frame-tokens: not for svd" in err
+    assert status == 2 and "--frame-tokens, --tokenizer: not for svd" in err
     status, _, err = run("export", "dynamicrafter-256", *out, *files, "--passes", "4")
     assert status == 2 and "passes is 4; allowed: 2, or 3" in err
     rag = ("--motionrag", tmp_path, "--videomae", tmp_path, "--dinov2", tmp_path)

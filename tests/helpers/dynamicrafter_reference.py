@@ -121,7 +121,7 @@ def plain_video(
     image = image.to(dtype)
 
     def context(words: Tensor, picture: Tensor) -> tuple[Tensor, Tensor]:
-        shown = seen(picture.float()).to(dtype)
+        shown = seen(picture if dtype == torch.float64 else picture.float()).to(dtype)
         return text(input_ids=words).last_hidden_state, projector(clip(pixel_values=shown).last_hidden_state)
 
     prompt, nothing = context(ids, image), context(empty, torch.zeros_like(image))

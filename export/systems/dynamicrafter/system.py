@@ -223,10 +223,10 @@ def alone(base: Base, model: Model, provenance: Mapping[str, Any], reports: tupl
 
 
 def check_model(files: DynamiCrafter, name: str) -> None:
-    """`CheckpointError` unless the file is that of the model `name`, as far as a file tells."""
+    """`CheckpointError` unless the file is that of the model `name`, as far as a file tells: it may lack the noise schedule."""
     model = MODELS[name]
     scale = None if files.scale is None else round(files.scale, 2)
-    if (files.size.learned, scale) != (model.learned, model.base):
+    if files.size.learned != model.learned or scale not in (None, model.base):
         like = [other for other, at in MODELS.items() if (at.learned, at.base) == (files.size.learned, scale)]
         raise CheckpointError(
             f"{files.file} is not the file of dynamicrafter-{name}: its scale_arr ends at {scale}, and it has "

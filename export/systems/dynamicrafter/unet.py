@@ -97,7 +97,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, width: int, size: Size) -> None:
         super().__init__()
-        self.heads, self.split = width // size.head, size.frame_tokens == "split"
+        self.heads, self.split, self.adapted = width // size.head, size.frame_tokens == "split", size.motion is not None
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k, self.to_v, self.to_k_ip, self.to_v_ip = (nn.Linear(size.context, width, bias=False) for _ in range(4))
         self.to_out = nn.Sequential(nn.Linear(width, width))
@@ -117,7 +117,7 @@ class CrossAttention(nn.Module):
         if self.alpha is not None:
             seen = seen * (1 + torch.tanh(self.alpha))
         hidden = attend(rows, self.to_k(text), self.to_v(text), self.heads) + seen
-        if motion is not None:
+        if self.adapted and motion is not None:
             moved = attend(self.to_q_a(hidden), self.to_k_a(motion), self.to_v_a(motion), self.heads)
             hidden = hidden + conditions.scale * moved
         return self.to_out(hidden).reshape(x.shape)
