@@ -24,12 +24,16 @@ if TYPE_CHECKING:
     from motionrt.export.systems.system import System
 
 # The published models, and how many frames a video has unless told otherwise; options that are for some of them alone.
-FRAMES = {"cogvideox-5b-i2v": 17, "svd": 16, "motionclone": 16, "motion-i2v": 16}
+DYNAMICRAFTERS = ("dynamicrafter-1024", "dynamicrafter-512", "dynamicrafter-256")
+FRAMES = {"cogvideox-5b-i2v": 17, "svd": 16, **dict.fromkeys(DYNAMICRAFTERS, 16), "motionclone": 16, "motion-i2v": 16}
 MOTIONRAG = ("motionrag", "videomae", "dinov2", "fusion", "sos_token", "target_range", "positions", "decode_tiles")
+DYNAMICRAFTER = ("tokenizer", "adapter_queries", "frame_tokens", "passes")
 MOTIONCLONE = ("motion", "domain_adapter", "sparsectrl", "group_norm", "record", "semantic")
 MOTION_I2V = ("models", "unet", "vae", "form")
 # What an export cannot do without
-NEEDED = {"motionclone": ("base", "motion"), "motion-i2v": ("models",)}
+NEEDED = {
+    "motionclone": ("base", "motion"), "motion-i2v": ("models",), **dict.fromkeys(DYNAMICRAFTERS, ("base", "tokenizer")),
+}  # fmt: skip
 MIB = 2**20
 
 
@@ -37,10 +41,13 @@ def export(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help=f"The published model: {', '.join(FRAMES)}.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Bundle directory to write.")],
-    base: Annotated[Path | None, typer.Option(help="Diffusers folder of the base model; Motion-I2V has its own.")] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Diffusers folder of the base model, or DynamiCrafter's model.ckpt; not for Motion-I2V.")
+    ] = None,
     motionrag: Annotated[Path | None, typer.Option(help="Folder with MotionRAG's files for that model.")] = None,
     videomae: Annotated[Path | None, typer.Option(help="Folder of VideoMAE-base, finetuned on SSv2.")] = None,
     dinov2: Annotated[Path | None, typer.Option(help="Folder of DINOv2-large.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder of a CLIP tokenizer, for DynamiCrafter.")] = None,
     motion: Annotated[Path | None, typer.Option(help="AnimateDiff's motion modules, file or folder, for MotionClone.")] = None,
     domain_adapter: Annotated[Path | None, typer.Option(help="AnimateDiff's domain adapter (LoRA), for MotionClone.")] = None,
     sparsectrl: Annotated[
@@ -54,11 +61,12 @@ def export(
     height: Annotated[
         int | None,
         typer.Option(
-            help="Of the picture, a multiple of 64; unless given, 576 for SVD, 512 for MotionClone, 320 for Motion-I2V."
+            help="Of the picture, a multiple of 64; unless given, 576 for SVD, 512 for MotionClone, 320 for Motion-I2V, and "
+            "what DynamiCrafter's model is for."
         ),
     ] = None,
     width: Annotated[
-        int | None, typer.Option(help="Of the picture, a multiple of 64; unless given, 1024 for SVD, and 512.")
+        int | None, typer.Option(help="Of the picture, as height; unless given, 1024 for SVD, and 512.")
     ] = None,
     dtype: Annotated[
         str,
@@ -78,6 +86,13 @@ def export(
         ),
     ] = "cama",
     sos_token: Annotated[str | None, typer.Option(help="seed:NUMBER or a file, where the checkpoint has none.")] = None,
+    adapter_queries: Annotated[
+        str | None, typer.Option(help="seed:NUMBER, where MotionRAG's adapter for DynamiCrafter has no queries.")
+    ] = None,
+    frame_tokens: Annotated[
+        str, typer.Option(help="Image tokens that a frame of DynamiCrafter sees: its share (split), or all.")
+    ] = "split",
+    passes: Annotated[int, typer.Option(help="DynamiCrafter's passes of guidance: 2, or 3 with one for the image.")] = 2,
     target_range: Annotated[str, typer.Option(help="What DINOv2 sees of the still: correct, or as released.")] = "correct",
     positions: Annotated[str, typer.Option(help="CogVideoX positions off 49 frames: released, or learned.")] = "released",
     decode_tiles: Annotated[int, typer.Option(help="Tiles along either side in which latents are decoded.")] = 1,
@@ -98,13 +113,14 @@ def export(
         bool, typer.Option("--semantic", help="Guide what MotionClone's video shows too, as its first version did.")
     ] = False,
 ) -> None:
-    """Export a published model as a bundle: a base with MotionRAG's files, MotionClone or Motion-I2V. Needs pip install
-    motionrt[export].
+    """Export a published model as a bundle: a base with MotionRAG's files (DynamiCrafter: or without), MotionClone or
+    Motion-I2V. Needs pip install motionrt[export].
 
     \b
     Examples:
       motionrt export cogvideox-5b-i2v --base CogVideoX-5b-I2V --motionrag CogVideoX --videomae videomae-base-ssv2
         --dinov2 dinov2-large --sos-token seed:42 -o cogvideox
+      motionrt export dynamicrafter-512 --base DynamiCrafter_512 --tokenizer clip-tokenizer -o dynamicrafter
       motionrt export motionclone --base stable-diffusion-v1-5 --motion v3_sd15_mm.ckpt -o motionclone
       motionrt export motion-i2v --models Motion-I2V/models -o motion-i2v
     """
@@ -112,8 +128,10 @@ def export(
     if model not in FRAMES:
         raise InputError(f"model is {model!r}; it must be one of {', '.join(FRAMES)}. See docs/models.md.")
     own_options = {"motionclone": (*MOTIONCLONE, "base", "text_query"), "motion-i2v": MOTION_I2V}
+    rag = [name for name in MOTIONRAG if name not in ("target_range", "positions")]
+    own_options |= dict.fromkeys(DYNAMICRAFTERS, (*rag, *DYNAMICRAFTER, "base", "text_query"))
     taken = own_options.get(model, (*MOTIONRAG, "base", "text_query"))
-    others = {*MOTIONRAG, *MOTIONCLONE, *MOTION_I2V, "base", "text_query"} - {*taken}
+    others = {*MOTIONRAG, *DYNAMICRAFTER, *MOTIONCLONE, *MOTION_I2V, "base", "text_query"} - {*taken}
     given = {name: context.get_parameter_source(name) for name in context.params if name in others}
     if foreign := [f"--{name.replace('_', '-')}" for name, at in given.items() if at and at.name == "COMMANDLINE"]:
         raise InputError(f"{', '.join(foreign)}: not for {model}. Leave out what is for another model; see docs/models.md.")
@@ -137,6 +155,28 @@ def export(
 
         own = MotionCloneSources(base, motion, domain_adapter, sparsectrl, text_query, dtype, group_norm, record, semantic)
         system = motionclone_system(own, frames=frames, height=height or 512, width=width or 512, say=echo)
+    elif model in DYNAMICRAFTERS:
+        assert base is not None and tokenizer is not None
+        from motionrt.export.checkpoints.motionrag_files import SosToken
+        from motionrt.export.systems.dynamicrafter.system import DynamiCrafterSources, dynamicrafter_system
+
+        crafter = DynamiCrafterSources(
+            base=base,
+            tokenizer=tokenizer,
+            model=model.removeprefix("dynamicrafter-"),
+            motionrag=motionrag,
+            videomae=videomae,
+            dinov2=dinov2,
+            dtype=dtype,
+            sos=SosToken.parse(sos_token) if sos_token else None,
+            fusion=fusion,
+            queries=_seed("--adapter-queries", adapter_queries),
+            frame_tokens=frame_tokens,
+            passes=passes,
+            text_query=text_query,
+            tiles=decode_tiles,
+        )
+        system = dynamicrafter_system(crafter, frames=frames, height=height, width=width, say=echo)
     else:
         assert base is not None and motionrag is not None and videomae is not None
         from motionrt.export.checkpoints.motionrag_files import SosToken
@@ -160,6 +200,16 @@ def export(
     for line in lines:
         echo(line)
     echo(f"{out}: exported. Look at it with: motionrt inspect {out}")
+
+
+def _seed(option: str, text: str | None) -> int | None:
+    """The number of seed:NUMBER."""
+    if text is None:
+        return None
+    number = text.removeprefix("seed:")
+    if number == text or not number.isdecimal() or int(number) >= 2**63:
+        raise InputError(f"{option} is {text!r}; allowed is seed:NUMBER.")
+    return int(number)
 
 
 def _motionrag(model: str, sources: Sources, frames: int, height: int | None, width: int | None) -> System:

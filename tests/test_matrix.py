@@ -27,6 +27,7 @@ from by_path import load_by_path  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
+from motionrt.export.checkpoints.motionrag_files import DYNAMICRAFTER  # noqa: E402
 from motionrt.export.exporter import Writer  # noqa: E402
 from motionrt.export.systems import svd_step as svd  # noqa: E402
 from motionrt.runtime.backends.onnx_form import form_folder  # noqa: E402
@@ -45,8 +46,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
 models = load_by_path(Path(__file__).resolve().parents[1] / "tests/helpers/tiny_models.py")
 plainly = load_by_path(Path(__file__).resolve().parents[1] / "tests/helpers/diffusers_reference.py")
+crafted = load_by_path(Path(__file__).resolve().parents[1] / "tests/helpers/dynamicrafter_models.py")
+crafter = load_by_path(Path(__file__).resolve().parents[1] / "tests/helpers/dynamicrafter_reference.py")
 KINDS = ("bfloat16", "float16", "float32")
-SIZES = {"cogvideox-5b-i2v": (17, 16, 32), "svd": (9, 16, 32)}  # frames, height, width
+CRAFTER = "dynamicrafter-1024"
+SIZES = {"cogvideox-5b-i2v": (17, 16, 32), "svd": (9, 16, 32), CRAFTER: (8, 16, 32)}  # frames, height, width
 PROMPT, SEED, STEPS, CLIPS = "w5 w9 w30", 11, 4, 3
 COLUMNS = (
     "export, `memory add`, `generate`", "ONNX Runtime, CPU", "torch, CPU, float32", "torch, CPU, in the files' dtype",
@@ -110,6 +114,16 @@ class Cell:
                 self.config, models.EULER, self.parts, self.files, still=self.still, motion=motion,
                 unconditional=unconditional, frames=frames, steps=STEPS, draw=draw, dtype=dtype,
             )  # fmt: skip
+        elif self.model == CRAFTER:
+            bundle = Bundle.open(self.bundle)
+            ids, empty = (
+                torch.from_numpy(bundle.tokenize("text", text, crafted.LENGTH)["input_ids"]) for text in (PROMPT, "")
+            )
+            latents, video = crafter.plain_video(
+                self.parts["crafter"], self.files, "1024", image=image, ids=ids, empty=empty, frames=frames, asked=STEPS,
+                spacing="uniform", guidance=3.0, rescale=0.0, fs=15, draw=draw, motion=motion, unconditional=unconditional,
+                dtype=dtype,
+            )  # fmt: skip
         else:
             bundle = Bundle.open(self.bundle)
             given = [convert(bundle, name, text) for name, text in (("prompt", PROMPT), ("negative_prompt", ""))]
@@ -140,11 +154,16 @@ def _written(folder: Path, model: str, kind: str) -> Cell:
         config = models.UNET
         parts = models.write_svd(folder / "base", config, dtype)
         blocks = {f"unet.{path}": a.to_q.in_features for path, a in svd.spatial_attentions(parts["unet"])}
+    elif model == CRAFTER:
+        config, blocks = {}, crafted.blocks()
+        parts = {"crafter": crafted.write(folder / "base", "1024", dtype)}
     else:
         config = models.cogvideox_config(2)
         parts = models.write_cogvideox(folder / "base", config, dtype)
         blocks = {f"transformer.transformer_blocks.{i}.attn1": 64 for i in range(2)}
-    files = models.release.rounded(models.release.motionrag_states(blocks, overlay=model != "svd"), dtype)
+    named = {"names": DYNAMICRAFTER} if model == CRAFTER else {}
+    overlay = model == "cogvideox-5b-i2v"
+    files = models.release.rounded(models.release.motionrag_states(blocks, overlay=overlay, **named), dtype)
     models.release.save(folder / "rag", files)
     parts |= models.write_encoders(folder, dtype)
     draw = np.random.default_rng(3)
@@ -162,7 +181,12 @@ def _written(folder: Path, model: str, kind: str) -> Cell:
 def from_files_to_a_video(made: Cell, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command with its defaults, from released files to a video."""
     model, kind, at = made.model, made.kind, made.folder
-    size = ("--frames", "9", "--height", "16", "--width", "32") if model == "svd" else ()  # the default takes minutes a video
+    size: tuple[Any, ...] = ()
+    if model != "cogvideox-5b-i2v":  # the default takes minutes a video
+        size = tuple(part for name, value in zip(("frames", "height", "width"), SIZES[model], strict=True)
+                     for part in (f"--{name}", value))  # fmt: skip
+    if model == CRAFTER:
+        size += ("--tokenizer", at / "base" / "tokenizer")
     monkeypatch.setattr(Writer, "add", models.adding())  # docs/models.md's test exports it anew
     status, out, err = run(
         "export", model, "--base", at / "base", "--motionrag", at / "rag", "--videomae", at / "videomae", "--dinov2",
@@ -171,7 +195,8 @@ def from_files_to_a_video(made: Cell, run: Run, monkeypatch: pytest.MonkeyPatch)
     assert status == 0, err
     bundle = Bundle.open(made.bundle)
     assert {port.dtype for spec in bundle.graphs.values() for port in (*spec.inputs, *spec.outputs)} <= {"float32", "int64"}
-    assert set(bundle.programs) == {"schedule", "request", "step"}
+    # DynamiCrafter's `fs` is of the request: what reads it and the timestep is made for all steps once a request
+    assert set(bundle.programs) == {"schedule", "request", "step"} | ({"timeline"} if model == CRAFTER else set())
     for name in ("motion", "cama", "step", "decode"):  # weights as they came; only what was computed from them is float32
         with safe_open(made.bundle / "graphs" / f"{name}.safetensors", framework="pt") as file:
             sizes: dict[str, int] = {}

@@ -1,6 +1,7 @@
 """docs/models.md as a newcomer types it: its blocks run, on small models in the folders that it names.
 
-MotionClone's and Motion-I2V's files do not say for which size they are: there `motionrt export` is told a small one.
+Files of MotionClone, Motion-I2V and DynamiCrafter do not say for which size they are: there `motionrt export` is told a small
+one.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ pytest.importorskip("tensorrt_rtx")
 from by_path import load_by_path  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from motionrt.export.checkpoints.motionrag_files import DYNAMICRAFTER  # noqa: E402
 from motionrt.export.systems import svd_step as svd  # noqa: E402
 from motionrt.runtime.media.video import read_clip, write_video  # noqa: E402
 
@@ -31,13 +33,15 @@ PAGE = "docs/models.md"
 models = load_by_path(Path(__file__).resolve().parents[1] / "tests/helpers/tiny_models.py")
 animatediff = load_by_path(Path(__file__).resolve().parents[1] / "tests/helpers/animatediff_models.py")
 motion_i2v = load_by_path(Path(__file__).resolve().parents[1] / "tests/helpers/motion_i2v_models.py")
+crafter = load_by_path(Path(__file__).resolve().parents[1] / "tests/helpers/dynamicrafter_models.py")
 readme = load_by_path(Path(__file__).resolve().parents[1] / "tests/test_readme.py")
 BLOCKS = readme.blocks((ROOT / PAGE).read_text(encoding="utf-8"), PAGE)
 FRAMES, HEIGHT, WIDTH = 17, 16, 32
 SMALL = (4, 16, 16)  # frames, height, width of the systems whose files do not say
+MADE = ("both", "begins-with", "boat", "left", "follows", "sails")  # videos of sections 9 to 11
 MOTIONRT = """#!/bin/sh
 case "$1 $2" in
-    "export motionclone"|"export motion-i2v") set -- "$@" --frames {} --height {} --width {} ;;
+    "export motion"*|"export dynamicrafter-"*) set -- "$@" --frames {} --height {} --width {} ;;
 esac
 exec "{}" -P -c "from motionrt.runtime.cli.main import main; main()" "$@"
 """
@@ -75,7 +79,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_other_systems(folder: Path, draw: np.random.Generator) -> None:
-    """The downloads of sections 9 and 10 under the names there, two clips, and a picture with a mask."""
+    """The downloads of sections 9 to 11 under the names there, two clips, and a picture with a mask."""
+    for name in ("1024", "512"):
+        crafter.write(folder / f"DynamiCrafter_{name}", name)
+    (folder / "DynamiCrafter_512" / "tokenizer").rename(folder / "clip-tokenizer")
+    adapters = models.release.motionrag_states(crafter.blocks(), overlay=False, names=DYNAMICRAFTER)
+    models.release.save(folder / "motionrag" / "DynamiCrafter", adapters)
     files = animatediff.small_animatediff(folder)
     for path, name in (
         (files.base, "stable-diffusion-v1-5"), (files.adapter, "v3_sd15_adapter.ckpt"),
@@ -107,7 +116,7 @@ def test_what_the_blocks_made_is_there(place: Path) -> None:
     graphs = json.loads((place / "cogvideox" / "bundle.json").read_text())["graphs"]
     assert {path.stem for path in (place / "cogvideox" / "engines" / "rtx-sm_89-float16").glob("*.json")} == set(graphs)
     assert json.loads((place / "svd-motion" / "bundle.json").read_text())["output"]["frames"] == 16
-    made = {name: (place / f"{name}.mp4").read_bytes() for name in ("both", "begins-with", "boat", "left")}
+    made = {name: (place / f"{name}.mp4").read_bytes() for name in MADE}
     assert len(set(made.values())) == len(made) and (place / "boat-field.mp4").is_file()
     for name in made:
         assert read_clip(place / f"{name}.mp4", *SMALL, 8).std() > 0.01

@@ -2,6 +2,7 @@
 
     .venv-dev/bin/python benchmarks/models/export_full.py cogvideox-5b-i2v FOLDER --frames 17
     .venv-dev/bin/python benchmarks/models/export_full.py svd FOLDER
+    .venv-dev/bin/python benchmarks/models/export_full.py dynamicrafter-1024 FOLDER
     .venv-dev/bin/python benchmarks/models/export_full.py motionclone FOLDER      # without SparseCtrl
 
 FOLDER is made, and removed at the end unless `--keep`. The files are sparse: reading, hashing and moving their bytes costs what
@@ -27,7 +28,14 @@ import torch
 
 from motionrt.benchmarks import harness
 from motionrt.benchmarks.models.anonymous_memory import AnonymousMemory
-from motionrt.benchmarks.models.sparse_models import RELEASED, Sizes, write_cogvideox, write_motionclone, write_svd
+from motionrt.benchmarks.models.sparse_models import (
+    RELEASED,
+    Sizes,
+    write_cogvideox,
+    write_dynamicrafter,
+    write_motionclone,
+    write_svd,
+)
 from motionrt.export.checkpoints.animatediff_files import MotionCloneSources
 from motionrt.export.checkpoints.motionrag_files import SosToken
 from motionrt.export.exporter import export_system
@@ -35,6 +43,7 @@ from motionrt.export.onnx import streamed as onnx_streamed
 from motionrt.export.onnx.torch_programs import FOLDER as PROGRAMS
 from motionrt.export.onnx.torch_programs import write_program
 from motionrt.export.systems.cogvideox import cogvideox_system
+from motionrt.export.systems.dynamicrafter.system import DynamiCrafterSources, dynamicrafter_system
 from motionrt.export.systems.motionclone.system import motionclone_system
 from motionrt.export.systems.motionrag_system import Sources
 from motionrt.export.systems.svd import svd_system
@@ -62,9 +71,11 @@ class Expected:
 # CogVideoX: 84 AdaLN linears, time MLP, norm_out.linear; 5570.5 M of the model and 660.6 M of the adapters.
 # MotionClone: 27.88 M of time in its guided step; the 19.17 M that make keys and values of the text are of the request.
 # SVD: 56.32 M of time and id embeddings, 99.19 M of frame positions; all 32 attn2, adapters included, have left the step.
+# DynamiCrafter: the time MLP; 25.82 M more make tables of timestep and fs once a request; 16 folded adapters are in the step.
 EXPECTED = {
     "cogvideox-5b-i2v": Expected(799_259_648, 6_231_082_560, 42),
     "svd": Expected(155_510_118, 1_562_572_522, 0),
+    "dynamicrafter-1024": Expected(2_050_560, 1_476_804_420, 16),
     "motionclone": Expected(27_875_520, 1_276_658_564, 0),
 }
 
@@ -128,10 +139,11 @@ def _inferred_without_weights(path: Path) -> onnx.ModelProto:
 
 
 WRITERS: Mapping[str, Callable[[Path, Sizes], None]] = {
-    "cogvideox-5b-i2v": write_cogvideox, "svd": write_svd, "motionclone": lambda root, sizes: write_motionclone(root),
+    "cogvideox-5b-i2v": write_cogvideox, "svd": write_svd, "dynamicrafter-1024": write_dynamicrafter,
+    "motionclone": lambda root, sizes: write_motionclone(root),
 }  # fmt: skip
-FRAMES = {"cogvideox-5b-i2v": 17, "svd": 16, "motionclone": 16}
-SIZES = {"svd": (576, 1024), "motionclone": (512, 512)}
+FRAMES = {"cogvideox-5b-i2v": 17, "svd": 16, "dynamicrafter-1024": 16, "motionclone": 16}
+SIZES = {"svd": (576, 1024), "dynamicrafter-1024": (576, 1024), "motionclone": (512, 512)}
 
 
 def open_system(root: Path, request: Request, say: Callable[[str], None]) -> System:
@@ -140,6 +152,12 @@ def open_system(root: Path, request: Request, say: Callable[[str], None]) -> Sys
     if request.model == "motionclone":
         files = MotionCloneSources(root / "base", root / "motion.safetensors", dtype=request.dtype)
         return motionclone_system(files, frames=request.frames, height=height, width=width, say=say)
+    if request.model == "dynamicrafter-1024":
+        crafter = DynamiCrafterSources(
+            root / "base", root / "tokenizer", "1024", root / "rag", root / "videomae", root / "dinov2", request.dtype,
+            SosToken(seed=42), steps=request.steps,
+        )  # fmt: skip
+        return dynamicrafter_system(crafter, frames=request.frames, height=height, width=width, say=say)
     sources = Sources(
         root / "base", root / "rag", root / "videomae", root / "dinov2", request.dtype, SosToken(seed=42),
         steps=request.steps,

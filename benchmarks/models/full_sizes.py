@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from motionrt.benchmarks.models.sparse_models import RELEASED
+from motionrt.benchmarks.models.sparse_models import CLIP_H_TEXT, RELEASED, SD_VAE
 from motionrt.export.checkpoints.encoders import AppearanceTokens, Preprocess, Text
+from motionrt.export.checkpoints.motionrag_files import ResamplerSize
 from motionrt.export.checkpoints.text_query import SentenceEmbedding
 from motionrt.export.compiler.liveness import live_bytes
 from motionrt.export.compiler.partition import Partition, Program
@@ -27,6 +28,10 @@ from motionrt.export.compiler.weightless import faked, meta
 from motionrt.export.exporter import OVER_STEPS
 from motionrt.export.onnx.functions import symbolic_forms
 from motionrt.export.systems.cogvideox import DecodeCausal, EncodeCausal, chunks, flat_caches
+from motionrt.export.systems.dynamicrafter.parts import EncodeStill as CrafterStill
+from motionrt.export.systems.dynamicrafter.parts import ImageTokens
+from motionrt.export.systems.dynamicrafter.system import DECODED
+from motionrt.export.systems.motionclone.frames import DecodeFrames
 from motionrt.export.systems.svd import DecodeTemporal, EncodeStill
 from motionrt.runtime.bundle.footprint import GraphSize, Roles
 
@@ -38,7 +43,7 @@ STEPS, TOKENS, SEEN = 25, 256, 224
 def full_sizes(model: str, frames: int, cut: Partition) -> Iterator[GraphSize]:
     """One `GraphSize` after the other, weights in bfloat16 but for `cama` and `text_query`, as an export stores them."""
     yield _text_query()
-    yield from _cogvideox(frames) if model == "cogvideox-5b-i2v" else _svd(frames)
+    yield from {"cogvideox-5b-i2v": _cogvideox, "svd": _svd, "dynamicrafter-1024": _dynamicrafter}[model](frames)
     cama = [torch.empty(1, n, 25, 1024) for n in (9, 9)] + [torch.empty(1, 25, 1024)]
     yield _traced("cama", lambda: RELEASED.cama.build(), torch.float32, cama, ("motion",))
     for kind, program in cut.programs.items():
@@ -95,6 +100,27 @@ def _svd(frames: int) -> Iterator[GraphSize]:
     feed = [torch.empty(1, frames, 4, 72, 128)]
     vae = RELEASED.temporal_vae
     yield _traced("decode", lambda: DecodeTemporal(AutoencoderKLTemporalDecoder(**vae)), BF16, feed, ("video",))
+
+
+def _dynamicrafter(frames: int) -> Iterator[GraphSize]:
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPTextConfig(**{**CLIP_H_TEXT, "num_hidden_layers": CLIP_H_TEXT["num_hidden_layers"] - 1})
+    ids = [torch.empty(1, 77, dtype=torch.int64)]
+    yield _traced("text", lambda: Text(CLIPTextModel(config)), BF16, ids, ("text",))
+    yield _appearance(576, 1024)
+
+    def encode() -> nn.Module:
+        clip = CLIPVisionModel(CLIPVisionConfig(**RELEASED.clip))
+        tokens = ImageTokens(clip, ResamplerSize(1024, 4, 12, 256, 1280, 1024, 4).build(), (576, 1024))
+        return CrafterStill(tokens, AutoencoderKL(**SD_VAE))
+
+    still = [torch.empty(1, 3, 576, 1024), torch.empty(1, 4, 72, 128)]
+    yield _traced("encode", encode, BF16, still, ("image_context", "image_latents"))
+    count = max(n for n in range(1, DECODED + 1) if frames % n == 0)
+    feed = [torch.empty(1, count, 4, 72, 128)]
+    yield _traced("decode", lambda: DecodeFrames(AutoencoderKL(**SD_VAE)), BF16, feed, ("video",))
 
 
 def _appearance(height: int, width: int) -> GraphSize:

@@ -31,6 +31,8 @@ from motionrt.export.onnx.streamed import stream_real
 from motionrt.export.systems import cogvideox_step as cogvideox
 from motionrt.export.systems import steps
 from motionrt.export.systems import svd_step as svd
+from motionrt.export.systems.dynamicrafter import unet as crafter
+from motionrt.export.systems.dynamicrafter.step import CHANGES, MOTION, MotionStep
 from motionrt.export.systems.motionrag import MotionAdapter, MotionAdapterCogVideoX
 from motionrt.export.systems.rows import like
 
@@ -66,10 +68,13 @@ def _sharpen(module: nn.Module, seed: int) -> None:
     with torch.no_grad():
         for part in module.modules():
             if isinstance(part, MotionAdapter) and hasattr(part, "to_q_ip"):
-                for name, gain in (("to_q_ip", 8.0), ("to_k_ip", 1.0), ("to_v_ip", 1.0)):
-                    projections: Any = getattr(part, name)
-                    weight: Tensor = projections[0].weight
-                    weight.normal_(0.0, gain * weight.shape[1] ** -0.5, generator=draw)
+                weights = [getattr(part, name)[0].weight for name in ("to_q_ip", "to_k_ip", "to_v_ip")]
+            elif isinstance(part, crafter.CrossAttention) and part.adapted:
+                weights = [getattr(part, name).weight for name in ("to_q_a", "to_k_a", "to_v_a")]
+            else:
+                continue
+            for weight, gain in zip(weights, (8.0, 1.0, 1.0), strict=True):
+                weight.normal_(0.0, gain * weight.shape[1] ** -0.5, generator=draw)
 
 
 def _tokens(count: int, width: int) -> Tensor:
@@ -196,6 +201,40 @@ def svd_model(
     return Model(name, step, feed, svd.INPUTS, OUTPUTS, shape, real)
 
 
+# --- DynamiCrafter ----------------------------------------------------------------------------------------------------
+
+
+def dynamicrafter_model(
+    name: str, size: crafter.Size, latents: tuple[int, int, int, int], motion: tuple[int, int], tokens: tuple[int, int],
+    real: str | None = None,
+) -> Model:  # fmt: skip
+    """The whole DynamiCrafter step with two passes, fp32; `latents` F, C, H, W, `motion` M, D, `tokens` of text and image."""
+
+    def step(adapter: bool = True) -> nn.Module:
+        torch.manual_seed(0)
+        unet = crafter.DynamiCrafterUNet(replace(size, motion=motion[1]))
+        _sharpen(unet, 1)
+        if not adapter:
+            plain = crafter.DynamiCrafterUNet(size)
+            plain.load_state_dict({name: unet.state_dict()[name] for name in plain.state_dict()})
+            unet = plain
+        words, picture = (_tokens(count, size.context) for count in tokens)
+        return MotionStep(unet, words, picture, _tokens(*motion)).eval()
+
+    def feed() -> dict[str, Tensor]:
+        draw = torch.Generator().manual_seed(0)
+        args = released.crafter_args(released.dynamicrafter_step(size, motion, tokens), latents)
+        values = {key: torch.randn(value.shape, generator=draw) for key, value in args.items()}
+        fixed = {"coefficients": torch.tensor([[0.8, -0.6, 0.7, 0.3, 0.0, 0.1]]), "timestep": torch.tensor([500.0])}
+        numbers = {"guidance": 2.0, "motion_scale": 1.0, "fs": 15.0, "guidance_rescale": 0.0}
+        return {**values, **fixed, **{key: torch.tensor([value]) for key, value in numbers.items()}}
+
+    shape = {"B": 2, "F": latents[0], "H": latents[2], "W": latents[3], "D": size.channels, "M": motion[0]}
+    return Model(name, step, feed, {**CHANGES, **MOTION}, OUTPUTS, shape, real)
+
+
+CRAFTER_MID = crafter.Size(channels=64, context=208)
+CRAFTER_TOY = crafter.Size(channels=32, widths=(1, 2), blocks=1, attended=1, head=32, context=16)
 MID = Size("cogvideox-mid", 42, 4, 64, 5, 24, 34, 34, 344, 44, 25, 88)
 TOY = replace(full_step.TOY, name="cogvideox-toy")
 MODELS: Mapping[str, Model] = {
@@ -204,9 +243,11 @@ MODELS: Mapping[str, Model] = {
         cogvideox_model(MID, "cogvideox-5b-i2v"),
         layer_model(replace(full_step.FULL, name="cogvideox-layer"), "cogvideox-5b-i2v"),
         svd_model("svd-mid", SVD_MID, (14, 4, 16, 24), (25, 208), "svd"),
+        dynamicrafter_model("dynamicrafter-mid", CRAFTER_MID, (16, 4, 16, 24), (25, 208), (77, 256), "dynamicrafter-1024"),
         cogvideox_model(TOY),
         layer_model(replace(TOY, name="layer-toy")),
         svd_model("svd-toy", SVD_TOY, (3, 4, 8, 8), (5, 12)),
+        dynamicrafter_model("dynamicrafter-toy", CRAFTER_TOY, (3, 4, 8, 8), (5, 12), (7, 9)),
     )
 }
 
@@ -255,9 +296,11 @@ def shares(with_adapter: Partition, without: Partition) -> Shares:
 
 
 def real_shares(model: str) -> Shares:
-    """The same counts at the published size, from structure alone: CogVideoX at 480x720x17, SVD at 576x1024x16."""
+    """The same counts at the published size, from structure alone: CogVideoX at 480x720x17, the others at 576x1024x16."""
     if model == "svd":
         return _real_svd()
+    if model == "dynamicrafter-1024":
+        return _real_dynamicrafter()
     one, two = (_real_cogvideox(layers) for layers in (1, 2))  # every further block adds what the second did
     count = released.COGVIDEOX_5B_I2V["num_layers"]
     return Shares(*(a + (count - 1) * (b - a) for a, b in zip(vars(one).values(), vars(two).values(), strict=True)))
@@ -287,4 +330,13 @@ def _real_svd() -> Shares:
                 attention.set_processor(svd.SharedCrossAttention(step.conditions, None))
         args = steps.step_args(svd.INPUTS, config, latents, motion)
         cuts.append(fake_partition(step, tuple(args.values()), svd.INPUTS, outputs=OUTPUTS))
+    return shares(*cuts)
+
+
+def _real_dynamicrafter() -> Shares:
+    cuts = []
+    for adapters in (True, False):
+        step = released.dynamicrafter_step(released.DYNAMICRAFTER, (25, 1024), adapters=adapters)
+        args = released.crafter_args(step, released.CRAFTER_LATENTS)
+        cuts.append(fake_partition(step, tuple(args.values()), step.changes, outputs=OUTPUTS))
     return shares(*cuts)

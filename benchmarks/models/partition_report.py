@@ -3,6 +3,7 @@
     python benchmarks/models/partition_report.py cogvideox-5b-i2v --frames 17
     python benchmarks/models/partition_report.py cogvideox-5b-i2v --frames 49
     python benchmarks/models/partition_report.py svd --frames 16
+    python benchmarks/models/partition_report.py dynamicrafter-1024 --frames 16
 
     python benchmarks/models/partition_report.py --table        # docs/models.md's table of memory plans, from the newest rows
 
@@ -88,7 +89,7 @@ def table() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=["cogvideox-5b-i2v", "svd"], nargs="?")
+    parser.add_argument("model", choices=["cogvideox-5b-i2v", "svd", "dynamicrafter-1024"], nargs="?")
     parser.add_argument("--frames", type=int)
     parser.add_argument("--table", action="store_true", help="print the newest memory plans as Markdown, and nothing else")
     parser.add_argument("--layers", type=int, help="fewer blocks of CogVideoX; no row is written")

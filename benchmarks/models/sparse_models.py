@@ -2,6 +2,7 @@
 
     write_cogvideox(root, RELEASED)     # root/base, root/rag, root/videomae, root/dinov2
     write_svd(root, RELEASED)
+    write_dynamicrafter(root, RELEASED) # root/base/model.safetensors, root/tokenizer, root/rag, root/videomae, root/dinov2
     write_motionclone(root)             # root/base, root/motion.safetensors, root/rgb.safetensors, root/sketch.safetensors
 
 For trials of an export at full size. Configs are those of the public `config.json` files; the text tokenizer is a stand-in.
@@ -19,11 +20,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from motionrt.benchmarks.models.released import COGVIDEOX_5B_I2V, SVD_UNET
+from motionrt.benchmarks.models.released import COGVIDEOX_5B_I2V, DYNAMICRAFTER, SVD_UNET
 from motionrt.export.checkpoints.animatediff_files import released_name
-from motionrt.export.checkpoints.motionrag_files import CamaSize, ResamplerSize, adapter_shapes, overlay_shapes
+from motionrt.export.checkpoints.motionrag_files import (
+    DIFFUSERS,
+    CamaSize,
+    ResamplerSize,
+    adapter_shapes,
+    overlay_shapes,
+)
+from motionrt.export.checkpoints.motionrag_files import DYNAMICRAFTER as DYNAMICRAFTER_NAMES
+from motionrt.export.checkpoints.renaming import compvis_names, released_names, tower_names
 from motionrt.export.checkpoints.safetensors_file import NAMES
 from motionrt.export.compiler.weightless import meta
+from motionrt.export.systems.dynamicrafter.unet import DynamiCrafterUNet, adapted
 from motionrt.export.systems.svd import adapter_blocks
 
 Config = Mapping[str, Any]
@@ -46,6 +56,10 @@ _CLIP_H: Config = {
     "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16, "image_size": 224,
     "patch_size": 14, "projection_dim": 1024, "hidden_act": "gelu",
 }  # fmt: skip
+CLIP_H_TEXT: Config = {
+    "vocab_size": 49408, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "max_position_embeddings": 77, "hidden_act": "gelu",
+}  # fmt: skip
 _DINO_L: Config = {
     "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 518, "patch_size": 14
 }  # fmt: skip
@@ -65,7 +79,7 @@ _SD_UNET: Config = {
     "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"], "layers_per_block": 2, "norm_num_groups": 32,
     "sample_size": 64, "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
 }  # fmt: skip
-_SD_VAE: Config = {
+SD_VAE: Config = {
     "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "latent_channels": 4,
     "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32, "sample_size": 512,
 }  # fmt: skip
@@ -153,6 +167,33 @@ def write_svd(root: Path, sizes: Sizes, dtype: torch.dtype = torch.bfloat16) -> 
     write_encoders(root, sizes, dtype)
 
 
+def write_dynamicrafter(root: Path, sizes: Sizes, dtype: torch.dtype = torch.bfloat16) -> None:
+    """DynamiCrafter's one file by its released keys but for the noise schedule, MotionRAG's files for it, and the encoders."""
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
+
+    with meta():
+        unet, vae = DynamiCrafterUNet(DYNAMICRAFTER), AutoencoderKL(**SD_VAE)
+        text, clip = CLIPTextModel(CLIPTextConfig(**CLIP_H_TEXT)), CLIPVisionModel(CLIPVisionConfig(**sizes.clip))
+        projector = ResamplerSize(1024, 4, 12, 256, 1280, 1024, 4).build()
+    shapes: dict[str, tuple[int, ...]] = {}
+    for names in (
+        released_names(unet.state_dict(), "model.diffusion_model."),
+        released_names(projector.state_dict(), "image_proj_model."),
+        compvis_names(vae.state_dict(), 4, "first_stage_model."),
+        tower_names(text.state_dict(), "cond_stage_model.model."),
+        tower_names(clip.state_dict(), "embedder.model.visual."),
+    ):  # fmt: skip
+        for place in names.values():
+            rows, *rest = place.shape or (1,)
+            shapes[place.key] = (rows if place.part is None else 3 * rows, *rest)
+    sparse_file(root / "base" / "model.safetensors", shapes, dtype)
+    _tokenizer(root / "tokenizer", "<|endoftext|>")
+    blocks = {f"model.diffusion_model.{path}": width for path, width in adapted(DYNAMICRAFTER).items()}
+    write_motionrag(root / "rag", blocks, sizes, dtype, names=DYNAMICRAFTER_NAMES)
+    write_encoders(root, sizes, dtype)
+
+
 def write_motionclone(root: Path, dtype: torch.dtype = torch.float16) -> None:
     """A Stable Diffusion 1.5 folder, AnimateDiff's motion modules and both SparseCtrls by their released keys."""
     from diffusers import AutoencoderKL, SparseControlNetModel, UNet2DConditionModel, UNetMotionModel
@@ -160,7 +201,7 @@ def write_motionclone(root: Path, dtype: torch.dtype = torch.float16) -> None:
 
     base = root / "base"
     _component(base / "unet", UNet2DConditionModel, _SD_UNET, _DIFFUSERS, dtype)
-    _component(base / "vae", AutoencoderKL, _SD_VAE, _DIFFUSERS, dtype)
+    _component(base / "vae", AutoencoderKL, SD_VAE, _DIFFUSERS, dtype)
     text = CLIPTextConfig(**_CLIP_L)
     _component(base / "text_encoder", CLIPTextModel, _CLIP_L, _TRANSFORMERS, dtype, lambda: CLIPTextModel(text))
     _pipeline(base, "StableDiffusionPipeline", PNDM)
@@ -218,11 +259,12 @@ def write_encoders(root: Path, sizes: MotionSizes, dtype: torch.dtype) -> None:
 
 
 def write_motionrag(
-    folder: Path, blocks: Mapping[str, int], sizes: MotionSizes, dtype: torch.dtype, overlay: bool = False
-) -> None:
+    folder: Path, blocks: Mapping[str, int], sizes: MotionSizes, dtype: torch.dtype, overlay: bool = False,
+    names: tuple[str, str, str] = DIFFUSERS,
+) -> None:  # fmt: skip
     """MotionRAG's files with their released prefixes, and without `sos_token`, which the release does not save.
 
-    `blocks`: widths of the attentions that have an adapter, by path; `overlay`: `17_frames` too.
+    `blocks`, `names`: widths of the attentions that have an adapter, by path: see `adapter_shapes`; `overlay`: `17_frames` too.
     """
 
     def shapes(size: ResamplerSize | CamaSize, prefix: str) -> dict[str, tuple[int, ...]]:
@@ -230,7 +272,7 @@ def write_motionrag(
             state = size.build().state_dict()
         return {f"{prefix}{key}": tuple(value.shape) for key, value in state.items() if key != "sos_token"}
 
-    adapters = adapter_shapes(blocks, sizes.cama.dim) | shapes(sizes.motion, "action_proj_model.")
+    adapters = adapter_shapes(blocks, sizes.cama.dim, names) | shapes(sizes.motion, "action_proj_model.")
     sparse_file(folder / "Motion-Adapter.safetensors", adapters, dtype)
     sparse_file(folder / "motion_proj.safetensors", shapes(sizes.motion, ""), dtype)
     transformer = shapes(sizes.cama, "") | shapes(sizes.appearance, "condition_proj.")

@@ -2,6 +2,7 @@
 
     .venv-dev/bin/python benchmarks/questions/bench_adapter.py --model cogvideox-mid
     .venv-dev/bin/python benchmarks/questions/bench_adapter.py --model svd-mid
+    .venv-dev/bin/python benchmarks/questions/bench_adapter.py --model dynamicrafter-mid
     .venv-dev/bin/python benchmarks/questions/bench_adapter.py --model cogvideox-layer  # a block at full width, in PyTorch
 
 In ONNX Runtime on the CPU (or in PyTorch eager, `--runtime torch`), in turns: `base` (no adapter, as written), `base_ours`

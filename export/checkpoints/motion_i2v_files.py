@@ -19,8 +19,6 @@ configs says what sizes it has: they are those of the Stable Diffusion, and what
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,27 +44,16 @@ from motionrt.export.checkpoints.files import (
     open_torch_file,
     read_json,
 )
+from motionrt.export.checkpoints.renaming import compvis_names, translated
 from motionrt.export.checkpoints.sources import AS_STORED, Keeping
 from motionrt.export.checkpoints.tokenizers import clip_tokenizer_json
 from motionrt.export.compiler.weightless import meta
-from motionrt.export.onnx.stored import Computed
 from motionrt.export.systems.motion_i2v.augmented import FORMS
 from motionrt.export.systems.motion_i2v.networks import FlowUNet, Trajectories, VideoUNet
 from motionrt.export.systems.system import Network, TokenizerText
 
 _FLOW, _BASE, _TUNED = "stage1/StableDiffusion-FlowGen", "stage2/StableDiffusion", "stage2/DreamBooth_LoRA"
 _WEIGHTS, _HINT = "diffusion_pytorch_model.bin", "controlnet_cond_embedding.layers.0.weight"
-# Parts of an autoencoder as diffusers calls them, and as CompVis' code does; its decoder counts from the other end.
-_CELLS = (
-    (r"(encoder|decoder)\.conv_norm_out\.", r"\1.norm_out."),
-    (r"(encoder|decoder)\.mid_block\.resnets\.0\.", r"\1.mid.block_1."),
-    (r"(encoder|decoder)\.mid_block\.resnets\.1\.", r"\1.mid.block_2."),
-    (r"(encoder|decoder)\.mid_block\.attentions\.0\.", r"\1.mid.attn_1."),
-    (r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.", r"encoder.down.\1.block.\2."),
-    (r"encoder\.down_blocks\.(\d+)\.downsamplers\.0\.", r"encoder.down.\1.downsample."),
-    (r"\.conv_shortcut\.", ".nin_shortcut."), (r"attn_1\.group_norm\.", "attn_1.norm."),
-    (r"attn_1\.to_([qkv])\.", r"attn_1.\1."), (r"attn_1\.to_out\.0\.", "attn_1.proj_out."),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -183,27 +170,7 @@ def _picture_vae(sources: MotionI2VSources, base: Path) -> Network:
         return autoencoder(open_component(sources.vae, "", "AutoencoderKL"), "autoencoder of pictures")
     file = sources.models / _TUNED / "realisticVisionV51_v20Novae.safetensors"
     config = open_component(base, "vae", "AutoencoderKL").config
-    tensors, inside = open_any(file), "first_stage_model."
-    state = empty_autoencoder(config).state_dict()
-    levels = len(config["block_out_channels"])
-    found: dict[str, Lazy] = {key: lazy for key, lazy in tensors.items() if key.startswith(inside)}
-    for name, value in state.items():
-        if (lazy := found.pop(inside + compvis_name(name, levels), None)) is not None:
-            found[name] = _flat(lazy) if value.ndim == 2 else lazy
-    return autoencoder(Component(file, config, found), "autoencoder of pictures")
-
-
-def _flat(lazy: Lazy) -> Lazy:
-    """A convolution of one pixel, as attention has it there, as the matrix that it is."""
-    return (
-        Computed(lazy.dtype, tuple(lazy.shape[:2]), lambda: lazy.read().flatten(1)) if math.prod(lazy.shape[2:]) == 1 else lazy
-    )
-
-
-def compvis_name(name: str, levels: int) -> str:
-    """What CompVis' code calls a weight of diffusers' AutoencoderKL of so many levels."""
-    for ours, theirs in _CELLS:
-        name = re.sub(ours, theirs, name)
-    up = lambda match: f"decoder.up.{levels - 1 - int(match[1])}."  # noqa: E731
-    name = re.sub(r"decoder\.up_blocks\.(\d+)\.", up, name)
-    return name.replace(".upsamplers.0.", ".upsample.").replace(".resnets.", ".block.")
+    inside = "first_stage_model."
+    tensors = {key: lazy for key, lazy in open_any(file).items() if key.startswith(inside)}
+    names = compvis_names(empty_autoencoder(config).state_dict(), len(config["block_out_channels"]), inside)
+    return autoencoder(Component(file, config, translated(tensors, names)), "autoencoder of pictures")

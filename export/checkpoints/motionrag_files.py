@@ -29,6 +29,9 @@ from motionrt.export.systems.motionrag import Cama, Resampler
 
 HEAD = 64
 FILES = ("Motion-Adapter", "motion_proj", "motion_transformer", "17_frames")
+# What follows an attention's path in the name of an adapter's projection: of queries, keys and values.
+DIFFUSERS = (".processor.to_q_ip.0.weight", ".processor.to_k_ip.0.weight", ".processor.to_v_ip.0.weight")
+DYNAMICRAFTER = (".to_q_a.weight", ".to_k_a.weight", ".to_v_a.weight")
 _PROJECTOR = ("action_proj_model.", "condition_transformer.vision_proj.", "vision_proj.", "")
 _TRANSFORMER = ("condition_transformer.", "")
 
@@ -120,13 +123,15 @@ class MotionRAG:
         return self.motion_size.num_queries, self.motion_size.output_dim
 
 
-def adapter_shapes(blocks: Mapping[str, int], motion_width: int) -> dict[str, tuple[int, ...]]:
+def adapter_shapes(
+    blocks: Mapping[str, int], motion_width: int, names: tuple[str, str, str] = DIFFUSERS
+) -> dict[str, tuple[int, ...]]:
     """Released adapter keys and shapes: `blocks` is attention's path (`transformer.….attn1`) -> its width."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path, width in blocks.items():
-        for name, columns in (("to_q_ip", width), ("to_k_ip", motion_width), ("to_v_ip", motion_width)):
-            shapes[f"{path}.processor.{name}.0.weight"] = (width, columns)
-    return shapes
+    return {
+        f"{path}{name}": (width, columns)
+        for path, width in blocks.items()
+        for name, columns in zip(names, (width, motion_width, motion_width), strict=True)
+    }
 
 
 def overlay_shapes(blocks: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
@@ -148,23 +153,27 @@ def file_of(folder: Path, stem: str) -> Path | None:
 
 
 def open_motionrag(
-    folder: Path, blocks: Mapping[str, int], *, overlay: bool, sos: SosToken | None = None, cama: bool = True
-) -> MotionRAG:
+    folder: Path, blocks: Mapping[str, int], *, overlay: bool, sos: SosToken | None = None, cama: bool = True,
+    names: tuple[str, str, str] = DIFFUSERS, queries: int | None = None,
+) -> MotionRAG:  # fmt: skip
     """Open and check the files of one base model; `CheckpointError` for what is missing, foreign or damaged.
 
-    `blocks`: attentions that have adapters, as in `adapter_shapes`; `overlay`: whether `17_frames` belongs to the model.
-    `cama`: whether `motion_transformer` is opened, which nothing but CAMA reads.
+    `blocks`, `names`: attentions that have adapters, as in `adapter_shapes`; `overlay`: whether `17_frames` is of the model.
+    `cama`: whether `motion_transformer` is opened, which nothing but CAMA reads. `queries`: seed of the adapters' query
+    projections, where the file of DynamiCrafter's has none.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder. Give the folder with MotionRAG's files.")
     adapter_file, adapter = _open(folder, "Motion-Adapter")
     first = next(iter(blocks))
-    keys = adapter.get(f"{first}.processor.to_k_ip.0.weight")
+    keys = adapter.get(f"{first}{names[1]}")
     motion_width = keys.shape[-1] if keys is not None and len(keys.shape) == 2 else 1024
     inside = {key: lazy for key, lazy in adapter.items() if key.startswith(_PROJECTOR[0])}
     only = {key: lazy for key, lazy in adapter.items() if key not in inside}
     reports = []
-    wanted = adapter_shapes(blocks, motion_width)
+    wanted = adapter_shapes(blocks, motion_width, names)
+    if names == DYNAMICRAFTER and only and not any(key.endswith(names[0]) for key in only):
+        only |= _drawn_queries(blocks, queries, adapter_file)
     adapters, report = check_keys(only, wanted, what="Motion-Adapter", file=adapter_file)
     reports.append(report)
 
@@ -172,11 +181,11 @@ def open_motionrag(
     if projector_file is None and not inside:
         raise CheckpointError(f"{folder} has no motion_proj.ckpt, and {adapter_file.name} has no action_proj_model. keys.")
     source = open_any(projector_file) if projector_file is not None else inside
-    motion_proj, motion_size, report = _resampler(source, _PROJECTOR, "motion_proj", projector_file or adapter_file)
+    motion_proj, motion_size, report = open_resampler(source, _PROJECTOR, "motion_proj", projector_file or adapter_file)
     reports.append(report)
     if projector_file is not None and inside:
         # the release saves it twice; one is checked, and used, so the other must at least be as long
-        again, _, report = _resampler(inside, _PROJECTOR, "action_proj_model of Motion-Adapter", adapter_file)
+        again, _, report = open_resampler(inside, _PROJECTOR, "action_proj_model of Motion-Adapter", adapter_file)
         shapes = {name: lazy.shape for name, lazy in motion_proj.items()}
         check_keys(again, shapes, what="action_proj_model of Motion-Adapter", file=adapter_file)
         note = "the Resampler of motion_proj is used"
@@ -209,7 +218,7 @@ def _with_cama(release: MotionRAG, folder: Path, sos: SosToken | None) -> Motion
     prefix = _prefix(transformer, _TRANSFORMER, "transformer.layers.", file)
     transformer = {key.removeprefix(prefix): lazy for key, lazy in transformer.items()}
     proj = {key: lazy for key, lazy in transformer.items() if key.startswith("condition_proj.")}
-    found, size, proj_report = _resampler(proj, ("condition_proj.",), "condition_proj of motion_transformer", file)
+    found, size, proj_report = open_resampler(proj, ("condition_proj.",), "condition_proj of motion_transformer", file)
     rest = {key: lazy for key, lazy in transformer.items() if key not in proj}
     vision = [key for key in rest if key.startswith("vision_proj.")]
     cama, cama_size, record, report = _cama(rest, release.motion_size, vision, file, sos)
@@ -217,6 +226,18 @@ def _with_cama(release: MotionRAG, folder: Path, sos: SosToken | None) -> Motion
     return replace(
         release, appearance_proj=found, appearance_size=size, cama=cama, cama_size=cama_size, sos=record, reports=reports
     )
+
+
+def _drawn_queries(blocks: Mapping[str, int], seed: int | None, file: Path) -> dict[str, Lazy]:
+    """Query projections as the release draws them where its file has none: uniform within 1 / sqrt(C)."""
+    if seed is None:
+        raise CheckpointError(
+            f"{file} has no `{next(iter(blocks))}{DYNAMICRAFTER[0]}`, nor any other: the training saves keys and values, and "
+            "queries are drawn at random. Choose: --adapter-queries seed:42 draws them from that seed; the bundle records it."
+        )
+    draw = torch.Generator().manual_seed(seed)
+    drawn = {path: (2 * torch.rand(width, width, generator=draw) - 1) / width**0.5 for path, width in blocks.items()}
+    return {f"{path}{DYNAMICRAFTER[0]}": InMemory(value) for path, value in drawn.items()}
 
 
 def _open(folder: Path, stem: str) -> tuple[Path, Mapping[str, Lazy]]:
@@ -241,9 +262,10 @@ def _prefix(tensors: Mapping[str, Lazy], prefixes: Sequence[str], mark: str, fil
     )
 
 
-def _resampler(
+def open_resampler(
     tensors: Mapping[str, Lazy], prefixes: Sequence[str], what: str, file: Path
 ) -> tuple[dict[str, Lazy], ResamplerSize, KeyReport]:
+    """The weights of a Resampler by its names, of a file that has one of `prefixes` before them, its size, and the report."""
     prefix = _prefix(tensors, prefixes, "latents", file)
     bare = {key.removeprefix(prefix) if key.startswith(prefix) else f"{key} (another prefix)": v for key, v in tensors.items()}
 

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,8 @@ def unconditional_tokens(motion: Network, frames: int, size: tuple[int, int]) ->
 @dataclass(frozen=True)
 class Base:
     """What a base model brings. `clip`: F, H, W of its videos, at `fps`; `encode`: the graph of the still; `changes`, `inputs`:
-    of its `step`, see `Step`; `solvers`: their rows, the default's first; `text`, `tokenizer`: where it reads the prompt."""
+    of its `step`, see `Step`; `solvers`: their rows, the default's first; `text`, `tokenizer`: where it reads the prompt, and
+    `negative`: another text beside it; `numbers`: what else a request gives."""
 
     name: str
     clip: tuple[int, int, int]
@@ -137,6 +138,24 @@ class Base:
     solvers: Schedules
     text: Graph | None = None
     tokenizer: TokenizerText | None = None
+    negative: bool = True
+    numbers: Mapping[str, Input] = field(default_factory=dict)
+
+    def loop(self, steps: int, plain: bool = False) -> Loop:
+        """The loop that denoises, of `steps` unless a request says otherwise, or the most that there are rows for."""
+        name, rows = next(iter(self.solvers.items()))
+        return Loop(
+            graphs=("step",),
+            columns=COLUMNS,
+            schedules=lengths(self.solvers),
+            default=(name, steps if steps in rows else max(rows)),
+            feeds={"timestep": ("timestep",), "guidance": ("guidance",), "coefficients": COLUMNS[3:]},
+            carry={"next_latents": "latents", "x0": "previous_x0"},
+            start={"latents": "noise", "previous_x0": "zeros"},
+            noise="c3",
+            gives={"latents": "latents"},
+            plain="step_plain" if plain else None,
+        )
 
 
 def motionrag_system(
@@ -187,23 +206,11 @@ def motionrag_system(
     if base.text is not None and base.tokenizer is not None:
         graphs, tokenizers = {"text": base.text, **graphs}, {"text": base.tokenizer, **tokenizers}
         plan.append(Node("text", {"input_ids": "prompt.input_ids"}))
-        plan.append(Node("text", {"input_ids": "negative_prompt.input_ids"}, {"text": "negative_text"}))
+        if base.negative:
+            plan.append(Node("text", {"input_ids": "negative_prompt.input_ids"}, {"text": "negative_text"}))
     if fusion == CAMA:
         plan.append(Node("appearance", {"image": "appearance_image"}) if released_range else "appearance")
     plan += [fusion, "encode", "request", VIDEO, base.decoding.name]
-    name, rows = next(iter(base.solvers.items()))
-    loop = Loop(
-        graphs=("step",),
-        columns=COLUMNS,
-        schedules=lengths(base.solvers),
-        default=(name, steps if steps in rows else max(rows)),
-        feeds={"timestep": ("timestep",), "guidance": ("guidance",), "coefficients": COLUMNS[3:]},
-        carry={"next_latents": "latents", "x0": "previous_x0"},
-        start={"latents": "noise", "previous_x0": "zeros"},
-        noise="c3",
-        gives={"latents": "latents"},
-        plain="step_plain" if plain else None,
-    )
     memory = MemorySpec(
         text="prompt",
         query="text_query",
@@ -219,11 +226,11 @@ def motionrag_system(
     sizes = {"batch": BATCH, "steps": Range(1, steps, 1000)}
     return System(
         base.name,
-        inputs=_inputs((base.clip[1], base.clip[2]), guidance, base.text is not None, released_range),
+        inputs=inputs_of(base, guidance, released_range),
         graphs=graphs,
         steps=(Step(base.step, base.changes, base.inputs, ("next_latents", "x0"), sizes, plain=plain),),
         plan=tuple(plan),
-        loops={VIDEO: loop, **base.decoding.loops},
+        loops={VIDEO: base.loop(steps, plain), **base.decoding.loops},
         schedules={VIDEO: base.solvers, **base.decoding.schedules},
         output=Output("video", *base.clip, float(base.fps)),
         memory=memory,
@@ -234,22 +241,24 @@ def motionrag_system(
     )
 
 
-def _inputs(size: tuple[int, int], guidance: float, prompted: bool, released_range: bool) -> dict[str, Input]:
-    """What a request gives. `prompted`: the base model reads the prompt too, and not the search alone."""
+def inputs_of(base: Base, guidance: float, released_range: bool = False, moving: bool = True) -> dict[str, Input]:
+    """What a request gives; `moving`: motion is retrieved, and so has a scale."""
     gives = {"image": (-1.0, 1.0), **({"appearance_image": (0.0, 1.0)} if released_range else {})}
-    inputs: dict[str, Input] = {"image": ImageInput(*size, gives, "The still that the video begins with.")}
-    if prompted:
-        prompt = "What the video shows and how it moves; clips of the memory are found by it."
-        inputs["prompt"] = TextInput("text", None, prompt)
-        inputs["negative_prompt"] = TextInput("text", "", "What the video should not show.")
-        guided = "How strongly prompt and motion are followed; 1: no guidance."
+    inputs: dict[str, Input] = {"image": ImageInput(*base.clip[1:], gives, "The still that the video begins with.")}
+    if base.text is not None:
+        found = "; clips of the memory are found by it." if moving else "."
+        inputs["prompt"] = TextInput("text", None, f"What the video shows and how it moves{found}")
+        if base.negative:
+            inputs["negative_prompt"] = TextInput("text", "", "What the video should not show.")
+        guided = f"How strongly prompt and {'motion' if moving else 'still'} are followed; 1: no guidance."
     else:
         prompt = "How it is to move: clips of the memory are found by it, and the model itself reads no text."
         inputs["prompt"] = TextInput(None, None, prompt)
         guided = "How strongly still and motion are followed in the last frame; in the first it is 1."
-    inputs["motion_scale"] = NumberInput(1.0, help="How strongly the motion of the clips is followed; 0: not at all.")
+    if moving:
+        inputs["motion_scale"] = NumberInput(1.0, help="How strongly the motion of the clips is followed; 0: not at all.")
     inputs["guidance"] = ColumnInput(VIDEO, "guidance", guidance, guided)
-    return inputs
+    return {**inputs, **base.numbers}
 
 
 def solver_table(timesteps: NDArray[Any], coefficients: NDArray[np.float32], guidance: float) -> NDArray[np.float32]:

@@ -15,9 +15,9 @@ def repeated(x: Tensor, times: int) -> Tensor:
     return x[:, None].expand(-1, times, *[-1] * (x.ndim - 1)).flatten(0, 1)
 
 
-def paired(first: Tensor, second: Tensor) -> Tensor:
-    """Rows of both in turn: two `[B, n, ...]` -> `[2 B, n, ...]`, rows first[0], second[0], first[1], ..."""
-    return cat([first, second], dim=1).unflatten(1, (2, first.shape[1])).flatten(0, 1)
+def paired(*parts: Tensor) -> Tensor:
+    """Rows of all in turn: two `[B, n, ...]` -> `[2 B, n, ...]`, rows first[0], second[0], first[1], ...; or three."""
+    return cat(parts, dim=1).unflatten(1, (len(parts), parts[0].shape[1])).flatten(0, 1)
 
 
 def guided(output: Tensor, guidance: Tensor) -> Tensor:

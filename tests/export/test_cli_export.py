@@ -84,3 +84,24 @@ def test_command_of_the_build_side_says_what_to_install(
     status, _, err = run(*command)
     assert status == 2 and f"{command[0]} needs " in err and ", onnx" in f", {err}" and "pip install motionrt[export]" in err
     assert err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_export_of_dynamicrafter_needs_its_files_and_takes_no_others(run: Run, tmp_path: Path) -> None:
+    out = ("-o", tmp_path / "bundle")
+    status, _, err = run("export", "dynamicrafter-1024", *out, "--base", tmp_path)
+    assert status == 2 and "export dynamicrafter-1024 needs --tokenizer. See docs/models.md" in err
+    files = ("--base", tmp_path / "none", "--tokenizer", tmp_path)
+    status, _, err = run("export", "dynamicrafter-512", *out, *files, "--positions", "learned", "--models", tmp_path)
+    assert status == 2 and "--positions, --models: not for dynamicrafter-512" in err
+    status, _, err = run("export", "svd", *out, "--frame-tokens", "all", "--tokenizer", tmp_path)
+    assert status == 2 and "--frame-tokens, --tokenizer: not for svd" in err
+    status, _, err = run("export", "dynamicrafter-256", *out, *files, "--passes", "4")
+    assert status == 2 and "passes is 4; allowed: 2, or 3" in err
+    rag = ("--motionrag", tmp_path, "--videomae", tmp_path, "--dinov2", tmp_path)
+    status, _, err = run("export", "dynamicrafter-1024", *out, *files, *rag, "--adapter-queries", "42")
+    assert status == 2 and "--adapter-queries is '42'; allowed is seed:NUMBER" in err
+    status, _, err = run("export", "dynamicrafter-1024", *out, *files, *rag[:2])
+    assert status == 2 and "without videomae or dinov2" in err
+    status, _, err = run("export", "dynamicrafter-1024", *out, *files)
+    assert status == 2 and "there is no file" in err and "none" in err
+    assert not list(tmp_path.iterdir())

@@ -12,19 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from motionrt.export.checkpoints.motionrag_files import adapter_shapes, overlay_shapes
+from motionrt.export.checkpoints.motionrag_files import DIFFUSERS, adapter_shapes, overlay_shapes
 from motionrt.export.systems.motionrag import Cama, Resampler
 
 TOKENS, WIDTH, VIDEO_WIDTH, IMAGE_WIDTH = 3, 64, 24, 48  # TensorRT-RTX 1.7 cannot build DINOv2 at 40
 
 
-def motionrag_states(blocks: Mapping[str, int], *, overlay: bool, seed: int = 0) -> dict[str, Any]:
+def motionrag_states(
+    blocks: Mapping[str, int], *, overlay: bool, seed: int = 0, names: tuple[str, str, str] = DIFFUSERS
+) -> dict[str, Any]:
     """What the released files hold, by file name; change an entry before `save` to damage it."""
     torch.manual_seed(seed)
     motion = Resampler(WIDTH, 2, 64, 1, TOKENS, VIDEO_WIDTH, WIDTH, 2).state_dict()
     image = Resampler(WIDTH, 1, 64, 1, TOKENS, IMAGE_WIDTH, WIDTH, 2).state_dict()
     cama = {key: value for key, value in Cama(TOKENS, WIDTH, 2, 1, 96).state_dict().items() if key != "sos_token"}
-    projections = {key: torch.randn(shape) * 0.1 for key, shape in adapter_shapes(blocks, WIDTH).items()}
+    projections = {key: torch.randn(shape) * 0.1 for key, shape in adapter_shapes(blocks, WIDTH, names).items()}
     files: dict[str, Any] = {
         "motion_proj.ckpt": motion,
         "Motion-Adapter.ckpt": lightning(projections | {f"action_proj_model.{key}": v for key, v in motion.items()}),

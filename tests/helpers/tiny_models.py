@@ -37,8 +37,8 @@ def randomise(module: nn.Module, seed: int = 0) -> Any:
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            spread = 0.1 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
-            parameter.copy_(torch.randn(parameter.shape, generator=draw) * spread + (0.5 if parameter.ndim == 1 else 0))
+            spread = 0.1 if parameter.ndim < 2 else parameter[0].numel() ** -0.5
+            parameter.copy_(torch.randn(parameter.shape, generator=draw) * spread + (0.5 if parameter.ndim < 2 else 0))
     return module.eval()
 
 

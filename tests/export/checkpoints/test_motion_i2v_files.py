@@ -12,7 +12,8 @@ torch = pytest.importorskip("torch")
 from by_path import load_by_path  # noqa: E402
 
 from motionrt.export.checkpoints.files import CheckpointError  # noqa: E402
-from motionrt.export.checkpoints.motion_i2v_files import MotionI2VSources, compvis_name, open_motion_i2v  # noqa: E402
+from motionrt.export.checkpoints.motion_i2v_files import MotionI2VSources, open_motion_i2v  # noqa: E402
+from motionrt.export.checkpoints.renaming import compvis_name  # noqa: E402
 from motionrt.export.compiler.weightless import meta  # noqa: E402
 from motionrt.export.systems.motion_i2v.networks import FlowUNet, Trajectories, VideoUNet  # noqa: E402
 
