@@ -30,6 +30,7 @@ from typing import Any
 
 import domain
 import numpy as np
+from figures import ROOT, interval, into_readme
 from numpy.typing import NDArray
 from run import write_sheet
 
@@ -38,7 +39,6 @@ from motionrt.runtime.memory.memory import MotionMemory, Reference
 from motionrt.runtime.pipeline import MotionPipeline
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
 RESULT = ROOT / "benchmarks" / "results" / "demo_quality.json"
 
 METRICS = ("epe_px", "psnr_db", "ssim", "size_percent", "turn_degrees")
@@ -181,13 +181,6 @@ def run_part(job: tuple[Job, int, Sequence[int]]) -> list[list[float]]:
 _labs: dict[Any, Lab] = {}
 
 
-def interval(values: NDArray[np.float64], resamples: int = 2000) -> tuple[float, float, float]:
-    """Mean and its 95 % percentile bootstrap interval over targets."""
-    picks = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
-    low, high = np.quantile(values[picks].mean(axis=1), [0.025, 0.975])
-    return float(values.mean()), float(low), float(high)
-
-
 def evaluate(
     jobs: Sequence[Job], count: int, workers: int, progress: Callable[[], object] = lambda: None
 ) -> list[NDArray[np.float64]]:
@@ -301,14 +294,6 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def into_readme(text: str, path: Path) -> None:
-    """Replace what stands between the README's `quality` marks."""
-    before, rest = path.read_text(encoding="utf-8").split("<!-- quality: written by demo/evaluate.py -->\n", 1)
-    after = rest.split("<!-- end of quality -->", 1)[1]
-    mark = "<!-- quality: written by demo/evaluate.py -->"
-    path.write_text(f"{before}{mark}\n{text}\n<!-- end of quality -->{after}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", type=int, default=200, help="clips per split (default 200)")
@@ -335,7 +320,7 @@ def main() -> None:
     for job, score in zip(jobs, scores, strict=True):
         row: dict[str, Any] = {"split": job.split.name, "row": job.row, "change": job.change}
         for metric, values in zip(METRICS, score.T, strict=True):
-            row[metric] = [round(v, 4) for v in interval(values)]
+            row[metric] = interval(values)
         rows.append(row)
     manifest = json.loads((options.bundle / "bundle.json").read_text(encoding="utf-8"))
     smallest, mean = novelty()
@@ -359,7 +344,7 @@ def main() -> None:
     if options.keep:
         RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         contact_sheet(options.bundle, ROOT / "docs" / "demo.png")
-        into_readme(table(result), ROOT / "README.md")
+        into_readme("quality", "demo/evaluate.py", table(result))
 
 
 if __name__ == "__main__":

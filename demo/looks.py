@@ -51,10 +51,3 @@ def shape_of(weight: NDArray[np.float64]) -> str:
         return best
 
     return max(domain.SHAPES, key=overlap)
-
-
-def interval(values: NDArray[np.float64], resamples: int = 2000) -> list[float]:
-    """Mean and its 95 % percentile bootstrap interval over targets."""
-    picks = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
-    low, high = np.quantile(values[picks].mean(axis=1), [0.025, 0.975])
-    return [round(float(value), 4) for value in (values.mean(), low, high)]

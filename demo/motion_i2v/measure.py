@@ -24,7 +24,7 @@ import domain  # noqa: E402
 import judge  # noqa: E402
 import numpy as np  # noqa: E402
 from fields import Floats, true_field  # noqa: E402
-from figures import ROOT, keep  # noqa: E402
+from figures import ROOT, interval, keep  # noqa: E402
 from judge import Scene  # noqa: E402
 from looks import Frames  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -125,7 +125,7 @@ def figures(row: Row, scenes: Sequence[Scene], clips: Sequence[Clip]) -> Given:
     summary = {**judge.summary(row.name, np.array(scores)), "never moves": judge.still_error(scenes)["path"]}
     if row.given is brushed:
         outside = [judge.leak(frames, rest, judge.stays(s)) for (frames, _, rest), s in zip(clips, scenes, strict=True)]
-        summary["leak"] = judge.interval(np.array(outside))
+        summary["leak"] = interval(np.array(outside))
     return summary
 
 
@@ -141,7 +141,7 @@ def main() -> None:
     if options.scenes < 6 or options.jobs < 1:
         parser.error("--scenes is at least 6 and --jobs at least 1")
     rows: list[Mapping[str, object]] = []
-    strips: dict[str, list[Frames]] = {}
+    strips: list[Frames] = []
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
 
         for number in options.rows:
@@ -151,12 +151,11 @@ def main() -> None:
             jobs = [pool.submit(made, options.place, number, scenes, part) for part in parts]
             clips = [clip for job in jobs for clip in job.result()]
             rows.append(figures(row, scenes, clips))
-            strips[row.name] = [np.concatenate(list(frames[::3]), axis=1) for frames, *_ in clips[:4]]
+            strips.append(np.concatenate([frame for frames, *_ in clips[:4] for frame in frames[::3]], axis=1))
             print(judge.table(rows[-1:]), flush=True)
     if options.keep:
         keep("motion_i2v", options.place / "bundle", options.scenes, judge.METRICS, rows, judge.table(rows))
-        sheet = np.concatenate([strip for name in strips for strip in strips[name]])
-        Image.fromarray(sheet).save(ROOT / "docs" / "demo_motion_i2v.png")
+        Image.fromarray(np.concatenate(strips)).save(ROOT / "docs" / "demo_motion_i2v.png")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from dataclasses import dataclass, replace
 
 import domain
 import numpy as np
-from looks import LOOKED_AT, SEEDS, Frames, colour_of, interval, shape_of
+from figures import interval
+from looks import LOOKED_AT, SEEDS, Frames, colour_of, shape_of
 from numpy.typing import NDArray
 from world import FRAMES, HELD_PAIRS
 

@@ -22,6 +22,7 @@ from motionrt.export.systems.motionrag import Resampler
 from motionrt.export.systems.system import Network
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 ENCODED = 224  # pixels that VideoMAE and DINOv2 see
 
 # What this version of the library calls a weight -> what the released file calls it.
@@ -143,6 +144,25 @@ class Preprocess(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.rows @ ((x + 1) / 2) @ self.columns - self.mean) / self.std
+
+
+class ClipPixels(nn.Module):
+    """[-1, 1] pictures `[B, 3, H, W]` -> as CLIP sees them `[B, 3, side, side]`: resized by `rows [side, H]` and
+    `columns [side, W]`, then normalised."""
+
+    def __init__(self, rows: Tensor, columns: Tensor) -> None:
+        super().__init__()
+        self.rows: Tensor
+        self.columns: Tensor
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("rows", rows, persistent=False)
+        self.register_buffer("columns", columns.T.contiguous(), persistent=False)
+        self.register_buffer("mean", torch.tensor(CLIP_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(CLIP_STD)[:, None, None], persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return ((self.rows @ image @ self.columns + 1) / 2 - self.mean) / self.std
 
 
 class MotionTokens(nn.Module):

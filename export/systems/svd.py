@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from motionrt.export.checkpoints.encoders import weights_of
+from motionrt.export.checkpoints.encoders import ClipPixels, weights_of
 from motionrt.export.checkpoints.files import CheckpointError, check_pipeline, open_component, read_json
 from motionrt.export.compiler.weightless import meta
 from motionrt.export.systems.decoding import decoding, tile_size
@@ -36,7 +36,6 @@ from motionrt.export.systems.system import Array, Graph, Network, System
 FIRST_GUIDANCE, FPS = 1.0, 7
 MOTION_BUCKET, NOISE_LEVEL = 127.0, 0.02
 DECODED = 8  # frames that the decoder sees at once
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def antialiased_matrix(length: int, size: int) -> Tensor:
@@ -61,19 +60,11 @@ class EncodeStill(nn.Module):
         super().__init__()
         self.clip, self.vae = clip, vae
         side = clip.config.image_size
-        self.rows: Tensor
-        self.columns: Tensor
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("rows", antialiased_matrix(size[0], side), persistent=False)
-        self.register_buffer("columns", antialiased_matrix(size[1], side).T.contiguous(), persistent=False)
-        self.register_buffer("mean", torch.tensor(CLIP_MEAN)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(CLIP_STD)[:, None, None], persistent=False)
+        self.seen = ClipPixels(*(antialiased_matrix(length, side) for length in size))
 
     def forward(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """`image`, `noise` `[B, 3, H, W]` -> image_context `[B, 1, D]`, image_latents `[B, 4, H/8, W/8]`, float32."""
-        seen = ((self.rows @ image @ self.columns + 1) / 2 - self.mean) / self.std
-        context = self.clip(pixel_values=seen).image_embeds[:, None]
+        context = self.clip(pixel_values=self.seen(image)).image_embeds[:, None]
         moments = self.vae.quant_conv(self.vae.encoder(image + NOISE_LEVEL * noise))
         return context, moments.chunk(2, dim=1)[0]
 

@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from motionrt.export.checkpoints.encoders import ClipPixels
 from motionrt.export.systems.motionrag import Resampler
-
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def squashing_matrix(length: int, size: int, blurred: bool) -> Tensor:
@@ -38,19 +37,7 @@ class ImageTokens(nn.Module):
         super().__init__()
         self.clip, self.projector = clip, projector
         side = clip.config.image_size
-        self.rows: Tensor
-        self.columns: Tensor
-        self.mean: Tensor
-        self.std: Tensor
-        rows, columns = (squashing_matrix(length, side, max(size) > side) for length in size)
-        self.register_buffer("rows", rows, persistent=False)
-        self.register_buffer("columns", columns.T.contiguous(), persistent=False)
-        self.register_buffer("mean", torch.tensor(CLIP_MEAN)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(CLIP_STD)[:, None, None], persistent=False)
-
-    def seen(self, image: Tensor) -> Tensor:
-        """`[B, 3, H, W]` in [-1, 1] as CLIP sees it, `[B, 3, side, side]`."""
-        return ((self.rows @ image @ self.columns + 1) / 2 - self.mean) / self.std
+        self.seen = ClipPixels(*(squashing_matrix(length, side, max(size) > side) for length in size))
 
     def forward(self, image: Tensor) -> Tensor:
         """`[B, 3, H, W]` in [-1, 1] -> `[B, m, D]`, frame 0's tokens first."""

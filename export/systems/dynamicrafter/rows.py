@@ -77,9 +77,8 @@ def rows(times: NDArray[np.int64], ab: Floats, prediction: str, eta: float, scal
     now, after = ab[times], ab[np.append(times[1:], 0)]
     ratio = scaled[np.append(times[1:], times[-1])] / scaled[times]
     sigma = eta * np.sqrt((1 - after) / (1 - now) * np.maximum(0, 1 - now / after))
-    kept = after * (1 - now) - eta**2 * np.maximum(
-        0, after - now
-    )  # d^2 so that it is 0 where it must be, and no rounding of it
+    # (1 - ab) ab' / (1 - ab') times d^2, written so that it is 0 where d is, and no rounding of it
+    kept = after * (1 - now) - eta**2 * np.maximum(0, after - now)
     direction = np.sqrt(np.maximum(0, kept) * (1 - after) / after) / (1 - now)
     x0_latents, x0_output, _, _ = read(now, prediction)
     columns = [x0_latents, x0_output, direction, np.sqrt(after) * ratio - direction * np.sqrt(now), np.zeros_like(now), sigma]
