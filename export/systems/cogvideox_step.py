@@ -6,7 +6,7 @@ Every input is declared with what it depends on (`INPUTS`), which is all the com
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
+from types import MappingProxyType, MethodType
 from typing import Any
 
 import numpy as np
@@ -64,11 +64,12 @@ def fix_positions(patch_embed: Any, frames: int, height: int, width: int, rule: 
     if patch_embed.use_learned_positional_embeddings and (native or rule == "learned"):
         rows = patch_embed.max_text_seq_length + frames * (height // patch_embed.patch_size) * (width // patch_embed.patch_size)
         if not native:
-            patch_embed._get_positional_embeddings = lambda *args, **kwargs: patch_embed.pos_embedding[:, :rows]
+            first = lambda self, *args, **kwargs: self.pos_embedding[:, :rows]  # noqa: E731
+            patch_embed._get_positional_embeddings = MethodType(first, patch_embed)  # a method: a deep copy has its own table
         return
     table = patch_embed._get_positional_embeddings(height, width, pixels).float()
     patch_embed.register_buffer("grid_positions", table, persistent=False)
-    patch_embed._get_positional_embeddings = lambda *args, **kwargs: patch_embed.grid_positions
+    patch_embed._get_positional_embeddings = MethodType(lambda self, *args, **kwargs: self.grid_positions, patch_embed)
     patch_embed.sample_frames = 0  # no grid is the config's any more: always the table above
 
 
