@@ -317,11 +317,12 @@ def background(seed: int, size: int = SIZE) -> Array:
 
 
 def render(
-    spec: Spec, size: int = SIZE, frames: int | None = None, paint: tuple[float, float, float] | None = None
+    spec: Spec, size: int = SIZE, frames: int | None = None, paint: Array | None = None
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """Draw a clip: frames uint8 [F, size, size, 3] and the sprite's coverage float32 [F, size, size].
 
-    `frames` limits F (1: the still); `paint`: a colour in [0, 1] in the place of the spec's.
+    `frames` limits F (1: the still); `paint`: in the place of the spec's colour another, [3], or one for every pixel,
+    [size, size, 3], in [0, 1].
     """
     centres = spec.centres[:frames]
     unit = SIZE / size
@@ -332,7 +333,7 @@ def render(
     distance = shape_distance(spec.shape, x, y, spec.radius)
     mask = np.clip(0.5 - distance / unit, 0.0, 1.0).astype(np.float32)
     light = np.clip(1.0 - 0.22 * (x * 0.5 + y * 0.85) / spec.radius, 0.7, 1.15).astype(np.float32)
-    colour = np.asarray(paint or COLOURS[spec.colour], dtype=np.float32)
+    colour = np.asarray(COLOURS[spec.colour] if paint is None else paint, dtype=np.float32)
     picture = background(spec.background, size)[None]
     picture = picture + mask[..., None] * (np.minimum(light[..., None] * colour, 1.0) - picture)
     return np.round(picture * 255.0).astype(np.uint8), mask

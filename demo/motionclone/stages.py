@@ -29,14 +29,14 @@ REFINED = 320  # clips that the UNet makes anew for the decoder
 def pictures(rng: np.random.Generator, count: int, painted: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """Random single frames: pixels, coverage and the background alone, `[N, 3 | 1 | 3, 64, 64]`.
 
-    `painted`: the share of those whose object has a colour without a name; they come first.
+    `painted`: the share of those whose object has any colour, or two; they come first.
     """
     frames, covers, behind = [], [], []
     for number in range(count):
         start = tuple(float(v) for v in rng.uniform(8, 56, 2))
         spec = domain.sample_spec(rng, path=np.zeros((1, 2)), start=(start[0], start[1]))
-        paint = a_paint(rng, spec.shape) if number < count * painted else None
-        spec = spec if paint else allowed(rng, spec)
+        paint = a_paint(rng, spec) if number < count * painted else None
+        spec = allowed(rng, spec) if paint is None else spec
         frame, cover = domain.render(spec, paint=paint)
         frames.append(frame[0])
         covers.append(cover[0])
@@ -86,7 +86,7 @@ def stage_autoencoder(steps: int, batch: int = 32) -> None:
 
 
 def stage_painted(steps: int, batch: int = 32, painted: float = 0.75) -> None:
-    """Objects of any colour: what a shape looks like in latents must not hang on its colour, or pairs never seen come out as
+    """Objects of any colour, or of two: what a shape looks like in latents must not hang on its colour, or pairs never seen come out as
     others. Frames of the colours that have names keep their latents, as far as they can: the UNet knows those.
     """
     before, net = demo.FrameAutoencoder(), demo.FrameAutoencoder()

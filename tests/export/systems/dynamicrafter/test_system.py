@@ -21,6 +21,7 @@ from motionrt.export.checkpoints.motionrag_files import DYNAMICRAFTER, Resampler
 from motionrt.export.exporter import export_system  # noqa: E402
 from motionrt.export.systems.dynamicrafter.system import DynamiCrafterSources, dynamicrafter_system  # noqa: E402
 from motionrt.export.systems.dynamicrafter.unet import Conditions, DynamiCrafterUNet, Size, adapted  # noqa: E402
+from motionrt.export.systems.motionrag import Resampler  # noqa: E402
 from motionrt.runtime.bundle.bundle import Bundle  # noqa: E402
 
 HELPERS = Path(__file__).resolve().parents[4] / "tests/helpers"
@@ -90,8 +91,9 @@ class World:
             encoders = models.models.write_encoders(folder)
             self.files = models.models.release.motionrag_states(models.blocks(), overlay=False, names=DYNAMICRAFTER)
             models.models.release.save(folder / "rag", self.files)
-            given = {name: folder / name for name in ("videomae", "dinov2")}
-            given |= {"motionrag": folder / "rag", "sos": SosToken(seed=plainly.SOS_SEED)}
+            given = {"motionrag": folder / "rag", "videomae": folder / "videomae"}
+            if "fusion" not in choices:
+                given |= {"dinov2": folder / "dinov2", "sos": SosToken(seed=plainly.SOS_SEED)}
         sources = DynamiCrafterSources(folder / "base", folder / "base" / "tokenizer", model, **given, **choices)
         with models.models.shared_graphs(store):
             export_system(
@@ -106,12 +108,29 @@ class World:
         if motion:
             clips = torch.from_numpy(draw.integers(0, 256, (2, frames, 3, HEIGHT, WIDTH), np.uint8)).float() / 127.5 - 1
             tokens = plainly.motion_tokens(encoders, self.files, torch.cat([clips, torch.zeros(1, *clips.shape[1:])]))
+            self.more["unconditional"] = tokens[2:]
+            if "fusion" in choices:
+                self.more["motion"] = self.weighed(encoders, clips)
+                return
             looks = plainly.appearance_tokens(encoders, self.files, torch.cat([clips[:, 0], self.image]))
             ours = self.run.call("motion", {"video": clips.numpy()})["motion"]
             theirs = self.run.call("appearance", {"image": clips[:, 0].numpy()})["appearance"]
             self.values |= {"reference_motion": ours[None], "reference_appearance": theirs[None]}
-            predicted = plainly.predicted_motion(self.files, tokens[:2], looks[:2], looks[2:])
-            self.more = {"motion": predicted, "unconditional": tokens[2:]}
+            self.more["motion"] = plainly.predicted_motion(self.files, tokens[:2], looks[:2], looks[2:])
+
+    @torch.no_grad()
+    def weighed(self, encoders: dict[str, Any], clips: Any) -> Any:
+        """Motion of fusion `weight` (A10) in plain torch, of clips whose cosines are 0.6 and 0.2; the request's values too."""
+        picks = np.linspace(0, self.frames - 1, 16).round().astype(int)
+        seen = torch.stack([plainly.seen(clip[picks], 32, 32, "bilinear") for clip in clips])
+        features = encoders["videomae"].videomae(pixel_values=seen).last_hidden_state
+        ours = self.run.call("features", {"video": clips.numpy()})["features"]
+        np.testing.assert_allclose(ours, features, atol=2e-5 * float(features.abs().max()))
+        self.values |= {"reference_features": ours[None], "reference_scores": np.array([[0.6, 0.2]], np.float32)}
+        release = models.models.release
+        proj = Resampler(release.WIDTH, 2, 64, 1, release.TOKENS, release.VIDEO_WIDTH, release.WIDTH, 2)
+        proj.load_state_dict(self.files["motion_proj.ckpt"])
+        return proj((0.75 * features[0] + 0.25 * features[1])[None])
 
     def compare(self, spacing: str, asked: int, steps: int, guidance: float, fs: float, rescale: float, **more: Any) -> None:
         """A bundle's latents and frames are those of the plain pipeline."""
@@ -135,7 +154,8 @@ class World:
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], World]:
-    """By name, made once: "moved" is the 1024 model with MotionRAG at 8 frames, "alone" the 256 model with three passes."""
+    """By name, made once: "moved" is the 1024 model with MotionRAG at 8 frames, "weighed" the same without CAMA,
+    "alone" the 256 model with three passes."""
     made: dict[str, World] = {}
     store = tmp_path_factory.getbasetemp() / "graphs"
 
@@ -144,6 +164,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], World]:
             folder = tmp_path_factory.mktemp(name)
             made[name] = {
                 "moved": lambda: World(folder, store, "1024", 8, True),
+                "weighed": lambda: World(folder, store, "1024", 8, True, fusion="weight"),
                 "alone": lambda: World(folder, store, "256", 16, False, passes=3, frame_tokens="all"),
             }[name]()
         return made[name]
@@ -165,6 +186,12 @@ MOVED = {  # spacing, steps that are asked of the release, steps that it makes, 
 def test_bundle_with_motionrag_gives_the_video_of_the_plain_pipeline(case: str, worlds: Callable[[str], World]) -> None:
     *numbers, more = MOVED[case]
     worlds("moved").compare(*numbers, **more)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_bundle_of_a_fusion_without_cama_gives_the_video_of_the_plain_pipeline(worlds: Callable[[str], World]) -> None:
+    worlds("weighed").compare("uniform", 5, 5, 2.0, 15, 0.0)
 
 
 @pytest.mark.slow
