@@ -38,7 +38,7 @@ test: .venv-dev/.installed
 	$(PYTEST) -m "not slow"
 
 test-slow: .venv-dev/.installed
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow --durations 25
 
 lint: .venv-dev/.installed
 	.venv-dev/bin/ruff check .

@@ -4,8 +4,8 @@
     .venv-dev/bin/python benchmarks/counts.py --accept "why"        # the counts of this tree become the baseline
 
 Parts: `demo bundle` (the committed files: nodes by op and bytes of weights of each graph, bytes of the bundle), `demo step`
-(the compiler pass over the demo's checkpoint, anew), `cogvideox tiny` and `svd tiny` (the released structures at small
-widths, without weights) and `kernels` (registers, spills, shared memory as compiled for each GPU).
+(the compiler pass over the demo's checkpoint, anew), `cogvideox tiny`, `svd tiny` and `dynamicrafter tiny` (the released
+structures at small widths, without weights) and `kernels` (registers, spills, shared memory as compiled for each GPU).
 
 Every count is better when it is lower. A higher one fails and must be accepted with a reason, which the baseline keeps. A
 lower one fails too: were it not recorded, the next change could take it back without anybody seeing it. The counts of a
@@ -41,6 +41,7 @@ DEPENDS = {
     "demo step": ("torch", "diffusers"),
     "cogvideox tiny": ("torch", "diffusers"),
     "svd tiny": ("torch", "diffusers"),
+    "dynamicrafter tiny": ("torch",),
     "kernels": ("triton",),
 }
 # The layouts of the kernel and the targets that each is compiled for here; as tests/kernels/test_aot.py compiles them.
@@ -108,13 +109,21 @@ def demo_counts() -> Counts:
 
 
 def tiny_partition(model: str, unconditional: Tensor | None = None) -> Partition:
-    """The pass over a released structure at small widths, with motion: "cogvideox tiny" or "svd tiny"."""
+    """The pass over a released structure at small widths, with motion: `model` is one of `PARTS`. `unconditional [1, M, D]`:
+    motion tokens of the pass without conditions; zeros if not given, and always of DynamiCrafter."""
+    from motionrt.benchmarks.models import released
     from motionrt.export.compiler.weightless import fake_partition
     from motionrt.export.systems import cogvideox_step as cogvideox
     from motionrt.export.systems import svd_step as svd
+    from motionrt.export.systems.dynamicrafter.unet import Size
     from motionrt.export.systems.steps import OUTPUTS, cogvideox_step, step_args, svd_step
 
     step: Any
+    if model == "dynamicrafter tiny":
+        size, tokens = Size(channels=32, widths=(1, 2), blocks=1, attended=1, head=32, context=24), (5, 9)
+        step = released.dynamicrafter_step(size, MOTION, tokens)
+        feed = released.crafter_args(step, (3, 4, 8, 16))
+        return fake_partition(step, tuple(feed.values()), step.changes, outputs=OUTPUTS)
     if model == "svd tiny":
         config, inputs, latents = UNET, svd.INPUTS, (3, 4, 8, 16)
         step = svd_step(config, latents=latents, motion=MOTION, unconditional=unconditional)
@@ -169,6 +178,7 @@ PARTS: dict[str, Callable[[], Counts]] = {
     "demo step": demo_counts,
     "cogvideox tiny": lambda: partition_counts(tiny_partition("cogvideox tiny")),
     "svd tiny": lambda: partition_counts(tiny_partition("svd tiny")),
+    "dynamicrafter tiny": lambda: partition_counts(tiny_partition("dynamicrafter tiny")),
     "kernels": kernel_counts,
 }
 

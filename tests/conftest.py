@@ -207,7 +207,7 @@ def counts() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def tiny_partitions(counts: ModuleType) -> Callable[[str], tuple[Any, Any]]:
-    """By name ("cogvideox tiny", "svd tiny"): the partition of a released structure at small widths, and its
+    """By name (such as "svd tiny"): the partition of a released structure at small widths, and its
     unconditional tokens, torch [1, M, D]. Each is made once: tracing takes seconds."""
     import torch
 

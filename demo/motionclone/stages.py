@@ -86,8 +86,8 @@ def stage_autoencoder(steps: int, batch: int = 32) -> None:
 
 
 def stage_painted(steps: int, batch: int = 32, painted: float = 0.75) -> None:
-    """Objects of any colour, or of two: what a shape looks like in latents must not hang on its colour, or pairs never seen come out as
-    others. Frames of the colours that have names keep their latents, as far as they can: the UNet knows those.
+    """Objects of any colour, or of two: what a shape looks like in latents must not hang on its colour, or pairs never seen
+    come out as others. Frames of the colours that have names keep their latents, as far as they can: the UNet knows those.
     """
     before, net = demo.FrameAutoencoder(), demo.FrameAutoencoder()
     work.restore(before, "autoencoder")

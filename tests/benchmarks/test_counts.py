@@ -36,7 +36,9 @@ def test_pass_over_the_demo_gives_what_the_baseline_says(counts: ModuleType) -> 
     check(counts, "demo step", counts.demo_counts)
 
 
-@pytest.mark.parametrize("part", ["cogvideox tiny", pytest.param("svd tiny", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "part", ["cogvideox tiny", *(pytest.param(part, marks=pytest.mark.slow) for part in ("svd tiny", "dynamicrafter tiny"))]
+)
 def test_pass_over_released_structures_gives_what_the_baseline_says(
     counts: ModuleType, part: str, request: pytest.FixtureRequest
 ) -> None:
@@ -63,7 +65,7 @@ def test_every_part_has_counts_and_a_reason(counts: ModuleType) -> None:
         assert set(entry["versions"]) == set(counts.DEPENDS[part]) and len(entry["counts"]) > 10
     assert baseline["reasons"] and all(item["reason"].strip() and item["date"] for item in baseline["reasons"])
     for graph in ("step", "request", "schedule"):
-        for part in ("demo step", "cogvideox tiny", "svd tiny"):
+        for part in ("demo step", "cogvideox tiny", "svd tiny", "dynamicrafter tiny"):
             assert {f"{graph}/nodes", f"{graph}/flops", f"{graph}/weight bytes"} <= baseline["parts"][part]["counts"].keys()
 
 

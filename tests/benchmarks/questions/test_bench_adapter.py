@@ -137,7 +137,7 @@ def test_gate_refuses_a_wrong_fold_and_motion_without_effect() -> None:
         bench_adapter.gate(calls(released=base, folded=base))
 
 
-@pytest.mark.parametrize("name", ["cogvideox-toy", "layer-toy", "svd-toy"])
+@pytest.mark.parametrize("name", ["cogvideox-toy", "layer-toy", "svd-toy", "dynamicrafter-toy"])
 def test_the_base_model_is_the_adapted_one_at_scale_0(name: str) -> None:
     model = mid_models.MODELS[name]
     values = model.feed()
