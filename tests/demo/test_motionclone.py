@@ -21,8 +21,23 @@ def test_training_never_draws_a_held_out_pair_or_an_unseen_kind_of_path() -> Non
     assert not {(clip.colour, clip.shape) for clip in clips} & set(world.HELD_PAIRS)
     assert not {clip.family for clip in clips} & set(domain.UNSEEN)
     assert {len(clip.path) for clip in clips} == {16}
-    held = {(world.named(np.array(world.a_paint(rng, shape))), shape) for shape in domain.SHAPES for _ in range(200)}
-    assert not held & set(world.HELD_PAIRS) and len(held) == 48 - len(world.HELD_PAIRS)
+
+
+def test_painted_objects_have_no_colour_that_is_held_out_with_their_shape_or_two_that_differ() -> None:
+    rng = np.random.default_rng(0)
+    spec = world.training_clip(rng)
+    whole, halves = set(), 0
+    for shape in domain.SHAPES:
+        for _ in range(200):
+            colours = np.unique(world.a_paint(rng, replace(spec, shape=shape)).reshape(-1, 3), axis=0)
+            if len(colours) == 1:
+                whole.add((world.named(colours[0]), shape))
+                continue
+            halves += 1
+            assert len(colours) == 2 and len({world.named(colour) for colour in colours}) == 2
+            assert np.linalg.norm(colours[0] - colours[1]) > world.APART
+    assert not whole & set(world.HELD_PAIRS) and len(whole) == 48 - len(world.HELD_PAIRS)
+    assert 400 < halves < 800
 
 
 def test_targets_ask_for_objects_and_paths_that_training_leaves_out() -> None:
