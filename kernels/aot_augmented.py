@@ -28,7 +28,8 @@ class Shape:
     @classmethod
     def of(cls, text: str) -> Shape:
         """The shape of NxdxFxL."""
-        return cls(*(int(number) for number in text.split("x")))
+        heads, width, frames, levels = (int(number) for number in text.split("x"))
+        return cls(heads, width, frames, levels)
 
     def __str__(self) -> str:
         return f"{self.heads}x{self.width}x{self.frames}x{self.levels}"

@@ -36,7 +36,7 @@ from motionrt.runtime.backends.onnx_weights import package_weights
 from motionrt.runtime.files import replacing
 
 RECIPE = ("from_onnx", "graph", "profiles", "precision")  # what decides an engine's bytes
-KERNEL_RECIPE = ("tensorrt_plugin", "aot", "motion_cross_attention_triton", "tiles")  # of a plugin's engine also
+KERNEL_RECIPE = ("tensorrt_plugin", "aot", "artefacts", "motion_cross_attention_triton", "tiles")  # of a plugin's engine also
 
 
 @dataclass(frozen=True)
