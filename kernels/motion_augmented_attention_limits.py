@@ -15,6 +15,11 @@ MAX_SUMS = 6  # levels of chunks of chunks: enough for 128 x 128 places
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def fits(frames: int, width: int, sums: int) -> bool:
+    """Whether the kernel takes so many frames, heads of this width and a table of so many levels of sums."""
+    return 2 <= frames <= MAX_FRAMES and 1 <= width <= MAX_WIDTH and sums <= MAX_SUMS
+
+
 def check(
     query: Tensor, keys: Tensor, values: Tensor, at_query: Tensor, at_keys: Tensor, at_values: Tensor,
     sources: Tensor, weights: Tensor, sums: Sequence[Tensor], beyond: Tensor,
