@@ -44,9 +44,13 @@ DEPENDS = {
     "dynamicrafter tiny": ("torch",),
     "kernels": ("triton",),
 }
-# The layouts of the kernel and the targets that each is compiled for here; as tests/kernels/test_aot.py compiles them.
-KERNELS = {"padded": (80, 86, 89, 90, 100, 120), "packed": (80, 90, 100, 120)}
-SHAPE = "3072x48x25x64"  # CogVideoX-5B
+# What is compiled here, for which targets, and how kernels/aot.py is asked for it; as tests/kernels/test_aot.py compiles them:
+# both layouts of the cross attention for CogVideoX-5B, and the augmented attention of Motion-I2V's largest grid.
+KERNELS = {"padded": (80, 86, 89, 90, 100, 120), "packed": (80, 90, 100, 120), "augmented": (80, 86, 89, 90, 100, 120)}
+ASKED = {
+    **{layout: ("--shapes", "3072x48x25x64", "--layouts", layout) for layout in ("padded", "packed")},
+    "augmented": ("--kernel", "motion_augmented_attention", "--shapes", "8x40x16x6"),
+}
 
 COGVIDEOX: dict[str, Any] = {
     "num_attention_heads": 1, "attention_head_dim": 64, "in_channels": 8, "out_channels": 4, "num_layers": 2,
@@ -157,10 +161,10 @@ def kernel_counts(reports: Iterable[Mapping[str, Any]] | None = None) -> Counts:
 
 
 def compiled() -> list[dict[str, Any]]:
-    """Reports of kernels/aot.py for all of `KERNELS`, each layout in a process of its own: Triton may abort one."""
+    """Reports of kernels/aot.py for all of `KERNELS`, each in a process of its own: Triton may abort one."""
     found = []
-    for layout, targets in KERNELS.items():
-        command = [sys.executable, str(ROOT / "kernels" / "aot.py"), "--json", "--shapes", SHAPE, "--layouts", layout]
+    for kernel, targets in KERNELS.items():
+        command = [sys.executable, str(ROOT / "kernels" / "aot.py"), "--json", *ASKED[kernel]]
         with tempfile.TemporaryDirectory() as cache:
             done = subprocess.run(
                 [*command, "--targets", ",".join(map(str, targets))],
@@ -168,7 +172,7 @@ def compiled() -> list[dict[str, Any]]:
             )  # fmt: skip
         lines = done.stdout.splitlines()
         if len(lines) != len(targets):  # exit status 1 with all lines is a kernel with faults: that is for the counts to say
-            raise RuntimeError(f"kernels/aot.py compiled {len(lines)} of {len(targets)} {layout} kernels: {done.stderr[-500:]}")
+            raise RuntimeError(f"kernels/aot.py compiled {len(lines)} of {len(targets)} {kernel} kernels: {done.stderr[-500:]}")
         found += [json.loads(line) for line in lines]
     return found
 

@@ -1,7 +1,8 @@
-"""Compile the motion-cross-attention kernel ahead of time, for GPUs that are not here.
+"""Compile the kernels ahead of time, for GPUs that are not here.
 
     python kernels/aot.py                          # table: registers, shared memory, spills for every target
     python kernels/aot.py --out DIR --targets 80,90 --dtypes bf16 --shapes 3072x48x25x64
+    python kernels/aot.py --kernel motion_augmented_attention --shapes 8x40x16x6
 
 With --out, DIR/<name>.{ptx,cubin,json} are written: what an engine or a C++ host loads. Run by path, never as a module of the
 root folder. Needs Triton and no GPU. Exit status 1 where a kernel spills registers or asks for more shared memory than its
@@ -12,30 +13,26 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
-import os
-import re
-import subprocess
 import sys
-import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from motionrt.kernels import aot_augmented
+from motionrt.kernels.artefacts import DTYPES, Report, ptx_for, reported, write
 from motionrt.kernels.launching import OPTIONS
 from motionrt.kernels.motion_cross_attention_triton import constants, motion_cross_attention_kernel
 from motionrt.kernels.tiles import LAYOUTS, SHARED_LIMIT, Tile, choose_tile
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-# The oldest PTX that knows the target: a driver loads PTX no newer than itself (8.0: CUDA 12.0; 8.6: 12.7; 8.7: 12.8).
-# Triton refuses or crashes below these; the cubin beside it needs no PTX at all.
-PTX_VERSION = {80: 80, 86: 80, 89: 80, 90: 80, 100: 86, 120: 87}
+KERNELS = ("motion_cross_attention", "motion_augmented_attention")
 
 
 @dataclass(frozen=True)
@@ -53,27 +50,6 @@ RELEASED = Shape(3072, 48, 25, 64)  # CogVideoX-5B; DynamiCrafter's three widths
 SHAPES = (RELEASED, Shape(320, 5, 25, 64), Shape(640, 10, 25, 64), Shape(1280, 20, 25, 64))
 
 
-@dataclass(frozen=True)
-class Report:
-    """One compiled kernel: bytes of shared memory per program, registers per thread, bytes spilled per thread."""
-
-    name: str
-    target: int
-    registers: int
-    shared: int
-    spills: int
-    warps: int
-    ptx_version: str
-    entry: str
-
-    @property
-    def faults(self) -> list[str]:
-        """Why it must not be shipped; empty where it may."""
-        limit = SHARED_LIMIT[self.target]
-        faults = [f"{self.spills} bytes of registers spilled; allowed: 0"] if self.spills else []
-        return faults + ([f"{self.shared} bytes of shared memory; sm_{self.target} has {limit}"] if self.shared > limit else [])
-
-
 def compile_kernel(
     target: int, dtype: str, shape: Shape, *, layout: str | None = None, scale: str = "", ptx_version: int | None = None
 ) -> tuple[Tile, Any]:
@@ -83,11 +59,7 @@ def compile_kernel(
     PTX that the drivers load, such as 80 (CUDA 12.0), else the oldest that knows the target. The tensors are contiguous and
     begin where an allocator puts them. ValueError for a target that has no tile, or PTX that is too old for it.
     """
-    if target not in PTX_VERSION:
-        raise ValueError(f"the kernel is asked for sm_{target}; allowed: {', '.join(f'sm_{known}' for known in PTX_VERSION)}.")
-    version = PTX_VERSION[target] if ptx_version is None else ptx_version
-    if version < PTX_VERSION[target]:  # said here: Triton would abort the process
-        raise ValueError(f"ptx_version is {version}; sm_{target} needs {PTX_VERSION[target]} or newer (a newer driver).")
+    version = ptx_for(target, ptx_version)
     kernel, kind = motion_cross_attention_kernel, DTYPES[dtype]
     tile = choose_tile(target, kind, shape.inner, shape.heads, shape.tokens, shape.width, layout)
     fixed = constants(tile, shape.tokens, shape.width, shape.inner, kind, shape.residual)
@@ -117,35 +89,7 @@ def compile_one(target: int, dtype: str, shape: Shape, layout: str | None = None
     tile, compiled = compile_kernel(target, dtype, shape, layout=layout)
     name = f"motion_cross_attention_{'packed' if tile.packed else 'padded'}_{dtype}"
     name += f"_D{shape.inner}_N{shape.heads}_M{shape.tokens}_d{shape.width}_sm{target}"
-    ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
-    version = re.search(r"\.version (\S+)", ptx)
-    registers, spills = _resources(cubin)
-    shared, entry = int(compiled.metadata.shared), compiled.metadata.name
-    return Report(name, target, registers, shared, spills, tile.warps, version[1] if version else "?", entry), ptx, cubin
-
-
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of stack) per thread, as the cubin itself declares them; cuobjdump comes with Triton.
-
-    These kernels have no arrays, so whatever is on the stack is a spilled register.
-    """
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        said = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    (used,) = re.findall(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", said)
-    return int(used[0]), int(used[1]) + int(used[2])
-
-
-def write(folder: Path, report: Report, ptx: str, cubin: bytes) -> None:
-    """PTX, cubin and facts, each written beside its place and renamed into it."""
-    facts = json.dumps({**dataclasses.asdict(report), "triton": triton.__version__}, indent=1)
-    folder.mkdir(parents=True, exist_ok=True)
-    for suffix, content in (("ptx", ptx.encode()), ("cubin", cubin), ("json", facts.encode())):
-        partial = folder / f"{report.name}.{suffix}.partial"
-        partial.write_bytes(content)
-        os.replace(partial, folder / f"{report.name}.{suffix}")
+    return reported(name, target, tile.warps, compiled)
 
 
 def shape_of(text: str) -> Shape:
@@ -159,13 +103,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compile the kernels for GPUs that are not here.")
     parser.add_argument("--targets", default=",".join(map(str, SHARED_LIMIT)), help="compute capabilities: 80,90")
     parser.add_argument("--dtypes", default="bf16", help="of " + ", ".join(DTYPES))
-    parser.add_argument("--layouts", default=",".join(LAYOUTS), help="of " + ", ".join(LAYOUTS))
-    released = ",".join(f"{s.inner}x{s.heads}x{s.tokens}x{s.width}" for s in SHAPES)
-    parser.add_argument("--shapes", default=released, help="DxNxMxd, by default the released models'")
+    parser.add_argument("--layouts", default=",".join(LAYOUTS), help="of the cross attention: " + ", ".join(LAYOUTS))
+    parser.add_argument("--kernel", default=KERNELS[0], choices=KERNELS)
+    parser.add_argument("--shapes", help="DxNxMxd or, of the augmented attention, NxdxFxL; by default the released models'")
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
     parser.add_argument("--out", type=Path, help="folder for PTX, cubin and facts")
     options = parser.parse_args(arguments)
-    shapes = [shape_of(text) for text in options.shapes.split(",")]
     targets = [int(text) for text in options.targets.split(",")]
     for name, got, allowed in (
         ("--targets", targets, SHARED_LIMIT),
@@ -174,9 +117,16 @@ def main(arguments: list[str] | None = None) -> int:
     ):
         if unknown := set(got) - set(allowed):
             parser.error(f"{name} has {', '.join(map(str, unknown))}; allowed: {', '.join(map(str, allowed))}")
-    failed = False
-    for target, dtype, shape, layout in product(targets, options.dtypes.split(","), shapes, options.layouts.split(",")):
-        report, ptx, cubin = compile_one(target, dtype, shape, layout)
+    texts, dtypes, failed = options.shapes and options.shapes.split(","), options.dtypes.split(","), False
+    makes: Iterator[Callable[[], tuple[Report, str, bytes]]]
+    if options.kernel == KERNELS[0]:
+        crossing = product(targets, dtypes, [shape_of(text) for text in texts] if texts else SHAPES, options.layouts.split(","))
+        makes = (functools.partial(compile_one, *one) for one in crossing)
+    else:
+        shapes = [aot_augmented.Shape.of(text) for text in texts] if texts else aot_augmented.SHAPES
+        makes = (functools.partial(aot_augmented.compile_one, *one) for one in product(targets, dtypes, shapes))
+    for make in makes:
+        report, ptx, cubin = make()
         failed |= bool(report.faults)
         if options.out is not None and not report.faults:
             write(options.out, report, ptx, cubin)

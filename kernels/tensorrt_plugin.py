@@ -28,7 +28,7 @@ from typing import Any
 
 DOMAIN = "motionrt"
 NAMES = ("motion_cross_attention", "motion_cross_attention_residual")
-TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")  # those of aot.PTX_VERSION, without its imports
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")  # those of artefacts.PTX_VERSION, without its imports
 # The names of tensorrt.DataType, and those of Triton
 TYPES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16"}
 # hidden, A, V and out have one type; scale has its own, which is read as fp32
@@ -80,7 +80,7 @@ def compile_kernel(
     `ptx_version`: the newest PTX that the drivers load which will run the engine, such as 80 (CUDA 12.0); None: the oldest
     that knows the target. ValueError for a target that the kernel has no tile for, or PTX that is too old for it.
     """
-    from motionrt.kernels import aot
+    from motionrt.kernels import aot, artefacts
 
     inner, heads, tokens, width = shape
     sizes = aot.Shape(inner, heads, tokens, width, residual)
@@ -89,7 +89,7 @@ def compile_kernel(
         raise ValueError("this kernel asks for scratch memory, which a TensorRT plugin cannot give it.")
     ptx = strip_scratch(made.asm["ptx"], made.metadata.name, 4 + len(SCALARS) + 1)
     found = re.search(r"\.version (\d+)\.(\d+)", ptx)
-    newest = aot.PTX_VERSION[target] if ptx_version is None else ptx_version
+    newest = artefacts.PTX_VERSION[target] if ptx_version is None else ptx_version
     if found is None or int(found[1]) * 10 + int(found[2]) > newest:
         raise ValueError(f"the kernel became PTX {found and found[0]}; allowed is at most {newest // 10}.{newest % 10}.")
     return Compiled(made.metadata.name, ptx, tile.warps, int(made.metadata.shared), tile.rows, tile.heads)

@@ -1,4 +1,4 @@
-"""Which tile a motion-cross-attention kernel takes: pinned per GPU architecture and shape class, never tuned at request time.
+"""Which tile a kernel takes: pinned per GPU architecture and shape class, never tuned at request time.
 
 Everything here is arithmetic on the host: it needs neither Triton nor a GPU. `motionrt.kernels.aot` compiles what these rules
 choose and CI refuses spills; benchmarks/gpu/gpu_kernel.py times the alternatives on a GPU: that should change a number.
@@ -69,7 +69,7 @@ def config_for(capability: int, dtype: torch.dtype) -> Config:
     """
     known = [target for target in SHARED_LIMIT if target <= capability]
     if not known:
-        raise ValueError(f"motion_cross_attention: `hidden` is on an sm_{capability} GPU; allowed: sm_80 or newer.")
+        raise ValueError(f"the tensors are on an sm_{capability} GPU; allowed: sm_80 or newer.")
     return _SINGLE if dtype == torch.float32 else _HALF[max(known)]
 
 
@@ -128,3 +128,24 @@ def _padded(heads: int, tokens: int, columns: int) -> tuple[int, int]:
     while per_tile > 1 and -(-heads // per_tile) * per_tile > 1.2 * heads:
         per_tile //= 2
     return per_tile, slot
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Of motion-augmented attention: all `frames` of one head of one place, its width in steps of `chunk`."""
+
+    frames: int
+    chunk: int
+    warps: int
+    stages: int
+
+
+def choose_strip(capability: int, dtype: torch.dtype, frames: int, width: int) -> Strip:
+    """The strip for `frames` <= 16 frames of width `width` <= 256.
+
+    16 x 16 scores are one warp's work, and what one program waits for is hidden by the others of its processor: so one warp,
+    and a chunk that leaves registers. In fp32, without tensor cores, two. Raises ValueError below sm_80.
+    """
+    config_for(capability, dtype)
+    single = dtype == torch.float32
+    return Strip(max(16, power_of_two(frames)), 16 if single else 32, 2 if single else 1, 1)

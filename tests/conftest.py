@@ -226,16 +226,16 @@ def tiny_partitions(counts: ModuleType) -> Callable[[str], tuple[Any, Any]]:
 def compiled_kernels(
     counts: ModuleType, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[list[dict[str, Any]], Path]]:
-    """{layout: (reports, folder of artefacts)} of kernels/aot.py, compiled once for all targets, the layouts side by side.
+    """{kernel: (reports, folder of artefacts)} of kernels/aot.py, compiled once for all targets, the kernels side by side.
 
     Processes of their own: Triton aborts where an option is wrong. Empty caches, or nothing would be compiled.
     """
     running, folders = {}, {}
     for layout, targets in counts.KERNELS.items():
         folder = folders[layout] = tmp_path_factory.mktemp(layout)
-        command = [sys.executable, str(ROOT / "kernels" / "aot.py"), "--json", "--shapes", counts.SHAPE]
+        command = [sys.executable, str(ROOT / "kernels" / "aot.py"), "--json", *counts.ASKED[layout]]
         running[layout] = subprocess.Popen(
-            [*command, "--layouts", layout, "--targets", ",".join(map(str, targets)), "--out", str(folder / "out")],
+            [*command, "--targets", ",".join(map(str, targets)), "--out", str(folder / "out")],
             env={**os.environ, "TRITON_CACHE_DIR": str(folder / "cache")}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip

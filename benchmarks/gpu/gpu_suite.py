@@ -63,6 +63,13 @@ def kernels(options: argparse.Namespace, toy: bool) -> None:
     gpu_kernel.main([*_common(options), *(["--cpu-check"] if toy else [])])
 
 
+def augmented_kernel(options: argparse.Namespace, toy: bool) -> None:
+    """The same of Motion-I2V's augmented attention; rows of gpu_augmented."""
+    from motionrt.benchmarks.gpu import gpu_augmented
+
+    gpu_augmented.main([*_common(options), *(["--cpu-check"] if toy else [])])
+
+
 def _cogvideox(name: str, stages: list[str], toy_stages: list[str]) -> Callable[[argparse.Namespace, bool], None]:
     """The full-size step by gpu_step.py; rows of gpu_step. It is checked against the released form, which is always there.
 
@@ -152,6 +159,7 @@ STEP_NEEDS = ("torch", "diffusers", "networkx", "triton")
 STAGES = (
     Stage("ceilings", 40, ceilings),
     Stage("kernels", 120, kernels, ("torch", "triton")),
+    Stage("augmented_kernel", 90, augmented_kernel, ("torch", "triton")),
     Stage("cogvideox_step", 240, _cogvideox("cogvideox_step", STEP, STEP_TOY), STEP_NEEDS),
     Stage("svd_step", 180, svd_step, STEP_NEEDS),
     Stage("conditioning", 60, _request("conditioning"), ("torch", "transformers", "diffusers")),

@@ -1,8 +1,11 @@
 """What does folding the Motion-Adapter's query projection save? One layer, released against folded, in plain torch on the CPU.
 
     .venv-dev/bin/python benchmarks/questions/bench_kernel.py --rounds 10
+    .venv-dev/bin/python benchmarks/questions/bench_kernel.py --case augmented       # Motion-I2V's attention, see below
 
-Both must agree with the released form in fp64 first. The same problem on a GPU, with the Triton kernels: gpu_kernel.py.
+The other case: what does moving projections of frame 0, instead of projecting moved rows, save in an attention of Motion-I2V?
+The forms must agree with the released form in fp64 first. The same on a GPU, with the Triton kernels: gpu_kernel.py and
+gpu_augmented.py.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from motionrt.benchmarks import harness
+from motionrt.benchmarks.gpu import augmented
 from motionrt.kernels.motion_cross_attention import choose_form, reference
 
 
@@ -113,13 +117,22 @@ def check(problem: Problem, forms: Mapping[str, Callable[[Tensor], Tensor]], fac
 
 def main(arguments: list[str] | None = None) -> None:
     """Check, time in turns, print the ratio, append rows."""
-    parser = argparse.ArgumentParser(description="Released against folded adapter, one layer, plain torch on the CPU.")
+    parser = argparse.ArgumentParser(description="Released form against ours, one layer, plain torch on the CPU.")
+    parser.add_argument("--case", default="adapter", choices=("adapter", "augmented"))
     parser.add_argument("--length", type=int, default=6976, help="rows of h: 480x720x17 in CogVideoX, text included")
     parser.add_argument("--heads", type=int, default=48, help="D is 64 times this")
+    parser.add_argument("--grid", default="20x32", help="places of the augmented attention, by default of its second level")
+    parser.add_argument("--width", type=int, default=80, help="of its 8 heads")
     harness.add_options(parser, rounds=10, warmups=1, threads=1)
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(options.threads)
+    with torch.no_grad():
+        (adapter if options.case == "adapter" else attention)(options)
+
+
+def adapter(options: argparse.Namespace) -> None:
+    """The Motion-Adapter's layer."""
     shape = Shape("adapter", 1, options.length, 64 * options.heads, options.heads, 25, 64)
     problem = make_problem(shape, torch.float32, "cpu")
     forms = {"released": problem.released, "folded": problem.fold}
@@ -154,6 +167,45 @@ def main(arguments: list[str] | None = None) -> None:
         path = harness.append_row("bench_kernel", row, folder=options.results)
         print(f"{row['backend']:>10}: {harness.times(row)}")
     print(f"released / folded: {ratio} (95 % of {options.rounds} rounds resampled); FLOP ratio {plain / folded:.2f}")
+    print(f"rows appended: {path.name}")
+
+
+def attention(options: argparse.Namespace) -> None:
+    """Motion-I2V's augmented attention, with both branches of guidance and the projections to queries, keys and values."""
+    height, across = (int(size) for size in options.grid.split("x"))
+    shape = augmented.Shape("augmented", 2, (height, across), 16, 8, options.width)
+    problem = augmented.make_problem(shape, torch.float32, "cpu")
+    forms = problem.forms()
+    errors = augmented.check(problem, forms)
+
+    def candidate(form: Callable[[Tensor], Tensor]) -> harness.Candidate:
+        return lambda: {"out": form(problem.hidden).numpy()}
+
+    result = harness.compare(
+        {name: candidate(form) for name, form in forms.items()},
+        reference="released",
+        tolerance=1e-4,
+        warmups=options.warmups,
+        rounds=options.rounds,
+    )
+    ratio, (released, ours) = result.ratio("released", "gathered"), shape.flops
+    for name in forms:
+        row: dict[str, Any] = {
+            **result.row(name),
+            "what": "one augmented attention of Motion-I2V, plain torch",
+            "shape": [shape.branches, shape.places, shape.frames, shape.inner],
+            "heads": shape.heads,
+            "dtype": "float32",
+            "threads": options.threads,
+            "flops": released if name == "released" else ours,
+            "error_to_fp64": errors[name],
+            "note": options.note,
+        }
+        if name == "released":
+            row["over_gathered"] = ratio.as_row()
+        path = harness.append_row("bench_kernel", row, folder=options.results)
+        print(f"{row['backend']:>10}: {harness.times(row)}")
+    print(f"released / gathered: {ratio} (95 % of {options.rounds} rounds resampled); FLOP ratio {released / ours:.2f}")
     print(f"rows appended: {path.name}")
 
 

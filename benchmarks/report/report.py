@@ -112,6 +112,10 @@ SECTIONS = (
         render.plain("gpu_kernel", "what", gpu=True), SUITE,
     ),
     Section(
+        "On a GPU: Motion-I2V's attention", "Frame 0 moved inside the kernel, against all that computes the same.",
+        render.plain("gpu_augmented", "what", gpu=True), SUITE,
+    ),
+    Section(
         "On a GPU: the step at full size",
         "CogVideoX and SVD: base, released adapter, ours; each eager, compiled, and ours as a CUDA graph.",
         render.plain("gpu_step", "what", gpu=True), SUITE,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from motionrt.export.compiler.graph_edit import sizes, value
-from motionrt.export.compiler.rewrites import FUSED
+from motionrt.export.compiler.rewrites import AUGMENTED, FUSED
 
 aten = torch.ops.aten
 
@@ -164,6 +164,9 @@ def flops(node: Node, known: dict[str, int]) -> int:
         for size in batch:
             rows *= size
         return 2 * rows * shape[1][-2] * (width + shape[2][-1])
+    if node.target == AUGMENTED:  # two products over all rows, and four rows of frame 0 for each that arrives, twice
+        places, (frames, heads, width) = math.prod(shape[0][:2]), shape[0][2:]
+        return 2 * places * heads * width * (2 * frames * (2 * frames - 1) + 8 * (frames - 1))
     if node.target == FUSED:
         (b, length, inner), (_, _, columns), (_, _, _, width) = shape[:3]
         return 2 * b * length * columns * (inner + width)

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+import motionrt.kernels.motion_augmented_attention  # noqa: F401  (defines the op)
 from motionrt.export.compiler.graph_edit import Fired, emit, is_one, is_tensor, prune, size_arg, sizes, value
 from motionrt.kernels.motion_cross_attention import choose_form
 
 aten = torch.ops.aten
 FUSED = torch.ops.motionrt.motion_cross_attention.default
+AUGMENTED = torch.ops.motionrt.motion_augmented_attention.default  # written by the system itself (motion_i2v/augmented.py)
 
 
 def softmax_of_one(module: GraphModule) -> list[Fired]:

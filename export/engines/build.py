@@ -25,7 +25,7 @@ from motionrt.export.engines.checks import check_request, check_room, load_libra
 from motionrt.export.engines.graph import count_attentions, engine_graph, save
 from motionrt.export.engines.process import Event, Listener, run_builder
 from motionrt.export.engines.profiles import Sizes, check_names, profiles_of
-from motionrt.kernels.tensorrt_plugin import DOMAIN, available
+from motionrt.kernels.tensorrt_plugin import DOMAIN, NAMES, available
 from motionrt.runtime.bundle.bundle import Bundle, GraphSpec
 from motionrt.runtime.dtypes import DTYPES
 from motionrt.runtime.backends.tensorrt.estimate import Estimate, estimate
@@ -36,7 +36,7 @@ from motionrt.runtime.backends.onnx_weights import package_weights
 from motionrt.runtime.files import replacing
 
 RECIPE = ("from_onnx", "graph", "profiles", "precision")  # what decides an engine's bytes
-KERNEL_RECIPE = ("tensorrt_plugin", "aot", "motion_cross_attention_triton", "tiles")  # of a plugin's engine also
+KERNEL_RECIPE = ("tensorrt_plugin", "aot", "artefacts", "motion_cross_attention_triton", "tiles")  # of a plugin's engine also
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _kernel(options: Options, targets: tuple[str, ...], path: Path) -> str:
     """How the engine of the graph in `path` gets the motion kernel: "plugin" where that can be and there is a use for it."""
     if options.kernel == "body" or available(options.flavor, targets) is not None:
         return "body"
-    return "plugin" if any(node.domain == DOMAIN for node in ir.load(path).graph) else "body"
+    return "plugin" if any(node.domain == DOMAIN and node.op_type in NAMES for node in ir.load(path).graph) else "body"
 
 
 def _build_one(

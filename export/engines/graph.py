@@ -15,7 +15,7 @@ import onnx_ir.passes.common as common
 from numpy.typing import NDArray
 
 from motionrt.export.engines.precision import FOLDED, lazily, to_precision
-from motionrt.kernels.tensorrt_plugin import use_plugin
+from motionrt.kernels.tensorrt_plugin import NAMES, use_plugin
 from motionrt.runtime.backends.tensorrt.engine_file import Profile
 
 OURS = "motionrt"  # the domain of export/onnx/functions.py, which imports PyTorch; building an engine does not
@@ -32,13 +32,14 @@ def engine_graph(
 
     A size that is the same in every profile is written into the graph; `dtype` "float32", "float16" or "bfloat16"; `wide`:
     the graph's own islands (`GraphSpec.wide`).
-    `keep_ops` leaves the nodes of our own domain, as TensorRT's plugin for them takes them (kernels/tensorrt_plugin.py).
+    `keep_ops` leaves the nodes of our own domain that TensorRT has plugins for, as these take them
+    (kernels/tensorrt_plugin.py).
     """
     for name, value in (external or {}).items():
         if name in model.graph.initializers:
             model.graph.initializers[name].const_value = ir.tensor(np.asarray(value, order="C"), name=name)
-    if not keep_ops:  # else they stay to the end: shapes are inferred through their bodies
-        common.InlinePass()(model)
+    # Those that are kept stay to the end: shapes are inferred through their bodies
+    common.InlinePass(criteria=lambda function: not (keep_ops and function.name in NAMES))(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     for value in model.graph.inputs:
         spans = [profile[value.name] for profile in profiles]

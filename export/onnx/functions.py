@@ -1,6 +1,6 @@
-"""What torch.onnx sees in the place of ops: our fused op, and assignments to a slice.
+"""What torch.onnx sees in the place of ops: our fused ops, and assignments to a slice.
 
-The fused op is a node of domain `motionrt`, and its meaning is a model-local function of standard ops. A runtime that knows the
+A fused op is a node of domain `motionrt`, and its meaning is a model-local function of standard ops. A runtime that knows the
 node may take a kernel for it; every other one (ONNX Runtime, TensorRT) expands the function when it loads the graph, so no
 plugin is needed. Scores and softmax are fp32 in it, as in the op. Sizes are read from the inputs, so that one body serves every
 layer of a graph.
@@ -9,7 +9,7 @@ layer of a graph.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import onnx
@@ -17,7 +17,9 @@ import torch
 from onnx import helper
 from torch import Tensor
 
+import motionrt.kernels.motion_augmented_attention
 import motionrt.kernels.motion_cross_attention  # noqa: F401  (defines the op)
+from motionrt.export.onnx.augmented_function import augmented_function, augmented_name
 
 DOMAIN = "motionrt"
 VERSION = 1
@@ -31,6 +33,20 @@ def _symbolic(hidden: Tensor, folded: Tensor, values: Tensor, scale: Tensor, res
         (hidden, folded, values, scale),
         dtype=hidden.dtype,
         shape=(hidden.shape[0], hidden.shape[1], values.shape[1] * values.shape[3]),
+        version=VERSION,
+    )
+
+
+def _augmented(
+    query: Tensor, keys: Tensor, values: Tensor, at_query: Tensor, at_keys: Tensor, at_values: Tensor,
+    sources: Tensor, weights: Tensor, sums: Sequence[Tensor], beyond: Tensor, crossed: bool,
+) -> Tensor:  # fmt: skip
+    """The same of the augmented attention: a function has no lists either, so there is one for every depth of the table."""
+    return torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{augmented_name(1 + len(sums), crossed)}",
+        (query, keys, values, at_query, at_keys, at_values, sources, weights, *sums, beyond),
+        dtype=query.dtype,
+        shape=query.shape,
         version=VERSION,
     )
 
@@ -49,6 +65,7 @@ def symbolic_forms() -> dict[Any, Callable[..., Any]]:
     """Decompositions to run before `torch.onnx.export`."""
     return {
         torch.ops.motionrt.motion_cross_attention.default: _symbolic,
+        torch.ops.motionrt.motion_augmented_attention.default: _augmented,
         torch.ops.aten.slice_scatter.default: _joined,
     }
 
@@ -99,6 +116,7 @@ def add_functions(model: onnx.ModelProto) -> None:
     used = _names(model.graph.node)
     (opset,) = (o.version for o in model.opset_import if o.domain == "")
     functions = [f for f in (motion_cross_attention_function(r, opset) for r in (False, True)) if f.name in used]
+    functions += [f for name in sorted(used) if (f := augmented_function(name, opset)) is not None]
     unknown = used - {f.name for f in functions}
     if unknown:
         raise ValueError(f"the graph has nodes of domain {DOMAIN} without a function: {', '.join(sorted(unknown))}")

@@ -25,6 +25,7 @@ HEAVY = frozenset({
     "MatMul", "Gemm", "Conv", "ConvTranspose", "Attention", "Einsum", "motion_cross_attention_residual",
     "mm", "bmm", "addmm", "baddbmm", "matmul", "linear", "einsum", "convolution", "conv1d", "conv2d", "conv3d",
     "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "scaled_dot_product_attention", "motion_cross_attention",
+    "motion_augmented_attention",  # of a torch program; in ONNX its body is inlined before precisions are chosen
 })  # fmt: skip
 FULL = frozenset({
     "LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization", "BatchNormalization",

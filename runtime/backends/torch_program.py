@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import motionrt.kernels.motion_cross_attention  # noqa: F401  # its operators are in the programs
+import motionrt.kernels.motion_augmented_attention  # its operator is in the programs, as is the next one's
+import motionrt.kernels.motion_cross_attention  # noqa: F401
 from motionrt.runtime.backends.seam import first_line
 from motionrt.runtime.backends.torch_precision import to_precision
 from motionrt.runtime.errors import BackendError, BundleError

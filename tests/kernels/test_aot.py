@@ -41,6 +41,22 @@ def test_shipped_kernel_spills_nothing_and_fits(compiled_kernels: Any, layout: s
     assert not list(folder.glob("*.partial"))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("target", SHARED_LIMIT, ids=lambda target: f"sm{target}")
+def test_augmented_kernel_spills_nothing_and_fits(compiled_kernels: Any, target: int) -> None:
+    reports, folder = compiled_kernels["augmented"]
+    (report,) = [r for r in reports if r["target"] == target]
+    assert report["name"].startswith("motion_augmented_attention_own_bf16_N8_d40_F16_L6")
+    assert report["spills"] == 0 and report["registers"] <= 255
+    assert 0 < report["shared"] <= SHARED_LIMIT[target]
+    assert report["ptx_version"] == PTX[target]
+    ptx = (folder / f"{report['name']}.ptx").read_text()
+    assert f".entry {report['entry']}" in ptx and "call.uni" not in ptx
+    assert "mma.sync" in ptx  # tensor cores: a warp has 16 x 16 scores, which no newer instruction takes
+    assert (folder / f"{report['name']}.cubin").read_bytes()[:4] == b"\x7fELF"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -59,7 +75,7 @@ def test_main_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str], 
 
 
 def test_report_finds_fault_with_spills_and_shared_memory() -> None:
-    from motionrt.kernels.aot import Report
+    from motionrt.kernels.artefacts import Report
 
     good = Report("name", 89, 200, SHARED_LIMIT[89], 0, 8, "8.0", "kernel")
     assert not good.faults

@@ -12,6 +12,7 @@ import pytest
 import torch
 from by_path import load_by_path
 
+from motionrt.kernels.motion_augmented_attention import motion_augmented_attention
 from motionrt.kernels.motion_cross_attention import motion_cross_attention
 
 pytestmark = [
@@ -19,6 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 SCRIPT = Path(__file__).resolve().parents[2] / "tests/helpers/kernel_cases.py"
+AUGMENTED = SCRIPT.with_name("augmented_cases.py")
 
 
 def load() -> Any:
@@ -42,6 +44,19 @@ def all_cases() -> list[Any]:
             for heads in (5, 10, 20):
                 name = f"{dtype} dynamicrafter N{heads}, {layout}"
                 found.append(module.Case(name, length=2304, heads=heads, width=64, dtype=dtype, layout=layout))
+    return found
+
+
+def augmented_cases() -> list[Any]:
+    """The interpreter's cases of the augmented attention, and Motion-I2V's four grids at 320 x 512."""
+    if importlib.util.find_spec("triton") is None:
+        return []
+    module = load_by_path(AUGMENTED)
+    found = module.cases()
+    for grid, width in (((40, 64), 40), ((20, 32), 80), ((10, 16), 160), ((5, 8), 160)):
+        for dtype, field in (("float16", "zoom out"), ("bfloat16", "random"), ("float32", "random")):
+            sizes = {"grid": grid, "width": width, "frames": 16, "heads": 8, "branches": 2}
+            found.append(module.Case(f"{dtype} motion-i2v {grid}, {field}", field=field, dtype=dtype, **sizes))
     return found
 
 
@@ -110,3 +125,38 @@ def test_ops_refuse_a_mix_of_devices_and_fp64() -> None:
         motion_cross_attention(hidden, folded, values, scale.cpu(), True)
     with pytest.raises(ValueError, match=r"`hidden` is torch.float64; allowed: float16, bfloat16, float32"):
         motion_cross_attention(*(x.double() for x in (hidden, folded, values, scale)), True)
+
+
+@pytest.mark.parametrize("case", augmented_cases(), ids=lambda case: re.sub(r"\W+", "-", case.name))
+def test_augmented_launch_obeys_the_tolerance_law(case: Any) -> None:
+    pytest.importorskip("triton")
+    line = load_by_path(AUGMENTED).run(case, "cuda")
+    assert line["error"] <= 2 * line["torch"] + 1e-6, line
+
+
+def augmented_call() -> tuple[Any, ...]:
+    pytest.importorskip("triton")
+    module = load_by_path(AUGMENTED)
+    case = module.Case("a call", field="one point", frames=16, heads=8, width=40, branches=2, dtype="bfloat16")
+    return (*module.tensors(case, "cuda"), False)
+
+
+def test_motion_augmented_attention_is_a_lawful_op_on_cuda() -> None:
+    torch.library.opcheck(motion_augmented_attention, augmented_call(), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_motion_augmented_attention_in_a_cuda_graph_follows_its_inputs() -> None:
+    """Captured once, replayed with other rows in the same buffers; the table as well may change under it."""
+    buffers = augmented_call()
+    motion_augmented_attention(*buffers)  # compiles: never inside a capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = motion_augmented_attention(*buffers)
+    for factor in (1.0, -0.5):
+        for buffer in (*buffers[:6], buffers[7]):
+            buffer.mul_(factor)
+        buffers[9].fill_(buffers[6].shape[0] - buffers[9].shape[0] - 1)  # no target has chunks now
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, motion_augmented_attention(*buffers))

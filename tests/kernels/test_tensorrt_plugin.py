@@ -243,7 +243,7 @@ def test_available_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_targets_are_those_of_the_kernel() -> None:
-    from motionrt.kernels.aot import PTX_VERSION
+    from motionrt.kernels.artefacts import PTX_VERSION
 
     assert plugin.TARGETS == tuple(f"sm_{target}" for target in PTX_VERSION)
     assert "no tiles for sm_75, only for sm_80" in str(plugin.available("tensorrt", ["sm_75"]))

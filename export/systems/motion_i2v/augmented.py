@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from motionrt.export.systems.motion_i2v.stencil import Stencil, depth, resized, stencil, warped
 from motionrt.export.systems.motionrag import merge_heads, split_heads
+from motionrt.kernels.motion_augmented_attention import motion_augmented_attention
+from motionrt.kernels.motion_augmented_attention_limits import fits
 
 FORMS = ("own", "released")
 
@@ -25,12 +27,17 @@ FORMS = ("own", "released")
 @dataclass(frozen=True)
 class Warp:
     """How frame 0 reaches the other `frames - 1`: `tables` by the places of a grid, of `rows` requests; see `VideoUNet` for
-    `form`."""
+    `form`, and its `forward` for `fused`."""
 
     tables: Mapping[int, Stencil]
     frames: int
     rows: int
     form: str = "own"
+    fused: bool = False
+
+    def fits(self, places: int, width: int) -> bool:
+        """Whether the op is asked for, and takes heads of this width and the table of so many places."""
+        return self.fused and fits(self.frames, width, len(self.tables[places].sums))
 
     def __call__(self, features: Tensor) -> Tensor:
         """Features of frame 0 `[B g, P, D]` -> `[B g, P, F - 1, D]`."""
@@ -89,6 +96,8 @@ def attended(attn: Any, hidden: Tensor, positions: Tensor, warp: Warp, first: Te
     frame 0 of `hidden`, where that was made apart."""
     count = 2 * warp.frames - 1
     even, odd = positions[0, 0:count:2], positions[0, 1:count:2]
+    if warp.fits(hidden.shape[1], hidden.shape[-1] // attn.heads):
+        return _fused(attn, hidden, even, odd, warp, first)
     first, others = hidden[:, :, 0] if first is None else first, hidden[:, :, 1:]
     key, value = attn.to_k(first), attn.to_v(first)
     moved = warp(torch.cat([key, value], -1)).chunk(2, -1)
@@ -101,6 +110,24 @@ def attended(attn: Any, hidden: Tensor, positions: Tensor, warp: Warp, first: Te
     query, keys, values = (split_heads(x.flatten(0, 1), attn.heads) for x in (query, keys, values))
     found = merge_heads(F.scaled_dot_product_attention(query, keys, values))
     return attn.to_out[0](found).view(hidden.shape)
+
+
+def _fused(attn: Any, hidden: Tensor, even: Tensor, odd: Tensor, warp: Warp, first: Tensor | None) -> Tensor:
+    """`attended` by the op: rows are projected, and moved and placed in it."""
+
+    def rows(project: Any) -> Tensor:
+        found = project(hidden) if first is None else torch.cat([project(first)[:, :, None], project(hidden[:, :, 1:])], 2)
+        return found.unflatten(-1, (attn.heads, -1))
+
+    both = torch.cat([even, odd])
+    pairs = ((attn.to_q, even), (attn.to_k, both), (attn.to_v, both))
+    at = (project(table).unflatten(-1, (attn.heads, -1)) for project, table in pairs)
+    table = warp.tables[hidden.shape[1]]
+    found = motion_augmented_attention(
+        *(rows(project) for project, _ in pairs), *at, table.sources, table.weights, list(table.sums), table.beyond,
+        warp.form == "released",
+    )  # fmt: skip
+    return attn.to_out[0](found.flatten(3))
 
 
 def rendered(module: Any, hidden: Tensor, warp: Warp, first: Tensor | None = None) -> Tensor:

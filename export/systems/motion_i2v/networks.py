@@ -223,7 +223,9 @@ class VideoUNet(nn.Module):
         """The sizes of the levels, for latents of this size."""
         return [(height >> level, width >> level) for level in range(len(self.unet.down_blocks))]
 
-    def hidden(self, reference: Tensor, latents: Tensor, timestep: Tensor, text: Tensor, fields: Sequence[Stencil]) -> Tensor:
+    def hidden(
+        self, reference: Tensor, latents: Tensor, timestep: Tensor, text: Tensor, fields: Sequence[Stencil], fused: bool = False
+    ) -> Tensor:
         """Arguments as of `forward` -> what the decoder gives, `[B g, F, C, h, w]`, with frame 0."""
         net, rows, frames = self.unet, latents.shape[0], latents.shape[1] + 1
         first = F.silu(self.embedded(torch.full((1,), FIRST, device=latents.device)))
@@ -237,7 +239,7 @@ class VideoUNet(nn.Module):
             return torch.where(clean, one[:, None], rest[:, None])  # a table of many timesteps too, which a `cat` is not
 
         tables = {table.beyond.shape[0] // (frames - 1) // rows: table for table in fields}
-        warp = Warp(tables, frames, rows, self.form)
+        warp = Warp(tables, frames, rows, self.form, fused)
         given = Pass(spread, lambda motion, hidden: rendered(motion, hidden, warp), text)
         # Frame 0 alone, up to where it meets the others: it is the same in all steps.
         block = net.down_blocks[0]
@@ -251,10 +253,13 @@ class VideoUNet(nn.Module):
         found = decode(net, given, middle(net, given, skips[-1]), skips)
         return found.unflatten(0, (-1, frames))
 
-    def forward(self, reference: Tensor, latents: Tensor, timestep: Tensor, text: Tensor, fields: Sequence[Stencil]) -> Tensor:
+    def forward(
+        self, reference: Tensor, latents: Tensor, timestep: Tensor, text: Tensor, fields: Sequence[Stencil], fused: bool = False
+    ) -> Tensor:
         """`reference [B, 4, h, w]` (clean), `latents [B, F - 1, 4, h, w]`, `timestep [B]`, `text [B g, L, D]`, `fields` as
-        `fields_of` gives them -> the prediction for the frames behind frame 0, `[B g, F - 1, 4, h, w]`."""
-        hidden = self.hidden(reference, latents, timestep, text, fields)[:, 1:]
+        `fields_of` gives them -> the prediction for the frames behind frame 0, `[B g, F - 1, 4, h, w]`. `fused`: the
+        augmented attention is the op of kernels/motion_augmented_attention.py, which has no gradient, where it fits."""
+        hidden = self.hidden(reference, latents, timestep, text, fields, fused)[:, 1:]
         return output(self.unet, hidden.flatten(0, 1)).unflatten(0, (-1, latents.shape[1]))
 
 

@@ -78,11 +78,12 @@ class DrawnStep(nn.Module):
 
 
 class VideoStep(nn.Module):
-    """A step of stage 2; what the brush holds is the image again behind every step but the last."""
+    """A step of stage 2; what the brush holds is the image again behind every step but the last. `fused`: its augmented
+    attention is one op, which a GPU has a kernel for; it has no gradient."""
 
-    def __init__(self, net: VideoUNet) -> None:
+    def __init__(self, net: VideoUNet, fused: bool = False) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.fused = net, fused
 
     def forward(
         self, latents: Tensor, coefficients: Tensor, timestep: Tensor, reference: Tensor, brush: Tensor, text: Tensor,
@@ -96,7 +97,7 @@ class VideoStep(nn.Module):
         grids = self.net.grids(height, width)
         count = sum(2 + depth(h * w) for h, w in grids)
         fields, (guidance, negative_text) = tables_of(more[:count], grids), more[count:] or (None, None)
-        output = self.net(reference, latents, timestep, branches(text, negative_text), fields)
+        output = self.net(reference, latents, timestep, branches(text, negative_text), fields, self.fused)
         following = updated(latents, output, coefficients, guidance)
         _, _, signal, spread, hold = (like(column, latents) for column in coefficients.unbind(1))
         held = coarse(brush, height)[:, None] * hold

@@ -191,7 +191,10 @@ def _steps(parts: Parts, fields: int, size: tuple[int, int], tables: Mapping[str
 
     found = [
         step(FlowStep(parts.stage1), FLOW_CHANGES, "_plain", {"stage1": "net"}),
-        step(VideoStep(parts.stage2), {**VIDEO_CHANGES, **dict.fromkeys(tables, "step")}, "_video", {"stage2": "net"}),
+        step(
+            VideoStep(parts.stage2, fused=True), {**VIDEO_CHANGES, **dict.fromkeys(tables, "step")}, "_video",
+            {"stage2": "net"},
+        ),
     ]
     if parts.drawn is not None:
         drawn = DrawnStep(parts.stage1, parts.drawn)

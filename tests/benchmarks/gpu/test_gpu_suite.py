@@ -36,6 +36,7 @@ def test_every_stage_runs_on_the_cpu_or_says_why_not(
     assert code == 0, out
     for stage in gpu_suite.STAGES:
         assert f"== {stage.name}: done" in out, out
+    assert "augmented kernel stages not run: no CUDA device" in out and "gathered: " in out
     assert "kernel stages not run: no CUDA device" in out and "from fp64" in out
     assert "engines: not run:" in out
     rows = printed_rows(out)

@@ -41,6 +41,39 @@ def test_gpu_kernel_checks_the_torch_forms_and_says_not_run_without_a_gpu(tmp_pa
     assert not (tmp_path / "results").exists()
 
 
+def test_bench_kernel_has_the_augmented_attention_as_a_case(tmp_path: Path) -> None:
+    sizes = ("--case", "augmented", "--grid", "4x6", "--width", "8", "--rounds", "10")
+    done = run("questions/bench_kernel.py", *sizes, "--results", str(tmp_path), "--note", "test")
+    assert done.returncode == 0, done.stderr
+    rows = {row["backend"]: row for row in map(json.loads, (tmp_path / "bench_kernel.jsonl").read_text().splitlines())}
+    assert set(rows) == {"released", "gathered"} and rows["released"]["flops"] > rows["gathered"]["flops"]
+    for row in rows.values():
+        assert row["n"] == 10 and row["note"] == "test" and row["shape"] == [2, 24, 16, 64]
+        assert row["error_to_fp64"] < 1e-5
+    value, low, high = rows["released"]["over_gathered"]
+    assert 0 < low <= high and value > 0
+
+
+def test_gpu_augmented_checks_the_torch_forms_and_says_not_run_without_a_gpu(tmp_path: Path) -> None:
+    done = run("gpu/gpu_augmented.py", "--cpu-check", "--results", str(tmp_path / "results"), CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+    *checked, last = done.stdout.splitlines()
+    assert last == "augmented kernel stages not run: no CUDA device"
+    assert [line.split(":")[0] for line in checked] == ["released", "gathered"]
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.gpu
+def test_gpu_augmented_writes_rows_on_a_gpu(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    done = run("gpu/gpu_augmented.py", "--shapes", "motion_i2v 5x8", "--rounds", "3", "--results", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    rows = {row["backend"] for row in map(json.loads, (tmp_path / "gpu_augmented.jsonl").read_text().splitlines())}
+    assert {"kernel", "kernel_alone", "gathered_alone", "projections", "copy"} <= rows
+
+
 @pytest.mark.gpu
 def test_gpu_kernel_writes_rows_on_a_gpu(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,9 +14,13 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
+from motionrt.export.onnx.augmented_function import augmented_name
 from motionrt.export.onnx.from_torch import OPSET, Example, Range
 from motionrt.export.onnx.functions import DOMAIN, add_functions, function_name, motion_cross_attention_function
 from motionrt.export.onnx.streamed import stream_real
+from motionrt.export.systems.motion_i2v.stencil import stencil
+from motionrt.kernels.motion_augmented_attention import motion_augmented_attention
+from motionrt.kernels.motion_augmented_attention import reference as augmented_reference
 from motionrt.kernels.motion_cross_attention import motion_cross_attention, reference
 
 
@@ -114,6 +119,84 @@ def test_motion_cross_attention_function_in_onnx_runtime(residual: bool, kind: t
     ours = reference(*call, residual=residual).numpy()
     assert got.dtype == kind
     assert np.abs(got - truth).max() <= 2 * np.abs(ours - truth).max() + 1e-6
+
+
+AUGMENTED = ("query", "keys", "values", "at_query", "at_keys", "at_values", "sources", "weights")
+
+
+def augmented_feed(grid: tuple[int, int], requests: int, branches: int, frames: int = 4) -> dict[str, Tensor]:
+    """A call of the augmented attention by the names of the function's inputs; more sources than slots, and none."""
+    random = torch.Generator().manual_seed(3)
+    (height, across), heads, width = grid, 2, 8
+    y, x = torch.meshgrid(torch.arange(height).float(), torch.arange(across).float(), indexing="ij")
+    noise = torch.rand((requests, frames - 1, 2, height, across), generator=random)
+    table = stencil(torch.stack([-0.7 * x, -0.7 * y]) + noise)
+    rows = (requests * branches, height * across, frames, heads, width)
+    sizes = (*[rows] * 3, (frames, heads, width), *[(2 * frames - 1, heads, width)] * 2)
+    given = [torch.randn(size, generator=random) for size in sizes]
+    found = dict(zip(AUGMENTED, (*given, table.sources, table.weights), strict=True))
+    return {**found, **{f"sums_{n}": index for n, index in enumerate(table.sums, 2)}, "beyond": table.beyond}
+
+
+def augmented_by(form: Any, feed: dict[str, Tensor], crossed: bool) -> Any:
+    tensors = list(feed.values())
+    return form(*tensors[:8], tensors[8:-1], tensors[-1], crossed)
+
+
+@pytest.mark.parametrize("crossed", [False, True], ids=["own", "crossed"])
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("grid, levels", [((1, 2), 1), ((3, 4), 2), ((9, 8), 4)])
+@pytest.mark.parametrize("requests, branches", [(1, 2), (2, 1), (2, 2)])
+def test_augmented_function_in_onnx_runtime(
+    grid: tuple[int, int], levels: int, kind: torch.dtype, crossed: bool, requests: int, branches: int
+) -> None:
+    given = augmented_feed(grid, requests, branches)
+    feed = {name: value.to(kind) if value.is_floating_point() and name != "weights" else value for name, value in given.items()}
+    name = augmented_name(1 + len(feed) - 9, crossed)
+    assert name == augmented_name(levels, crossed)
+    elements = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16, torch.int64: TensorProto.INT64}
+    graph = helper.make_graph(
+        [helper.make_node(name, list(feed), ["out"], domain=DOMAIN)],
+        "one",
+        [helper.make_tensor_value_info(n, elements[v.dtype], [None] * v.ndim) for n, v in feed.items()],
+        [helper.make_tensor_value_info("out", elements[kind], None)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)])
+    model.ir_version = 10
+    add_functions(model)
+    (function,) = model.functions
+    onnx.checker.check_function(function)
+    assert all(node.domain == "" and onnx.defs.has(node.op_type, OPSET) for node in function.node)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {name: value.numpy() for name, value in feed.items()})
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in feed.items()}
+    truth = augmented_by(augmented_reference, wide, crossed).numpy()
+    ours = augmented_by(augmented_reference, feed, crossed).numpy()
+    assert got.dtype == ours.dtype
+    assert np.abs(got - truth).max() <= 2 * np.abs(ours - truth).max() + 1e-6
+
+
+class Augmented(nn.Module):
+    """Two depths in one graph, one of them crossed."""
+
+    def forward(self, *given: Tensor) -> tuple[Tensor, Tensor]:
+        one, two = given[:10], given[10:]  # the first has one level of sums
+        forms = ((one, False), (two, True))
+        first, second = (motion_augmented_attention(*x[:8], list(x[8:-1]), x[-1], crossed) for x, crossed in forms)
+        return first * 2, second
+
+
+def test_stream_real_keeps_the_augmented_attention_as_nodes_with_functions(tmp_path: Path) -> None:
+    def feed(branches: int) -> dict[str, Tensor]:
+        one, two = (augmented_feed(grid, 1, branches) for grid in ((3, 4), (9, 8)))
+        return {**{f"one_{name}": v for name, v in one.items()}, **{f"two_{name}": v for name, v in two.items()}}
+
+    given = feed(2)
+    stream_real(tmp_path / "step.onnx", Augmented(), [Example({}, given)], ("first", "second"), {})  # raises unless they agree
+    model = onnx.load(tmp_path / "step.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    ours = [node.op_type for node in model.graph.node if node.domain == DOMAIN]
+    assert ours == [augmented_name(2, False), augmented_name(4, True)] and {f.name for f in model.functions} == set(ours)
 
 
 def test_add_functions_refuses_a_node_that_has_none() -> None:

@@ -124,24 +124,25 @@ def test_the_tree_has_room_for_the_worst_field() -> None:
 # --- the augmented attention ----------------------------------------------------------------------------------------
 
 
-def attention(stage2: VideoUNet, case: str, form: str, flow: Tensor) -> Tensor:
+def attention(stage2: VideoUNet, case: str, form: str, flow: Tensor, fused: bool) -> Tensor:
     """The golden attention of `case` for its hidden states."""
     block, layer, grid, attn = {"A": (0, 0, (8, 16), "attn1"), "B": (1, 1, (4, 8), "attn2")}[case]
     module = stage2.unet.down_blocks[block].motion_modules[layer].transformer_blocks[0]
     hidden = golden("aug_attention")[f"{case}.hidden"].unflatten(0, (-1, 16)).transpose(1, 2)
     tables = {grid[0] * grid[1]: fields_of(flow, [grid])[0]}
-    found = attended(getattr(module, attn), hidden, module.pos_embed.pe, Warp(tables, 16, 1, form))
+    found = attended(getattr(module, attn), hidden, module.pos_embed.pe, Warp(tables, 16, 1, form, fused))
     return found.transpose(1, 2).flatten(0, 1)
 
 
-def test_augmented_attention_is_the_released_one(stage2: VideoUNet) -> None:
+@pytest.mark.parametrize("fused", [False, True], ids=["written out", "as the op"])
+def test_augmented_attention_is_the_released_one(stage2: VideoUNet, fused: bool) -> None:
     io = golden("aug_attention")
     flow = io["A.flow"][None, 1:]
     close(resized(flow, (8, 16)), io["A.flow_scaled"][:, 1:], 1e-6)
-    close(attention(stage2, "A", "own", flow), io["A.out"], 1e-5)
-    close(attention(stage2, "A", "own", 0 * flow), io["A.out_zero_flow"], 1e-5)
+    close(attention(stage2, "A", "own", flow, fused), io["A.out"], 1e-5)
+    close(attention(stage2, "A", "own", 0 * flow, fused), io["A.out_zero_flow"], 1e-5)
     for form in ("own", "released"):
-        close(attention(stage2, "B", form, flow), io[f"B.out_{form}"], 1e-5)
+        close(attention(stage2, "B", form, flow, fused), io[f"B.out_{form}"], 1e-5)
     assert (io["B.out_own"] - io["B.out_released"]).abs().max() > 0.1  # the forms can be told apart
 
 
@@ -218,7 +219,9 @@ def test_requests_do_not_mix_in_a_batch(stage2: VideoUNet) -> None:
     sample = turned(io["sample"])
     two, flows = torch.cat([sample, sample.flip(1)]), torch.cat([flow, 0.5 * flow.flip(1)])
     time = torch.tensor([601.0, 201.0])
-    found = stage2(two[:, 0], two[:, 1:], time, io["text"], fields_of(flows, stage2.grids(8, 16)))
+    tables = fields_of(flows, stage2.grids(8, 16))
+    found = stage2(two[:, 0], two[:, 1:], time, io["text"], tables)
+    close(stage2(two[:, 0], two[:, 1:], time, io["text"], tables, fused=True), found)
     for b in range(2):
         one = slice(b, b + 1)
         fields = fields_of(flows[one], stage2.grids(8, 16))
@@ -277,10 +280,10 @@ def of_fields(stage1: FlowUNet, drawn: Trajectories, noise: Tensor, control: Ten
     return turned(torch.cat(found))
 
 
-def of_video(net: VideoUNet, noise: Tensor, moves: Tensor, brush: Tensor) -> Tensor:
+def of_video(net: VideoUNet, noise: Tensor, moves: Tensor, brush: Tensor, fused: bool = False) -> Tensor:
     """Latents of the pictures behind the first after each of the five steps, `[5, 4, 15, h, w]`."""
     io, start, found = golden("stage2_loop"), turned(noise)[:, 1:], []
-    latents, step, tables = start, VideoStep(net), Tables(net.grids(8, 16))(moves)
+    latents, step, tables = start, VideoStep(net, fused), Tables(net.grids(8, 16))(moves)
     for row in ROWS:
         conditions = (io["image_latent_scaled"], brush, io["text"][1:], start, *tables)
         latents = step(latents, row[None, 3:], row[1:2], *conditions, row[2:3], io["text"][:1])
@@ -305,12 +308,13 @@ def test_the_loop_of_fields_is_the_released_one(stage1: FlowUNet, drawn: Traject
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["own", "released"])
-def test_the_loop_of_the_video_is_the_released_one(form: str) -> None:
+@pytest.mark.parametrize("fused", [False, True], ids=["written out", "as the op"])
+def test_the_loop_of_the_video_is_the_released_one(form: str, fused: bool) -> None:
     io, net = golden("stage2_loop"), models.stage2(form)
     brush = io["brush"][:, 0].float()
     assert torch.equal(coarse(brush, 8), io["brush_latent"][:, 0].float())
     for name, held in ((form, 0 * brush), (f"{form}_brush", brush)):
-        close(of_video(net, io["start_noise"], moving(), held), io[f"{name}.latents"][:, :, 1:], 5e-4)
+        close(of_video(net, io["start_noise"], moving(), held, fused), io[f"{name}.latents"][:, :, 1:], 5e-4)
 
 
 @pytest.mark.slow
