@@ -4,6 +4,7 @@
     .venv-dev/bin/python benchmarks/models/export_full.py svd FOLDER
     .venv-dev/bin/python benchmarks/models/export_full.py dynamicrafter-1024 FOLDER
     .venv-dev/bin/python benchmarks/models/export_full.py motionclone FOLDER      # without SparseCtrl
+    .venv-dev/bin/python benchmarks/models/export_full.py motion-i2v FOLDER
 
 FOLDER is made, and removed at the end unless `--keep`. The files are sparse: reading, hashing and moving their bytes costs what
 real ones would; the disk does not. The bundle is then opened as the runtime opens it, every graph passes the ONNX checker and
@@ -33,10 +34,12 @@ from motionrt.benchmarks.models.sparse_models import (
     Sizes,
     write_cogvideox,
     write_dynamicrafter,
+    write_motion_i2v,
     write_motionclone,
     write_svd,
 )
 from motionrt.export.checkpoints.animatediff_files import MotionCloneSources
+from motionrt.export.checkpoints.motion_i2v_files import MotionI2VSources
 from motionrt.export.checkpoints.motionrag_files import SosToken
 from motionrt.export.exporter import export_system
 from motionrt.export.onnx import streamed as onnx_streamed
@@ -44,6 +47,7 @@ from motionrt.export.onnx.torch_programs import FOLDER as PROGRAMS
 from motionrt.export.onnx.torch_programs import write_program
 from motionrt.export.systems.cogvideox import cogvideox_system
 from motionrt.export.systems.dynamicrafter.system import DynamiCrafterSources, dynamicrafter_system
+from motionrt.export.systems.motion_i2v.released import motion_i2v_system
 from motionrt.export.systems.motionclone.system import motionclone_system
 from motionrt.export.systems.motionrag_system import Sources
 from motionrt.export.systems.svd import svd_system
@@ -141,9 +145,10 @@ def _inferred_without_weights(path: Path) -> onnx.ModelProto:
 WRITERS: Mapping[str, Callable[[Path, Sizes], None]] = {
     "cogvideox-5b-i2v": write_cogvideox, "svd": write_svd, "dynamicrafter-1024": write_dynamicrafter,
     "motionclone": lambda root, sizes: write_motionclone(root),
+    "motion-i2v": lambda root, sizes: write_motion_i2v(root),
 }  # fmt: skip
-FRAMES = {"cogvideox-5b-i2v": 17, "svd": 16, "dynamicrafter-1024": 16, "motionclone": 16}
-SIZES = {"svd": (576, 1024), "dynamicrafter-1024": (576, 1024), "motionclone": (512, 512)}
+FRAMES = {"cogvideox-5b-i2v": 17, "svd": 16, "dynamicrafter-1024": 16, "motionclone": 16, "motion-i2v": 16}
+SIZES = {"svd": (576, 1024), "dynamicrafter-1024": (576, 1024), "motionclone": (512, 512), "motion-i2v": (320, 512)}
 
 
 def open_system(root: Path, request: Request, say: Callable[[str], None]) -> System:
@@ -152,6 +157,9 @@ def open_system(root: Path, request: Request, say: Callable[[str], None]) -> Sys
     if request.model == "motionclone":
         files = MotionCloneSources(root / "base", root / "motion.safetensors", dtype=request.dtype)
         return motionclone_system(files, frames=request.frames, height=height, width=width, say=say)
+    if request.model == "motion-i2v":
+        release = MotionI2VSources(root / "models", dtype=request.dtype)
+        return motion_i2v_system(release, frames=request.frames, height=height, width=width, say=say)
     if request.model == "dynamicrafter-1024":
         crafter = DynamiCrafterSources(
             root / "base", root / "tokenizer", "1024", root / "rag", root / "videomae", root / "dinov2", request.dtype,
@@ -203,7 +211,8 @@ def export(root: Path, request: Request, *, limit: float = LIMIT) -> dict[str, A
     if most * 1e6 > limit:
         raise MemoryError(f"the export took {most} MB beyond the page cache; allowed are {limit / 1e6:.0f}")
     files = [path for path in bundle.rglob("*") if path.is_file()]
-    read = [path for path in root.rglob("*.safetensors") if bundle not in path.parents and not path.is_symlink()]
+    kinds = (".safetensors", ".bin", ".ckpt")
+    read = [path for path in root.rglob("*") if path.suffix in kinds and bundle not in path.parents and not path.is_symlink()]
     return {
         "model": request.model,
         "frames": request.frames,
