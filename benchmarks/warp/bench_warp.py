@@ -96,7 +96,7 @@ def counted(size: Size, name: str) -> Counts:
     """Of the step at `size`, from its structure alone."""
     form = FORMS[name]
     module, values = form.weightless(size), form.feed(size)
-    return counts(fake_partition(module, tuple(values.values()), form.changes(size), outputs=OUTPUTS))
+    return counts(fake_partition(module, tuple(values.values()), form.changes(size), outputs=OUTPUTS, batch=1))
 
 
 def gate(moved: Mapping[str, Any], still: Mapping[str, Any], allowed: float) -> None:

@@ -56,3 +56,23 @@ def test_a_table_of_positions_is_in_both_attentions_of_its_block() -> None:
         f"{block}.attention_blocks.{i}.pos_encoder.pe" for i in range(2)
     )
     assert sparse_models.named("conv_in.weight") == ("conv_in.weight",)
+
+
+def classes(out_of_the_loop: int, model: int) -> dict[str, dict[str, int]]:
+    return {"schedule": {"parameters": out_of_the_loop}, "constant": {"parameters": 0}, "model": {"parameters": model}}
+
+
+def test_every_step_of_a_row_is_held_against_what_is_expected() -> None:
+    """Of Motion-I2V: the ControlNet beside stage 1, stage 1 alone, and stage 2."""
+    expected = export_full.EXPECTED["motion-i2v"]
+    assert expected.others is not None
+    row = {
+        "classes": classes(expected.out_of_the_loop, expected.model),
+        "other_classes": [classes(*pair) for pair in expected.others],
+        "graphs": {"step_video": {"motion_attentions": 0}},
+    }
+    export_full.check_counts(row, expected)
+    for wrong in ([classes(*expected.others[0])], [*row["other_classes"][:1], classes(1, 2)]):
+        with pytest.raises(ValueError, match="is expected"):
+            export_full.check_counts({**row, "other_classes": wrong}, expected)
+    export_full.check_counts(row, export_full.Expected(expected.out_of_the_loop, expected.model, 0))  # not looked at
