@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from unittest import mock
 
 import torch
@@ -37,6 +37,7 @@ from motionrt.export.systems.motionrag import merge_heads, split_heads
 
 OUTPUTS = ("next_latents",)
 Values = dict[str, Tensor]
+Net = TypeVar("Net", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ class Splats(NamedTuple):
 
 
 def splatted(table: Splats, features: Tensor) -> Tensor:
-    """As `stencil.warped`, by an averaging splat: `[B, P, D]` -> `[B, P, n, D]`. What falls on one place is added up there."""
+    """As `stencil.warped`, by an averaging splat: `[B, P, D]` -> `[B, P, n, D]`. What falls on one place is added up there, in
+    the dtype of the field."""
     batch, frames = table.flow.shape[:2]
     places, width = features.shape[1:]
     targets, _, weights = entries(table.flow)
@@ -94,7 +96,8 @@ def splatted(table: Splats, features: Tensor) -> Tensor:
     moved = (known * weights.view(4, batch, frames, places, 1)).flatten(0, 3)
     room = moved.new_zeros(batch * places * frames + 1, width + 1)
     sums = room.index_put((targets,), moved, accumulate=True)[:-1]
-    return (sums[:, :-1] / (sums[:, -1:] + EPSILON)).view(batch, places, frames, width)
+    found = sums[:, :-1] / (sums[:, -1:] + EPSILON)
+    return found.to(features.dtype).view(batch, places, frames, width)
 
 
 def projected_after(attn: Any, hidden: Tensor, positions: Tensor, warp: Warp, first: Tensor | None = None) -> Tensor:
@@ -195,9 +198,13 @@ FORMS: Mapping[str, Form] = {
 
 
 def network(size: Size, seed: int = 0) -> VideoUNet:
-    """Stage 2 with random weights that all matter: those that a library begins at zero as well, or faults would not show."""
+    """Stage 2 with random weights."""
     torch.manual_seed(seed)
-    net = VideoUNet(size.config)
+    return all_matter(VideoUNet(size.config))
+
+
+def all_matter(net: Net) -> Net:
+    """`net` with weights drawn where a library begins at zero, or faults would not show; in place."""
     with torch.no_grad():
         for value in net.parameters():
             if not bool(value.any()):
