@@ -172,5 +172,6 @@ class _Chunks:
 
 def _placed(at: Tensor, values: Tensor, size: int, fill: float) -> Tensor:
     """`values` at the places `at`, no two the same below `size`, and `fill` elsewhere; what is at `size` is dropped."""
-    room = torch.full((size + 1,), fill, dtype=values.dtype, device=values.device)
+    most = max(size + 1, at.shape[0])  # TensorRT scatters no more than there is room for
+    room = torch.full((most,), fill, dtype=values.dtype, device=values.device)
     return room.scatter(0, at, values)[:size]
