@@ -13,6 +13,7 @@ Stages run after one another, not in turns (two full models rarely fit), so smal
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,20 +42,21 @@ ALLOWED = {torch.bfloat16: 5e-2, torch.float32: 1e-4}
 Step = Callable[[], Sequence[Tensor]]
 
 
-def spec_of(inputs: Mapping[str, Tensor]) -> GraphSpec:
-    """The interface of a step at exactly these sizes, typed in float32 as a bundle's is, whatever it computes in."""
+def spec_of(inputs: Mapping[str, Tensor], outputs: Sequence[str] = OUTPUTS) -> GraphSpec:
+    """The interface of a step at exactly these sizes, typed in float32 as a bundle's is, whatever it computes in; `outputs` are
+    as large as the latents."""
 
     def port(name: str, value: Tensor) -> Port:
         dtype = "float32" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
         return Port(name, dtype, tuple(Dim("", s, s, s) for s in value.shape))
 
-    outputs = tuple(port(name, inputs["latents"]) for name in OUTPUTS)
-    return GraphSpec("step", "", "", tuple(port(*item) for item in inputs.items()), outputs)
+    made = tuple(port(name, inputs["latents"]) for name in outputs)
+    return GraphSpec("step", "", "", tuple(port(*item) for item in inputs.items()), made)
 
 
 def graph_of(partition: Partition, inputs: Mapping[str, Tensor], mode: str, device: str) -> tuple[Checked, str]:
     """The rewritten step behind the seam, prepared as `mode` says, and its mode; what it fell back from is printed."""
-    spec = spec_of(inputs)
+    spec = spec_of(inputs, partition.step.outputs)
     executor = TorchExecutor(spec, partition.step.module, inputs, partition.step.outputs, torch.device(device))
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -86,6 +88,20 @@ def plain(module: nn.Module, values: Mapping[str, Tensor], mode: str) -> Step:
         return results
 
     return run
+
+
+def counted(module: nn.Module, values: Mapping[str, Tensor], device: str) -> int:
+    """FLOPs of a step, counted by torch as it runs it once.
+
+    Its counter knows no fused attention of a CPU: there it is run as the products that it consists of.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    attention = sdpa_kernel(SDPBackend.MATH) if device == "cpu" else contextlib.nullcontext()
+    with torch.no_grad(), attention, FlopCounterMode(display=False) as counter:
+        module(**values)
+    return int(counter.get_total_flops())
 
 
 def relative(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:

@@ -104,6 +104,20 @@ def svd_step(options: argparse.Namespace, toy: bool) -> None:
         gpu_svd.main(arguments)
 
 
+def mid_steps(options: argparse.Namespace, toy: bool) -> None:
+    """DynamiCrafter's step and those of Motion-I2V at a middle size; rows of gpu_step."""
+    import torch
+
+    from motionrt.benchmarks.gpu import gpu_mid
+
+    arguments = [*_common(options), "--budget", str(_budget("mid_steps", options))]
+    if toy:
+        stages = ["--size", "toy", "--stages", "released_eager", "ours_eager", "base_eager"]
+        gpu_mid.main([*arguments, *stages], device="cpu", dtype=torch.float32)
+    else:
+        gpu_mid.main(arguments)
+
+
 def _request(part: str, rounds: int | None = None) -> Callable[[argparse.Namespace, bool], None]:
     def run(options: argparse.Namespace, toy: bool) -> None:
         import torch
@@ -166,6 +180,7 @@ STAGES = (
     Stage("decode", 60, _request("decode", 5), ("torch", "transformers", "diffusers")),
     Stage("request", 150, _request("request", 3), ("torch", "transformers", "diffusers", "networkx")),
     Stage("torch_programs", 60, torch_programs, ("torch", "onnxruntime", "usearch")),
+    Stage("mid_steps", 180, mid_steps, ("torch", "diffusers", "networkx")),
     Stage("guided_step", 120, guided_step, ("torch", "onnxruntime", "usearch", "av")),
     Stage(
         "cogvideox_more", 400, _cogvideox("cogvideox_more", MORE, MORE_TOY), ("torch", "diffusers", "networkx"), optional=True

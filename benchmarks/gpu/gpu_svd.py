@@ -9,7 +9,6 @@ cross-attentions, adapters included, leave the loop, so the goal is to be cheape
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -160,24 +159,14 @@ def run(suite: gpu_step.Suite, size: Size) -> None:
 
 
 def _flops(unet: Any, values: Mapping[str, Tensor], tokens: Tensor, size: Size) -> tuple[int, int]:
-    """FLOPs of the step as released and of the base step, counted by torch as it runs them once.
-
-    Its counter knows no fused attention of a CPU: there it is run as the products that it consists of.
-    """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    cpu = tokens.device.type == "cpu"
+    """FLOPs of the step as released and of the base step; see `gpu_step.counted`."""
     found = []
     adapted = dict(unet.attn_processors)
     for adapter in (True, False):
         if not adapter:
             unet.set_attn_processor(AttnProcessor2_0())
         module = AsReleased(unet, tokens, size.latents[0], adapter=adapter).to(tokens.device).eval()
-        attention = sdpa_kernel(SDPBackend.MATH) if cpu else contextlib.nullcontext()
-        with torch.no_grad(), attention, FlopCounterMode(display=False) as counter:
-            module(**values)
-        found.append(int(counter.get_total_flops()))
+        found.append(gpu_step.counted(module, values, tokens.device.type))
     unet.set_attn_processor(dict(adapted))  # it empties what it is given
     return found[0], found[1]
 

@@ -3,36 +3,46 @@
     cut = released_partition("svd", frames=16)
     plan = plan_memory(full_sizes("svd", 16, cut), full_roles(cut), steps=25, dtype="bfloat16")
 
+    with sparse_system("motion-i2v", 16) as system:                       # of several steps: from files that hold nothing
+        cuts = system_cuts(system)
+        plan = plan_memory(list(system_sizes(system, cuts)), system_roles(system, cuts), steps=25, dtype="bfloat16")
+
 Modules are those that an export traces, with fake weights; configs are those of `sparse_models`. `motion` (VideoMAE) is left
 out: it serves no request.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from motionrt.benchmarks.models.sparse_models import CLIP_H_TEXT, RELEASED, SD_VAE
+from motionrt.benchmarks.models.sparse_models import CLIP_H_TEXT, RELEASED, SD_VAE, write_motion_i2v
 from motionrt.export.checkpoints.encoders import AppearanceTokens, Preprocess, Text
+from motionrt.export.checkpoints.motion_i2v_files import MotionI2VSources
 from motionrt.export.checkpoints.motionrag_files import ResamplerSize
 from motionrt.export.checkpoints.text_query import SentenceEmbedding
 from motionrt.export.compiler.liveness import live_bytes
 from motionrt.export.compiler.partition import Partition, Program
-from motionrt.export.compiler.weightless import faked, meta
+from motionrt.export.compiler.weightless import fake_partition, faked, meta
 from motionrt.export.exporter import OVER_STEPS
 from motionrt.export.onnx.functions import symbolic_forms
 from motionrt.export.systems.cogvideox import DecodeCausal, EncodeCausal, chunks, flat_caches
 from motionrt.export.systems.dynamicrafter.parts import EncodeStill as CrafterStill
 from motionrt.export.systems.dynamicrafter.parts import ImageTokens
 from motionrt.export.systems.dynamicrafter.system import DECODED
+from motionrt.export.systems.motion_i2v.released import motion_i2v_system
 from motionrt.export.systems.motionclone.frames import DecodeFrames
 from motionrt.export.systems.svd import DecodeTemporal, EncodeStill
+from motionrt.export.systems.system import System
 from motionrt.runtime.bundle.footprint import GraphSize, Roles
 
 Ports = tuple[tuple[str, str, tuple[int, ...]], ...]
@@ -56,6 +66,69 @@ def full_roles(cut: Partition) -> Roles:
     when = dict.fromkeys(before, "before") | {"step": "loop", "decode": "after", "decode_next": "after"}
     rows = frozenset(tensor.name for tensor in cut.hoisted if tensor.kind in OVER_STEPS)
     return Roles(when, frozenset(tensor.name for tensor in cut.hoisted) - rows, rows)
+
+
+@contextmanager
+def sparse_system(model: str, frames: int, size: tuple[int, int] = (320, 512), **configs: Any) -> Iterator[System]:
+    """The system of a model whose plan has several steps, of files that hold zeros and are there in the block; `configs` as of
+    `write_motion_i2v`. ValueError for another model than motion-i2v."""
+    if model != "motion-i2v":
+        raise ValueError(f"model is {model!r}; allowed: motion-i2v.")
+    with tempfile.TemporaryDirectory() as folder:
+        write_motion_i2v(Path(folder), **configs)
+        height, width = size
+        yield motion_i2v_system(MotionI2VSources(Path(folder) / "models"), frames=frames, height=height, width=width)
+
+
+def system_cuts(system: System) -> dict[str, Partition]:
+    """Every step of `system`, which is for one request, after the compiler pass, by its suffix; traced in float32."""
+    found = {}
+    for step in system.steps:
+        args = tuple(step.examples()[-1].values())
+        module = copy.deepcopy(step.network.module)  # a trace uses up a module without weights
+        found[step.suffix] = fake_partition(module, args, step.changes, outputs=step.outputs, batch=1, suffix=step.suffix)
+    return found
+
+
+def system_sizes(system: System, cuts: Mapping[str, Partition]) -> Iterator[GraphSize]:
+    """One `GraphSize` after the other, weights in float32."""
+    for name, graph in system.graphs.items():
+        if name == "text_query":
+            yield _text_query()
+            continue
+        sizes = {dim: span.opt for dim, span in graph.sizes.items()}
+        feed = [array.drawn(sizes, None) for array in graph.inputs.values()]
+        yield _traced(name, lambda graph=graph: copy.deepcopy(graph.network.module), torch.float32, feed, graph.outputs)
+    for suffix, cut in cuts.items():
+        for kind, program in cut.programs.items():
+            if program.outputs:
+                yield _program(f"{kind}{suffix}", program, STEPS if kind in OVER_STEPS else 1, "float32")
+
+
+def system_roles(system: System, cuts: Mapping[str, Partition]) -> Roles:
+    """As `footprint.roles` of the bundle that an export would make."""
+    programs = {f"{kind}{suffix}" for suffix, cut in cuts.items() for kind, program in cut.programs.items() if program.outputs}
+    tables: dict[str, list[str]] = {}
+    for suffix, cut in cuts.items():
+        tables[f"step{suffix}"] = [f"{kind}{suffix}" for kind in cut.programs if kind in OVER_STEPS]
+    when = {} if system.memory is None else {system.memory.query: "before"}
+    rows, made = set[str](), {port for graph in system.graphs.values() for port in graph.outputs}
+    for entry in system.plan:
+        name = entry if isinstance(entry, str) else entry.graph
+        loop = system.loops.get(name)
+        if loop is not None and loop.feeds:
+            early = [*loop.tables, *(table for graph in loop.graphs for table in tables[graph])]
+            when |= dict.fromkeys((table for table in early if table in programs | system.graphs.keys()), "before")
+            when |= dict.fromkeys(loop.graphs, "loop")
+            rows |= {port for table in loop.tables for port in system.graphs[table].outputs}
+        else:
+            kind = "after" if "loop" in when.values() else "before"
+            graphs = (name,) if loop is None else loop.graphs
+            when |= {graph: kind for graph in graphs if graph not in when and graph in programs | system.graphs.keys()}
+    hoisted = [tensor for cut in cuts.values() for tensor in cut.hoisted]
+    rows |= {tensor.name for tensor in hoisted if tensor.kind in OVER_STEPS}
+    read = {port for suffix, cut in cuts.items() for port in cut.step.inputs}
+    return Roles(when, frozenset(((made & read) | {tensor.name for tensor in hoisted}) - rows), frozenset(rows))
 
 
 def _cogvideox(frames: int) -> Iterator[GraphSize]:
@@ -168,8 +241,8 @@ def _traced(name: str, make: Any, dtype: torch.dtype, feed: list[Tensor], output
     return GraphSize(name, weights, _ports(inputs), _ports(zip(outputs, results, strict=True)), live_bytes(graph))
 
 
-def _program(name: str, program: Program, repeated: int = 1) -> GraphSize:
-    """One program of the partition, which was traced in bfloat16; `repeated` rows of the schedule at once."""
+def _program(name: str, program: Program, repeated: int = 1, typed: str = "bfloat16") -> GraphSize:
+    """One program of the partition, which was traced in `typed`; `repeated` rows of the schedule at once."""
     graph = torch.fx.Graph()
     graph.output(graph.graph_copy(program.module.graph, {}))
     for node in graph.nodes:
@@ -179,7 +252,7 @@ def _program(name: str, program: Program, repeated: int = 1) -> GraphSize:
     results: Any = graph.output_node().args[0]
     made = [(port, node.meta["val"]) for port, node in zip(program.outputs, results, strict=True)]
     weights = _by_dtype(value for _, value in program.module.named_buffers())
-    return GraphSize(name, weights, _ports(inputs), _ports(made), repeated * live_bytes(graph), "bfloat16")
+    return GraphSize(name, weights, _ports(inputs), _ports(made), repeated * live_bytes(graph), typed)
 
 
 def _of_one(value: Any) -> Any:

@@ -43,14 +43,16 @@ class Saved:
         return open_graph(self.path, threads)
 
 
-def digest() -> str:
-    """Of everything that the graphs come from: our sources and the versions of what traces them."""
+def digest(*more: Path) -> str:
+    """Of everything that the graphs come from: our sources, the files `more` and the versions of what traces them."""
     found = hashlib.sha256(f"{torch.__version__}".encode())
     for folder in ("export", "kernels"):
         for file in sorted((harness.ROOT / folder).rglob("*.py")):
             found.update(file.read_bytes())
     for name in ("mid_models.py", "full_step.py", "released.py"):
         found.update((Path(__file__).parent / name).read_bytes())
+    for file in more:
+        found.update(file.read_bytes())
     return found.hexdigest()[:12]
 
 

@@ -4,6 +4,7 @@
     python benchmarks/models/partition_report.py cogvideox-5b-i2v --frames 49
     python benchmarks/models/partition_report.py svd --frames 16
     python benchmarks/models/partition_report.py dynamicrafter-1024 --frames 16
+    python benchmarks/models/partition_report.py motion-i2v --frames 16            # a row for each of its three steps
 
     python benchmarks/models/partition_report.py --table        # docs/models.md's table of memory plans, from the newest rows
 
@@ -17,48 +18,79 @@ import argparse
 import json
 import resource
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from time import perf_counter
 from typing import Any
 
 from motionrt.benchmarks.harness import RESULTS, append_row
-from motionrt.benchmarks.models.full_sizes import STEPS, full_roles, full_sizes
+from motionrt.benchmarks.models.full_sizes import (
+    STEPS,
+    full_roles,
+    full_sizes,
+    sparse_system,
+    system_cuts,
+    system_roles,
+    system_sizes,
+)
 from motionrt.benchmarks.models.released import released_partition
 from motionrt.export.compiler.partition import Partition
 from motionrt.export.compiler.weightless import weights_by_class
-from motionrt.runtime.bundle.footprint import plan_memory
+from motionrt.export.systems.system import System
+from motionrt.runtime.bundle.footprint import GraphSize, Roles, plan_memory
+
+MODELS = ("cogvideox-5b-i2v", "svd", "dynamicrafter-1024", "motion-i2v")
 
 
 def report(model: str, frames: int, layers: int | None = None) -> tuple[dict[str, Any], Partition]:
     """The row: sizes of each class, what crosses into the step (bytes), rules that fired, seconds and peak memory; the cut."""
     start = perf_counter()
     cut = released_partition(model, frames=frames, layers=layers)
+    return counted(model, frames, cut, "bfloat16", perf_counter() - start), cut
+
+
+def counted(model: str, frames: int, cut: Partition, dtype: str, seconds: float) -> dict[str, Any]:
+    """The row of a cut that was traced in `dtype`."""
     return {
         "model": model,
         "frames": frames,
-        "dtype": "bfloat16",
+        "dtype": dtype,
         "classes": {kind: vars(size) for kind, size in weights_by_class(cut).items()},
         "hoisted_bytes": {
             kind: sum(h.bytes for h in cut.hoisted if h.kind == kind) for kind in cut.programs if kind != "step"
         },
         "rules": dict(Counter(f.rule for f in cut.fired)),
-        "seconds": round(perf_counter() - start, 1),
+        "seconds": round(seconds, 1),
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-    }, cut  # fmt: skip
+    }  # fmt: skip
 
 
 def memory(model: str, frames: int, cut: Partition) -> dict[str, Any]:
+    """The row of the memory plan of a model of one step."""
+    return planned(model, frames, full_sizes(model, frames, cut), full_roles(cut))
+
+
+def planned(model: str, frames: int, found: Iterable[GraphSize], roles: Roles) -> dict[str, Any]:
     """The row of the memory plan: the plan in bfloat16, its lines, and the ports of the state by shape."""
     sizes = []
-    for size in full_sizes(model, frames, cut):
+    for size in found:
         print(f"{size.name}: {sum(size.weights.values())} bytes of weights, {size.activations} of activations", flush=True)
         sizes.append(size)
-    plan = plan_memory(sizes, full_roles(cut), steps=STEPS, dtype="bfloat16")
-    made = {name for size in sizes if size.name == "request" for name, _, _ in size.outputs}
-    state = Counter(f"{kind} {list(shape)}" for name, kind, shape in sizes[-1].inputs if name in made)
+    plan = plan_memory(sizes, roles, steps=STEPS, dtype="bfloat16")
+    loop = {name for name, when in roles.when.items() if when == "loop"}
+    read = {port for size in sizes if size.name in loop for port in size.inputs}
+    state = Counter(f"{kind} {list(shape)}" for name, kind, shape in read if name in roles.state)
     return {
         "model": model, "frames": frames, "plan": asdict(plan), "lines": [str(fit) for fit in plan.fits], "state": dict(state),
     }  # fmt: skip
+
+
+def steps_of(system: System, frames: int) -> tuple[list[dict[str, Any]], Mapping[str, Partition]]:
+    """A row for each step of a system that has several, whose models are named after them; the cuts by their suffixes."""
+    start = perf_counter()
+    cuts = system_cuts(system)
+    seconds = (perf_counter() - start) / len(cuts)
+    return [counted(system.name + suffix, frames, cut, "float32", seconds) for suffix, cut in cuts.items()], cuts
 
 
 def table() -> str:
@@ -89,7 +121,7 @@ def table() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=["cogvideox-5b-i2v", "svd", "dynamicrafter-1024"], nargs="?")
+    parser.add_argument("model", choices=MODELS, nargs="?")
     parser.add_argument("--frames", type=int)
     parser.add_argument("--table", action="store_true", help="print the newest memory plans as Markdown, and nothing else")
     parser.add_argument("--layers", type=int, help="fewer blocks of CogVideoX; no row is written")
@@ -101,10 +133,33 @@ def main() -> None:
         return
     if arguments.model is None or arguments.frames is None:
         parser.error("a model and --frames are needed")
-    row, cut = report(arguments.model, arguments.frames, arguments.layers)
+    rows, plan = reports(arguments.model, arguments.frames, arguments.layers, arguments.memory)
+    keep = not arguments.no_row and arguments.layers is None
+    for row in rows:
+        show(row)
+        if keep:
+            print(append_row("partition_report", row))
+    if plan is not None:
+        print("\n".join(plan["lines"]))
+        if keep:
+            print(append_row("memory_plan", plan))
+
+
+def reports(model: str, frames: int, layers: int | None, plan: bool) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """The rows of a model's steps, and that of its memory plan where it is asked for."""
+    if model == "motion-i2v":
+        with sparse_system(model, frames) as system:
+            rows, cuts = steps_of(system, frames)
+            return rows, planned(model, frames, system_sizes(system, cuts), system_roles(system, cuts)) if plan else None
+    row, cut = report(model, frames, layers)
+    return [row], memory(model, frames, cut) if plan else None
+
+
+def show(row: dict[str, Any]) -> None:
+    """Print the classes of a row as a table."""
     model = row["classes"]["model"]
-    print(f"{arguments.model}, {arguments.frames} frames: {model['parameters'] / 1e6:.2f} M parameters")
-    print(f"{'class':10} {'tensors':>8} {'M params':>10} {'% params':>9} {'MB bf16':>9} {'GFLOP':>11}")
+    print(f"{row['model']}, {row['frames']} frames: {model['parameters'] / 1e6:.2f} M parameters, {row['dtype']}")
+    print(f"{'class':10} {'tensors':>8} {'M params':>10} {'% params':>9} {'MB':>9} {'GFLOP':>11}")
     for kind, size in row["classes"].items():
         share = 100 * size["parameters"] / model["parameters"]
         print(
@@ -112,14 +167,6 @@ def main() -> None:
             f"{size['flops'] / 1e9:11.2f}"
         )
     print(f"into the step: {row['hoisted_bytes']} bytes; {row['seconds']} s, {row['peak_rss_mb']} MB")
-    keep = not arguments.no_row and arguments.layers is None
-    if keep:
-        print(append_row("partition_report", row))
-    if arguments.memory:
-        planned = memory(arguments.model, arguments.frames, cut)
-        print("\n".join(planned["lines"]))
-        if keep:
-            print(append_row("memory_plan", planned))
 
 
 if __name__ == "__main__":

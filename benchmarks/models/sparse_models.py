@@ -4,6 +4,7 @@
     write_svd(root, RELEASED)
     write_dynamicrafter(root, RELEASED) # root/base/model.safetensors, root/tokenizer, root/rag, root/videomae, root/dinov2
     write_motionclone(root)             # root/base, root/motion.safetensors, root/rgb.safetensors, root/sketch.safetensors
+    write_motion_i2v(root)              # root/models, as the release has it
 
 For trials of an export at full size. Configs are those of the public `config.json` files; the text tokenizer is a stand-in.
 """
@@ -18,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from motionrt.benchmarks.models.released import COGVIDEOX_5B_I2V, DYNAMICRAFTER, SVD_UNET
-from motionrt.export.checkpoints.animatediff_files import released_name
+from motionrt.export.checkpoints.animatediff_files import base_config, released_name
+from motionrt.export.checkpoints.files import Component
 from motionrt.export.checkpoints.motionrag_files import (
     DIFFUSERS,
     CamaSize,
@@ -34,10 +37,11 @@ from motionrt.export.checkpoints.renaming import compvis_names, released_names, 
 from motionrt.export.checkpoints.safetensors_file import NAMES
 from motionrt.export.compiler.weightless import meta
 from motionrt.export.systems.dynamicrafter.unet import DynamiCrafterUNet, adapted
+from motionrt.export.systems.motion_i2v.networks import FlowUNet, Trajectories, VideoUNet
 from motionrt.export.systems.svd import adapter_blocks
 
 Config = Mapping[str, Any]
-_DIFFUSERS, _TRANSFORMERS = "diffusion_pytorch_model.safetensors", "model.safetensors"
+_DIFFUSERS, _TRANSFORMERS, _PICKLED = "diffusion_pytorch_model.safetensors", "model.safetensors", "diffusion_pytorch_model.bin"
 
 _T5_XXL: Config = {
     "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
@@ -74,7 +78,7 @@ EULER: Config = {
 }  # fmt: skip
 
 # Stable Diffusion 1.5, and AnimateDiff v3 for it
-_SD_UNET: Config = {
+SD_UNET: Config = {
     "attention_head_dim": 8, "block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768, "in_channels": 4,
     "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"], "layers_per_block": 2, "norm_num_groups": 32,
     "sample_size": 64, "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
@@ -83,7 +87,7 @@ SD_VAE: Config = {
     "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "latent_channels": 4,
     "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32, "sample_size": 512,
 }  # fmt: skip
-_CLIP_L: Config = {
+CLIP_L: Config = {
     "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
     "max_position_embeddings": 77, "hidden_act": "quick_gelu",
 }  # fmt: skip
@@ -95,6 +99,10 @@ _SPARSECTRL: Config = {"block_out_channels": (320, 640, 1280, 1280), "cross_atte
 PNDM: Config = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
     "skip_prk_steps": True, "steps_offset": 1,
+}  # fmt: skip
+DDIM: Config = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "linear", "num_train_timesteps": 1000, "clip_sample": False,
+    "steps_offset": 1, "set_alpha_to_one": True,
 }  # fmt: skip
 
 
@@ -196,16 +204,9 @@ def write_dynamicrafter(root: Path, sizes: Sizes, dtype: torch.dtype = torch.bfl
 
 def write_motionclone(root: Path, dtype: torch.dtype = torch.float16) -> None:
     """A Stable Diffusion 1.5 folder, AnimateDiff's motion modules and both SparseCtrls by their released keys."""
-    from diffusers import AutoencoderKL, SparseControlNetModel, UNet2DConditionModel, UNetMotionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from diffusers import SparseControlNetModel, UNetMotionModel
 
-    base = root / "base"
-    _component(base / "unet", UNet2DConditionModel, _SD_UNET, _DIFFUSERS, dtype)
-    _component(base / "vae", AutoencoderKL, SD_VAE, _DIFFUSERS, dtype)
-    text = CLIPTextConfig(**_CLIP_L)
-    _component(base / "text_encoder", CLIPTextModel, _CLIP_L, _TRANSFORMERS, dtype, lambda: CLIPTextModel(text))
-    _pipeline(base, "StableDiffusionPipeline", PNDM)
-    _tokenizer(base / "tokenizer", "<|endoftext|>")
+    _stable_diffusion(root / "base", PNDM, dtype)
 
     def released(kind: Any, config: Config, only: str = "") -> dict[str, tuple[int, ...]]:
         with meta():
@@ -217,6 +218,60 @@ def write_motionclone(root: Path, dtype: torch.dtype = torch.float16) -> None:
     sparse_file(root / "motion.safetensors", released(UNetMotionModel, ANIMATEDIFF, ".motion_modules."), dtype)
     sparse_file(root / "rgb.safetensors", released(SparseControlNetModel, _SPARSECTRL), dtype)
     sparse_file(root / "sketch.safetensors", released(SparseControlNetModel, sketch), dtype)
+
+
+def write_motion_i2v(
+    root: Path, unet: Config = SD_UNET, vae: Config = SD_VAE, text: Config = CLIP_L, dtype: torch.dtype = torch.float32
+) -> None:
+    """Motion-I2V's folder `models` by its released names and keys, tables of positions among them: what was tuned for pictures
+    in float16, all else in `dtype`. `unet`, `vae`, `text`: of the Stable Diffusion; `vae` of the fields' autoencoder too."""
+    from diffusers import AutoencoderKL
+
+    models, half = root / "models", torch.float16
+    flow, base = models / "stage1/StableDiffusion-FlowGen", models / "stage2/StableDiffusion"
+    tuned = models / "stage2/DreamBooth_LoRA"
+    _stable_diffusion(base, DDIM, dtype, unet, vae, text)
+    config = base_config(Component(base, dict(unet), {}))
+    config |= {"motion_num_attention_heads": config["num_attention_heads"], "motion_max_seq_length": 32}
+    of_fields = config | {"in_channels": 2 * config["in_channels"]}
+    with meta():
+        nets = FlowUNet(of_fields), Trajectories(of_fields), VideoUNet(config)
+        fields, pictures = AutoencoderKL(**{**vae, "in_channels": 2, "out_channels": 2}), AutoencoderKL(**vae)
+    stage1, drawn, stage2 = ({
+        key: tuple(value.shape) for name, value in net.state_dict().items() for key in named(name.removeprefix("unet."))
+    } for net in nets)  # fmt: skip
+    still = {key: shape for key, shape in stage2.items() if ".motion_modules." not in key}
+    torch_file(flow / "unet" / _PICKLED, stage1, dtype)
+    torch_file(flow / "controlnet" / "controlnet.bin", {f"controlnet.{key}": shape for key, shape in drawn.items()}, dtype)
+    torch_file(models / "stage2/Motion_Module/motion_block.bin", {k: s for k, s in stage2.items() if k not in still}, dtype)
+    torch_file(tuned / "realistic_unet.ckpt", still, half)
+    torch_file(flow / "vae_flow" / _PICKLED, {key: tuple(v.shape) for key, v in fields.state_dict().items()}, dtype)
+    (flow / "vae").mkdir()
+    (flow / "vae" / "config.json").write_text(json.dumps({**vae, "in_channels": 2, "out_channels": 2}))
+    names = compvis_names(pictures.state_dict(), len(vae["block_out_channels"]), "first_stage_model.")
+    sparse_file(tuned / "realisticVisionV51_v20Novae.safetensors", {p.key: p.shape for p in names.values()}, half)
+
+
+def named(name: str) -> tuple[str, ...]:
+    """The keys of a weight of a network of Motion-I2V in the released files: a table of positions is in both attentions."""
+    key = released_name(name)
+    block, _, table = key.partition(".pos_embed.")
+    return tuple(f"{block}.attention_blocks.{i}.pos_encoder.{table}" for i in range(2)) if table else (key,)
+
+
+def _stable_diffusion(
+    base: Path, scheduler: Config, dtype: torch.dtype, unet: Config = SD_UNET, vae: Config = SD_VAE, words: Config = CLIP_L
+) -> None:
+    """A diffusers folder of a Stable Diffusion 1.5."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    text = CLIPTextConfig(**words)
+    _component(base / "unet", UNet2DConditionModel, unet, _DIFFUSERS, dtype)
+    _component(base / "vae", AutoencoderKL, vae, _DIFFUSERS, dtype)
+    _component(base / "text_encoder", CLIPTextModel, words, _TRANSFORMERS, dtype, lambda: CLIPTextModel(text))
+    _pipeline(base, "StableDiffusionPipeline", scheduler)
+    _tokenizer(base / "tokenizer", "<|endoftext|>")
 
 
 def _component(
@@ -294,3 +349,12 @@ def sparse_file(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
+
+
+def torch_file(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+    """The same as `torch.save` writes it: its storages are holes."""
+    with FakeTensorMode():
+        tensors: dict[str, Tensor] = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with torch.serialization.skip_data(materialize_fake_tensors=True):
+        torch.save(tensors, path)

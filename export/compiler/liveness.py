@@ -39,6 +39,12 @@ def live_bytes(graph: Graph) -> int:
     return most
 
 
+def made_bytes(graph: Graph) -> int:
+    """Bytes of all values that the operations of `graph` make: what is written in one call, nothing fused; a view is none."""
+    nodes = (node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output"))
+    return sum(_bytes(node) for node in nodes if _looked_into(node) is None)
+
+
 def _looked_into(node: Node) -> Node | None:
     """The input whose memory the value of `node` shares, or None for a value of its own."""
     if node.op == "output":

@@ -11,7 +11,7 @@ target p of every frame i, and `warped` reads any features by it, projected ones
 How many sources a target has depends on the field (none to all), but sizes of a graph do not. So a target has `SLOTS` slots of
 its own, and what does not fit goes to chunks of `SLOTS` more, which chunks of chunks add up: a tree, in which every level has
 room for the worst field (a source has four targets at most). Nothing is left out, and nothing is added up in an order that
-changes: there is no scatter with a sum in it but of whole numbers. With 4 slots a target costs 11 reads, with 8 it costs 14.
+changes: there is no scatter with a sum in it. With 4 slots a target costs 11 reads, with 8 it costs 14.
 
 Shapes: B requests, n frames behind frame 0, h x w places, R = B h w n targets in the order [B, place, frame].
 """
@@ -97,9 +97,12 @@ def stencil(flow: Tensor) -> Stencil:
     place = torch.arange(total, device=flow.device)
     order = (owner * total + place).sort().indices  # no two are equal: the order is one
     owner, source, weight = owner[order], source[order], weight[order]
-    counts = torch.zeros(rows + 1, dtype=torch.int64, device=flow.device).scatter_add(0, owner, torch.ones_like(owner))
-    rank = place - (counts.cumsum(0) - counts)[owner]
-    counts = counts[:rows]
+    # Where each owner's entries begin and end among the sorted: counted without a sum, which TensorRT's scatter does not have.
+    nowhere = torch.full_like(owner, rows + 1)
+    begins, ends = F.pad(owner[:-1], (1, 0), value=-1) != owner, F.pad(owner[1:], (0, 1), value=-1) != owner
+    begin = _placed(torch.where(begins, owner, nowhere), place, rows + 1, 0)
+    counts = (_placed(torch.where(ends, owner, nowhere), place + 1, rows + 1, 0) - begin)[:rows]
+    rank = place - begin[owner]
 
     chunk = _Chunks(torch.where(rank < SLOTS, rows, owner), rank - SLOTS, counts.clamp(min=SLOTS) - SLOTS, _room(rows, 1))
     slot = torch.where((owner < rows) & (rank < SLOTS), owner * SLOTS + rank, rows * SLOTS + chunk.slot)
@@ -169,5 +172,6 @@ class _Chunks:
 
 def _placed(at: Tensor, values: Tensor, size: int, fill: float) -> Tensor:
     """`values` at the places `at`, no two the same below `size`, and `fill` elsewhere; what is at `size` is dropped."""
-    room = torch.full((size + 1,), fill, dtype=values.dtype, device=values.device)
+    most = max(size + 1, at.shape[0])  # TensorRT scatters no more than there is room for
+    room = torch.full((most,), fill, dtype=values.dtype, device=values.device)
     return room.scatter(0, at, values)[:size]

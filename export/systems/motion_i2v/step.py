@@ -98,10 +98,7 @@ class VideoStep(nn.Module):
         count = sum(2 + depth(h * w) for h, w in grids)
         fields, (guidance, negative_text) = tables_of(more[:count], grids), more[count:] or (None, None)
         output = self.net(reference, latents, timestep, branches(text, negative_text), fields, self.fused)
-        following = updated(latents, output, coefficients, guidance)
-        _, _, signal, spread, hold = (like(column, latents) for column in coefficients.unbind(1))
-        held = coarse(brush, height)[:, None] * hold
-        return held * (signal * reference[:, None] + spread * start) + (1 - held) * following
+        return held(updated(latents, output, coefficients, guidance), coefficients, reference, brush, start)
 
 
 class Times(nn.Module):
@@ -120,6 +117,13 @@ class Times(nn.Module):
 def branches(text: Tensor, negative_text: Tensor | None) -> Tensor:
     """Rows of text of every request, `[B g, L, D]`: without the prompt and with it, or with it alone."""
     return text if negative_text is None else paired(negative_text, text)
+
+
+def held(following: Tensor, coefficients: Tensor, reference: Tensor, brush: Tensor, start: Tensor) -> Tensor:
+    """Latents `following [B, n, 4, h, w]` with the image, as noisy as they are, where the brush holds it; see `VideoStep`."""
+    _, _, signal, spread, hold = (like(column, following) for column in coefficients.unbind(1))
+    share = coarse(brush, following.shape[-2])[:, None] * hold
+    return share * (signal * reference[:, None] + spread * start) + (1 - share) * following
 
 
 def updated(latents: Tensor, outputs: Tensor, coefficients: Tensor, guidance: Tensor | None) -> Tensor:

@@ -24,13 +24,15 @@ def printed_rows(out: str) -> list[dict[str, Any]]:
 def test_every_stage_runs_on_the_cpu_or_says_why_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All but the CogVideoX step, whose own test runs it at this very size: of it, how it is called."""
+    """All but the steps whose own tests run them at this very size, CogVideoX's and those of gpu_mid: of them, how they are
+    called."""
     for package in ("torch", "diffusers", "transformers", "triton"):
         pytest.importorskip(package)
     called: list[tuple[list[str], dict[str, Any]]] = []
-    from motionrt.benchmarks.gpu import gpu_step
+    from motionrt.benchmarks.gpu import gpu_mid, gpu_step
 
-    monkeypatch.setattr(gpu_step, "main", lambda arguments, **more: called.append((arguments, more)))
+    for script in (gpu_step, gpu_mid):
+        monkeypatch.setattr(script, "main", lambda arguments, **more: called.append((arguments, more)))
     code = gpu_suite.main(["--toy", "--rounds", "2", "--warmups", "1", "--results", str(tmp_path)])
     out = capsys.readouterr().out
     assert code == 0, out
@@ -42,9 +44,10 @@ def test_every_stage_runs_on_the_cpu_or_says_why_not(
     rows = printed_rows(out)
     assert len(rows) == sum(len(path.read_text().splitlines()) for path in tmp_path.glob("*.jsonl"))
     found = {(row["question"], row["backend"]) for row in rows if "backend" in row}
-    assert [(arguments[-1], more["device"]) for arguments, more in called] == [("toy", "cpu")] * 2
-    stages = [arguments[arguments.index("--stages") + 1 : -2] for arguments, _ in called]
-    assert stages == [["released_eager", "ours_eager"], ["base_eager"]]
+    sizes = [(arguments[arguments.index("--size") + 1], more["device"]) for arguments, more in called]
+    assert sizes == [("toy", "cpu")] * 3
+    stages = [[word for word in arguments if word in gpu_step.STAGES] for arguments, _ in called]
+    assert stages == [["released_eager", "ours_eager"], ["released_eager", "ours_eager", "base_eager"], ["base_eager"]]
     steps = {"released_eager", "ours_eager", "base_eager"}
     assert {backend for question, backend in found if question == "gpu_step"} == steps
     assert {row["what"] for row in rows if row["question"] == "gpu_step"} == {"svd toy step"}
