@@ -36,8 +36,12 @@ def expected(scaled: bool, strength: float, draw: Any) -> Any:
     return picture(latents).numpy()
 
 
-@pytest.mark.parametrize("streamed", [False, True], ids=["in memory", "streamed"])
-@pytest.mark.parametrize("scaled", [True, False], ids=["with a request", "without one"])
+@pytest.mark.parametrize(
+    "streamed", [pytest.param(False, id="in memory", marks=pytest.mark.slow), pytest.param(True, id="streamed")]
+)
+@pytest.mark.parametrize(
+    "scaled", [pytest.param(True, id="with a request"), pytest.param(False, id="without one", marks=pytest.mark.slow)]
+)
 def test_a_bundle_does_what_its_modules_do(streamed: bool, scaled: bool, tmp_path: Path) -> None:
     said: list[str] = []
     lines = export_system(toy(streamed, scaled), tmp_path / "bundle", say=said.append)

@@ -76,7 +76,7 @@ def test_solver_rows_refuse_other_schedulers() -> None:
         solver_rows(DDPMScheduler(), 4)
 
 
-@pytest.mark.parametrize("rotary", [True, False], ids=["rope", "sincos"])
+@pytest.mark.parametrize("rotary", [pytest.param(True, id="rope"), pytest.param(False, id="sincos", marks=pytest.mark.slow)])
 def test_rewritten_denoiser_equals_the_plain_one_over_all_steps(rotary: bool) -> None:
     torch.manual_seed(0)
     transformer = CogVideoXTransformer3DModel(
