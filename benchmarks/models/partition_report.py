@@ -40,6 +40,7 @@ from motionrt.export.systems.system import System
 from motionrt.runtime.bundle.footprint import GraphSize, Roles, plan_memory
 
 MODELS = ("cogvideox-5b-i2v", "svd", "dynamicrafter-1024", "motion-i2v")
+SMALL = 2**30 // 10  # bytes of a graph that the table of memory plans does without
 
 
 def report(model: str, frames: int, layers: int | None = None) -> tuple[dict[str, Any], Partition]:
@@ -94,7 +95,8 @@ def steps_of(system: System, frames: int) -> tuple[list[dict[str, Any]], Mapping
 
 
 def table() -> str:
-    """The newest memory plans as Markdown: one column for each model and number of frames."""
+    """The newest memory plans as Markdown: one column for each model and number of frames. Graphs that take less than `SMALL`
+    bytes in all of them are left out."""
     rows = {}
     for line in (RESULTS / "memory_plan.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -106,6 +108,8 @@ def table() -> str:
     lines = [f"| GiB, bfloat16 | {' | '.join(rows)} |", f"| --- {'| --- ' * len(rows)}|"]
     plans = [{graph["name"]: graph for graph in row["plan"]["graphs"]} for row in rows.values()]
     for name in dict.fromkeys(name for plan in plans for name in plan):
+        if all(p[name]["weights"] + p[name]["activations"] < SMALL for p in plans if name in p):
+            continue
         cells = (f"{gib(p[name]['weights'])} + {gib(p[name]['activations'])}" if name in p else "" for p in plans)
         lines.append(f"| `{name}`: weights + activations | {' | '.join(cells)} |")
     for key, said in (
