@@ -186,6 +186,27 @@ def allowance(part: float, outputs: Mapping[str, NDArray[Any]]) -> float:
     return part * max([1.0, *(float(np.abs(value).max()) for value in outputs.values())])
 
 
+def errors_to_fp64(
+    problem: Any, forms: Mapping[str, Callable[[Any], Any]], truths: Sequence[tuple[slice, Any]], factor: float
+) -> dict[str, float]:
+    """Largest error of each of `forms`, torch functions of `problem.hidden`, on the rows of `truths` (slice of the second
+    dimension, fp64 values there).
+
+    Raises ParityError where one is above `factor` times the error of `problem.released` in the same dtype, + 1e-6.
+    """
+
+    def error(form: Callable[[Any], Any]) -> float:
+        got = form(problem.hidden.clone())
+        return max(float((got[:, rows].double() - want).abs().max()) for rows, want in truths)
+
+    allowed = factor * error(problem.released) + 1e-6
+    errors = {name: error(form) for name, form in forms.items()}
+    for name, found in errors.items():
+        if not found <= allowed:
+            raise ParityError(f"{name} differs from fp64 by {found:.3g} at {problem.shape}; allowed is {allowed:.3g}")
+    return errors
+
+
 def compare(
     candidates: Mapping[str, Candidate], *, reference: str, tolerance: float, warmups: int = 3, rounds: int = 30
 ) -> Comparison:

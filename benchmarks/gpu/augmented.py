@@ -135,15 +135,5 @@ def check(problem: Problem, forms: Mapping[str, Callable[[Tensor], Tensor]], fac
     Raises ParityError where one is above `factor` times the error of the released form in the same dtype, + 1e-6.
     """
     ends = [slice(0, CHECKED), slice(max(0, problem.shape.places - CHECKED), None)]
-    truths = [problem.released(problem.hidden.double(), places) for places in ends]
-
-    def error(form: Callable[[Tensor], Tensor]) -> float:
-        got = form(problem.hidden.clone())
-        return max(float((got[:, places].double() - want).abs().max()) for places, want in zip(ends, truths, strict=True))
-
-    allowed = factor * error(problem.released) + 1e-6
-    errors = {name: error(form) for name, form in forms.items()}
-    for name, found in errors.items():
-        if not found <= allowed:
-            raise harness.ParityError(f"{name} differs from fp64 by {found:.3g} at {problem.shape}; allowed is {allowed:.3g}")
-    return errors
+    truths = [(places, problem.released(problem.hidden.double(), places)) for places in ends]
+    return harness.errors_to_fp64(problem, forms, truths, factor)

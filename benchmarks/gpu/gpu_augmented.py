@@ -20,7 +20,7 @@ from torch import Tensor
 
 from motionrt.benchmarks import harness
 from motionrt.benchmarks.gpu.augmented import Problem, Shape, check, make_problem
-from motionrt.benchmarks.gpu.gpu_kernel import ROTATED_BYTES, Form, compiled, event_seconds, runnable
+from motionrt.benchmarks.gpu.gpu_kernel import ROTATED_BYTES, Form, compiled, event_seconds, runnable, shapes_in_turn
 from motionrt.kernels.motion_augmented_attention import reference
 
 SHAPES = {
@@ -100,27 +100,7 @@ def cpu_check() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Every shape in turn, or a word where there is no GPU."""
-    parser = argparse.ArgumentParser(description="Motion-augmented attention on a GPU: parity, then times.")
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="names, comma-separated")
-    parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
-    harness.add_options(parser, rounds=30, warmups=10)
-    parser.add_argument("--calls", type=int, default=10, help="calls between two events")
-    parser.add_argument("--cpu-check", action="store_true")
-    parser.add_argument("--note", default="")
-    options = parser.parse_args(arguments)
-    if options.cpu_check:
-        cpu_check()
-    if unknown := set(options.shapes.split(",")) - set(SHAPES):
-        parser.error(f"--shapes has {', '.join(sorted(unknown))}; allowed: {', '.join(SHAPES)}")
-    if not torch.cuda.is_available():
-        print("augmented kernel stages not run: no CUDA device")
-        return
-    torch.backends.cuda.matmul.allow_tf32 = False
-    for name in options.shapes.split(","):
-        with torch.no_grad():
-            measure(SHAPES[name], getattr(torch, options.dtype), options)
-        torch.cuda.empty_cache()
-        torch.compiler.reset()
+    shapes_in_turn(arguments, "augmented kernel", "Motion-augmented attention", SHAPES, "float16", measure, cpu_check)
 
 
 if __name__ == "__main__":

@@ -187,9 +187,18 @@ def cpu_check() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Every shape in turn, or a word where there is no GPU."""
-    parser = argparse.ArgumentParser(description="Motion-cross-attention on a GPU: parity, then times.")
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="names, comma-separated")
-    parser.add_argument("--dtype", default="bfloat16", choices=("float16", "bfloat16", "float32"))
+    shapes_in_turn(arguments, "kernel", "Motion-cross-attention", SHAPES, "bfloat16", measure, cpu_check)
+
+
+def shapes_in_turn(
+    arguments: list[str] | None, name: str, what: str, shapes: Mapping[str, Any], dtype: str,
+    measure: Callable[[Any, torch.dtype, argparse.Namespace], None], cpu_check: Callable[[], None],
+) -> None:  # fmt: skip
+    """The command line of a kernel's benchmark: `measure` those of `shapes` that are asked for, in `dtype` unless told
+    otherwise, or say that there is no GPU. `name`: of the stages; `what` they time."""
+    parser = argparse.ArgumentParser(description=f"{what} on a GPU: parity, then times.")
+    parser.add_argument("--shapes", default=",".join(shapes), help="names, comma-separated")
+    parser.add_argument("--dtype", default=dtype, choices=("float16", "bfloat16", "float32"))
     harness.add_options(parser, rounds=30, warmups=10)
     parser.add_argument("--calls", type=int, default=10, help="calls between two events")
     parser.add_argument("--cpu-check", action="store_true")
@@ -197,15 +206,15 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.cpu_check:
         cpu_check()
-    if unknown := set(options.shapes.split(",")) - set(SHAPES):
-        parser.error(f"--shapes has {', '.join(sorted(unknown))}; allowed: {', '.join(SHAPES)}")
+    if unknown := set(options.shapes.split(",")) - set(shapes):
+        parser.error(f"--shapes has {', '.join(sorted(unknown))}; allowed: {', '.join(shapes)}")
     if not torch.cuda.is_available():
-        print("kernel stages not run: no CUDA device")
+        print(f"{name} stages not run: no CUDA device")
         return
     torch.backends.cuda.matmul.allow_tf32 = False
-    for name in options.shapes.split(","):
+    for shape in options.shapes.split(","):
         with torch.no_grad():
-            measure(SHAPES[name], getattr(torch, options.dtype), options)
+            measure(shapes[shape], getattr(torch, options.dtype), options)
         torch.cuda.empty_cache()
         torch.compiler.reset()
 

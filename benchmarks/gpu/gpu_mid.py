@@ -135,12 +135,16 @@ def placed(way: Way, device: str, dtype: torch.dtype) -> Way:
 def run(suite: gpu_step.Suite, subject: Subject) -> None:
     """All stages of one step: as released, ours, and without adapters."""
     device, dtype = suite.device, suite.dtype
-    released = placed(subject.released, device, dtype)
-    whole = gpu_step.counted(Named(released.module), released.values, device)
-    for mode in ("eager", "compiled"):
-        make = lambda mode=mode: (gpu_step.plain(Named(released.module), released.values, mode), mode)  # noqa: E731
-        suite.stage(f"released_{mode}", whole, make)
-        suite.free()
+
+    def as_written(stage: str, way: Way) -> None:
+        moved = placed(way, device, dtype)
+        flops = gpu_step.counted(Named(moved.module), moved.values, device)
+        for mode in ("eager", "compiled"):
+            make = lambda mode=mode: (gpu_step.plain(Named(moved.module), moved.values, mode), mode)  # noqa: E731
+            suite.stage(f"{stage}_{mode}", flops, make)
+            suite.free()
+
+    as_written("released", subject.released)
     if any(suite.due(stage) for stage in suite.options.stages if stage.startswith("ours")):
         ours, start = placed(subject.ours, device, dtype), perf_counter()
         cut = partition(ours.module, tuple(ours.values.values()), subject.changes, outputs=subject.outputs)
@@ -151,12 +155,7 @@ def run(suite: gpu_step.Suite, subject: Subject) -> None:
             suite.stage(f"ours_{mode}", cut.classes["step"].flops, compute)
             suite.free()
     if subject.base is not None and any(suite.due(stage) for stage in suite.options.stages if stage.startswith("base")):
-        base = placed(subject.base, device, dtype)
-        flops = gpu_step.counted(Named(base.module), base.values, device)
-        for mode in ("eager", "compiled"):
-            make = lambda mode=mode: (gpu_step.plain(Named(base.module), base.values, mode), mode)  # noqa: E731
-            suite.stage(f"base_{mode}", flops, make)
-            suite.free()
+        as_written("base", subject.base)
 
 
 def main(arguments: list[str] | None = None, *, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> None:

@@ -99,20 +99,8 @@ def check(problem: Problem, forms: Mapping[str, Callable[[Tensor], Tensor]], fac
 
     Raises ParityError where one is above `factor` times the error of the released form in the same dtype, + 1e-6.
     """
-    hidden = problem.hidden
     ends = [slice(0, 256), slice(max(0, problem.shape.length - 256), None)]
-    truths = [problem.truth(rows) for rows in ends]
-
-    def error(form: Callable[[Tensor], Tensor]) -> float:
-        got = form(hidden.clone())
-        return max(float((got[:, rows].double() - want).abs().max()) for rows, want in zip(ends, truths, strict=True))
-
-    allowed = factor * error(problem.released) + 1e-6
-    errors = {name: error(form) for name, form in forms.items()}
-    for name, found in errors.items():
-        if not found <= allowed:
-            raise harness.ParityError(f"{name} differs from fp64 by {found:.3g} at {problem.shape}; allowed is {allowed:.3g}")
-    return errors
+    return harness.errors_to_fp64(problem, forms, [(rows, problem.truth(rows)) for rows in ends], factor)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -131,23 +119,30 @@ def main(arguments: list[str] | None = None) -> None:
         (adapter if options.case == "adapter" else attention)(options)
 
 
-def adapter(options: argparse.Namespace) -> None:
-    """The Motion-Adapter's layer."""
-    shape = Shape("adapter", 1, options.length, 64 * options.heads, options.heads, 25, 64)
-    problem = make_problem(shape, torch.float32, "cpu")
-    forms = {"released": problem.released, "folded": problem.fold}
-    errors = check(problem, forms)
+def in_turns(
+    forms: Mapping[str, Callable[[Tensor], Tensor]], hidden: Tensor, options: argparse.Namespace
+) -> harness.Comparison:
+    """Times of all `forms` of the same input, held to the released one."""
 
     def candidate(form: Callable[[Tensor], Tensor]) -> harness.Candidate:
-        return lambda: {"out": form(problem.hidden).numpy()}
+        return lambda: {"out": form(hidden).numpy()}
 
-    result = harness.compare(
+    return harness.compare(
         {name: candidate(form) for name, form in forms.items()},
         reference="released",
         tolerance=1e-4,
         warmups=options.warmups,
         rounds=options.rounds,
     )
+
+
+def adapter(options: argparse.Namespace) -> None:
+    """The Motion-Adapter's layer."""
+    shape = Shape("adapter", 1, options.length, 64 * options.heads, options.heads, 25, 64)
+    problem = make_problem(shape, torch.float32, "cpu")
+    forms = {"released": problem.released, "folded": problem.fold}
+    errors = check(problem, forms)
+    result = in_turns(forms, problem.hidden, options)
     ratio = result.ratio("released", "folded")
     _, plain, folded = choose_form(shape.length, shape.inner, shape.heads, shape.tokens, shape.width)
     for name in forms:
@@ -177,17 +172,7 @@ def attention(options: argparse.Namespace) -> None:
     problem = augmented.make_problem(shape, torch.float32, "cpu")
     forms = problem.forms()
     errors = augmented.check(problem, forms)
-
-    def candidate(form: Callable[[Tensor], Tensor]) -> harness.Candidate:
-        return lambda: {"out": form(problem.hidden).numpy()}
-
-    result = harness.compare(
-        {name: candidate(form) for name, form in forms.items()},
-        reference="released",
-        tolerance=1e-4,
-        warmups=options.warmups,
-        rounds=options.rounds,
-    )
+    result = in_turns(forms, problem.hidden, options)
     ratio, (released, ours) = result.ratio("released", "gathered"), shape.flops
     for name in forms:
         row: dict[str, Any] = {

@@ -8,9 +8,6 @@ As kernel_cases.py, whose reasons are here too; tests/kernels/test_augmented_int
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
-from kernel_cases import poisoned
+from kernel_cases import main, poisoned
 from torch import Tensor
 
 from motionrt.export.systems.motion_i2v.stencil import stencil
@@ -179,18 +176,5 @@ def run(case: Case, device: str) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Run every case whose name contains the argument."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", default="")
-    options = parser.parse_args()
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.set_num_threads(1)
-    for case in cases():
-        if options.only in case.name:
-            print(json.dumps(run(case, options.device)), flush=True)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    main(cases, run)

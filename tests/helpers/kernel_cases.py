@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -137,8 +136,8 @@ def run(case: Case, device: str) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Run every case whose name contains the argument."""
+def main(cases: Callable[[], Iterable[Any]], run: Callable[[Any, str], dict[str, Any]]) -> None:
+    """`run` every one of `cases` whose name contains the argument."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", default="")
@@ -151,4 +150,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(cases, run)
