@@ -31,19 +31,33 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = "docs/models.md"
 models = load_by_path(Path(__file__).resolve().parents[1] / "tests/helpers/tiny_models.py")
+shared = load_by_path(Path(__file__).resolve().parents[1] / "tests/helpers/shared_graphs.py")
 animatediff = load_by_path(Path(__file__).resolve().parents[1] / "tests/helpers/animatediff_models.py")
 motion_i2v = load_by_path(Path(__file__).resolve().parents[1] / "tests/helpers/motion_i2v_models.py")
 crafter = load_by_path(Path(__file__).resolve().parents[1] / "tests/helpers/dynamicrafter_models.py")
 readme = load_by_path(Path(__file__).resolve().parents[1] / "tests/test_readme.py")
 BLOCKS = readme.blocks((ROOT / PAGE).read_text(encoding="utf-8"), PAGE)
 FRAMES, HEIGHT, WIDTH = 17, 16, 32
-SMALL = (4, 16, 16)  # frames, height, width of the systems whose files do not say
+SMALL, CRAFTER = (4, 16, 16), (8, 16, 32)  # frames, height, width of the systems whose files do not say
 MADE = ("both", "begins-with", "boat", "left", "follows", "sails")  # videos of sections 9 to 11
 MOTIONRT = """#!/bin/sh
 case "$1 $2" in
-    "export motion"*|"export dynamicrafter-"*) set -- "$@" --frames {} --height {} --width {} ;;
+    "export motion"*) set -- "$@" --frames {} --height {} --width {} ;;
+    "export dynamicrafter-"*) set -- "$@" --frames {} --height {} --width {} ;;
 esac
-exec "{}" -P -c "from motionrt.runtime.cli.main import main; main()" "$@"
+case "$1" in
+    export) exec "{python}" -P "{export}" "$@" ;;
+esac
+exec "{python}" -P -c "from motionrt.runtime.cli.main import main; main()" "$@"
+"""
+EXPORT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {helpers!r})
+from shared_graphs import shared_graphs
+from motionrt.runtime.cli.main import main
+with shared_graphs(Path({store!r})):
+    main()
 """
 
 
@@ -72,7 +86,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.fromarray(draw.integers(0, 256, (90, 120, 3), np.uint8)).save(folder / "still.png")
     (folder / "bin").mkdir()
     script = folder / "bin" / "motionrt"
-    script.write_text(MOTIONRT.format(*SMALL, sys.executable))
+    export = folder / "bin" / "export.py"
+    export.write_text(EXPORT.format(helpers=str(ROOT / "tests/helpers"), store=str(shared.store(tmp_path_factory))))
+    script.write_text(MOTIONRT.format(*SMALL, *CRAFTER, python=sys.executable, export=export))
     script.chmod(0o755)
     write_other_systems(folder, draw)
     return folder
@@ -119,7 +135,8 @@ def test_what_the_blocks_made_is_there(place: Path) -> None:
     made = {name: (place / f"{name}.mp4").read_bytes() for name in MADE}
     assert len(set(made.values())) == len(made) and (place / "boat-field.mp4").is_file()
     for name in made:
-        assert read_clip(place / f"{name}.mp4", *SMALL, 8).std() > 0.01
+        size = CRAFTER if name in ("follows", "sails") else SMALL
+        assert read_clip(place / f"{name}.mp4", *size, 8).std() > 0.01
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.excluded], ids=str)

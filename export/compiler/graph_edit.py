@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses import FakeTensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 aten = torch.ops.aten
 
@@ -56,6 +57,14 @@ def fake_mode(graph: torch.fx.Graph) -> Any:
     """The mode that the values of a traced graph were made in."""
     values = (node.meta.get("val") for node in graph.nodes)
     return next(v.fake_mode for v in values if isinstance(v, FakeTensor))
+
+
+def functional(module: nn.Module) -> bool:
+    """Whether a module is a graph of the pass, in which nothing is written in place: to decompose it again changes nothing."""
+    if not isinstance(module, GraphModule):
+        return False
+    ops = {node.target for node in module.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    return not any(op._schema.is_mutable for op in ops)
 
 
 def prune(graph: torch.fx.Graph) -> None:

@@ -26,29 +26,38 @@ VERSION = 1
 NAME = "motion_cross_attention"
 
 
-def _symbolic(hidden: Tensor, folded: Tensor, values: Tensor, scale: Tensor, residual: bool) -> Tensor:
-    """What the exporter sees instead of the op: a node of our domain. A function has no branches, so there are two."""
-    return torch.onnx.ops.symbolic(
-        f"{DOMAIN}::{function_name(residual)}",
-        (hidden, folded, values, scale),
-        dtype=hidden.dtype,
-        shape=(hidden.shape[0], hidden.shape[1], values.shape[1] * values.shape[3]),
-        version=VERSION,
-    )
+def translations() -> dict[Any, Callable[..., Any]]:
+    """The `custom_translation_table` of `torch.onnx.export`: nodes of our domain for our ops."""
+    import onnxscript
 
+    domain = onnxscript.values.Opset(DOMAIN, VERSION)
 
-def _augmented(
-    query: Tensor, keys: Tensor, values: Tensor, at_query: Tensor, at_keys: Tensor, at_values: Tensor,
-    sources: Tensor, weights: Tensor, sums: Sequence[Tensor], beyond: Tensor, crossed: bool,
-) -> Tensor:  # fmt: skip
-    """The same of the augmented attention: a function has no lists either, so there is one for every depth of the table."""
-    return torch.onnx.ops.symbolic(
-        f"{DOMAIN}::{augmented_name(1 + len(sums), crossed)}",
-        (query, keys, values, at_query, at_keys, at_values, sources, weights, *sums, beyond),
-        dtype=query.dtype,
-        shape=query.shape,
-        version=VERSION,
-    )
+    def node(name: str, *inputs: Any) -> Any:
+        parameter, kinds = onnx.defs.OpSchema.FormalParameter, ["tensor(float)", "tensor(int64)"]
+        typed = {f"T{index}": kinds for index in range(len(inputs) + 1)}  # each of its own type
+        first, *others = (parameter(f"x{index}", kind) for index, kind in enumerate(typed))
+        constraints = [(kind, kinds, "") for kind, kinds in typed.items()]
+        schema = onnx.defs.OpSchema(
+            name, DOMAIN, VERSION, inputs=others, outputs=[first], type_constraints=constraints
+        )
+        return onnxscript.values.Op(domain, name, schema)(*inputs)
+
+    def cross(hidden: Any, folded: Any, values: Any, scale: Any, residual: bool) -> Any:
+        """A function has no branches, so there are two."""
+        return node(function_name(residual), hidden, folded, values, scale)
+
+    def augmented(
+        query: Any, keys: Any, values: Any, at_query: Any, at_keys: Any, at_values: Any, sources: Any, weights: Any,
+        sums: Sequence[Any], beyond: Any, crossed: bool,
+    ) -> Any:  # fmt: skip
+        """A function has no lists either, so there is one for every depth of the table."""
+        first = (query, keys, values, at_query, at_keys, at_values, sources, weights)
+        return node(augmented_name(1 + len(sums), crossed), *first, *sums, beyond)
+
+    return {
+        torch.ops.motionrt.motion_cross_attention.default: cross,
+        torch.ops.motionrt.motion_augmented_attention.default: augmented,
+    }
 
 
 def _joined(x: Tensor, part: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Any:
@@ -61,13 +70,9 @@ def _joined(x: Tensor, part: Tensor, dim: int = 0, start: int | None = None, end
     return torch.cat([*head, part, *tail], dim)
 
 
-def symbolic_forms() -> dict[Any, Callable[..., Any]]:
+def joins() -> dict[Any, Callable[..., Any]]:
     """Decompositions to run before `torch.onnx.export`."""
-    return {
-        torch.ops.motionrt.motion_cross_attention.default: _symbolic,
-        torch.ops.motionrt.motion_augmented_attention.default: _augmented,
-        torch.ops.aten.slice_scatter.default: _joined,
-    }
+    return {torch.ops.aten.slice_scatter.default: _joined}
 
 
 def function_name(residual: bool) -> str:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from motionrt.export.checkpoints.files import CheckpointError, InMemory, Lazy
+from motionrt.export.compiler.graph_edit import functional
 from motionrt.export.compiler.liveness import live_bytes
 from motionrt.export.compiler.partition import Partition, Program
 from motionrt.export.compiler.weightless import faked, materialise
@@ -43,7 +44,7 @@ from motionrt.export.onnx.from_torch import (
     outputs_of,
     port,
 )
-from motionrt.export.onnx.functions import symbolic_forms
+from motionrt.export.onnx.functions import joins, translations
 from motionrt.export.onnx.rewrites import rewrite
 from motionrt.export.onnx.stored import INLINE, Computed, names_in, narrowest, store
 from motionrt.export.onnx.torch_programs import check_program, weights_of, write_program
@@ -193,11 +194,12 @@ def _stream(
         program = torch.export.export(module, tuple(first.feed.values()), dynamic_shapes=shapes, strict=False)
         inputs = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"][-len(names) :]
         results = [n.meta["val"] for n in program.graph.output_node().args[0] if isinstance(n, torch.fx.Node)]
-        program = program.run_decompositions(symbolic_forms())
+        if not functional(module) or any(node.target in joins() for node in program.graph.nodes):
+            program = program.run_decompositions(joins())
         activations = live_bytes(program.graph)
         exported = torch.onnx.export(
             program, input_names=names, output_names=[f"{RESULT}{n}" for n in outputs], opset_version=OPSET, dynamo=True,
-            verbose=False, optimize=False,
+            verbose=False, optimize=False, custom_translation_table=translations(),
         )  # fmt: skip
     assert exported is not None
     model = exported.model

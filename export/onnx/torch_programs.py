@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from motionrt.export.compiler.graph_edit import functional
 from motionrt.runtime.backends.torch_program import WEIGHTS, load_program
 from motionrt.runtime.files import sha256_of
 
@@ -68,7 +69,8 @@ def write_program(
             warnings.simplefilter("ignore")
             lifted = _Lifted(module, names).eval()
             program = torch.export.export(lifted, (weights, *feed.values()), dynamic_shapes=shapes, strict=False)
-            program = program.run_decompositions({})  # assignments to slices as values, and nothing taken apart
+            if not functional(module):
+                program = program.run_decompositions({})  # assignments to slices as values, and nothing taken apart
             places = json.dumps([stored.get(name, name) for name in names])
             torch.export.save(_bare(program), partial, extra_files={WEIGHTS: places})
         os.replace(partial, path)

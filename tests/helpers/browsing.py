@@ -85,7 +85,8 @@ def opened(browser: Browser, url: str, *allowed: str, **options: Any) -> Iterato
         page.set_default_timeout(20_000)
         page.goto(url)
         yield page
-        assert [text for text in said if not any(part in text for part in allowed)] == []
+        wrong = [text for text in said if not any(part in text for part in allowed)]
+        assert not wrong, wrong  # pytest does not show the values of a helper
 
 
 def pixels(media: Locator) -> list[int]:

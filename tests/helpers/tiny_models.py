@@ -5,14 +5,9 @@ Loaded by path: the tests are not a package.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from by_path import load_by_path
@@ -171,55 +166,3 @@ def sources(folder: Path, seed: int, steps: tuple[int, ...], encoders: Path | No
     return Sources(
         folder / "base", folder / "rag", where / "videomae", where / "dinov2", sos=SosToken(seed=seed), steps=steps
     )
-
-
-@contextlib.contextmanager
-def shared_graphs(store: Path) -> Iterator[None]:
-    """Exports in the block take the demo's graph of the packaged text encoder, and put every graph but a step's into `store` or
-    find it there: no session needs the same weights, module and sizes exported twice."""
-    from motionrt.export.exporter import Writer
-
-    with patch.object(Writer, "add", adding(store)):
-        yield
-
-
-def adding(store: Path | None = None) -> Any:
-    """`Writer.add` of `shared_graphs`; without `store`, of the text encoder alone."""
-    from motionrt.export.exporter import Writer
-
-    plain = Writer.add
-
-    def add(self: Any, name: str, graph: Any) -> None:
-        network = graph.network
-        if network.package is not None:
-            self.graphs[name] = packaged_text_query(self.folder)
-            return
-        if store is None:
-            plain(self, name, graph)
-            return
-        settings = sorted(
-            (k, str(v)) for k, v in vars(network.module).items() if isinstance(v, int | str | list | tuple | torch.dtype)
-        )
-        about = repr([settings, graph.inputs, graph.outputs, graph.sizes, graph.weights_of, repr(network.module)])
-        kept = store / f"{name}-{hashlib.sha256((network.digest() + about).encode()).hexdigest()[:16]}"
-        files = (f"{name}.onnx", f"{graph.weights_of or name}.safetensors")
-        if kept.is_dir():
-            for file in filter(lambda file: (kept / file).is_file(), files):
-                shutil.copy(kept / file, self.folder / "graphs" / file)
-            self.graphs[name] = json.loads((kept / "entry.json").read_text())
-            return
-        plain(self, name, graph)
-        kept.mkdir(parents=True)
-        for file in filter(lambda file: (self.folder / "graphs" / file).is_file(), files):  # not all graphs have weights
-            shutil.copy(self.folder / "graphs" / file, kept / file)
-        (kept / "entry.json").write_text(json.dumps(self.graphs[name]))
-
-    return add
-
-
-def packaged_text_query(folder: Path) -> dict[str, Any]:
-    """Copies the demo's graph of the packaged encoder, which need not be exported in every test, into a bundle; its entry."""
-    demo = Path(__file__).resolve().parents[2] / "demo" / "bundle"
-    entry: dict[str, Any] = json.loads((demo / "bundle.json").read_text())["graphs"]["text_query"]
-    shutil.copy(demo / entry["file"], folder / entry["file"])
-    return entry

@@ -22,7 +22,6 @@ from motionrt.export.checkpoints.motionrag_files import CamaSize, ResamplerSize,
 from motionrt.export.checkpoints.safetensors_file import read_header  # noqa: E402
 from motionrt.export.engines.build import Options  # noqa: E402
 from motionrt.export.engines.onnx_forms import build_forms  # noqa: E402
-from motionrt.export.exporter import Writer  # noqa: E402
 from motionrt.export.systems import cogvideox  # noqa: E402
 from motionrt.export.systems.motionrag_system import Sources  # noqa: E402
 from motionrt.export.systems.steps import step_args  # noqa: E402
@@ -34,6 +33,7 @@ from motionrt.runtime.pipeline import MotionPipeline  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[3]
+shared = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/shared_graphs.py")
 models = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/tiny_models.py")
 FRAMES, SIZE, LATENTS, MOTION = 9, (16, 32), (3, 4, 4, 8), (3, 64)
 
@@ -101,8 +101,7 @@ def world(scripts: tuple[Any, Any], toy: Any, tmp_path_factory: pytest.TempPathF
     root = tmp_path_factory.mktemp("full") / "work"
     sparse.write_cogvideox(root, toy)
     fill(root)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Writer, "add", models.adding())
+    with shared.shared_graphs(tmp_path_factory.mktemp("graphs")):
         row = full.export(root, full.Request("cogvideox-5b-i2v", FRAMES, steps=(2,)))
     return root, row
 

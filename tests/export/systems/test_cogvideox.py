@@ -30,6 +30,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 models = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/tiny_models.py")
 plainly = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/diffusers_reference.py")
 plain_run = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/plain_run.py")
+shared = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/shared_graphs.py")
 FRAMES, SEED, LAYERS, STEPS, SIZE = 17, 11, 3, 4, (16, 32)
 
 
@@ -51,7 +52,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     encoders = models.write_encoders(folder)
     made = prepared(folder, LAYERS, folder)
     made["parts"] |= encoders
-    with models.shared_graphs(tmp_path_factory.getbasetemp() / "graphs"):
+    with shared.shared_graphs(shared.store(tmp_path_factory)):
         export_system(cogvideox_system(made["sources"], frames=FRAMES), folder / "bundle")
     return made
 
@@ -158,7 +159,7 @@ def test_49_frames_use_the_learned_positions_and_not_the_retuned_projections(
     small: dict[str, Any], request_: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     out = small["folder"] / "49"
-    with models.shared_graphs(tmp_path_factory.getbasetemp() / "graphs"):
+    with shared.shared_graphs(shared.store(tmp_path_factory)):
         lines = export_system(cogvideox_system(small["sources"], frames=49), out)
     assert not any(line.startswith("17_frames") for line in lines)
     run = plain_run.PlainRun(Bundle.open(out))
@@ -171,7 +172,7 @@ def test_switches_for_positions_and_target_range_change_what_they_say(
 ) -> None:
     out = small["folder"] / "switched"
     sources = replace(small["sources"], positions="learned", target_range="released")
-    with models.shared_graphs(tmp_path_factory.getbasetemp() / "graphs"):
+    with shared.shared_graphs(shared.store(tmp_path_factory)):
         export_system(cogvideox_system(sources, frames=FRAMES), out)
     run = plain_run.PlainRun(Bundle.open(out))
     assert run.bundle.manifest.inputs["image"].gives == {"image": (-1.0, 1.0), "appearance_image": (0.0, 1.0)}

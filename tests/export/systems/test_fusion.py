@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from by_path import load_by_path  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from motionrt.export.checkpoints.files import CheckpointError  # noqa: E402
-from motionrt.export.exporter import Writer, export_system  # noqa: E402
+from motionrt.export.exporter import export_system  # noqa: E402
 from motionrt.export.systems.cogvideox import cogvideox_system  # noqa: E402
 from motionrt.export.systems.fusion import RULES, Fusion, fused, weights_of_scores  # noqa: E402
 from motionrt.export.systems.motionrag import Resampler  # noqa: E402
@@ -33,6 +32,7 @@ from motionrt.runtime.pipeline import MotionPipeline  # noqa: E402
 
 models = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/tiny_models.py")
 plainly = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/diffusers_reference.py")
+shared = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/shared_graphs.py")
 release = models.release
 SIZE, FRAMES, STEPS, SEED, PROMPT = (16, 32), 9, 3, 7, "clip number 1 moves"
 slow = pytest.mark.slow
@@ -166,8 +166,7 @@ def command(*arguments: object) -> None:
 
 @pytest.fixture(scope="module")
 def world(downloads: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """SVD bundles of every fusion, memories for them, three clips and a still. One bundle is written by the commands; the
-    step of the others is a copy of its, for it knows nothing of the fusion."""
+    """SVD bundles of every fusion, memories for them, three clips and a still. One bundle is written by the commands."""
     folder: Path = downloads["folder"]
     draw = np.random.default_rng(3)
     still = draw.integers(0, 256, (*SIZE, 3), np.uint8)
@@ -178,28 +177,15 @@ def world(downloads: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
         pictures = np.broadcast_to(ramp, (3 * FRAMES, *SIZE, 3)) + draw.integers(0, 40, (1, *SIZE, 3), np.uint8)
         write_video(folder / "clips" / f"{index}.mp4", np.ascontiguousarray(pictures.astype(np.uint8)), 24)
         (folder / "clips" / f"{index}.txt").write_text(f"clip number {index} moves")
-    first = folder / "weight"
-    with models.shared_graphs(tmp_path_factory.getbasetemp() / "graphs"):
+    with shared.shared_graphs(shared.store(tmp_path_factory)):
         command(
             "export", "svd", "--base", folder / "svd/base", "--motionrag", folder / "svd/rag", "--videomae",
             folder / "videomae", "--fusion", "weight", "--frames", FRAMES, "--height", SIZE[0], "--width", SIZE[1],
-            "--without-torch", "-o", first,
+            "--without-torch", "-o", folder / "weight",
         )  # fmt: skip
-        written = json.loads((first / "bundle.json").read_text())
-
-        def copied(self: Writer, step: Any) -> Any:
-            for name in ("schedule", "request", "step"):
-                self.graphs[name] = written["graphs"][name]
-                for file in (first / "graphs").glob(f"{name}.*"):
-                    shutil.copy(file, self.folder / "graphs")
-            self.tables["step"] = ["schedule"]
-            return written["partition"]
-
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(Writer, "cut", copied)
-            for fusion in ("mean", "concat", "top1"):
-                system = svd_system(sources(folder, "svd", fusion), frames=FRAMES, height=SIZE[0], width=SIZE[1])
-                export_system(system, folder / fusion, programs=False)
+        for fusion in ("mean", "concat", "top1"):
+            system = svd_system(sources(folder, "svd", fusion), frames=FRAMES, height=SIZE[0], width=SIZE[1])
+            export_system(system, folder / fusion, programs=False)
     for name, bundle in (("memory", "weight"), ("memory-top1", "top1")):
         command("memory", "create", folder / name, "--bundle", folder / bundle)
         command("memory", "add", folder / name, folder / "clips", "--bundle", folder / bundle)

@@ -25,7 +25,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 models = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/tiny_models.py")
 plainly = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/diffusers_reference.py")
 plain_run = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/plain_run.py")
-FRAMES, HEIGHT, WIDTH, SEED, STEPS = 17, 16, 32, 5, 3  # sizes of the CogVideoX tests: the encoders are the same graphs
+shared = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/shared_graphs.py")
+FRAMES, HEIGHT, WIDTH, SEED, STEPS = 9, 16, 32, 5, 3
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     files = models.release.motionrag_states(blocks, overlay=False)
     models.release.save(folder / "rag", files)
     sources = models.sources(folder, plainly.SOS_SEED, (2, STEPS))
-    with models.shared_graphs(tmp_path_factory.getbasetemp() / "graphs"):
+    with shared.shared_graphs(shared.store(tmp_path_factory)):
         system = svd_system(sources, frames=FRAMES, height=HEIGHT, width=WIDTH)
         export_system(system, folder / "bundle")
     run = plain_run.PlainRun(Bundle.open(folder / "bundle"))

@@ -29,6 +29,7 @@ models = load_by_path(HELPERS / "dynamicrafter_models.py")
 reference = load_by_path(HELPERS / "dynamicrafter_reference.py")
 plainly = load_by_path(HELPERS / "diffusers_reference.py")
 plain_run = load_by_path(HELPERS / "plain_run.py")
+shared = load_by_path(Path(__file__).resolve().parents[4] / "tests/helpers/shared_graphs.py")
 HEIGHT, WIDTH, SEED, PROMPT = 16, 32, 5, "w5 w9"
 
 
@@ -95,7 +96,7 @@ class World:
             if "fusion" not in choices:
                 given |= {"dinov2": folder / "dinov2", "sos": SosToken(seed=plainly.SOS_SEED)}
         sources = DynamiCrafterSources(folder / "base", folder / "base" / "tokenizer", model, **given, **choices)
-        with models.models.shared_graphs(store):
+        with shared.shared_graphs(store):
             export_system(
                 dynamicrafter_system(sources, frames=frames, height=HEIGHT, width=WIDTH), folder / "bundle", programs=False
             )
@@ -157,7 +158,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], World]:
     """By name, made once: "moved" is the 1024 model with MotionRAG at 8 frames, "weighed" the same without CAMA,
     "alone" the 256 model with three passes."""
     made: dict[str, World] = {}
-    store = tmp_path_factory.getbasetemp() / "graphs"
+    store = shared.store(tmp_path_factory)
 
     def get(name: str) -> World:
         if name not in made:

@@ -28,6 +28,7 @@ from motionrt.runtime.media.video import write_video  # noqa: E402
 from motionrt.runtime.noise import noise  # noqa: E402
 from motionrt.runtime.pipeline import MotionPipeline  # noqa: E402
 
+shared = load_by_path(Path(__file__).resolve().parents[4] / "tests/helpers/shared_graphs.py")
 HEIGHT, WIDTH, FIELDS = 24, 32, 3
 BOX, OTHER = np.s_[4:10, 3:11], np.s_[12:18, 18:26]  # in the clip, in the image
 
@@ -87,7 +88,9 @@ def test_hints_are_whole_cells_beside_what_is_drawn() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # tracing takes minutes where the cores are shared
-def test_the_bundle_finds_a_clip_and_uses_its_field(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_bundle_finds_a_clip_and_uses_its_field(
+    run: Callable[..., Any], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     models = load_by_path(Path(__file__).resolve().parents[4] / "tests/helpers/motion_i2v_models.py")
     size, count, prompt, seed = models.SIZE, models.FRAMES - 1, "w3 w5", 2
     parts = models.small_parts()
@@ -95,7 +98,8 @@ def test_the_bundle_finds_a_clip_and_uses_its_field(run: Callable[..., Any], tmp
     keep = Keep(EncodeImage(models.small_vae(2, 2))).eval()
     system = with_memory(motion_system(parts), parts, Retrieval(packaged_encoder(), Network(keep), alphas))
     bundle, clips, memory = tmp_path / "bundle", tmp_path / "clips", tmp_path / "memory"
-    export_system(system, bundle, programs=False)
+    with shared.shared_graphs(shared.store(tmp_path_factory)):
+        export_system(system, bundle, programs=False)
     clips.mkdir()
     rng = np.random.default_rng(1)
     fields = rng.normal(size=(2, count, 2, size, size)).astype(np.float32)

@@ -37,6 +37,7 @@ from motionrt.runtime.noise import noise  # noqa: E402
 from motionrt.runtime.pipeline import MotionPipeline  # noqa: E402
 
 models = load_by_path(Path(__file__).resolve().parents[4] / "tests/helpers/motion_i2v_models.py")
+shared = load_by_path(Path(__file__).resolve().parents[4] / "tests/helpers/shared_graphs.py")
 FRAMES, SIZE, STEPS, SEED, PROMPT, GUIDANCE, STRENGTH = 4, 16, 3, 3, "a blue drift", 2.0, 1.5
 FIELDS, LATENTS = FRAMES - 1, (1, FRAMES - 1, 4, SIZE // 2, SIZE // 2)
 DRAG, UNIT = [(5, 6), (9, 10)], 8
@@ -96,7 +97,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
         for name in (MOTION, VIDEO)
     }
     short = {**system.schedules, MOTION: {**system.schedules[MOTION], **tables[0]}, VIDEO: tables[1]}
-    export_system(replace(system, loops={**system.loops, **loops}, schedules=short), folder / "bundle", programs=False)
+    with shared.shared_graphs(shared.store(tmp_path_factory)):
+        export_system(replace(system, loops={**system.loops, **loops}, schedules=short), folder / "bundle", programs=False)
     image = np.random.default_rng(1).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
     return SimpleNamespace(folder=folder, made=made, system=system, image=image)
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import msgspec
 import numpy as np
@@ -23,7 +22,7 @@ from PIL import Image  # noqa: E402
 from motionrt.export.checkpoints.animatediff_files import MotionCloneSources, open_animatediff  # noqa: E402
 from motionrt.export.checkpoints.files import CheckpointError  # noqa: E402
 from motionrt.export.compiler.partition import any_rows, partition  # noqa: E402
-from motionrt.export.exporter import Writer, export_system  # noqa: E402
+from motionrt.export.exporter import export_system  # noqa: E402
 from motionrt.export.systems.motionclone.frames import DecodeFrames  # noqa: E402
 from motionrt.export.systems.motionclone.rows import COLUMNS, Recipe, noise_schedule, rows  # noqa: E402
 from motionrt.export.systems.motionclone.step import CHANGES, Extract, GuidedStep, PlainStep  # noqa: E402
@@ -37,6 +36,7 @@ from motionrt.runtime.pipeline import MotionPipeline  # noqa: E402
 HELPERS = Path(__file__).resolve().parents[4] / "tests/helpers"
 Run = Callable[..., tuple[int, str, str]]
 models, tiny = load_by_path(HELPERS / "animatediff_models.py"), load_by_path(HELPERS / "tiny_models.py")
+shared = load_by_path(HELPERS / "shared_graphs.py")
 FRAMES, SIZE, SEED, PROMPT = 4, 16, 3, "a blue drift"
 STRONG = 100.0  # a motion scale at which random weights show that they are guided
 TABLE = rows(Recipe(3, 2, 0.3, 2000, 1, 1), noise_schedule(models.SCHEDULER)[0])
@@ -57,17 +57,15 @@ class Plain:
         self.vae: Any = replace(self.files.vae, module=DecodeFrames(self.files.vae.module)).loaded().vae
         self.text = self.files.text.loaded()
         self.scale = self.vae.config.scaling_factor
-        if (control := self.files.sparsectrl) is not None:
-            self.sparse = prepared(loaded(SparseControlNetModel(**control.config), control.weights))
+        control = self.files.sparsectrl
+        self.sparse = prepared(loaded(SparseControlNetModel(**control.config), control.weights))
 
     def encoded(self, pictures: Any) -> Any:
         return self.vae.encode(pictures).latent_dist.mean * self.scale
 
     def residuals(self, picture: Any, text: Any, time: Any) -> list[Any]:
         """Of one text, `[1, F, c, h, w]` each; `picture [1, 3, H, W]` in [-1, 1]."""
-        if self.files.sparsectrl is None:
-            return []
-        given = self.encoded(picture) if self.files.sparsectrl.mode == "rgb" else (picture + 1) / 2
+        given = (picture + 1) / 2
         condition = torch.zeros(1, given.shape[1], FRAMES, *given.shape[2:])
         condition[:, :, 0], mask = given, torch.zeros(1, 1, FRAMES, *given.shape[2:])
         mask[:, :, 0] = 1
@@ -100,23 +98,29 @@ class Plain:
         return ((frames.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).numpy(), energies
 
 
-@pytest.fixture(scope="module", params=["text", "rgb", "sketch"])
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Released files (`text`: without SparseCtrl), the bundle that was exported of them with three steps, a clip, an image."""
-    folder, mode = tmp_path_factory.mktemp(request.param), request.param
+def described(folder: Path, mode: str) -> tuple[MotionCloneSources, Any]:
+    """Released files (`text`: without SparseCtrl), and their system."""
     files = models.small_animatediff(folder, mode)
     sources = MotionCloneSources(files.base, files.motion, sparsectrl=None if mode == "text" else files.sparsectrl)
-    system = motionclone_system(sources, frames=FRAMES, height=SIZE, width=SIZE)
+    return sources, motionclone_system(sources, frames=FRAMES, height=SIZE, width=SIZE)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Released files, the bundle that was exported of them with three steps, a clip, a sketch. docs/models.md's test exports
+    the other two: without SparseCtrl, and of the rgb file."""
+    folder = tmp_path_factory.mktemp("sketch")
+    sources, system = described(folder, "sketch")
     loop = msgspec.structs.replace(system.loops[VIDEO], schedules={"short": (3,)}, default=("short", 3))
     schedules = {**system.schedules, VIDEO: {"short": {3: TABLE}}}
-    with patch.object(Writer, "add", tiny.adding()):
+    with shared.shared_graphs(shared.store(tmp_path_factory)):
         short = replace(system, loops={**system.loops, VIDEO: loop}, schedules=schedules)
         export_system(short, folder / "bundle", programs=False)
     draw = np.random.default_rng(1)
     course = draw.integers(0, 256, (2, FRAMES, 4, 4, 3), np.uint8).repeat(4, 2).repeat(4, 3)
     write_video(folder / "clip.mp4", np.ascontiguousarray(course[0]), 8)
     Image.fromarray(course[1, 0]).save(folder / "image.png")
-    return SimpleNamespace(folder=folder, sources=sources, system=system, mode=mode, image=course[1, 0])
+    return SimpleNamespace(folder=folder, sources=sources, image=course[1, 0])
 
 
 @pytest.mark.slow
@@ -124,13 +128,12 @@ def test_bundle_gives_the_video_of_the_same_steps_in_torch(world: Any) -> None:
     plain = Plain(world.sources)
     clip = torch.from_numpy(read_clip(world.folder / "clip.mp4", FRAMES, SIZE, SIZE, 8))
     image = torch.tensor(world.image).permute(2, 0, 1)[None].float() / 127.5 - 1
-    given = {} if world.mode == "text" else {"image": world.folder / "image.png"}
     with MotionPipeline.from_bundle(world.folder / "bundle", threads=1) as pipeline:
         start = noise(SEED, noise_stream(pipeline.bundle.manifest, "start"), 0, (1, FRAMES, 4, SIZE // 2, SIZE // 2))
         videos = {}
         for scale in (STRONG, 0.0):
-            references = {"references": [world.folder / "clip.mp4"]} if scale else {}
-            found = pipeline(prompt=PROMPT, seed=SEED, motion_scale=scale, **references, **given).frames
+            given = {"image": world.folder / "image.png", **({"references": [world.folder / "clip.mp4"]} if scale else {})}
+            found = pipeline(prompt=PROMPT, seed=SEED, motion_scale=scale, **given).frames
             wanted, energies = plain.video(clip, image, torch.from_numpy(start), scale)
             assert len(energies) == 2 * (scale > 0) and all(energy > 0 for energy in energies)
             assert np.abs(found - wanted).max() <= 0.75  # grey levels, of which rounding is 0.5
@@ -140,26 +143,29 @@ def test_bundle_gives_the_video_of_the_same_steps_in_torch(world: Any) -> None:
 
 
 @pytest.mark.slow
-def test_bundle_says_what_it_takes_and_by_which_schedules(world: Any) -> None:
-    system = world.system
-    own = {"text": (), "rgb": ("image",), "sketch": ("sketch",)}[world.mode]
+@pytest.mark.parametrize("mode", ["text", "rgb", "sketch"])
+def test_system_says_what_it_takes_and_by_which_schedules(mode: str, tmp_path: Path) -> None:
+    _, system = described(tmp_path, mode)
+    own = {"text": (), "rgb": ("image",), "sketch": ("sketch",)}[mode]
     names = [name for each in (*own, "camera", "object") for name in (each, f"{each}_short")]
     assert list(system.schedules[VIDEO]) == names
     default = {"text": ("camera", 100), "rgb": ("image", 100), "sketch": ("sketch", 200)}
-    assert system.loops[VIDEO].default == default[world.mode]
-    assert ("image" in system.inputs) == (world.mode != "text")
-    assert system.loops[VIDEO].windows == ({} if world.mode == "text" else {"sparse": 2})
-    assert [part.name for part in system.memory.record] == ["latents", *(["first"] if world.mode == "sketch" else [])]
+    assert system.loops[VIDEO].default == default[mode]
+    assert ("image" in system.inputs) == (mode != "text")
+    assert system.loops[VIDEO].windows == ({} if mode == "text" else {"sparse": 2})
+    assert [part.name for part in system.memory.record] == ["latents", *(["first"] if mode == "sketch" else [])]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("form", ["latents", "representation", "semantic"])
-def test_released_files_by_the_commands_of_the_docs(form: str, tmp_path: Path, run: Run) -> None:
+@pytest.mark.parametrize("form", ["representation", "semantic"])
+def test_released_files_by_the_commands_of_the_docs(
+    form: str, tmp_path: Path, run: Run, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """Without SparseCtrl: export, inspect, doctor, a memory of two clips, videos of one that the prompt found, and of both."""
     files, bundle, memory = models.small_animatediff(tmp_path), tmp_path / "bundle", tmp_path / "memory"
     given = ("--base", files.base, "--motion", files.motion, "--frames", FRAMES, "--height", SIZE, "--width", SIZE)
-    with patch.object(Writer, "add", tiny.adding()):
+    with shared.shared_graphs(shared.store(tmp_path_factory)):
         own = ("--semantic",) if form == "semantic" else ("--record", form)
         status, said, wrong = run("export", "motionclone", *given, *own, "-o", bundle, "--without-torch")
     assert status == 0 and "exported. Look at it with" in said, wrong
@@ -178,15 +184,11 @@ def test_released_files_by_the_commands_of_the_docs(form: str, tmp_path: Path, r
     ways: dict[str, tuple[object, ...]] = {
         "found": ("-m", memory, "-k", 1), "both": ("-m", memory, "-k", 2), "plain": ("--motion-scale", 0),
     }  # fmt: skip
-    more: dict[str, tuple[object, ...]] = {
-        "latents": ("--composition", 1),
-        "semantic": ("--semantic", 500, "--object-token", 3, "--clip-prompt", "a blue", "--clip-token", 2),
-    }
-    for name, options in more.items():
-        if name == form:
-            ways[name] = (*ways["both"], *options)
-        else:
-            assert run(*ask, tmp_path / "other.png", *ways["both"], *options)[0] == 2
+    semantic = ("--semantic", 500, "--object-token", 3, "--clip-prompt", "a blue", "--clip-token", 2)
+    if form == "semantic":
+        ways[form] = (*ways["both"], *semantic)
+    for options in (("--composition", 1), *(() if form == "semantic" else (semantic,))):
+        assert run(*ask, tmp_path / "other.png", *ways["both"], *options)[0] == 2
     videos = []
     for name, way in ways.items():
         status, said, wrong = run(*ask, tmp_path / f"{name}.png", *way)
