@@ -188,6 +188,7 @@ def test_a_download_with_one_fault_is_refused_before_anything_is_written(
     assert sorted(path.name for path in root.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_whole_download_gets_past_the_checks(
     downloads: dict[str, Path], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

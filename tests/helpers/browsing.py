@@ -77,7 +77,7 @@ def opened(browser: Browser, url: str, *allowed: str, **options: Any) -> Iterato
 
         def heard(message: ConsoleMessage) -> None:
             if message.type in ("error", "warning"):
-                said.append(message.text)
+                said.append(f"{message.text} {message.location['url']}")
 
         page = context.new_page()
         page.on("console", heard)

@@ -55,6 +55,7 @@ def test_no_stage_starts_after_the_budget(tmp_path: Path, capsys: pytest.Capture
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_failing_stage_does_not_stop_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

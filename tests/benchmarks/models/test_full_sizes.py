@@ -18,6 +18,7 @@ from motionrt.export.systems.steps import OUTPUTS, cogvideox_step, step_args  # 
 from motionrt.runtime.bundle.footprint import plan_memory  # noqa: E402
 
 
+@pytest.mark.slow
 def test_programs_of_a_partition_have_its_state_rows_and_weights() -> None:
     config = COGVIDEOX_5B_I2V | {
         "num_attention_heads": 2, "num_layers": 1, "time_embed_dim": 8, "text_embed_dim": 16, "max_text_seq_length": 5,

@@ -53,6 +53,7 @@ def test_bound_is_the_larger_of_both() -> None:
     assert roofline.Work(10**9, 5 * 10**6).bound(gpu) == (5, "memory")
 
 
+@pytest.mark.slow
 def test_command_prints_a_table_and_keeps_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -76,6 +76,7 @@ def test_damage_is_other_bytes_and_the_same_for_the_same_number() -> None:
         assert len(set(made)) > 2 or len(good) < 3
 
 
+@pytest.mark.slow
 def test_a_few_damages_of_the_kinds_that_are_quick() -> None:
     fine(tries.run(DAMAGE, dict.fromkeys(QUICK, 3), first=10**6))
 
@@ -89,6 +90,7 @@ def test_hostile_calls_of_public_functions(every: int, count: int) -> None:
     fine(tries.run("motionrt.benchmarks.reliability.hostile:attempts", kinds, first=10**6))
 
 
+@pytest.mark.slow
 def test_some_requests_with_aborts() -> None:
     found = soak.run(2.0, seed=1, say=lambda text: None)
     assert not found.bad and found.outcomes["same"] and found.outcomes["aborted"]

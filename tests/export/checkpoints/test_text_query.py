@@ -167,6 +167,7 @@ def test_folder_embeds_as_transformers_and_plain_pooling_do(family: str, pooling
         np.testing.assert_allclose(ours.numpy(), F.normalize(want, dim=-1).numpy(), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_mean_pooling_is_exported_with_sizes_that_change(tmp_path: Path) -> None:
     write_family(tmp_path / "model", "bert", "mean")
     call, entry, tokenizer = exported(tmp_path / "model", tmp_path / "out")

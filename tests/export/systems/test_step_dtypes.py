@@ -58,7 +58,9 @@ def rewritten(cut: Partition, values: dict[str, Any]) -> list[Any]:
     return [known[name] for name in OUTPUTS]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=["bfloat16", "float16"]
+)
 @pytest.mark.parametrize("model", ["cogvideox", pytest.param("svd", marks=pytest.mark.slow)])
 def test_the_rewritten_step_loses_no_more_than_the_plain_one(model: str, dtype: Any, record_property: Any) -> None:
     make, inputs, config, latents = MODELS[model]
