@@ -92,8 +92,11 @@ def run(command: list[str], place: Path, **environment: str) -> subprocess.Compl
     return subprocess.run(command, cwd=place, env=every, capture_output=True, text=True, timeout=240)
 
 
+LONG = ("motionrt bench", "demo/motion_i2v")
+
+
 @pytest.mark.parametrize(
-    "block", [pytest.param(b, marks=pytest.mark.slow if "motionrt bench" in b.text else ()) for b in RUN], ids=str
+    "block", [pytest.param(b, marks=pytest.mark.slow if any(part in b.text for part in LONG) else ()) for b in RUN], ids=str
 )
 def test_readme_block_runs(block: Block, place: Path, request: pytest.FixtureRequest) -> None:
     """In order of the pages: a later block may use what an earlier one wrote. What asks the server has one, elsewhere."""

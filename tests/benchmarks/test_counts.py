@@ -36,9 +36,8 @@ def test_pass_over_the_demo_gives_what_the_baseline_says(counts: ModuleType) -> 
     check(counts, "demo step", counts.demo_counts)
 
 
-@pytest.mark.parametrize(
-    "part", ["cogvideox tiny", *(pytest.param(part, marks=pytest.mark.slow) for part in ("svd tiny", "dynamicrafter tiny"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["cogvideox tiny", "svd tiny", "dynamicrafter tiny"])
 def test_pass_over_released_structures_gives_what_the_baseline_says(
     counts: ModuleType, part: str, request: pytest.FixtureRequest
 ) -> None:

@@ -48,6 +48,7 @@ def test_a_retrieved_clip_is_followed_and_the_energy_falls(pipeline: MotionPipel
     assert abs(centres[-1, 1] - centres[0, 1]) < 6, centres
 
 
+@pytest.mark.slow
 def test_without_a_reference_it_is_the_plain_model(pipeline: MotionPipeline) -> None:
     off = pipeline(PROMPT, seed=1, steps=10, motion_scale=0)
     below = pipeline(PROMPT, seed=1, steps=10, minimum_score=1.0)

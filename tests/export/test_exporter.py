@@ -72,16 +72,16 @@ def test_weights_of_another_graph_are_stored_once(tmp_path: Path) -> None:
     np.testing.assert_allclose(values["video"], expected(True, 1.0, draw), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param({"plan": ("request_wave", "picture")}, "reads `latents`, which nothing before it gives", id="no value"),
-        *(pytest.param(change, message, id=name, marks=pytest.mark.slow) for name, change, message in (  # 5 s each
-            ("no graph", {"plan": ("wave", "picture", "encode")}, "the plan runs 'encode', which is no graph and no loop"),
-            ("no output", {"output": Output("pictures", 2, 2, 2, 8.0)}, "nothing gives `pictures`"),
-            ("no rows", {"schedules": {"wave": {"odd": ROWS["even"]}}}, "holds no finite float32"),
-        )),
+        ({"plan": ("request_wave", "picture")}, "reads `latents`, which nothing before it gives"),
+        ({"plan": ("wave", "picture", "encode")}, "the plan runs 'encode', which is no graph and no loop"),
+        ({"output": Output("pictures", 2, 2, 2, 8.0)}, "nothing gives `pictures`"),
+        ({"schedules": {"wave": {"odd": ROWS["even"]}}}, "holds no finite float32"),
     ],
+    ids=["no value", "no graph", "no output", "no rows"],
 )
 def test_a_system_that_does_not_fit_together_leaves_the_old_bundle_as_it_was(
     change: dict[str, Any], message: str, tmp_path: Path

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
+@pytest.mark.slow
 def test_a_small_run_finds_what_exact_search_finds_and_keeps_its_rows(tmp_path: Path) -> None:
     arguments = ["--clips", "6000", "--embedding", "32", "--queries", "60", "--rival-queries", "5"]
     folders = ["--folder", str(tmp_path / "memories"), "--results", str(tmp_path / "results"), "--note", "test"]

@@ -100,7 +100,7 @@ def worst(got: Arrays, wanted: Arrays) -> float:
     )
 
 
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n == "text_query" else ()) for n in GRAPHS])
 def test_to_precision_is_no_worse_than_eager_in_that_dtype(
     name: str,
     converted: Callable[[str, str], onnx.ModelProto],

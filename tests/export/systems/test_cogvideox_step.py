@@ -123,7 +123,8 @@ def test_rewritten_denoiser_equals_the_plain_one_over_all_steps(rotary: bool) ->
         torch.testing.assert_close(ours[0], plain[0], atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("model", ["cogvideox tiny", pytest.param("svd tiny", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["cogvideox tiny", "svd tiny"])
 def test_rows_of_a_batch_are_what_they_are_alone(model: str, counts: ModuleType) -> None:
     """The plain step: the rows of one call are requests at steps, and with numbers, of their own."""
     make, config, inputs, latents = {
