@@ -56,7 +56,7 @@ from pathlib import Path
 sys.path.insert(0, {helpers!r})
 from shared_graphs import shared_graphs
 from motionrt.runtime.cli.main import main
-with shared_graphs(Path({store!r})):
+with shared_graphs(Path({store!r}), packaged=True):
     main()
 """
 

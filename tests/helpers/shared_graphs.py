@@ -34,15 +34,15 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def shared_graphs(kept: Path) -> Iterator[None]:
-    """Exports in the block take the demo's graph of the packaged text encoder, and put all other graphs into `kept` or find
-    them there."""
+def shared_graphs(kept: Path, packaged: bool = False) -> Iterator[None]:
+    """Exports in the block put their graphs into `kept` or find them there. That of the packaged text encoder is the demo's,
+    unless `packaged`."""
     from motionrt.export.exporter import Writer
 
     plain_add, plain_cut = Writer.add, Writer.cut
 
     def add(self: Any, name: str, graph: Any) -> None:
-        if graph.network.package is not None:
+        if graph.network.package is not None and not packaged:
             self.graphs[name] = packaged_text_query(self.folder)
         else:
             _once(kept, self, name, graph, lambda: plain_add(self, name, graph))
