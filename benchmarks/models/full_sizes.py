@@ -34,7 +34,7 @@ from motionrt.export.compiler.liveness import live_bytes
 from motionrt.export.compiler.partition import Partition, Program
 from motionrt.export.compiler.weightless import fake_partition, faked, meta
 from motionrt.export.exporter import OVER_STEPS
-from motionrt.export.onnx.functions import joins
+from motionrt.export.onnx.functions import JOINS
 from motionrt.export.systems.cogvideox import DecodeCausal, EncodeCausal, chunks, flat_caches
 from motionrt.export.systems.dynamicrafter.parts import EncodeStill as CrafterStill
 from motionrt.export.systems.dynamicrafter.parts import ImageTokens
@@ -231,7 +231,7 @@ def _traced(name: str, make: Any, dtype: torch.dtype, feed: list[Tensor], output
         module = make().eval()
     with faked(module), torch.no_grad():
         fakes = tuple(torch.empty(value.shape, dtype=value.dtype) for value in feed)
-        program = torch.export.export(module, fakes, strict=False).run_decompositions(joins())
+        program = torch.export.export(module, fakes, strict=False).run_decompositions(JOINS)
     graph = program.graph
     given = set(program.graph_signature.user_inputs)
     nodes = [node for node in graph.nodes if node.op == "placeholder"]

@@ -104,12 +104,12 @@ def _onnx(program: Any, feed: Mapping[str, Any]) -> ir.Model:
     import torch
 
     from motionrt.export.onnx.from_torch import OPSET
-    from motionrt.export.onnx.functions import add_functions, joins, translations
+    from motionrt.export.onnx.functions import JOINS, add_functions, translations
 
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = torch.export.export(program.module, tuple(feed[n] for n in program.inputs), strict=False)
-        exported = exported.run_decompositions(joins())
+        exported = exported.run_decompositions(JOINS)
         made = torch.onnx.export(
             exported, input_names=list(program.inputs), opset_version=OPSET, dynamo=True, verbose=False, optimize=True,
             custom_translation_table=translations(),

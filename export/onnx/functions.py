@@ -37,9 +37,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
         typed = {f"T{index}": kinds for index in range(len(inputs) + 1)}  # each of its own type
         first, *others = (parameter(f"x{index}", kind) for index, kind in enumerate(typed))
         constraints = [(kind, kinds, "") for kind, kinds in typed.items()]
-        schema = onnx.defs.OpSchema(
-            name, DOMAIN, VERSION, inputs=others, outputs=[first], type_constraints=constraints
-        )
+        schema = onnx.defs.OpSchema(name, DOMAIN, VERSION, inputs=others, outputs=[first], type_constraints=constraints)
         return onnxscript.values.Op(domain, name, schema)(*inputs)
 
     def cross(hidden: Any, folded: Any, values: Any, scale: Any, residual: bool) -> Any:
@@ -70,9 +68,8 @@ def _joined(x: Tensor, part: Tensor, dim: int = 0, start: int | None = None, end
     return torch.cat([*head, part, *tail], dim)
 
 
-def joins() -> dict[Any, Callable[..., Any]]:
-    """Decompositions to run before `torch.onnx.export`."""
-    return {torch.ops.aten.slice_scatter.default: _joined}
+# Decompositions to run before `torch.onnx.export`.
+JOINS: dict[Any, Callable[..., Any]] = {torch.ops.aten.slice_scatter.default: _joined}
 
 
 def function_name(residual: bool) -> str:

@@ -44,7 +44,7 @@ from motionrt.export.onnx.from_torch import (
     outputs_of,
     port,
 )
-from motionrt.export.onnx.functions import joins, translations
+from motionrt.export.onnx.functions import JOINS, translations
 from motionrt.export.onnx.rewrites import rewrite
 from motionrt.export.onnx.stored import INLINE, Computed, names_in, narrowest, store
 from motionrt.export.onnx.torch_programs import check_program, weights_of, write_program
@@ -194,8 +194,8 @@ def _stream(
         program = torch.export.export(module, tuple(first.feed.values()), dynamic_shapes=shapes, strict=False)
         inputs = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"][-len(names) :]
         results = [n.meta["val"] for n in program.graph.output_node().args[0] if isinstance(n, torch.fx.Node)]
-        if not functional(module) or any(node.target in joins() for node in program.graph.nodes):
-            program = program.run_decompositions(joins())
+        if not functional(module) or any(node.target in JOINS for node in program.graph.nodes):
+            program = program.run_decompositions(JOINS)
         activations = live_bytes(program.graph)
         exported = torch.onnx.export(
             program, input_names=names, output_names=[f"{RESULT}{n}" for n in outputs], opset_version=OPSET, dynamo=True,

@@ -47,12 +47,24 @@ def motion_tokens(
     parts: Mapping[str, Any], files: Mapping[str, Any], clips: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Motion tokens `[n, M, D]` of clips `[n, F, 3, H, W]` in [-1, 1]; all is computed in `dtype`, as the release does."""
+    return projected(files, video_features(parts, clips, dtype))
+
+
+@torch.no_grad()
+def video_features(parts: Mapping[str, Any], clips: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """VideoMAE's features `[n, tokens, E]` of clips `[n, F, 3, H, W]` in [-1, 1]."""
     picks = np.linspace(0, clips.shape[1] - 1, 16).round().astype(int)  # 17 frames: all but the ninth
     frames = seen(clips[:, picks].flatten(0, 1), 32, 32, "bilinear").unflatten(0, (len(clips), 16))
+    features: Tensor = cast(parts["videomae"], dtype).videomae(pixel_values=frames.to(dtype)).last_hidden_state
+    return features
+
+
+@torch.no_grad()
+def projected(files: Mapping[str, Any], features: Tensor) -> Tensor:
+    """Motion tokens `[n, M, D]` of features `[n, tokens, E]`, of one clip or fused, by the Resampler in their dtype."""
     resampler = Resampler(release.WIDTH, 2, 64, 1, release.TOKENS, release.VIDEO_WIDTH, release.WIDTH, 2)
     resampler.load_state_dict(files["motion_proj.ckpt"])
-    seen_by = cast(parts["videomae"], dtype).videomae(pixel_values=frames.to(dtype)).last_hidden_state
-    tokens: Tensor = resampler.to(dtype)(seen_by)
+    tokens: Tensor = resampler.to(features.dtype)(features)
     return tokens
 
 

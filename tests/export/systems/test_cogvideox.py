@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from motionrt.export.checkpoints.files import CheckpointError, InMemory  # noqa: E402
 from motionrt.export.exporter import Writer, export_system, silent  # noqa: E402
 from motionrt.export.systems.cogvideox import cogvideox_system  # noqa: E402
-from motionrt.export.systems.motionrag import Resampler  # noqa: E402
 from motionrt.export.systems.motionrag_system import Sources  # noqa: E402
 from motionrt.runtime.bundle.bundle import Bundle  # noqa: E402
 from motionrt.runtime.errors import BundleError  # noqa: E402
@@ -194,14 +193,8 @@ def test_a_bundle_of_a_fusion_without_cama_gives_the_video_of_diffusers_pipeline
         export_system(cogvideox_system(sources, frames=FRAMES), out, programs=False)
     run = plain_run.PlainRun(Bundle.open(out))
     clips = torch.from_numpy(pixels((2, FRAMES, 3, *SIZE), 1)).float() / 127.5 - 1
-    picks = np.linspace(0, FRAMES - 1, 16).round().astype(int)
-    release = models.release
-    proj = Resampler(release.WIDTH, 2, 64, 1, release.TOKENS, release.VIDEO_WIDTH, release.WIDTH, 2)
-    proj.load_state_dict(small["files"]["motion_proj.ckpt"])
-    with torch.no_grad():
-        seen = torch.stack([plainly.seen(clip[picks], 32, 32, "bilinear") for clip in clips])
-        features = small["parts"]["videomae"].videomae(pixel_values=seen).last_hidden_state
-        motion = proj((0.75 * features[0] + 0.25 * features[1])[None])
+    features = plainly.video_features(small["parts"], clips)
+    motion = plainly.projected(small["files"], (0.75 * features[0] + 0.25 * features[1])[None])
     ours = run.call("features", {"video": clips.numpy()})["features"]
     np.testing.assert_allclose(ours, features, atol=2e-5 * float(features.abs().max()))
     references = {"reference_features": ours[None], "reference_scores": np.array([[0.6, 0.2]], np.float32)}

@@ -21,7 +21,6 @@ from motionrt.export.checkpoints.motionrag_files import DYNAMICRAFTER, Resampler
 from motionrt.export.exporter import export_system  # noqa: E402
 from motionrt.export.systems.dynamicrafter.system import DynamiCrafterSources, dynamicrafter_system  # noqa: E402
 from motionrt.export.systems.dynamicrafter.unet import Conditions, DynamiCrafterUNet, Size, adapted  # noqa: E402
-from motionrt.export.systems.motionrag import Resampler  # noqa: E402
 from motionrt.runtime.bundle.bundle import Bundle  # noqa: E402
 
 HELPERS = Path(__file__).resolve().parents[4] / "tests/helpers"
@@ -119,19 +118,13 @@ class World:
             self.values |= {"reference_motion": ours[None], "reference_appearance": theirs[None]}
             self.more["motion"] = plainly.predicted_motion(self.files, tokens[:2], looks[:2], looks[2:])
 
-    @torch.no_grad()
     def weighed(self, encoders: dict[str, Any], clips: Any) -> Any:
         """Motion of fusion `weight` (A10) in plain torch, of clips whose cosines are 0.6 and 0.2; the request's values too."""
-        picks = np.linspace(0, self.frames - 1, 16).round().astype(int)
-        seen = torch.stack([plainly.seen(clip[picks], 32, 32, "bilinear") for clip in clips])
-        features = encoders["videomae"].videomae(pixel_values=seen).last_hidden_state
+        features = plainly.video_features(encoders, clips)
         ours = self.run.call("features", {"video": clips.numpy()})["features"]
         np.testing.assert_allclose(ours, features, atol=2e-5 * float(features.abs().max()))
         self.values |= {"reference_features": ours[None], "reference_scores": np.array([[0.6, 0.2]], np.float32)}
-        release = models.models.release
-        proj = Resampler(release.WIDTH, 2, 64, 1, release.TOKENS, release.VIDEO_WIDTH, release.WIDTH, 2)
-        proj.load_state_dict(self.files["motion_proj.ckpt"])
-        return proj((0.75 * features[0] + 0.25 * features[1])[None])
+        return plainly.projected(self.files, (0.75 * features[0] + 0.25 * features[1])[None])
 
     def compare(self, spacing: str, asked: int, steps: int, guidance: float, fs: float, rescale: float, **more: Any) -> None:
         """A bundle's latents and frames are those of the plain pipeline."""
