@@ -105,7 +105,7 @@ class Lab:
         return tokens
 
     def search(self, prompt: str, count: int) -> list[Reference]:
-        return self.memory.search(self.pipeline.embed(prompt), count)
+        return self.memory.search(self.pipeline.embed(prompt), count, text=prompt)
 
     def strangers(self, family: str, rng: np.random.Generator) -> list[Reference]:
         """4 clips of the memory that move in another way."""

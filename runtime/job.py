@@ -410,7 +410,7 @@ class Job:
         if given is None:
             search = search.lenient()
         tokens = self.bundle.tokenize(spec.tokenizer, inputs[spec.text], what=f"the {spec.text.replace('_', ' ')}")
-        return _Query(memory, tokens, count, search, self.request.search)
+        return _Query(memory, inputs[spec.text], tokens, count, search, self.request.search)
 
     @property
     def _stands_in(self) -> dict[str, str]:
@@ -472,13 +472,14 @@ class _Query:
     """A search of a memory, before the prompt's vector is known."""
 
     memory: Memory
+    text: str
     tokens: Mapping[str, NDArray[np.int64]]
     count: int
     choice: Search
     asked: Search
 
     def search(self, embedding: NDArray[np.float32]) -> list[Reference]:
-        return self.memory.search(embedding, self.count, self.choice)
+        return self.memory.search(embedding, self.count, self.choice, self.text)
 
     def nothing(self) -> str:
         """Why there is no reference."""

@@ -47,11 +47,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
 
 
 def expected_files() -> set[str]:
-    """Every Python file of the four packages in the working tree, as the wheel should name it, and the server's page."""
+    """Every Python file of the four packages in the working tree, as the wheel should name it, the server's page, the words."""
     files = {
         f"motionrt/{path.relative_to(ROOT)}" for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")
     }
     files |= {f"motionrt/{path.relative_to(ROOT)}" for path in (ROOT / "runtime/serve/page").iterdir() if path.is_file()}
+    files.add("motionrt/runtime/memory/motion_words.txt")
     return files | {f"motionrt/{path.name}" for path in (ROOT / "src/motionrt").glob("*.py")} | {"motionrt/py.typed"}
 
 

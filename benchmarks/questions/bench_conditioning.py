@@ -59,7 +59,7 @@ class Conditioning:
     def search(self, prompt: str, k: int) -> list[Reference]:
         """The K clips whose captions are nearest, with their tokens."""
         assert self.pipeline.memory is not None
-        return self.pipeline.memory.search(self.pipeline.embed(prompt), k)
+        return self.pipeline.memory.search(self.pipeline.embed(prompt), k, text=prompt)
 
     def decode(self, reference: Reference) -> Floats:
         """The reference's frames [F, 3, H, W] as they were indexed."""

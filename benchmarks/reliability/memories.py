@@ -31,6 +31,8 @@ QUESTIONS: dict[str, Callable[[MotionMemory], Any]] = {
     "source": lambda m: m.search(LONG, 9, Search(exclude_source="video1.mp4")),
     "record": lambda m: m.search_record("motion", fake.clip(5).record["motion"], 4),
     "distinct": lambda m: m.search(LONG, 6, Search(distinct=0.9, diversity=0.3)),
+    "words": lambda m: m.search(LONG, 9, Search(agreement=0), "caption 17, not left"),
+    "agreeing": lambda m: m.search(LONG, 5, Search(where={"dataset": "set1"}), "the caption of clip 30"),
     "get": lambda m: m.get([3, 17, 30]),
     "ids": lambda m: m.ids().tolist(),
     "filter": lambda m: m.ids({"dataset": ["set0", "late"]}).tolist(),

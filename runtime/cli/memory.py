@@ -51,6 +51,9 @@ def memory_create(
     on_demand: Annotated[
         bool, typer.Option("--on-demand", help="Keep no records: make them of the clips' files when they are used.")
     ] = False,
+    words: Annotated[
+        bool, typer.Option("--words/--no-words", help="Keep the words of captions, which count beside their vectors.")
+    ] = True,
 ) -> None:
     """Make an empty motion memory for a bundle.
 
@@ -62,7 +65,7 @@ def memory_create(
     from motionrt.runtime.bundle.bundle import Bundle
     from motionrt.runtime.memory.memory import MotionMemory
 
-    MotionMemory.for_bundle(memory, Bundle.open(bundle), tokens=tokens, on_demand=on_demand).close()
+    MotionMemory.for_bundle(memory, Bundle.open(bundle), tokens=tokens, on_demand=on_demand, words=words).close()
     echo(f"{memory}: an empty motion memory. Fill it with: motionrt memory add {memory} CLIP... -b {bundle}")
 
 
@@ -187,7 +190,7 @@ def memory_search(
     with open_pipeline(bundle, [str(memory)], run_options, graphs=graphs) as pipeline:
         assert pipeline.memory is not None
         if prompt is not None:
-            found = pipeline.memory.search(pipeline.embed(prompt), count, search)
+            found = pipeline.memory.search(pipeline.embed(prompt), count, search, prompt)
         else:
             encoders = ClipEncoders.of(pipeline.bundle, pipeline.graph)
             if looks is not None:

@@ -49,26 +49,27 @@ class MemoryFile:
     @classmethod
     def create(
         cls, path: Folder, *, embedding: int, record: Sequence[Part], fingerprint: str,
-        tokens: str | None = None, on_demand: bool = False, index_threshold: int = INDEX_THRESHOLD,
+        tokens: str | None = None, on_demand: bool = False, words: bool = True, index_threshold: int = INDEX_THRESHOLD,
     ) -> Self:  # fmt: skip
         """Make an empty memory in the directory `path` and open it.
 
         embedding: numbers in a vector; record: what is kept of a clip; fingerprint: of what makes both (`check` compares it).
         tokens: how float parts are kept: as they are declared, or "float16", or "int8", which takes half the space of float16.
         on_demand: records are not kept, but made of the clips' files when they are used (`indexing.encoders.make_record`).
+        words: those of captions are kept and count in a search by text, beside the vectors.
         MemoryStoreError if there is one already or no place; InputError.
         """
         directory = path_of("the directory of a motion memory", path).absolute()
         whole("index_threshold", index_threshold, 0)
         parts = tuple(listed("the record of a motion memory", record, "the parts that a bundle declares"))
-        layout = Layout(embedding, parts, fingerprint, tokens, on_demand)
+        layout = Layout(embedding, parts, fingerprint, tokens, on_demand, words)
         with _new_file(directory) as temporary:
             store.create(layout, temporary)
         return cls.open(directory, index_threshold=index_threshold)
 
     @classmethod
     def for_bundle(
-        cls, path: Folder, bundle: Bundle, *, tokens: str | None = None, on_demand: bool = False,
+        cls, path: Folder, bundle: Bundle, *, tokens: str | None = None, on_demand: bool = False, words: bool = True,
         index_threshold: int = INDEX_THRESHOLD,
     ) -> Self:  # fmt: skip
         """`create` what `bundle` declares. BundleError if its requests take no clips."""
@@ -76,7 +77,7 @@ class MemoryFile:
         (vector,) = bundle.graph(spec.query).outputs
         return cls.create(
             path, embedding=vector.dims[1].max, record=spec.record, fingerprint=spec.fingerprint,
-            tokens=tokens, on_demand=on_demand, index_threshold=index_threshold,
+            tokens=tokens, on_demand=on_demand, words=words, index_threshold=index_threshold,
         )  # fmt: skip
 
     @classmethod
@@ -184,7 +185,7 @@ class MemoryFile:
         """
         rows = [self.layout.row(number, clip) for number, clip in enumerate(listed("entries", entries, "Clips"))]
         with self._writing(bool(rows)) as db:
-            return store.insert(db, self.path, rows)
+            return store.insert(db, self.path, rows, self.layout.words)
 
     def remove(self, ids: Iterable[int]) -> int:
         """Remove the clips of these ids, all or none, and return how many were there. An id is never given again.
@@ -193,7 +194,7 @@ class MemoryFile:
         """
         numbers = ids_of(ids)
         with self._writing(bool(numbers)) as db:
-            return store.delete(db, self.path, numbers)
+            return store.delete(db, self.path, numbers, self.layout.words)
 
     def ids(self, where: Where | None = None) -> NDArray[np.int64]:
         """Ids [N] of the clips that pass `where` (see `Search`), rising."""

@@ -24,6 +24,7 @@ from motionrt.runtime.errors import MemoryStoreError
 from motionrt.runtime.memory import index as derived
 from motionrt.runtime.memory import ranking, store, tags
 from motionrt.runtime.memory.file import INDEX_THRESHOLD, MemoryFile
+from motionrt.runtime.memory.hybrid import Words
 from motionrt.runtime.memory.ranking import Found, Ranked, Searchable
 from motionrt.runtime.memory.rows import Clip, Damaged, DamagedRow, MemoryStats, Reference
 from motionrt.runtime.memory.search import Search, marks
@@ -33,6 +34,7 @@ from motionrt.runtime.memory.store import plain_errors
 __all__ = ["INDEX_THRESHOLD", "Clip", "MemoryStats", "MotionMemory", "Reference", "Search"]
 _log = logging.getLogger(__name__)
 _THREADS = 1024
+_MEAN = 256  # clips, the oldest, whose mean is taken for that of all motion
 DELTA = 4096  # clips newer than the index that `refresh` leaves to exact search: about half a millisecond
 
 
@@ -55,6 +57,8 @@ class MotionMemory(MemoryFile, Searchable):
         self._signature: tuple[int, ...] | None = None  # of the sidecar that `_base` was last looked for in
         self._warned = False
         self._recent = derived.Recent(self.layout.embedding)
+        self._words: tuple[State, Words] | None = None
+        self._mean: tuple[tuple[State, frozenset[int]], NDArray[np.float32]] | None = None
         self._told: set[int] = set()  # damaged clips that a search left out, and said so
 
     def close(self) -> None:
@@ -64,7 +68,8 @@ class MotionMemory(MemoryFile, Searchable):
             self._recent = derived.Recent(self.layout.embedding)
             super().close()
 
-    def found(self, part: str | None, query: NDArray[Any], k: int, search: Search) -> list[Found]:
+    def found(self, part: str | None, query: NDArray[Any], k: int, search: Search, text: str | None = None) -> list[Found]:
+        text = text if search.words and self.layout.words else None
         vector = self.layout.query(part, query)
         compared = "" if search.distinct is None else self.layout.floating().name
         with self._view() as view:
@@ -72,14 +77,14 @@ class MotionMemory(MemoryFile, Searchable):
                 _log.warning("%s has no index that fits; it is searched row by row until a writer makes one", self.path)
                 self._warned = True
             if part is not None or view.useful or self.readonly:
-                return self._sound(view, part, vector, k, search, compared)
+                return self._sound(view, part, vector, k, search, compared, text)
         try:
             self.refresh()
         except MemoryStoreError:  # no index is made of damaged clips
             if not search.without_damaged:
                 raise
         with self._view() as view:
-            return self._sound(view, part, vector, k, search, compared)
+            return self._sound(view, part, vector, k, search, compared, text)
 
     def get(self, ids: Sequence[int]) -> list[Reference]:
         """The clips of these ids, in this order; their score is NaN. Raises MemoryStoreError for an unknown id; InputError."""
@@ -187,19 +192,29 @@ class MotionMemory(MemoryFile, Searchable):
 
     def _pick(
         self, view: _View, without: set[int], part: str | None, query: NDArray[np.float32], k: int, search: Search,
-        compared: str,
+        compared: str, text: str | None,
     ) -> list[Found]:  # fmt: skip
-        def fetch(ids: NDArray[np.int64], scores: NDArray[np.float32]) -> list[Found]:
-            references, vectors = store.read(view.db, self.path, self.layout, ids.tolist(), scores.tolist())
+        moves = self._moves(view, search, without)
+
+        def fetch(best: Ranked) -> list[Found]:
+            shares = None if best.words is None else best.words.tolist()
+            references, vectors = store.read(view.db, self.path, self.layout, best.ids.tolist(), best.scores.tolist(), shares)
             if part is not None and references:
                 vectors = ranking.directions(np.stack([reference.record[part] for reference in references]))
-            return list(map(Found, references, vectors))
+            if moves is None or not references:
+                return list(map(Found, references, vectors))
+            name, mean = moves
+            motions = ranking.directions(np.stack([reference.record[name].reshape(-1) for reference in references]) - mean)
+            return list(map(Found, references, vectors, motions))
 
         if part is None:
             ranked = self._nearest(view, query, search, without)
+            if text is not None:
+                words = self._words_of(view)
+                ranked = words.ranked(view.db, self.layout, ranked, query, search, without, text)
         else:
             every = ranking.rank_all(view.db, self.layout, part, query, search, without)
-            ranked = lambda want: (*every, True)  # noqa: E731
+            ranked = lambda want: Ranked(*every, True)  # noqa: E731
         return ranking.pick(ranked, fetch, search, search.pool(k), compared)
 
     def _nearest(
@@ -244,11 +259,31 @@ class MotionMemory(MemoryFile, Searchable):
                     enough, complete = enough and len(more) >= want, False
                     ids, vectors = np.concatenate([ids, more]), np.concatenate([vectors, others])
                 if enough:
-                    return *ranking.in_order(ids, ranking.dots(vectors, query)), complete
+                    return Ranked(*ranking.in_order(ids, ranking.dots(vectors, query)), complete)
                 fetch *= 4
-            return *ranking.rank_all(db, self.layout, None, query, search, without), True
+            return Ranked(*ranking.rank_all(db, self.layout, None, query, search, without), True)
 
         return ranked
+
+    def _words_of(self, view: _View) -> Words:
+        if self._words is None or self._words[0] != view.state:
+            self._words = view.state, Words(tags.vocabulary(view.db, view.state))
+        return self._words[1]
+
+    def _moves(self, view: _View, search: Search, without: set[int]) -> tuple[str, NDArray[np.float32]] | None:
+        """The part of records whose agreement counts, and its mean over the first clips; None where none counts. DamagedRow."""
+        name = self.layout.moving if search.agreement else None
+        if name is None:
+            return None
+        key = view.state, frozenset(without)
+        if self._mean is None or self._mean[0] != key:
+            ids = [row[0] for row in view.db.execute("SELECT id FROM clips ORDER BY id LIMIT ?", (_MEAN,))]
+            ids, wrong = [number for number in ids if number not in without], dict[int, str]()
+            parts = [some for _, some in ranking.scan(view.db, self.layout, name, ids=ids, wrong=wrong, raw=True)]
+            if wrong:
+                raise DamagedRow(wrong)
+            self._mean = key, np.concatenate(parts).mean(axis=0) if parts else np.zeros(1, np.float32)
+        return name, self._mean[1]
 
     @contextmanager
     def _view(self) -> Iterator[_View]:

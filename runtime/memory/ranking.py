@@ -6,12 +6,13 @@ import math
 import sqlite3
 import zlib
 from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from motionrt.runtime.arguments import LAST_ID, instance, whole
+from motionrt.runtime.arguments import LAST_ID, instance, text_of, whole
 from motionrt.runtime.errors import MemoryStoreError
 from motionrt.runtime.memory import tags
 from motionrt.runtime.memory.rows import Damaged, DamagedRow, Layout, Reference
@@ -21,14 +22,38 @@ CHUNK = 4096  # rows read and scored at once by a scan
 FETCH = 16_000  # clips that an index is asked for at most; beyond, an exact scan is. Twice that are values of one statement
 LOOK = 4096  # best clips among which `distinct` looks for clips that are no copies
 
-Ranked = tuple[NDArray[np.int64], NDArray[np.float32], bool]  # ids, scores falling; whether these are all
+_SHARPNESS = 10.0  # a candidate that ranks 0.1 lower has 1/e of the say in what the others should move like
+
+
+class Ranked(NamedTuple):
+    """Clips, best first: ids, cosines, whether these are all; and the words' shares, where words were looked at."""
+
+    ids: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    complete: bool
+    words: NDArray[np.float32] | None = None
+
+    def some(self, which: Any) -> Ranked:
+        """Those of an index, a slice or a mask."""
+        return Ranked(self.ids[which], self.scores[which], self.complete, None if self.words is None else self.words[which])
 
 
 class Found(NamedTuple):
-    """A clip that may be chosen: the reference, and its unit vector in the space that was searched."""
+    """A clip that may be chosen: the reference, and its unit vector in the space that was searched.
+
+    motion: where agreement counts, the unit vector of its motion about the memory's mean; agreement: as of `Reference`.
+    """
 
     reference: Reference
     vector: NDArray[np.float32]
+    motion: NDArray[np.float32] | None = None
+    agreement: float = math.nan
+
+
+def relevance(found: Found, search: Search) -> float:
+    """What candidates are ordered by: the cosine, and words and agreement with their weights."""
+    parts = ((search.words, found.reference.words), (search.agreement, found.agreement))
+    return found.reference.score + sum(weight * value for weight, value in parts if weight and not math.isnan(value))
 
 
 class Searchable:
@@ -37,16 +62,20 @@ class Searchable:
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def found(self, part: str | None, query: NDArray[Any], k: int, search: Search) -> list[Found]:
+    def found(self, part: str | None, query: NDArray[Any], k: int, search: Search, text: str | None = None) -> list[Found]:
         """Candidates for `k` references, best first, fewer if there are no more: what `search` (part None) chooses from."""
         raise NotImplementedError
 
-    def search(self, embedding: NDArray[Any], k: int, search: Search = EVERYTHING) -> list[Reference]:
+    def search(
+        self, embedding: NDArray[Any], k: int, search: Search = EVERYTHING, text: str | None = None
+    ) -> list[Reference]:
         """The `k` clips whose captions are nearest to `embedding` [E] by cosine, nearest first, equal ones by id.
 
-        MemoryStoreError if fewer than `k` clips are there (unless `search` may be short); InputError.
+        text: what `embedding` was made of. With it, the order is by the cosine, the words that captions share with the text
+        (`words.Asked`) and the agreement of the clips' motion, weighted as `search` says. MemoryStoreError if fewer than `k`
+        clips are there (unless `search` may be short); InputError.
         """
-        return self._answer(None, embedding, k, search)
+        return self._answer(None, embedding, k, search, text)
 
     def search_record(self, part: str, array: NDArray[Any], k: int, search: Search = EVERYTHING) -> list[Reference]:
         """The `k` clips whose float part `part` of the record is nearest to `array`, of the part's dims.
@@ -56,10 +85,15 @@ class Searchable:
         """
         return self._answer(part, array, k, search)
 
-    def _answer(self, part: str | None, query: NDArray[Any], k: int, search: Search) -> list[Reference]:
+    def _answer(
+        self, part: str | None, query: NDArray[Any], k: int, search: Search, text: str | None = None
+    ) -> list[Reference]:
         k = whole("the number of references", k, 1, LAST_ID)
         instance("search", search, Search, "a Search(...)")
-        answer = diverse(self.found(part, query, k, search), k, search.diversity)
+        if text is not None:
+            text_of("the text of a search", text)
+            search = search.with_text()
+        answer = diverse(agreeing(self.found(part, query, k, search, text), search), k, search)
         if len(answer) < k and (not search.may_be_short or not len(self)):
             raise MemoryStoreError(f"{k} references were asked for; {self._too_few(len(answer), search)}.")
         return answer
@@ -77,12 +111,13 @@ def scan(
     after: int = 0,
     ids: Sequence[int] | None = None,
     wrong: dict[int, str] | None = None,
+    raw: bool = False,
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """Ids [n] rising and unit vectors [n,·] of clips, in chunks: embeddings, or a flattened float part of the record.
 
     Of the clips with ids above `after`, or of `ids` (rising). Each row is checked, and that none is missing: those that are
     damaged go to `wrong`, by id with why, or are a DamagedRow without it; Damaged if it is more than rows. Parts that are all
-    zeros keep length 0.
+    zeros keep length 0. raw: parts as they are, of any length.
     """
     table, column = ("vectors", "embedding") if part is None else ("records", "record")
     bytes_, bad, have = 4 * layout.embedding if part is None else layout.dtype.itemsize, dict[int, str](), list[int]()
@@ -103,7 +138,9 @@ def scan(
         if sound:
             numbers, blobs = zip(*sound, strict=True)
             values = layout.embeddings(numbers, blobs) if part is None else layout.unpack(numbers, blobs, part)[part]
-            yield np.array(numbers, np.int64), values if part is None else directions(values)
+            if part is not None:
+                values = values.reshape(len(values), -1) if raw else directions(values)
+            yield np.array(numbers, np.int64), values
     if ids is not None:
         there = len(ids)
     elif after:
@@ -169,29 +206,30 @@ def in_order(ids: NDArray[np.int64], scores: NDArray[np.float32]) -> tuple[NDArr
 
 def pick(
     ranked: Callable[[int], Ranked],
-    fetch: Callable[[NDArray[np.int64], NDArray[np.float32]], list[Found]],
+    fetch: Callable[[Ranked], list[Found]],
     search: Search,
     need: int,
     compared: str,
 ) -> list[Found]:
     """The best `need` clips above the minimum score, without near-copies of better ones.
 
-    ranked(n): at least the best n ids and scores; fetch: the clips of some of them; compared: the part of the record in
+    ranked(n): at least the best n; fetch: the clips of some of them; compared: the part of the record in
     which copies are alike.
     """
     want = need
     while True:
-        ids, scores, complete = ranked(want)
+        best = ranked(want)
+        complete = best.complete
         if search.minimum_score is not None:
-            keep = scores >= search.minimum_score - 1e-6  # rounding of float32
+            keep = best.scores >= search.minimum_score - 1e-6  # rounding of float32
             complete |= not keep.all()
-            ids, scores = ids[keep], scores[keep]
+            best = best.some(keep)
         if search.distinct is None:
-            return fetch(ids[:need], scores[:need])
+            return fetch(best.some(np.s_[:need]))
         chosen: list[Found] = []
         kept: list[NDArray[np.float32]] = []
-        for start in range(0, min(len(ids), max(LOOK, need)), 64):
-            for found in fetch(ids[start : start + 64], scores[start : start + 64]):
+        for start in range(0, min(len(best.ids), max(LOOK, need)), 64):
+            for found in fetch(best.some(np.s_[start : start + 64])):
                 direction = directions(found.reference.record[compared][None])[0]
                 if all(float(direction @ other) <= search.distinct for other in kept):
                     chosen, kept = [*chosen, found], [*kept, direction]
@@ -202,23 +240,47 @@ def pick(
         want = min(4 * want, LOOK)
 
 
-def diverse(pool: Sequence[Found], k: int, diversity: float | None) -> list[Reference]:
-    """`k` of a pool by maximal marginal relevance: (1 - d) score - d (largest cosine with those chosen before).
+def agreeing(pool: Sequence[Found], search: Search) -> list[Found]:
+    """A pool with each clip's agreement, in the order that it makes: who moves unlike the others comes later.
 
-    Carbonell and Goldstein, "The use of MMR", SIGIR 1998, with lambda = 1 - d. Without `diversity` the first `k`.
+    The mean cosine with the other clips' motion, weighted by how they rank themselves.
     """
+    motions = [found.motion for found in pool if found.motion is not None]
+    if not search.agreement or len(motions) < len(pool) or len(pool) < 2:
+        return list(pool)
+    ranks = np.array([relevance(found, search) for found in pool])
+    say = np.exp(_SHARPNESS * (ranks - ranks.max()))
+    vectors = np.stack(motions).astype(np.float64)
+    cosines = vectors @ vectors.T
+    np.fill_diagonal(cosines, 0)
+    others = say.sum() - say
+    agreement = cosines @ say / np.where(others > 0, others, 1)
+    told = [found._replace(agreement=value) for found, value in zip(pool, agreement.tolist(), strict=True)]
+    return sorted(told, key=lambda found: -relevance(found, search))
+
+
+def diverse(pool: Sequence[Found], k: int, search: Search) -> list[Reference]:
+    """`k` of a pool by maximal marginal relevance: (1 - d) relevance - d (largest cosine with those chosen before).
+
+    Carbonell and Goldstein, "The use of MMR", SIGIR 1998, with lambda = 1 - d. Without `search.diversity` the first `k`.
+    """
+    diversity = search.diversity
     if not diversity or not pool:
-        return [found.reference for found in pool[:k]]
+        return list(map(_told, pool[:k]))
     vectors = np.stack([found.vector for found in pool])
-    relevance = np.array([found.reference.score for found in pool])
+    ranks = np.array([relevance(found, search) for found in pool])
     nearest, chosen = np.zeros(len(pool)), list[int]()
     while len(chosen) < min(k, len(pool)):
-        gain = (1 - diversity) * relevance - diversity * nearest
+        gain = (1 - diversity) * ranks - diversity * nearest
         gain[chosen] = -math.inf
         chosen.append(int(np.argmax(gain)))
         cosines = vectors @ vectors[chosen[-1]]
         nearest = cosines if len(chosen) == 1 else np.maximum(nearest, cosines)
-    return [pool[index].reference for index in chosen]
+    return [_told(pool[index]) for index in chosen]
+
+
+def _told(found: Found) -> Reference:
+    return found.reference if math.isnan(found.agreement) else replace(found.reference, agreement=found.agreement)
 
 
 def directions(values: NDArray[np.float32]) -> NDArray[np.float32]:

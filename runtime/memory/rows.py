@@ -19,6 +19,8 @@ from motionrt.runtime.bundle.manifest import Part
 from motionrt.runtime.errors import InputError, shown
 
 TOKENS = ("float16", "int8")
+WORD = ""  # the key of the tags of captions' words, which no metadata has
+_COMPARED = 2**20  # numbers of a part whose agreement is looked at: two dozen of them are read for a search
 _LARGEST = 1_000_000_000  # bytes of a vector or a record: what SQLite keeps in one place
 
 
@@ -46,6 +48,8 @@ class Clip:
 class Reference:
     """A retrieved clip. score: cosine with the query in [-1,1].
 
+    words: how much of the prompt's words its caption has, in [-1, 1]; agreement: mean cosine of its motion with that of the
+    other candidates, about the memory's own mean; NaN where they were not looked at (`Search` says what they count).
     record: the parts by name, float ones as float32, others in their dtype; empty where the memory makes records on demand
     (`indexing.encoders.make_record`). memory: its name in a `MemorySet`, where the score is multiplied by the memory's weight.
     """
@@ -62,6 +66,8 @@ class Reference:
     metadata: Mapping[str, str] = field(default_factory=dict)
     fps: float = 0.0
     source_sha256: str = ""
+    words: float = math.nan
+    agreement: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,8 @@ class Layout:
 
     fingerprint: of what made vectors and records (a bundle's). tokens: how float parts are kept: None as they are declared,
     "float16", or "int8" with a float32 scale for each row of the last dimension (largest magnitude / 127, symmetric).
-    on_demand: records are not kept. InputError for what is not allowed.
+    on_demand: records are not kept. words: those of captions are kept, so that they count in a search. InputError for what is
+    not allowed.
     """
 
     embedding: int
@@ -126,6 +133,7 @@ class Layout:
     fingerprint: str
     tokens: str | None = None
     on_demand: bool = False
+    words: bool = True
 
     def __post_init__(self) -> None:
         for part in self.record:
@@ -142,6 +150,7 @@ class Layout:
             raise InputError(f"the tokens of a motion memory are {shown(self.tokens)}; allowed is {' or '.join(TOKENS)}.")
         text_of("the fingerprint of a motion memory", self.fingerprint)
         flag("on_demand", self.on_demand)
+        flag("words", self.words)
 
     def __str__(self) -> str:
         parts = ", ".join(f"{part.name} {part.dtype} {list(part.dims)}" for part in self.record)
@@ -157,6 +166,12 @@ class Layout:
         """How float parts are kept, for people."""
         kinds = {self.tokens or part.dtype for part in self.record if _is_float(part)}
         return "on demand" if self.on_demand else ", ".join(sorted(kinds)) or "none"
+
+    @property
+    def moving(self) -> str | None:
+        """The part of records by which clips agree: the first float one, if that is there and not too large to be compared."""
+        parts = [part for part in self.record if _is_float(part) and not self.on_demand]
+        return parts[0].name if parts and math.prod(parts[0].dims) <= _COMPARED else None
 
     def floating(self, name: str | None = None) -> Part:
         """The float part `name`, or the first one; InputError where there is none, or records are not kept."""
@@ -190,6 +205,8 @@ class Layout:
             raise InputError(f"{name}: caption, source, SHA-256, dataset and metadata must be valid text ({error}).") from error
         if not clip.caption.strip():
             raise InputError(f"{name} has an empty caption; say in a few words what moves and how.")
+        if WORD in clip.metadata:
+            raise InputError(f"{name} has metadata without a name (an empty key); give it one.")
         if "dataset" in clip.metadata:
             raise InputError(f"{name} has `dataset` in its metadata; a clip has a field for it: Clip(dataset=...).")
         times = [

@@ -14,6 +14,10 @@ from motionrt.runtime.errors import InputError, shown
 _MOST = 30_000  # values of one key, and the key: SQLite takes 32,766 in a statement
 FEW = 4096  # clips that a filter may leave for an exact scan of them to be the cheapest way
 
+WORDS = 1.0  # weight of the words' share beside the cosine; chosen by benchmarks/retrieval, on the split that is for choosing
+AGREEMENT = 0.25  # weight of the motion's agreement; likewise
+POOL = 32  # best clips by vectors, and as many by words, among which both are counted
+
 Where = Mapping[str, str | Sequence[str]]
 
 
@@ -29,8 +33,11 @@ class Search:
     out clips of this source. minimum_score: a cosine; clips below it are left out. distinct: a cosine of the first float
     part of records above which a clip counts as a copy of a better one and is left out (among the best 4096). With one of
     these two, fewer clips than were asked for may come back. diversity: 0 (off) to 1; re-ranks the best 4 k + 16 by maximal
-    marginal relevance. without_damaged: go on without clips that are damaged, and log which; else one of them among what the
-    search reads is an error. InputError for what is not allowed.
+    marginal relevance. words: how much the share of the prompt's words in a caption counts beside the cosine, where a
+    search has a text and the memory keeps words. agreement: how much it counts that a clip moves as the other candidates do,
+    by the first float part of records, where that has up to 2^20 numbers. Both count in searches with a text, unless they are
+    0; agreement also in others, if it is given. without_damaged: go on without clips that are damaged, and log which; else one
+    of them among what the search reads is an error. InputError for what is not allowed.
     """
 
     where: Where | None = _option("Only clips of this dataset or metadata; a key again: any of its values.")
@@ -38,22 +45,24 @@ class Search:
     minimum_score: float | None = _option("Only clips with at least this cosine.", "--min-score")
     distinct: float | None = _option("Leave out copies: cosine of records (their first float part) from which one is a copy.")
     diversity: float | None = _option("Prefer clips that differ: 0 off, up to 1.")
+    words: float | None = _option(f"How much the prompt's words count beside its vector: 0 off; {WORDS:g} if not given.")
+    agreement: float | None = _option(f"How much it counts to move as the others found do: 0 off; {AGREEMENT:g} if not given.")
     without_damaged: bool = field(
         default=False, metadata={"help": "Go on without clips that are damaged, and say which.", "option": "--without-damaged"}
     )
 
     def __post_init__(self) -> None:
-        for name, low in (("minimum_score", -1), ("distinct", -1), ("diversity", 0)):
+        for name, low, high in _RANGES:
             value: Any = getattr(self, name)
             number = isinstance(value, Real) and not isinstance(value, bool)  # NumPy's numbers too; NaN fails the range
-            if value is not None and not (number and low <= value <= 1):
-                raise InputError(f"{name} is {shown(value)}; allowed is a number from {low} to 1, or None.")
+            if value is not None and not (number and low <= value <= high):
+                raise InputError(f"{name} is {shown(value)}; allowed is a number from {low} to {high}, or None.")
         flag("without_damaged", self.without_damaged)
         if self.exclude_source is not None:
             text_of("exclude_source", self.exclude_source)
         try:
             texts = [[key, *values] for key, values in self.tags()]
-            good = all(1 < len(text) <= _MOST and "".join(text).encode() is not None for text in texts)
+            good = all(1 < len(text) <= _MOST and text[0] and "".join(text).encode() is not None for text in texts)
         except (TypeError, AttributeError, UnicodeEncodeError):
             good = False
         if not good:
@@ -71,7 +80,14 @@ class Search:
 
     def pool(self, k: int) -> int:
         """How many of the best clips are needed for choosing `k`."""
-        return 4 * k + 16 if self.diversity else k
+        return max(4 * k + 16 if self.diversity else k, k + 8 if self.agreement else k)
+
+    def with_text(self) -> Search:
+        """The same, with what is usual for a search with a text where nothing else was said."""
+        words, agreement = (
+            usual if given is None else given for given, usual in ((self.words, WORDS), (self.agreement, AGREEMENT))
+        )
+        return replace(self, words=words, agreement=agreement)
 
     def leaves_few(self, db: sqlite3.Connection) -> bool:
         """Whether `where` leaves so few clips that scanning them is cheapest; reads no more than that many tags."""
@@ -87,6 +103,7 @@ class Search:
             yield key, [values] if isinstance(values, str) else list(values)
 
 
+_RANGES = (("minimum_score", -1, 1), ("distinct", -1, 1), ("diversity", 0, 1), ("words", 0, 10), ("agreement", 0, 10))
 EVERYTHING = Search()
 
 

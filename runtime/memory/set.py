@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from motionrt.runtime.arguments import instance, listed, real, text_of
 from motionrt.runtime.errors import InputError, shown
 from motionrt.runtime.memory.memory import MotionMemory, Reference
-from motionrt.runtime.memory.ranking import Found, Searchable, pick
+from motionrt.runtime.memory.ranking import Found, Ranked, Searchable, pick, relevance
 from motionrt.runtime.memory.search import Search
 
 
@@ -69,16 +69,17 @@ class MemorySet(Searchable):
             found.append(replace(self.memories[item[0]].get([item[1]])[0], memory=item[0]))
         return found
 
-    def found(self, part: str | None, query: NDArray[Any], k: int, search: Search) -> list[Found]:
+    def found(self, part: str | None, query: NDArray[Any], k: int, search: Search, text: str | None = None) -> list[Found]:
         pool = list[Found]()
         for name, memory in self.memories.items():
-            for reference, vector in memory.found(part, query, k, search):
-                pool.append(Found(replace(reference, memory=name, score=reference.score * self.weights[name]), vector))
-        pool.sort(key=lambda found: -found.reference.score)
-        rows, scores = np.arange(len(pool)), np.array([found.reference.score for found in pool], np.float32)
+            for found in memory.found(part, query, k, search, text):
+                score, words = (value * self.weights[name] for value in (found.reference.score, found.reference.words))
+                pool.append(found._replace(reference=replace(found.reference, memory=name, score=score, words=words)))
+        pool.sort(key=lambda found: -relevance(found, search))
+        every = Ranked(np.arange(len(pool)), np.array([found.reference.score for found in pool], np.float32), True)
         again = replace(search, minimum_score=None)  # applied to the cosines
         compared = "" if search.distinct is None else next(iter(self.memories.values())).layout.floating().name
-        return pick(lambda want: (rows, scores, True), lambda ids, _: [pool[i] for i in ids], again, search.pool(k), compared)
+        return pick(lambda want: every, lambda best: [pool[i] for i in best.ids], again, search.pool(k), compared)
 
     def _too_few(self, found: int, search: Search) -> str:
         text = f"the motion memories {sorted(self.memories)} hold {found or 'no'} clips that pass"

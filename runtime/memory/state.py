@@ -13,16 +13,20 @@ import msgspec
 
 from motionrt.runtime.errors import MemoryStoreError
 
-SCHEMA = 4  # those before were never released
+SCHEMA = 5  # those before were never released
 
 
 class State(NamedTuple):
-    """A state of a memory: how often it was changed, a digest of all changes, the last id given, the clips it holds."""
+    """A state of a memory: how often it was changed, a digest of all changes, the last id given, the clips it holds.
+
+    words: the sum of the checksums of all tallies of captions' words (`tags`).
+    """
 
     generation: int
     content: str
     last: int
     clips: int
+    words: int = 0
 
     def checksum(self, identity: int) -> int:
         """CRC-32, for the memory of this number."""

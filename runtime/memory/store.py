@@ -2,7 +2,8 @@
 
     clips (narrow)   vectors (embedding, read by the search)
     records (wide, read for the clips found; NULL where records are made on demand)
-    tags (key, value, id): metadata and dataset, turned round, so that a filter is a range of this table; tallies of them
+    tags (key, value, id): metadata, dataset and words of captions, turned round, so that a filter is a range of this table;
+    tallies of them
     history: one row for each change; the last says how many clips there are, and each names a state by its digest
 
 Each row has a checksum over all of it, and is checked whenever it is read. Ids are never given twice, so whatever is derived
@@ -13,6 +14,7 @@ schema, in `user_version`), by which a log beside it that is another memory's is
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import secrets
 import sqlite3
@@ -38,7 +40,7 @@ _AT_ONCE = 4096  # values in one statement; SQLite takes 32,766
 _TABLES = f"""
 CREATE TABLE meta (layout TEXT NOT NULL, checksum INTEGER NOT NULL);
 CREATE TABLE history (generation INTEGER PRIMARY KEY, content TEXT NOT NULL, last INTEGER NOT NULL, clips INTEGER NOT NULL,
-    checksum INTEGER NOT NULL);
+    words INTEGER NOT NULL, checksum INTEGER NOT NULL);
 CREATE TABLE clips (id INTEGER PRIMARY KEY, caption TEXT NOT NULL, source TEXT NOT NULL, start REAL NOT NULL,
     duration REAL NOT NULL, fps REAL NOT NULL, source_sha256 TEXT NOT NULL, dataset TEXT NOT NULL, metadata TEXT NOT NULL,
     checksum INTEGER NOT NULL);
@@ -138,26 +140,28 @@ def read_state(db: sqlite3.Connection, path: Path) -> State:
     return State(*row[:-1])
 
 
-def insert(db: sqlite3.Connection, path: Path, rows: Iterable[Row]) -> list[int]:
-    """Add rows that `Layout.row` made; return their ids."""
-    generation, content, last, clips = read_state(db, path)
+def insert(db: sqlite3.Connection, path: Path, rows: Iterable[Row], words: bool) -> list[int]:
+    """Add rows that `Layout.row` made, and the words of their captions if the layout keeps them; return their ids."""
+    generation, content, last, clips, total = read_state(db, path)
     ids: list[int] = []
+    told_of: list[tags.Tag] = []
     for number, row in enumerate(rows, last + 1):
         told, embedding, record = sums = row.checksums(number)
         db.execute(f"INSERT INTO clips VALUES (?, {marks(row.told)}, ?)", (number, *row.told, told))
         db.execute("INSERT INTO vectors VALUES (?, ?, ?)", (number, row.embedding, embedding))
         db.execute("INSERT INTO records VALUES (?, ?, ?)", (number, row.record, record))
-        tags.insert(db, tags.tags_of(number, *row.told[-2:]))
+        told_of += tags.tags_of(number, row.told, words)
         content = hashlib.sha256(f"{content} {number} {sums}".encode()).hexdigest()
         ids.append(number)
     if ids:
-        _enter(db, State(generation + 1, content, ids[-1], clips + len(ids)))
+        total += tags.insert(db, told_of)
+        _enter(db, State(generation + 1, content, ids[-1], clips + len(ids), total))
     return ids
 
 
-def delete(db: sqlite3.Connection, path: Path, ids: Iterable[int]) -> int:
+def delete(db: sqlite3.Connection, path: Path, ids: Iterable[int], words: bool) -> int:
     """Remove clips, damaged ones too; return how many there were of these ids."""
-    generation, content, last, clips = read_state(db, path)
+    generation, content, last, clips, total = read_state(db, path)
     gone = 0
     for number in ids:
         row = db.execute(f"SELECT {tags.TOLD}, checksum FROM clips WHERE id = ?", (number,)).fetchone()
@@ -165,20 +169,21 @@ def delete(db: sqlite3.Connection, path: Path, ids: Iterable[int]) -> int:
         found = sum(db.execute(f"DELETE FROM {table} WHERE id = ?", (number,)).rowcount for table in _PARTS)
         if not found:
             continue
-        tags.delete(db, tags.tags_of(number, *row[-3:-1]) if sound else tags.held(db, number))
+        total += tags.delete(db, tags.tags_of(number, row[:-1], words) if sound else tags.held(db, number))
         content = hashlib.sha256(f"{content} -{number}".encode()).hexdigest()
         gone += 1
     if gone:
-        _enter(db, State(generation + 1, content, last, clips - gone))
+        _enter(db, State(generation + 1, content, last, clips - gone, total))
     return gone
 
 
 def read(
-    db: sqlite3.Connection, path: Path, layout: Layout, ids: list[int], scores: list[float]
-) -> tuple[list[Reference], Any]:
-    """The clips of these ids, in this order, with these scores, and their unit vectors [N,E]; each row was checked.
+    db: sqlite3.Connection, path: Path, layout: Layout, ids: list[int], scores: list[float],
+    words: list[float] | None = None,
+) -> tuple[list[Reference], Any]:  # fmt: skip
+    """The clips of these ids, in this order, with these scores and words' shares, and their unit vectors [N,E].
 
-    MemoryStoreError for an id that is not there, DamagedRow for a row that is not what was written.
+    Each row was checked. MemoryStoreError for an id that is not there, DamagedRow for a row that is not what was written.
     """
     rows: dict[int, Row] = {}
     wrong: dict[int, str] = {}
@@ -202,6 +207,7 @@ def read(
         row, record = rows[number], {name: values[at, ...] for name, values in parts.items()}
         caption, source, start, duration, fps, sha256, dataset, metadata = row.told
         facts = {"dataset": dataset, "metadata": msgspec.json.decode(metadata), "fps": fps, "source_sha256": sha256}
+        facts["words"] = math.nan if words is None else words[at]
         clips.append(Reference(number, score, caption, source, start, duration, record, **facts))
     return clips, vectors
 
@@ -229,16 +235,16 @@ def problems(db: sqlite3.Connection, path: Path) -> list[str]:
         try:
             layout.embeddings([number], [row.embedding])
             _check(number, layout, row, sums)
-            for tag in tags.tags_of(number, *row.told[-2:]):
+            for tag in tags.tags_of(number, row.told, layout.words):
                 count += 1
                 if db.execute("SELECT 1 FROM tags WHERE key = ? AND value = ? AND id = ?", tag).fetchone() is None:
-                    found.append(f"clip {number} is not found by {tag[0]!r}: tags has not what its metadata says")
+                    found.append(f"clip {number} is not found by {tag[0] or tag[1]!r}: tags has not what its row says")
         except DamagedRow as error:
             found.append(str(error))
     have = db.execute("SELECT COUNT(*) FROM tags").fetchone()[0]
     if not found and have != count:
         found.append(f"tags has {have} rows; the clips have {count} in their metadata")
-    return found + list(tags.problems(db))
+    return found + list(tags.problems(db, state))
 
 
 def copy(source: Path, target: Path) -> None:
@@ -291,7 +297,7 @@ def damaged(path: Path, why: str) -> MemoryStoreError:
 
 
 def _enter(db: sqlite3.Connection, state: State) -> None:
-    db.execute("INSERT INTO history VALUES (?, ?, ?, ?, ?)", (*state, state.checksum(identity_of(db)[0])))
+    db.execute("INSERT INTO history VALUES (?, ?, ?, ?, ?, ?)", (*state, state.checksum(identity_of(db)[0])))
 
 
 _PARTS = ("clips", "vectors", "records")  # tables with a row for each clip

@@ -1,7 +1,10 @@
-"""What filters read: a row of `tags` for each key and value of a clip, and in `tallies` what all rows of a tag come to.
+"""What filters and words read: in `tags` a row for each key and value of a clip, in `tallies` what all rows of a tag come to.
 
 A row of `tags` that was damaged is not found by its value, so it cannot be checked by itself. Hence the tally of each
 (key, value): how many clips have it, and the sum of the checksums of their rows. A filter is right if its rows come to that.
+
+The words of a caption are tags of the key WORD. Their tallies are the memory's vocabulary; a state has the sum of the checksums
+of all of them. (FTS5 would hold words too, but nothing in it could be checked without reading all of it.)
 """
 
 from __future__ import annotations
@@ -9,14 +12,17 @@ from __future__ import annotations
 import json
 import sqlite3
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Set
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import msgspec
 
-from motionrt.runtime.memory.rows import Damaged, DamagedRow, checksum
+from motionrt.runtime.memory.rows import WORD, Damaged, DamagedRow, checksum
 from motionrt.runtime.memory.search import Search, marks
+from motionrt.runtime.memory.state import State
+from motionrt.runtime.memory.words import Vocabulary, words_of
 
 TABLES = """
 CREATE TABLE tags (key TEXT, value TEXT, id INTEGER, PRIMARY KEY (key, value, id)) WITHOUT ROWID;
@@ -41,29 +47,55 @@ class Tag(NamedTuple):
         return zlib.crc32(msgspec.json.encode(self))
 
 
-def tags_of(number: int, dataset: str, metadata: str) -> list[Tag]:
-    """The tags of a clip. By Python: SQLite's own JSON ends a text at a zero byte. DamagedRow."""
+def tags_of(number: int, told: tuple[Any, ...], words: bool) -> list[Tag]:
+    """The tags of a clip, with the words of its caption or without. By Python: SQLite's own JSON ends a text at a zero byte.
+
+    DamagedRow.
+    """
+    said = [Tag(WORD, word, number) for word in sorted({*words_of(told[0])})] if words else []
     try:
-        return [Tag(*tag, number) for tag in {"dataset": dataset, **json.loads(metadata)}.items()]
+        return said + [Tag(*tag, number) for tag in {"dataset": told[_DATASET], **json.loads(told[_METADATA])}.items()]
     except (TypeError, ValueError) as error:
         raise DamagedRow({number: f"has metadata that cannot be read ({error})"}) from error
 
 
-def insert(db: sqlite3.Connection, tags: Iterable[Tag]) -> None:
-    """Add tags, and count them."""
-    for tag in tags:
-        db.execute("INSERT INTO tags VALUES (?, ?, ?)", tag)
-        more = "ON CONFLICT DO UPDATE SET count = count + 1, sum = sum + excluded.sum"
-        db.execute(f"INSERT INTO tallies VALUES (?, ?, 1, ?) {more}", (tag.key, tag.value, tag.checksum))
+def insert(db: sqlite3.Connection, tags: Iterable[Tag]) -> int:
+    """Add tags, and count them; return by how much the sum of the checksums of words' tallies grows."""
+    return _count(db, [tag for tag in tags if db.execute("INSERT INTO tags VALUES (?, ?, ?)", tag)], 1)
 
 
-def delete(db: sqlite3.Connection, tags: Iterable[Tag]) -> None:
-    """Remove tags, as far as they are there, and what was counted of them."""
+def delete(db: sqlite3.Connection, tags: Iterable[Tag]) -> int:
+    """Remove tags, as far as they are there, and what was counted of them; return as `insert` does."""
+    question = "DELETE FROM tags WHERE key = ? AND value = ? AND id = ?"
+    return _count(db, [tag for tag in tags if db.execute(question, tag).rowcount], -1)
+
+
+def _count(db: sqlite3.Connection, tags: Iterable[Tag], sign: int) -> int:
+    changes = defaultdict[tuple[str, str], list[int]](lambda: [0, 0])
     for tag in tags:
-        if db.execute("DELETE FROM tags WHERE key = ? AND value = ? AND id = ?", tag).rowcount:
-            question = "UPDATE tallies SET count = count - 1, sum = sum - ? WHERE key = ? AND value = ?"
-            db.execute(question, (tag.checksum, tag.key, tag.value))
-            db.execute("DELETE FROM tallies WHERE key = ? AND value = ? AND count = 0 AND sum = 0", tag[:2])
+        change = changes[tag[:2]]
+        change[0], change[1] = change[0] + sign, change[1] + sign * tag.checksum
+    grown = 0
+    for name, (more, sums) in changes.items():
+        old = _tally(db, *name)
+        new = old[0] + more, old[1] + sums
+        if new == (0, 0):
+            db.execute("DELETE FROM tallies WHERE key = ? AND value = ?", name)
+        else:
+            db.execute("INSERT OR REPLACE INTO tallies VALUES (?, ?, ?, ?)", (*name, *new))
+        if name[0] == WORD:
+            grown += _checksum(name[1], *new) - _checksum(name[1], *old)
+    return grown
+
+
+def _tally(db: sqlite3.Connection, key: str, value: str) -> tuple[int, int]:
+    row = db.execute("SELECT count, sum FROM tallies WHERE key = ? AND value = ?", (key, value)).fetchone()
+    return (0, 0) if row is None else (row[0], row[1])
+
+
+def _checksum(word: str, count: int, total: int) -> int:
+    """CRC-32 of a tally of a word; 0 for one that is not there."""
+    return zlib.crc32(msgspec.json.encode((word, count, total))) if (count, total) != (0, 0) else 0
 
 
 def held(db: sqlite3.Connection, number: int) -> list[Tag]:
@@ -77,16 +109,41 @@ def tagged(db: sqlite3.Connection, search: Search) -> list[int]:
     for key, values in search.tags():
         some = set[int]()
         for value in dict.fromkeys(values):
-            rows = [Tag(key, value, row[0]) for row in db.execute(f"SELECT id {_OF}", (key, value))]
-            tally = db.execute(f"SELECT count, sum {_OF.replace('tags', 'tallies')}", (key, value)).fetchone()
-            if _come_to(rows) != (tally or (0, 0)):
-                raise Damaged(f"what it has for the filter {key}={value} is not what was written")
-            some |= {row.id for row in rows}
+            some.update(having(db, key, value))
         left = some if left is None else left & some
     return sorted(left or ())
 
 
-_OF = "FROM tags WHERE key = ? AND value = ?"
+def having(db: sqlite3.Connection, key: str, value: str) -> list[int]:
+    """Ids, rising, of the clips with a tag. Damaged if the table is not what was written."""
+    rows = [Tag(key, value, row[0]) for row in db.execute("SELECT id FROM tags WHERE key = ? AND value = ?", (key, value))]
+    if _come_to(rows) != _tally(db, key, value):
+        raise Damaged(f"what it has for {_name(key, value)} is not what was written")
+    return [row.id for row in rows]
+
+
+def captions(db: sqlite3.Connection, ids: list[int]) -> list[str]:
+    """The captions of clips, in the order of `ids`; DamagedRow."""
+    found: dict[int, str] = {}
+    wrong: dict[int, str] = {}
+    for at in range(0, len(ids), _AT_ONCE):
+        some = ids[at : at + _AT_ONCE]
+        for number, *told, expected in db.execute(f"SELECT id, {TOLD}, checksum FROM clips WHERE id IN ({marks(some)})", some):
+            found[number] = told[0]
+            if checksum(number, tuple(told)) != expected:
+                wrong[number] = "is not what was written: its checksum differs"
+    if wrong := wrong | dict.fromkeys({*ids} - found.keys(), "has no caption"):
+        raise DamagedRow(wrong)
+    return [found[number] for number in ids]
+
+
+def vocabulary(db: sqlite3.Connection, state: State) -> Vocabulary:
+    """The words of all captions; Damaged if they are not what was written."""
+    rows = db.execute("SELECT value, count, sum FROM tallies WHERE key = ? ORDER BY value", (WORD,)).fetchall()
+    if sum(_checksum(*row) for row in rows) != state.words:
+        raise Damaged("what it has for the words of its captions is not what was written")
+    counts = {word: count for word, count, _ in rows}
+    return Vocabulary(sorted(counts), counts, state.clips)
 
 
 def excluded(db: sqlite3.Connection, search: Search, without: Set[int]) -> set[int]:
@@ -113,14 +170,18 @@ def passing(db: sqlite3.Connection, search: Search, ids: list[int], without: Set
     return {number for number, passed in found.items() if passed}
 
 
-def problems(db: sqlite3.Connection) -> Iterator[str]:
+def problems(db: sqlite3.Connection, state: State) -> Iterator[str]:
     """What is wrong with the tallies, in sentences."""
+    try:
+        vocabulary(db, state)
+    except Damaged as error:
+        yield str(error)
     rows = (Tag(*row) for row in db.execute("SELECT key, value, id FROM tags ORDER BY key, value, id"))
     have = {tag: _come_to(some) for tag, some in groupby(rows, lambda row: row[:2])}
     said = {(key, value): (count, total) for key, value, count, total in db.execute("SELECT * FROM tallies")}
     for tag in have.keys() | said.keys():
         if have.get(tag) != said.get(tag):
-            yield f"the filter {tag[0]}={tag[1]} comes to {have.get(tag)}; written was {said.get(tag)}"
+            yield f"{_name(*tag)} comes to {have.get(tag)}; written was {said.get(tag)}"
 
 
 def _told(
@@ -138,6 +199,10 @@ def _told(
     if wrong:
         raise DamagedRow(wrong)
     return found
+
+
+def _name(key: str, value: str) -> str:
+    return f"the word {value!r}" if key == WORD else f"the filter {key}={value}"
 
 
 def _come_to(rows: Iterable[Tag]) -> tuple[int, int]:

@@ -178,7 +178,7 @@ class Engine:
             return write_preview(pipeline.bundle, memory.path, reference, Path(about["folder"]))
         text, count, search = read_search(about["fields"])
         wanted = min(count, len(memory))
-        found = memory.search(pipeline.embed(text), wanted, search) if wanted else []
+        found = memory.search(pipeline.embed(text), wanted, search, text) if wanted else []
         return [told(reference, about["memory"]) for reference in found]
 
     def field(self, ask: Ask, message: str) -> str | None:

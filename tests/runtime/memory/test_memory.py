@@ -319,7 +319,7 @@ def test_missing_and_damaged_truth(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change, words", [
-    ("PRAGMA user_version=9", "schema 9; this MotionRT reads schema 4 .a newer MotionRT wrote it: upgrade"),
+    ("PRAGMA user_version=9", "schema 9; this MotionRT reads schema 5 .a newer MotionRT wrote it: upgrade"),
     ("DELETE FROM meta", "damaged"), ("UPDATE meta SET layout='['", "damaged"), ("UPDATE meta SET checksum=x'00'", "damaged"),
     ("UPDATE history SET clips='x'", "history ends in"), ("DELETE FROM history", "damaged"), ("DROP TABLE clips", "damaged"),
     ("UPDATE records SET record=x'00'", "damaged: clip 2 is not what was written"),

@@ -35,8 +35,8 @@ DEMO = Path(__file__).resolve().parents[3] / "demo" / "memory"
 
 
 @pytest.mark.parametrize("number, words", [
-    (1, "schema 1; this MotionRT reads schema 4 .an older MotionRT wrote it: index its videos again"), (3, "schema 3;.*older"),
-    (5, "schema 5; .*a newer MotionRT wrote it: upgrade"),
+    (1, "schema 1; this MotionRT reads schema 5 .an older MotionRT wrote it: index its videos again"), (3, "schema 3;.*older"),
+    (6, "schema 6; .*a newer MotionRT wrote it: upgrade"),
 ])  # fmt: skip
 def test_other_schemas_are_refused_in_a_plain_sentence(tmp_path: Path, number: int, words: str) -> None:
     path = filled(tmp_path / "m", 3)
@@ -264,7 +264,7 @@ def test_import_refuses_what_is_damaged_and_leaves_nothing(tmp_path: Path) -> No
     newer[60:64] = (99).to_bytes(4, "big")
     for content, words in ((bytes(flipped), "clip 138 is not what was written"), (good[: len(good) // 2], "damaged"),
                            (good[:40960] + bytes(4096) + good[45056:], "damaged"), (b"", "not a motion memory"),
-                           (b"hello" * 999, "damaged"), (bytes(newer), "schema 99; this MotionRT reads schema 4")):  # fmt: skip
+                           (b"hello" * 999, "damaged"), (bytes(newer), "schema 99; this MotionRT reads schema 5")):  # fmt: skip
         file.write_bytes(content)
         with pytest.raises(MemoryStoreError, match=words):
             MotionMemory.import_file(file, tmp_path / "n")
@@ -284,7 +284,7 @@ def test_import_refuses_what_is_damaged_and_leaves_nothing(tmp_path: Path) -> No
     ("DELETE FROM vectors WHERE id = 5", "vectors has 29 rows; the history says 30"),
     ("DELETE FROM clips WHERE id = 5", "clips has 29 rows"), ("DELETE FROM records WHERE id = 5", "records has 29 rows"),
     ("DELETE FROM tags WHERE id = 6 AND key = 'dataset'", "clip 6 is not found by 'dataset'"),
-    ("INSERT INTO tags VALUES ('licence', 'none', 6)", "tags has 61 rows; the clips have 60"),
+    ("INSERT INTO tags VALUES ('licence', 'none', 6)", "tags has 121 rows; the clips have 120"),
     ("UPDATE tags SET value = 'x' WHERE id = 7 AND key = 'dataset'", "clip 7 is not found by 'dataset'"),
     ("UPDATE tallies SET sum = sum + 1 WHERE key = 'licence'", "the filter licence=CC0 comes to (30, "),
     ("DELETE FROM tallies WHERE key = 'dataset'", "the filter dataset= comes to (30, "),
