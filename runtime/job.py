@@ -32,6 +32,7 @@ from motionrt.runtime.bundle.manifest import (
     SCORES,
     ChoiceInput,
     ColumnInput,
+    ImageInput,
     Loop,
     Manifest,
     Node,
@@ -247,10 +248,11 @@ class Job:
             query = manifest.memory.query
             (output,) = (port.name for port in manifest.graphs[query].outputs)
             found = yield Call(query, {port.name: self._query.tokens[port.name] for port in manifest.graphs[query].inputs})
+            still = (yield from self._still()) if self._query.choice.looks else None
             with self._stage("search"):
-                self.references = self._query.search(np.asarray(found[output])[0])
+                self.references = self._query.search(np.asarray(found[output])[0], still)
             if not self.references:
-                self._fall_back(self._query.nothing())
+                self._fall_back(self._query.nothing(np.asarray(found[output])[0]))
             self._query = None
         if self.references:
             for place, item in enumerate(self.references):
@@ -288,6 +290,17 @@ class Job:
         if (motion := values.get(manifest.output.field or "")) is not None:
             self.field = to_field(np.asarray(motion), manifest.output.frames)
         return to_frames(np.asarray(values[manifest.output.value]))
+
+    def _still(self) -> Generator[Call, Outputs, tuple[str, NDArray[Any]]]:
+        """The part of records by which a still is known, and what it is of this request's."""
+        from motionrt.runtime.indexing.encoders import still_calls
+
+        manifest = self.bundle.manifest
+        assert manifest.memory is not None
+        (name,) = _stills(manifest)
+        made = yield from _calls(still_calls(manifest.memory, manifest.graphs, self.values[name][0]))
+        ((part, array),) = made.items()
+        return part, array
 
     def _steps(self, loop: str) -> list[str]:
         """The graphs that the steps of `loop` run, one after the other."""
@@ -408,7 +421,10 @@ class Job:
             text = f"the motion memory holds {there or 'no'} clips, and the request asks for {count} of them"
             raise MemoryStoreError(f"{text}. Ask for fewer, or add clips: `motionrt memory add`.")
         if given is None:
-            search = search.lenient()
+            chance = search.minimum_probability
+            search = search.lenient() if manifest.optional else replace(search.lenient(), minimum_probability=chance)
+        if search.looks and not _stills(manifest):
+            raise InputError(f"looks is on, and bundle '{self.bundle.name}' takes no still of its clips' size; leave it off.")
         tokens = self.bundle.tokenize(spec.tokenizer, inputs[spec.text], what=f"the {spec.text.replace('_', ' ')}")
         return _Query(memory, inputs[spec.text], tokens, count, search, self.request.search)
 
@@ -478,15 +494,31 @@ class _Query:
     choice: Search
     asked: Search
 
-    def search(self, embedding: NDArray[np.float32]) -> list[Reference]:
-        return self.memory.search(embedding, self.count, self.choice, self.text)
+    def search(self, embedding: NDArray[np.float32], still: tuple[str, NDArray[Any]] | None) -> list[Reference]:
+        return self.memory.search(embedding, self.count, self.choice, self.text, still)
 
-    def nothing(self) -> str:
+    def nothing(self, embedding: NDArray[np.float32]) -> str:
         """Why there is no reference."""
+        anything = replace(self.choice, minimum_score=-1.0, minimum_probability=0.0, looks=False)
+        best = self.memory.search(embedding, 1, anything, self.text)
+        least = self.choice.minimum_probability
+        if best and least and best[0].probability < least:
+            return (
+                f"no motion: the likeliest clip of the motion memory, {best[0].caption[:80]!r}, moves as asked with a"
+                f" probability of {best[0].probability:.0%}, and minimum_probability is {least:.0%}"
+            )
         conditions = [
             f"{name} {value}" for name in ("minimum_score", "where") if (value := getattr(self.asked, name)) is not None
         ]
         return f"no motion: no clip of the motion memory passes {', '.join(conditions)}".rstrip()
+
+
+def _stills(manifest: Manifest) -> list[str]:
+    """The value, if any, that a request's still is in the form of clips' pictures: of their size, from -1 to 1."""
+    assert manifest.memory is not None
+    size = manifest.memory.clip.height, manifest.memory.clip.width
+    stills = [one for one in manifest.inputs.values() if isinstance(one, ImageInput) and (one.height, one.width) == size]
+    return [name for one in stills for name, span in one.gives.items() if tuple(span) == (-1.0, 1.0)][:1]
 
 
 def _instead(loop: Loop, rows: NDArray[np.float32], other: Mapping[str, str]) -> NDArray[np.float32]:
@@ -588,6 +620,11 @@ def _made(
         calls = clip_calls(bundle, video, Path(reference.source), reference.start, limits)
     else:
         calls = reference_calls(bundle, reference, folder, limits)
+    return (yield from _calls(calls))
+
+
+def _calls(calls: Generator[Any, Any, dict[str, NDArray[Any]]]) -> Generator[Call, Outputs, dict[str, NDArray[Any]]]:
+    """The calls of a generator of `indexing.encoders`, as a job makes them, and what came out."""
     try:
         graph, inputs = next(calls)
         while True:

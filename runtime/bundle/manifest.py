@@ -310,6 +310,8 @@ class MemorySpec(_Strict, frozen=True):
     loop nor a choice has an `absent` either. `fingerprint`: of what made vectors and records: a memory fits that has the same.
     A clip that lasts less than `least_seconds` is refused, not stretched; so is one that shows too little motion: a mean
     absolute difference of consecutive pictures below `least_change`, of 255 levels.
+    `calibration`: (a, b, c), where a clip whose caption has cosine s with the prompt and share w of its words moves as asked
+    with probability 1 / (1 + exp(-(a + b s + c w))): what an encoder's scores are worth, measured; None where nobody has.
     """
 
     text: str
@@ -324,6 +326,7 @@ class MemorySpec(_Strict, frozen=True):
     absent: Mapping[str, float | str] = {}
     least_seconds: Rate | None = None
     least_change: Annotated[float, Meta(gt=0, le=255)] | None = None
+    calibration: tuple[float, float, float] | None = None
 
 
 class Node(_Strict, frozen=True):

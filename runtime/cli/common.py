@@ -51,6 +51,9 @@ Memories = Annotated[
 Conditions = Annotated[
     list[str] | None, typer.Option("--where", metavar="KEY=VALUE", help=Search.__dataclass_fields__["where"].metadata["help"])
 ]
+Sources = Annotated[
+    list[str] | None, typer.Option("--exclude-source", help=Search.__dataclass_fields__["exclude_source"].metadata["help"])
+]
 
 
 def parse_where(conditions: Sequence[str] | None) -> dict[str, list[str]] | None:
@@ -78,7 +81,7 @@ def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
 def with_search_options(command: Callable[..., None]) -> Callable[..., None]:
     """`command` with the options of `Search` in place of its parameter `search`, which holds what was given."""
     make = lambda given: Search(**{**given, "where": parse_where(given.get("where"))})  # noqa: E731
-    return _with_options(command, "search", Search, make, where=Conditions)
+    return _with_options(command, "search", Search, make, where=Conditions, exclude_source=Sources)
 
 
 def _with_options(

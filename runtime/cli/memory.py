@@ -202,7 +202,7 @@ def memory_search(
     if found:
         report.console().print(report.found_table(found))
     else:
-        echo("no clip passes --min-score; lower it.")
+        echo("no clip passes: --min-score -1 and --min-probability 0 show those that come nearest.")
     if pipeline.choice:
         echo(pipeline.choice)
 

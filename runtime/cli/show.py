@@ -62,25 +62,34 @@ def _plain(text: str) -> str:
 
 def references_table(references: Sequence[Reference]) -> Table:
     """The clips whose motion was used."""
-    several = any(r.memory for r in references)
+    several, told = any(r.memory for r in references), _worths(references)
     rows = [
-        (r.caption, r.source, *([r.memory] if several else []), f"{r.start:g}-{r.start + r.duration:g} s", _score(r))
+        (r.caption, r.source, *([r.memory] if several else []), f"{r.start:g}-{r.start + r.duration:g} s", *_worth(r, told))
         for r in references
     ]
-    columns = ("caption", "source", *(["memory"] if several else []), "span", "score")
-    return table("references", columns, rows, left=len(columns) - 1)
+    columns = ("caption", "source", *(["memory"] if several else []), "span", *told)
+    return table("references", columns, rows, left=len(columns) - len(told))
 
 
-def _score(reference: Reference) -> str:
-    return "" if isnan(reference.score) else f"{reference.score:.3f}"  # given by hand: nothing was searched
+def _worths(references: Sequence[Reference]) -> list[str]:
+    """What is known of any of these: the score, and what else made the order."""
+    names = ("score", "words", "agreement", "looks", "probability")
+    return ["score", *(name for name in names[1:] if not all(isnan(getattr(r, name)) for r in references))]
+
+
+def _worth(reference: Reference, names: Sequence[str]) -> list[str]:
+    values = [getattr(reference, name) for name in names]  # NaN for what was given by hand: nothing was searched
+    forms = ["{:.0%}" if name == "probability" else "{:.3f}" for name in names]
+    return ["" if isnan(value) else form.format(value) for form, value in zip(forms, values, strict=True)]
 
 
 def found_table(references: Sequence[Reference]) -> Table:
     """Clips that a search found, with the ids that `memory remove` takes."""
+    told = _worths(references)
     rows = [
-        (r.caption, r.source, r.dataset, f"{r.start:g}-{r.start + r.duration:g} s", r.id, f"{r.score:.3f}") for r in references
+        (r.caption, r.source, r.dataset, f"{r.start:g}-{r.start + r.duration:g} s", r.id, *_worth(r, told)) for r in references
     ]
-    return table("clips found", ("caption", "source", "dataset", "span", "id", "score"), rows, left=4)
+    return table("clips found", ("caption", "source", "dataset", "span", "id", *told), rows, left=4)
 
 
 def stats_table(title: str, stats: Mapping[str, Any]) -> Table:

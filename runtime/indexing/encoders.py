@@ -83,33 +83,46 @@ class ClipEncoders:
 
     def part_of_image(self, image: NDArray[np.float32]) -> tuple[str, NDArray[Any]]:
         """The float part of the record that a still [3,H,W] is searched by: the first one that is made of `image` alone."""
-        graphs, there = self._of_images()
-        values: Record = {"image": image[None]}
-        name = self._searched(lambda name: name in there, "a still")
-        for graph in graphs:
-            values |= self.load(graph)(_read(self.graphs[graph], values))
-        return name, values[name][0]
+        name, _ = _part_of_stills(self.spec, self.graphs)
+        return name, _run(still_calls(self.spec, self.graphs, image), self.load)[name]
 
     def part_of_video(self, video: NDArray[np.float32]) -> tuple[str, NDArray[Any]]:
         """The float part of the record that a video [F,3,H,W] is searched by: the first one that a still does not have."""
-        _, there = self._of_images()
-        name = self._searched(lambda name: name not in there, "a video and of no still")
+        _, there = _of_stills(self.spec, self.graphs)
+        name = _searched(self.spec, lambda name: name not in there, "a video and of no still")
         return name, self.records(video[None])[0][name]
 
-    def _searched(self, wanted: Callable[[str], bool], what: str) -> str:
-        for part in self.spec.record:
-            if np.dtype(part.dtype).kind == "f" and wanted(part.name):
-                return part.name
-        raise InputError(f"records of this bundle have no float part that is made of {what}; search by a prompt.")
 
-    def _of_images(self) -> tuple[list[str], set[str]]:
-        """The graphs that run on `image` alone, and the values that there are then."""
-        names, there = list[str](), {"image"}
-        for name in self.spec.graphs:
-            if there.issuperset(port.name for port in self.graphs[name].inputs):
-                names.append(name)
-                there |= {port.name for port in self.graphs[name].outputs}
-        return names, there
+def still_calls(spec: MemorySpec, graphs: Mapping[str, GraphSpec], image: NDArray[np.float32]) -> Calls:
+    """The float part of the record that a still [3,H,W] is searched by, alone, by its name: the first one made of `image`
+    alone. InputError where there is none."""
+    name, run = _part_of_stills(spec, graphs)
+    values: Record = {"image": image[None]}
+    for graph in run:
+        values |= yield graph, _read(graphs[graph], values)
+    return {name: values[name][0]}
+
+
+def _part_of_stills(spec: MemorySpec, graphs: Mapping[str, GraphSpec]) -> tuple[str, list[str]]:
+    run, there = _of_stills(spec, graphs)
+    return _searched(spec, lambda name: name in there, "a still"), run
+
+
+def _of_stills(spec: MemorySpec, graphs: Mapping[str, GraphSpec]) -> tuple[list[str], set[str]]:
+    """The graphs that run on `image` alone, and the values that there are then."""
+    names, there = list[str](), {"image"}
+    for name in spec.graphs:
+        if there.issuperset(port.name for port in graphs[name].inputs):
+            names.append(name)
+            there |= {port.name for port in graphs[name].outputs}
+    return names, there
+
+
+def _searched(spec: MemorySpec, wanted: Callable[[str], bool], what: str) -> str:
+    for part in spec.record:
+        if np.dtype(part.dtype).kind == "f" and wanted(part.name):
+            return part.name
+    raise InputError(f"records of this bundle have no float part that is made of {what}; search by a prompt.")
 
 
 def cut(spec: MemorySpec, path: Path, start: float | None, end: float | None, limits: Limits = LIMITS) -> DecodedClip:

@@ -49,20 +49,21 @@ class MemoryFile:
     @classmethod
     def create(
         cls, path: Folder, *, embedding: int, record: Sequence[Part], fingerprint: str,
-        tokens: str | None = None, on_demand: bool = False, words: bool = True, index_threshold: int = INDEX_THRESHOLD,
+        tokens: str | None = None, on_demand: bool = False, words: bool = True,
+        calibration: tuple[float, float, float] | None = None, index_threshold: int = INDEX_THRESHOLD,
     ) -> Self:  # fmt: skip
         """Make an empty memory in the directory `path` and open it.
 
         embedding: numbers in a vector; record: what is kept of a clip; fingerprint: of what makes both (`check` compares it).
         tokens: how float parts are kept: as they are declared, or "float16", or "int8", which takes half the space of float16.
         on_demand: records are not kept, but made of the clips' files when they are used (`indexing.encoders.make_record`).
-        words: those of captions are kept and count in a search by text, beside the vectors.
+        words: those of captions are kept and count in a search by text, beside the vectors. calibration: as of `MemorySpec`.
         MemoryStoreError if there is one already or no place; InputError.
         """
         directory = path_of("the directory of a motion memory", path).absolute()
         whole("index_threshold", index_threshold, 0)
         parts = tuple(listed("the record of a motion memory", record, "the parts that a bundle declares"))
-        layout = Layout(embedding, parts, fingerprint, tokens, on_demand, words)
+        layout = Layout(embedding, parts, fingerprint, tokens, on_demand, words, calibration)
         with _new_file(directory) as temporary:
             store.create(layout, temporary)
         return cls.open(directory, index_threshold=index_threshold)
@@ -77,7 +78,7 @@ class MemoryFile:
         (vector,) = bundle.graph(spec.query).outputs
         return cls.create(
             path, embedding=vector.dims[1].max, record=spec.record, fingerprint=spec.fingerprint,
-            tokens=tokens, on_demand=on_demand, words=words, index_threshold=index_threshold,
+            tokens=tokens, on_demand=on_demand, words=words, calibration=spec.calibration, index_threshold=index_threshold,
         )  # fmt: skip
 
     @classmethod

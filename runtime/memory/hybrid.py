@@ -39,7 +39,7 @@ class Words:
         def ranked(want: int) -> Ranked:
             best = by_vectors(max(want, POOL))
             more = proposed[~np.isin(proposed, best.ids)]
-            if search.where or search.exclude_source is not None or without:
+            if search.filters or without:
                 passing = tags.passing(db, search, [number for number in more.tolist() if number not in without], without)
                 more = np.array([number for number in more.tolist() if number in passing], np.int64)
             more = np.sort(more[: max(want, POOL)])
@@ -47,7 +47,8 @@ class Words:
             ids, scores = (np.concatenate(parts) for parts in zip((best.ids, best.scores), *scored, strict=True))
             shares = asked.shares(tags.captions(db, ids.tolist()))
             order = np.lexsort((ids, -(scores + np.float32(search.words or 0) * shares)))
-            return Ranked(ids[order], scores[order], best.complete, shares[order])
+            ids, scores, shares = ids[order], scores[order], shares[order]
+            return Ranked(ids, scores, best.complete, shares, layout.probability(scores, shares))
 
         return ranked
 

@@ -168,9 +168,14 @@ class MotionMemory(MemoryFile, Searchable):
             clips, bad = store.read_state(db, self.path).clips, len(store.still_there(db, self._told))
             text = f"the motion memory {self.path} holds {clips or 'no'} clips"
             text += f", {bad} of them damaged" if search.without_damaged and bad else ""
-            if search.exclude_source is not None and clips:
-                count = db.execute("SELECT COUNT(*) FROM clips WHERE source = ?", (search.exclude_source,)).fetchone()[0]
-                text += f", {count} of them from the excluded {search.exclude_source}"
+            if search.sources and clips:
+                question = f"SELECT COUNT(*) FROM clips WHERE source IN ({marks(search.sources)})"
+                text += f", {db.execute(question, search.sources).fetchone()[0]} of them from the excluded "
+                text += " and ".join(search.sources)
+            for name, sign in (("least_seconds", "<"), ("most_seconds", ">")):
+                if (limit := getattr(search, name)) is not None and clips:
+                    count = db.execute(f"SELECT COUNT(*) FROM clips WHERE duration {sign} ?", (limit,)).fetchone()[0]
+                    text += f", {count} of them {'shorter' if sign == '<' else 'longer'} than {limit:g} s"
         if search.where and clips:
             text += f", {len(self.ids(search.where))} of them with {dict(search.where)}"
         return f"{text}. Ask for fewer, or add clips: `motionrt memory add {self.path} clip.mp4`"
@@ -197,8 +202,9 @@ class MotionMemory(MemoryFile, Searchable):
         moves = self._moves(view, search, without)
 
         def fetch(best: Ranked) -> list[Found]:
-            shares = None if best.words is None else best.words.tolist()
-            references, vectors = store.read(view.db, self.path, self.layout, best.ids.tolist(), best.scores.tolist(), shares)
+            more = {} if best.words is None else {"words": best.words.tolist()}
+            more |= {} if best.chances is None else {"probability": best.chances.tolist()}
+            references, vectors = store.read(view.db, self.path, self.layout, best.ids.tolist(), best.scores.tolist(), more)
             if part is not None and references:
                 vectors = ranking.directions(np.stack([reference.record[part] for reference in references]))
             if moves is None or not references:
@@ -222,7 +228,7 @@ class MotionMemory(MemoryFile, Searchable):
     ) -> Callable[[int], Ranked]:
         """What ranks the clips that pass the filters by their captions: by the index and what is newer, or all of them."""
         db, base, few = view.db, view.base, search.leaves_few(view.db)
-        filtered = bool(search.where) or search.exclude_source is not None or bool(without)
+        filtered = search.filters or bool(without)
         after = 0 if base is None else base.last
         if not few:
             load = lambda above, wrong: ranking.scan(db, self.layout, after=above, wrong=wrong)  # noqa: E731

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motionrt.runtime.arguments import LAST_ID, instance, text_of, whole
-from motionrt.runtime.errors import MemoryStoreError
+from motionrt.runtime.errors import InputError, MemoryStoreError
 from motionrt.runtime.memory import tags
 from motionrt.runtime.memory.rows import Damaged, DamagedRow, Layout, Reference
 from motionrt.runtime.memory.search import EVERYTHING, Search, marks
@@ -26,16 +26,18 @@ _SHARPNESS = 10.0  # a candidate that ranks 0.1 lower has 1/e of the say in what
 
 
 class Ranked(NamedTuple):
-    """Clips, best first: ids, cosines, whether these are all; and the words' shares, where words were looked at."""
+    """Clips, best first: ids, cosines, whether these are all; where words were looked at, their shares, and probabilities."""
 
     ids: NDArray[np.int64]
     scores: NDArray[np.float32]
     complete: bool
     words: NDArray[np.float32] | None = None
+    chances: NDArray[np.float64] | None = None
 
     def some(self, which: Any) -> Ranked:
-        """Those of an index, a slice or a mask."""
-        return Ranked(self.ids[which], self.scores[which], self.complete, None if self.words is None else self.words[which])
+        """Those of a slice or a mask."""
+        words, chances = (None if values is None else values[which] for values in (self.words, self.chances))
+        return Ranked(self.ids[which], self.scores[which], self.complete, words, chances)
 
 
 class Found(NamedTuple):
@@ -67,15 +69,20 @@ class Searchable:
         raise NotImplementedError
 
     def search(
-        self, embedding: NDArray[Any], k: int, search: Search = EVERYTHING, text: str | None = None
-    ) -> list[Reference]:
+        self, embedding: NDArray[Any], k: int, search: Search = EVERYTHING, text: str | None = None,
+        still: tuple[str, NDArray[Any]] | None = None,
+    ) -> list[Reference]:  # fmt: skip
         """The `k` clips whose captions are nearest to `embedding` [E] by cosine, nearest first, equal ones by id.
 
         text: what `embedding` was made of. With it, the order is by the cosine, the words that captions share with the text
-        (`words.Asked`) and the agreement of the clips' motion, weighted as `search` says. MemoryStoreError if fewer than `k`
-        clips are there (unless `search` may be short); InputError.
+        (`words.Asked`) and the agreement of the clips' motion, weighted as `search` says. still: for `search.looks`, a float
+        part of records and what it is of the still. MemoryStoreError if fewer than `k` clips are there (unless `search` may be
+        short); InputError.
         """
-        return self._answer(None, embedding, k, search, text)
+        instance("search", search, Search, "a Search(...)")
+        if search.looks and still is None:
+            raise InputError("looks is on, and there is no still to compare clips with; give one, or leave it off.")
+        return self._answer(None, embedding, k, search, text, still if search.looks else None)
 
     def search_record(self, part: str, array: NDArray[Any], k: int, search: Search = EVERYTHING) -> list[Reference]:
         """The `k` clips whose float part `part` of the record is nearest to `array`, of the part's dims.
@@ -83,17 +90,19 @@ class Searchable:
         By cosine of the flattened arrays. Exact, and so linear in the clips that pass `search.where`: every record is read.
         An index of them would be as large as they are, for a question asked by people.
         """
+        instance("search", search, Search, "a Search(...)")
         return self._answer(part, array, k, search)
 
     def _answer(
-        self, part: str | None, query: NDArray[Any], k: int, search: Search, text: str | None = None
-    ) -> list[Reference]:
+        self, part: str | None, query: NDArray[Any], k: int, search: Search, text: str | None = None,
+        still: tuple[str, NDArray[Any]] | None = None,
+    ) -> list[Reference]:  # fmt: skip
         k = whole("the number of references", k, 1, LAST_ID)
-        instance("search", search, Search, "a Search(...)")
         if text is not None:
             text_of("the text of a search", text)
             search = search.with_text()
-        answer = diverse(agreeing(self.found(part, query, k, search, text), search), k, search)
+        pool = agreeing(self.found(part, query, k, search, text), search)
+        answer = diverse(pool, k, search) if still is None else looking_like(pool, k, *still)
         if len(answer) < k and (not search.may_be_short or not len(self)):
             raise MemoryStoreError(f"{k} references were asked for; {self._too_few(len(answer), search)}.")
         return answer
@@ -224,6 +233,10 @@ def pick(
             keep = best.scores >= search.minimum_score - 1e-6  # rounding of float32
             complete |= not keep.all()
             best = best.some(keep)
+        if search.minimum_probability and best.chances is not None:
+            keep = best.chances >= search.minimum_probability
+            complete |= not keep.all()
+            best = best.some(keep)
         if search.distinct is None:
             return fetch(best.some(np.s_[:need]))
         chosen: list[Found] = []
@@ -277,6 +290,16 @@ def diverse(pool: Sequence[Found], k: int, search: Search) -> list[Reference]:
         cosines = vectors @ vectors[chosen[-1]]
         nearest = cosines if len(chosen) == 1 else np.maximum(nearest, cosines)
     return [_told(pool[index]) for index in chosen]
+
+
+def looking_like(pool: Sequence[Found], k: int, part: str, still: NDArray[Any]) -> list[Reference]:
+    """The `k` of a pool whose `part` of the record is nearest to the still's by cosine, nearest first, equal ones in order."""
+    if not pool:
+        return []
+    wanted = directions(np.asarray(still, np.float32)[None])[0]
+    cosines = dots(directions(np.stack([found.reference.record[part] for found in pool])), wanted)
+    best = np.argsort(-cosines, kind="stable")[:k]
+    return [replace(_told(pool[index]), looks=float(cosines[index])) for index in best]
 
 
 def _told(found: Found) -> Reference:

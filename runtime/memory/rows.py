@@ -49,7 +49,9 @@ class Reference:
     """A retrieved clip. score: cosine with the query in [-1,1].
 
     words: how much of the prompt's words its caption has, in [-1, 1]; agreement: mean cosine of its motion with that of the
-    other candidates, about the memory's own mean; NaN where they were not looked at (`Search` says what they count).
+    other candidates, about the memory's own mean; looks: the cosine with the still's; NaN where they were not looked at
+    (`Search` says what they count). probability: that the clip moves as the prompt says, in [0, 1], by score and words; NaN
+    where the bundle does not say what these are worth.
     record: the parts by name, float ones as float32, others in their dtype; empty where the memory makes records on demand
     (`indexing.encoders.make_record`). memory: its name in a `MemorySet`, where the score is multiplied by the memory's weight.
     """
@@ -68,6 +70,8 @@ class Reference:
     source_sha256: str = ""
     words: float = math.nan
     agreement: float = math.nan
+    looks: float = math.nan
+    probability: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -124,8 +128,8 @@ class Layout:
 
     fingerprint: of what made vectors and records (a bundle's). tokens: how float parts are kept: None as they are declared,
     "float16", or "int8" with a float32 scale for each row of the last dimension (largest magnitude / 127, symmetric).
-    on_demand: records are not kept. words: those of captions are kept, so that they count in a search. InputError for what is
-    not allowed.
+    on_demand: records are not kept. words: those of captions are kept, so that they count in a search. calibration: as of a
+    bundle's `MemorySpec`. InputError for what is not allowed.
     """
 
     embedding: int
@@ -134,6 +138,7 @@ class Layout:
     tokens: str | None = None
     on_demand: bool = False
     words: bool = True
+    calibration: tuple[float, float, float] | None = None
 
     def __post_init__(self) -> None:
         for part in self.record:
@@ -155,6 +160,14 @@ class Layout:
     def __str__(self) -> str:
         parts = ", ".join(f"{part.name} {part.dtype} {list(part.dims)}" for part in self.record)
         return f"an embedding of {self.embedding} and {parts or 'no parts'}"
+
+    def probability(self, scores: NDArray[np.float32], words: NDArray[np.float32]) -> NDArray[np.float64] | None:
+        """That clips of these cosines and shares of words [N] move as they were asked to; None where it is not known."""
+        if self.calibration is None:
+            return None
+        constant, by_score, by_words = self.calibration
+        logits = constant + by_score * scores.astype(np.float64) + by_words * words.astype(np.float64)
+        return np.asarray(1 / (1 + np.exp(-logits)))
 
     @cached_property
     def dtype(self) -> np.dtype[np.void]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
 
-from motionrt.runtime.arguments import flag, text_of
+from motionrt.runtime.arguments import flag, listed, text_of
 from motionrt.runtime.errors import InputError, shown
 
 _MOST = 30_000  # values of one key, and the key: SQLite takes 32,766 in a statement
@@ -16,6 +16,7 @@ FEW = 4096  # clips that a filter may leave for an exact scan of them to be the 
 
 WORDS = 1.0  # weight of the words' share beside the cosine; chosen by benchmarks/retrieval, on the split that is for choosing
 AGREEMENT = 0.25  # weight of the motion's agreement; likewise
+PROBABLE = 0.1  # from which on a clip is taken where no number of clips was asked for; likewise
 POOL = 32  # best clips by vectors, and as many by words, among which both are counted
 
 Where = Mapping[str, str | Sequence[str]]
@@ -29,24 +30,40 @@ def _option(words: str, option: str | None = None) -> Any:
 class Search:
     """What a search leaves out and how it orders. Commands that search have these options (`with_search_options`).
 
-    where: {"dataset" or a metadata key: value, or list of allowed values}, all of which must hold; exclude_source: leave
-    out clips of this source. minimum_score: a cosine; clips below it are left out. distinct: a cosine of the first float
-    part of records above which a clip counts as a copy of a better one and is left out (among the best 4096). With one of
-    these two, fewer clips than were asked for may come back. diversity: 0 (off) to 1; re-ranks the best 4 k + 16 by maximal
-    marginal relevance. words: how much the share of the prompt's words in a caption counts beside the cosine, where a
-    search has a text and the memory keeps words. agreement: how much it counts that a clip moves as the other candidates do,
-    by the first float part of records, where that has up to 2^20 numbers. Both count in searches with a text, unless they are
-    0; agreement also in others, if it is given. without_damaged: go on without clips that are damaged, and log which; else one
-    of them among what the search reads is an error. InputError for what is not allowed.
+    What is left out: `where`: {"dataset" or a metadata key: value, or list of allowed values}, all of which must hold;
+    `exclude_source`: clips of this source, or of any of these; `least_seconds`, `most_seconds`: shorter and longer clips;
+    `minimum_score`: a cosine, clips below it; `minimum_probability`: clips less likely to move as a text says
+    (`Reference.probability`; where that is not known, none); `distinct`: a cosine of the first float part of records above
+    which a clip counts as a copy of a better one (among the best 4096). With one of the last three, fewer clips than were asked
+    for may come back.
+
+    How it orders: `words`: how much the share of the prompt's words in a caption counts beside the cosine, where a search has a
+    text and the memory keeps words; `agreement`: how much it counts that a clip moves as the other candidates do, by the first
+    float part of records, where that has up to 2^20 numbers. Both count in searches with a text, unless they are 0; agreement
+    also in others, if it is given. `diversity`: 0 (off) to 1; re-ranks the best 4 k + 16 by maximal marginal relevance.
+    `looks`: of the best 2 k + 3, those that look most like the still of the request (with `words` and `agreement` 0 it is
+    `rag_text_image` of MotionRAG's release).
+
+    `without_damaged`: go on without clips that are damaged, and log which; else one of them among what the search reads is an
+    error. InputError for what is not allowed.
     """
 
     where: Where | None = _option("Only clips of this dataset or metadata; a key again: any of its values.")
-    exclude_source: str | None = _option("Leave out clips of this source.")
+    exclude_source: str | Sequence[str] | None = _option("Leave out clips of this source; again: of any of these.")
+    least_seconds: float | None = _option("Only clips that last so long at least.", "--min-seconds")
+    most_seconds: float | None = _option("Only clips that last so long at most.", "--max-seconds")
     minimum_score: float | None = _option("Only clips with at least this cosine.", "--min-score")
+    minimum_probability: float | None = _option(
+        f"Only clips that move as asked with this probability; {PROBABLE:g} if no number is asked for.", "--min-probability"
+    )
     distinct: float | None = _option("Leave out copies: cosine of records (their first float part) from which one is a copy.")
     diversity: float | None = _option("Prefer clips that differ: 0 off, up to 1.")
     words: float | None = _option(f"How much the prompt's words count beside its vector: 0 off; {WORDS:g} if not given.")
     agreement: float | None = _option(f"How much it counts to move as the others found do: 0 off; {AGREEMENT:g} if not given.")
+    looks: bool = field(
+        default=False,
+        metadata={"help": "Of the clips found by words, those that look most like the still.", "option": "--looks"},
+    )
     without_damaged: bool = field(
         default=False, metadata={"help": "Go on without clips that are damaged, and say which.", "option": "--without-damaged"}
     )
@@ -56,10 +73,14 @@ class Search:
             value: Any = getattr(self, name)
             number = isinstance(value, Real) and not isinstance(value, bool)  # NumPy's numbers too; NaN fails the range
             if value is not None and not (number and low <= value <= high):
-                raise InputError(f"{name} is {shown(value)}; allowed is a number from {low} to {high}, or None.")
+                raise InputError(f"{name} is {shown(value)}; allowed is a number from {low} to {high:g}, or None.")
         flag("without_damaged", self.without_damaged)
-        if self.exclude_source is not None:
-            text_of("exclude_source", self.exclude_source)
+        flag("looks", self.looks)
+        sources = self.exclude_source
+        if sources is not None and not isinstance(sources, str):
+            object.__setattr__(self, "exclude_source", tuple(listed("exclude_source", sources, "texts")))
+        for source in self.sources:
+            text_of("exclude_source", source)
         try:
             texts = [[key, *values] for key, values in self.tags()]
             good = all(1 < len(text) <= _MOST and text[0] and "".join(text).encode() is not None for text in texts)
@@ -72,14 +93,32 @@ class Search:
     @property
     def may_be_short(self) -> bool:
         """Whether fewer clips than were asked for are an answer."""
-        return self.minimum_score is not None or self.distinct is not None
+        return not self.minimum_score is self.minimum_probability is self.distinct is None
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Sources whose clips are left out."""
+        given = self.exclude_source
+        return () if given is None else (given,) if isinstance(given, str) else tuple(given)
+
+    @property
+    def filters(self) -> bool:
+        """Whether a clip's own row says if it is left out."""
+        return bool(self.where or self.sources) or not self.least_seconds is self.most_seconds is None
 
     def lenient(self) -> Search:
-        """The same, but satisfied with as many clips as there are: for a number of clips that nobody asked for."""
-        return self if self.minimum_score is not None else replace(self, minimum_score=-1.0)  # any cosine will do
+        """The same, but satisfied with as many clips as there are: for a number of clips that nobody asked for.
+
+        Then clips that hardly can be right are left out, too: any cosine will do, but not any probability.
+        """
+        score = -1.0 if self.minimum_score is None else self.minimum_score
+        chance = PROBABLE if self.minimum_probability is None else self.minimum_probability
+        return replace(self, minimum_score=score, minimum_probability=chance)
 
     def pool(self, k: int) -> int:
         """How many of the best clips are needed for choosing `k`."""
+        if self.looks:
+            return 2 * k + 3
         return max(4 * k + 16 if self.diversity else k, k + 8 if self.agreement else k)
 
     def with_text(self) -> Search:
@@ -103,7 +142,10 @@ class Search:
             yield key, [values] if isinstance(values, str) else list(values)
 
 
-_RANGES = (("minimum_score", -1, 1), ("distinct", -1, 1), ("diversity", 0, 1), ("words", 0, 10), ("agreement", 0, 10))
+_RANGES = (
+    ("minimum_score", -1, 1), ("minimum_probability", 0, 1), ("distinct", -1, 1), ("diversity", 0, 1), ("words", 0, 10),
+    ("agreement", 0, 10), ("least_seconds", 0, 1e6), ("most_seconds", 0, 1e6),
+)  # fmt: skip
 EVERYTHING = Search()
 
 

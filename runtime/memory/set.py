@@ -77,7 +77,7 @@ class MemorySet(Searchable):
                 pool.append(found._replace(reference=replace(found.reference, memory=name, score=score, words=words)))
         pool.sort(key=lambda found: -relevance(found, search))
         every = Ranked(np.arange(len(pool)), np.array([found.reference.score for found in pool], np.float32), True)
-        again = replace(search, minimum_score=None)  # applied to the cosines
+        again = replace(search, minimum_score=None, minimum_probability=None)  # applied to each memory's own
         compared = "" if search.distinct is None else next(iter(self.memories.values())).layout.floating().name
         return pick(lambda want: every, lambda best: [pool[i] for i in best.ids], again, search.pool(k), compared)
 

@@ -14,15 +14,15 @@ schema, in `user_version`), by which a log beside it that is another memory's is
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import secrets
 import sqlite3
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -179,9 +179,9 @@ def delete(db: sqlite3.Connection, path: Path, ids: Iterable[int], words: bool) 
 
 def read(
     db: sqlite3.Connection, path: Path, layout: Layout, ids: list[int], scores: list[float],
-    words: list[float] | None = None,
+    more: Mapping[str, list[float]] = MappingProxyType({}),
 ) -> tuple[list[Reference], Any]:  # fmt: skip
-    """The clips of these ids, in this order, with these scores and words' shares, and their unit vectors [N,E].
+    """The clips of these ids, in this order, with these scores and more fields of references, and their unit vectors [N,E].
 
     Each row was checked. MemoryStoreError for an id that is not there, DamagedRow for a row that is not what was written.
     """
@@ -207,7 +207,7 @@ def read(
         row, record = rows[number], {name: values[at, ...] for name, values in parts.items()}
         caption, source, start, duration, fps, sha256, dataset, metadata = row.told
         facts = {"dataset": dataset, "metadata": msgspec.json.decode(metadata), "fps": fps, "source_sha256": sha256}
-        facts["words"] = math.nan if words is None else words[at]
+        facts |= {name: values[at] for name, values in more.items()}
         clips.append(Reference(number, score, caption, source, start, duration, record, **facts))
     return clips, vectors
 

@@ -15,6 +15,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Set
 from itertools import groupby
+from math import inf
 from typing import Any, NamedTuple
 
 import msgspec
@@ -30,7 +31,7 @@ CREATE TABLE tallies (key TEXT, value TEXT, count INTEGER NOT NULL, sum INTEGER 
     PRIMARY KEY (key, value)) WITHOUT ROWID
 """
 TOLD = "caption, source, start, duration, fps, source_sha256, dataset, metadata"  # as of `Row.told`
-_SOURCE, _DATASET, _METADATA = 1, 6, 7  # columns of `TOLD`
+_SOURCE, _DURATION, _DATASET, _METADATA = 1, 3, 6, 7  # columns of `TOLD`
 _AT_ONCE = 4096  # values in one statement; SQLite takes 32,766
 
 
@@ -147,19 +148,25 @@ def vocabulary(db: sqlite3.Connection, state: State) -> Vocabulary:
 
 
 def excluded(db: sqlite3.Connection, search: Search, without: Set[int]) -> set[int]:
-    """Ids of the clips of `search.exclude_source`, but for those `without`; DamagedRow."""
-    if search.exclude_source is None:
+    """Ids of the clips of excluded sources, and of those too short or too long, but for those `without`; DamagedRow."""
+    least, most = search.least_seconds or 0.0, search.most_seconds
+    conditions = [f"source IN ({marks(search.sources)})"] if search.sources else []
+    conditions += ["duration < ?"] * (least > 0) + ["duration > ?"] * (most is not None)
+    if not conditions:
         return set()
-    return {*_told(db, "source = ?", [search.exclude_source], lambda told: True, without)}
+    parameters = [*search.sources, *([least] if least > 0 else []), *([] if most is None else [most])]
+    return {*_told(db, " OR ".join(conditions), parameters, lambda told: True, without)}
 
 
 def passing(db: sqlite3.Connection, search: Search, ids: list[int], without: Set[int]) -> set[int]:
     """Those of some clips, but for those `without`, that pass the filters, by what their own rows say; DamagedRow."""
     wanted = [(key, {*values}) for key, values in search.tags()]
+    least, most = search.least_seconds or 0.0, inf if search.most_seconds is None else search.most_seconds
 
     def passes(told: tuple[Any, ...]) -> bool:
         own = {"dataset": told[_DATASET], **json.loads(told[_METADATA])} if wanted else {}
-        return told[_SOURCE] != search.exclude_source and all(own.get(key) in values for key, values in wanted)
+        good = told[_SOURCE] not in search.sources and least <= told[_DURATION] <= most
+        return good and all(own.get(key) in values for key, values in wanted)
 
     found: dict[int, bool] = {}
     for at in range(0, len(ids), _AT_ONCE):

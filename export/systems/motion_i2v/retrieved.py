@@ -93,6 +93,7 @@ def with_memory(system: System, parts: Parts, retrieval: Retrieval) -> System:
         fingerprint=PENDING,
         graphs=("keep",),
         least_change=LEAST_CHANGE,
+        calibration=retrieval.query.calibration,
     )
     return replace(
         system,

@@ -146,6 +146,7 @@ def clone_system(parts: Parts) -> System:
         graphs=("encode", *(name for name in (FIRST, REPRESENT) if name in graphs)),
         absent={"motion_scale": 0},
         least_change=LEAST_CHANGE,
+        calibration=parts.query.calibration,
     )
     return System(
         parts.name,

@@ -386,8 +386,12 @@ def told(reference: Reference, memory: str) -> dict[str, Any]:
     return {
         "id": reference.id, "memory": memory, "score": None if np.isnan(reference.score) else round(float(reference.score), 4),
         "caption": reference.caption, "source": Path(reference.source).name, "start": reference.start,
-        "duration": reference.duration, "dataset": reference.dataset,
+        "duration": reference.duration, "dataset": reference.dataset, "metadata": dict(reference.metadata),
+        **{name: round(value, 4) for name in _FOUND if not np.isnan(value := float(getattr(reference, name)))},
     }  # fmt: skip
+
+
+_FOUND = ("words", "agreement", "looks", "probability")  # what a search may say of a clip beside its score
 
 
 def _steps(bundle: Bundle, calls: Mapping[str, int]) -> int:

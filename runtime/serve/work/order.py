@@ -238,6 +238,16 @@ def _references(name: str, value: Any) -> int | list[int]:
     return [_whole(name, item) for item in value] if isinstance(value, list) else _whole(name, value)
 
 
+def _sources(name: str, value: Any) -> str | list[str]:
+    """A source, or a list of such."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            pass  # a file may have such a name
+    return [_text(name, item) for item in value] if isinstance(value, list) else _text(name, value)
+
+
 def _where(name: str, value: Any) -> Mapping[str, Any]:
     if isinstance(value, str):
         try:
@@ -258,8 +268,9 @@ def _texts(name: str, value: Any) -> Mapping[str, str]:
 
 _OPTIONS: dict[str, Callable[[str, Any], Any]] = {"solver": _text, "steps": _whole, "references": _references}
 _SEARCH: dict[str, Callable[[str, Any], Any]] = {
-    "where": _where, "minimum_score": _number, "distinct": _number, "diversity": _number, "exclude_source": _text,
-    "without_damaged": _flag,
+    "where": _where, "exclude_source": _sources, "least_seconds": _number, "most_seconds": _number, "minimum_score": _number,
+    "minimum_probability": _number, "distinct": _number, "diversity": _number, "words": _number, "agreement": _number,
+    "looks": _flag, "without_damaged": _flag,
 }  # fmt: skip
 _CLIP: dict[str, Callable[[str, Any], Any]] = {
     "caption": _text, "start": _number, "end": _number, "span": _text, "dataset": _text, "metadata": _texts,
