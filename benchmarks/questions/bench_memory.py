@@ -269,7 +269,8 @@ def main(arguments: list[str] | None = None) -> None:
         reader(*options.reader)
     elif options.plot:
         report = Report(options.results)
-        searches.into_docs("\n".join(searches.cost(report)), harness.ROOT / "docs" / "memory.md")
+        script = "benchmarks/questions/bench_memory.py --plot"
+        searches.into_docs("cost", script, "\n".join(searches.cost(report)), harness.ROOT / "docs" / "memory.md")
         for name, svg in report.figures.items():
             (options.results / name).write_text(svg, encoding="utf-8")
     else:

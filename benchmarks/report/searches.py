@@ -84,8 +84,8 @@ def table(rows: Sequence[Row]) -> list[str]:
     return text.table(head, body)
 
 
-def into_docs(written: str, page: Path) -> None:
-    """Replace what stands between the page's `cost` marks."""
-    mark, end = "<!-- cost: written by benchmarks/questions/bench_memory.py --plot -->\n", "<!-- end of cost -->"
+def into_docs(name: str, script: str, written: str, page: Path) -> None:
+    """Replace what stands between the page's marks of `name`, which `script` writes."""
+    mark, end = f"<!-- {name}: written by {script} -->\n", f"<!-- end of {name} -->"
     before, rest = page.read_text(encoding="utf-8").split(mark, 1)
     page.write_text(f"{before}{mark}{written}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")

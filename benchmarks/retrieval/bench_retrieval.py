@@ -1,7 +1,8 @@
 """Does a prompt find clips that move as it says? By vectors, by words, by both, by agreement; and what follows for the video.
 
-    .venv-dev/bin/python benchmarks/retrieval/bench_retrieval.py                   # all that is reported, and the page's tables
+    .venv-dev/bin/python benchmarks/retrieval/bench_retrieval.py                   # all that is reported
     .venv-dev/bin/python benchmarks/retrieval/bench_retrieval.py --split tune      # what weights are chosen by: no rows
+    .venv-dev/bin/python benchmarks/retrieval/bench_retrieval.py --plot            # the tables of docs/memory.md from the rows
 
 Memories: the demo's two, and one of 1,152 everyday captions that a grammar makes (prompts.py). *right at 1*: the first clip
 moves as asked; *right of 4*: the share of the first four. End-point errors are of the demo's 8 steps against the target, as
@@ -23,6 +24,9 @@ from numpy.typing import NDArray
 
 from motionrt.benchmarks import harness
 from motionrt.benchmarks.harness import ROOT, demo_module
+from motionrt.benchmarks.report import retrieval
+from motionrt.benchmarks.report.rows import Report
+from motionrt.benchmarks.report.searches import into_docs
 from motionrt.benchmarks.retrieval import prompts
 from motionrt.benchmarks.retrieval.prompts import Prompt
 from motionrt.runtime.bundle.manifest import Part
@@ -131,6 +135,36 @@ def ask(asking: Asking, memory: MotionMemory, asked: Sequence[Prompt], ways: Seq
     return found
 
 
+def judged(asking: Asking, memory: MotionMemory, asked: Sequence[Prompt], count: int) -> Scores:
+    """Of the best `count` clips for each prompt: cosine, words, probability (NaN: not known), and whether it is right [N,4]."""
+    return np.array([
+        (clip.score, clip.words, clip.probability, moves_as(clip) == prompt.right)
+        for prompt in asked for clip in asking.search(memory, prompt, Search(), count)
+    ])  # fmt: skip
+
+
+def fit(parts: Sequence[Scores]) -> Scores:
+    """(a, b, c) of `MemorySpec.calibration` for judged clips, each part of the same weight: logistic regression by Newton."""
+    weights = np.concatenate([np.full(len(part), 1 / len(part) / len(parts)) for part in parts])
+    every = np.concatenate(parts)
+    rows, right, found = np.insert(every[:, :2], 0, 1, axis=1), every[:, 3], np.zeros(3)
+    for _ in range(50):
+        chance = 1 / (1 + np.exp(-rows @ found))
+        slope = rows.T @ (weights * (right - chance)) - 1e-5 * found
+        found += np.linalg.solve((rows * (weights * chance * (1 - chance))[:, None]).T @ rows + 1e-5 * np.eye(3), slope)
+    return found
+
+
+def bins(found: Scores) -> list[list[float]]:
+    """[from, to, how many, mean probability, share that is right] of judged clips."""
+    edges, made = np.linspace(0, 1, 6), list[list[float]]()
+    for low, high in zip(edges, edges[1:], strict=False):
+        some = found[(found[:, 2] >= low) & (found[:, 2] < high + (high == 1))]
+        if len(some):
+            made.append([round(float(x), 3) for x in (low, high, len(some), some[:, 2].mean(), some[:, 3].mean())])
+    return made
+
+
 def errors(asking: Asking, memory: MotionMemory, split: Any, count: int, say: Callable[[Any], str], search: Search) -> Scores:
     """End-point errors [count] px of the demo's targets, whose prompts `say` makes."""
     evaluate, domain = demo_module("evaluate"), demo_module("domain")
@@ -147,8 +181,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--split", choices=("report", "tune"), default="report")
     parser.add_argument("--targets", type=int, default=100, help="clips per end-point error; 0: none")
+    parser.add_argument("--plot", action="store_true", help="write the tables of the rows that there are, and measure nothing")
     parser.add_argument("--results", type=Path, default=harness.RESULTS)
     options = parser.parse_args()
+    if options.plot:
+        tables = "\n".join(retrieval.found(Report(options.results)))
+        return into_docs("retrieval", "benchmarks/retrieval/bench_retrieval.py --plot", tables, ROOT / "docs" / "memory.md")
     domain, evaluate = demo_module("domain"), demo_module("evaluate")
     report = options.split == "report"
 
@@ -170,12 +208,21 @@ def main() -> None:
         for name, memory, families in (("demo, seen", seen, domain.SEEN), ("demo, unseen kinds", unseen, domain.UNSEEN)):
             for kind in prompts.kinds() if report else ["captions", "tune"]:
                 told(name, kind, ask(asking, memory, prompts.of_demo(families, kind), ways))
+            if report:
+                every = [prompt for kind in prompts.kinds() for prompt in prompts.of_demo(families, kind)]
+                row = {"memory": name, "prompts": "all kinds", "n": len(every), "bins": bins(judged(asking, memory, every, 1))}
+                harness.append_row(QUESTION, row, folder=options.results)
             with swapped(memory, folder / f"swapped {name}", asking, 1 / 3) as mixed:
                 for kind in ("captions", "paraphrases" if report else "tune"):
                     found = ask(asking, mixed, prompts.of_demo(families, kind), ["vectors", "both", "both, agreement"])
                     told(f"{name}, a third swapped", kind, found)
         with everyday(folder / "everyday", asking) as memory:
-            told("everyday", options.split, ask(asking, memory, prompts.everyday_prompts(options.split), ways[:-1]))
+            asked = prompts.everyday_prompts(options.split)
+            told("everyday", options.split, ask(asking, memory, asked, ways[:-1]))
+            if not report:
+                tune = {families: prompts.of_demo(families, "tune") for families in (domain.SEEN, domain.UNSEEN)}
+                parts = [judged(asking, one, tune[families], K) for one in (seen, unseen) for families in tune]
+                print("calibration", fit([*parts, judged(asking, memory, asked, K)]).round(2).tolist())
         if not report or not options.targets:
             return
         for split, memory, families in ((evaluate.SPLITS[0], seen, domain.SEEN), (evaluate.SPLITS[1], unseen, domain.UNSEEN)):

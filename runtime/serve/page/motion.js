@@ -4,15 +4,23 @@ import { $, arrange, make, say, still } from "./dom.js";
 
 const title = (reference) => reference.caption || reference.source || `Clip ${reference.id}`;
 
+/** How likely a clip moves as asked, or, where that is not known, its cosine; and all that the search says of it. */
+const likely = ({ probability, score }) => probability == null ? score?.toFixed(2) : `${Math.round(100 * probability)} %`;
+const worth = (reference) => Object.entries({ probability: "likely to move as asked", score: "cosine with the words",
+	words: "share of the words", agreement: "moves like the others", looks: "looks like the still" })
+	.filter(([name]) => reference[name] != null).map(([name, what]) => `${what}: ${reference[name].toFixed(2)}`).join("\n");
+const origin = ({ source, dataset, metadata, start, duration }) => [source, dataset, start != null && `${start} to ${start + duration} s`,
+	...Object.entries(metadata ?? {}).map((pair) => pair.join(": "))].filter(Boolean).join("\n");
+
 /** A clip that moves (when it is told to, for those who want no motion), with its score. */
 export function clip(reference, box) {
 	const link = reference.links?.preview, idle = make("span.idle", "no preview");
 	const moving = { muted: true, loop: true, playsInline: true, autoplay: !still, controls: still, preload: "auto" };
 	const video = link && make("video", { src: local(link), ...moving });
 	if (video) video.onerror = () => video.replaceWith(idle);
-	return make(box ? "label" : "div", { className: "clip", title: reference.source ?? "", data: { clip: reference.id } },
+	return make(box ? "label" : "div", { className: "clip", title: origin(reference), data: { clip: reference.id } },
 		make("span.moving", video || idle, box,
-			reference.score && make("span.score", { title: "Cosine of clip and words" }, reference.score.toFixed(2))),
+			reference.score && make("span.score", { title: worth(reference) }, likely(reference))),
 		make("span.caption", title(reference)));
 }
 
@@ -82,7 +90,7 @@ export class Motion {
 	}
 
 	card(reference) {
-		const box = make("input", { type: "checkbox", ariaLabel: `Use “${title(reference)}”, ${reference.score?.toFixed(2)}` });
+		const box = make("input", { type: "checkbox", ariaLabel: `Use “${title(reference)}”, ${likely(reference)}` });
 		box.onchange = () => {
 			this.chosen = new Map(this.ticked);
 			if (!box.checked) this.chosen.delete(reference.id);

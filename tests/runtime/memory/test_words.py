@@ -186,3 +186,53 @@ def test_metadata_has_names_and_so_have_filters(tmp_path: Path) -> None:
             memory.add([fake.clip(1, metadata={"": "left"})])
     with pytest.raises(InputError, match="where is"):
         Search({"": "left"})
+
+
+def test_a_clip_with_several_captions_comes_once(tmp_path: Path) -> None:
+    with MotionMemory.create(tmp_path / "m", **fake.KEPT) as memory:
+        texts = ("slides left", "glides to the left", "a star moves leftwards", "goes right")
+        same = {"embedding": fake.query(), "source_sha256": "e" * 64, "start": 1.0}
+        memory.add([fake.clip(0, caption=text, **(same if "right" not in text else {})) for text in texts])
+        found = memory.search(fake.query(), 2, BOTH, "glides to the left")
+        assert [clip.caption for clip in found] == ["glides to the left", "goes right"]
+        assert len(memory.search(fake.query(), 4)) == 4  # by the vector alone, captions are what is found
+
+
+def test_probability_is_what_the_calibration_says(tmp_path: Path) -> None:
+    with memory_of(tmp_path / "m", calibration=(-3.0, 2.0, 4.0)) as memory:
+        best = memory.search(fake.query(), 1, BOTH, "slides to the left")[0]
+        assert best.probability == pytest.approx(1 / (1 + math.exp(3 - 2 * best.score - 4 * best.words)))
+        assert len(memory.search(fake.query(), 6, Search(minimum_probability=0.6), "slides to the left")) < 6
+        assert memory.search(fake.query(), 6, Search(minimum_probability=0.99), "slides to the left") == []
+        assert len(memory.search(fake.query(), 6, BOTH, "slides to the left")) == 6  # a number that is asked for
+        assert memory.search(-fake.query(), 6, Search().lenient(), "no such thing") == []
+        assert math.isnan(memory.search(fake.query(), 1)[0].probability)
+
+
+def test_of_what_words_find_the_likest_to_the_still(tmp_path: Path) -> None:
+    with MotionMemory.create(tmp_path / "m", **fake.KEPT) as memory:
+        memory.add(fake.clip(number, caption="slides left", embedding=fake.query()) for number in range(12))
+        looks = fake.clip(6).record["appearance"]
+        found = memory.search(fake.query(), 2, Search(looks=True, agreement=0), "slides left", ("appearance", looks))
+        assert found[0].id == 7 and found[0].looks == pytest.approx(1, abs=1e-3) and found[1].looks < found[0].looks
+        # of the best 2 k + 3 alone: the twelfth is not among them
+        far = ("appearance", fake.clip(11).record["appearance"])
+        by_looks = Search(looks=True, agreement=0)
+        assert 12 not in [clip.id for clip in memory.search(fake.query(), 2, by_looks, "slides left", far)]
+        with pytest.raises(InputError, match="no still to compare clips with"):
+            memory.search(fake.query(), 2, Search(looks=True), "slides left")
+
+
+def test_clips_are_filtered_by_length_and_by_several_sources(tmp_path: Path) -> None:
+    with MotionMemory.create(tmp_path / "m", **fake.KEPT) as memory:
+        memory.add(fake.clip(n, duration=float(n), source=f"{n % 4}.mp4") for n in range(1, 13))
+
+        def ids(search: Search, text: str | None) -> set[int]:
+            return {clip.id for clip in memory.search(fake.query(), 12, Search(**vars(search) | {"minimum_score": -1}), text)}
+
+        for text in (None, "caption"):
+            assert ids(Search(least_seconds=4, most_seconds=6), text) == {4, 5, 6}
+            assert ids(Search(exclude_source=["1.mp4", "2.mp4"]), text) == {3, 4, 7, 8, 11, 12}
+            assert ids(Search(exclude_source="1.mp4", most_seconds=6, where={"licence": "CC0"}), text) == {2, 3, 4, 6}
+        with pytest.raises(MemoryStoreError, match="holds 12 clips, 9 of them shorter than 10 s"):
+            memory.search(fake.query(), 5, Search(least_seconds=10))

@@ -97,6 +97,9 @@ def test_memories_are_listed_with_what_they_hold(curated: Curated) -> None:
         ({}, 4, Search()), ({"k": 7}, 7, Search()), ({"k": 64, "minimum_score": 0.5}, 64, Search(minimum_score=0.5)),
         ({"k": 5, "diversity": 0.7}, 5, Search(diversity=0.7)), ({"where": {"span": "start"}}, 4, Search({"span": "start"})),
         ({"exclude_source": "clips/000_slide_left.mp4"}, 4, Search(exclude_source="clips/000_slide_left.mp4")),
+        ({"exclude_source": ["a", "b"], "most_seconds": 3}, 4, Search(exclude_source=["a", "b"], most_seconds=3)),
+        ({"words": 0, "agreement": 0.5, "least_seconds": 1}, 4, Search(words=0, agreement=0.5, least_seconds=1)),
+        ({"minimum_probability": 0.6}, 4, Search(minimum_probability=0.6)),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
 )  # fmt: skip
@@ -105,11 +108,12 @@ def test_a_search_is_that_of_the_memory(curated: Curated, fields: dict[str, Any]
     got = curated.call("POST", "/v1/memories/demo/search", body={"text": text, **fields}, headers=curated.reader).json["data"]
     with MotionPipeline.from_bundle(DEMO / "bundle", DEMO / "memory", threads=1) as pipeline:
         assert isinstance(pipeline.memory, MotionMemory)
-        wanted = pipeline.memory.search(pipeline.embed(text), count, search.lenient())
+        wanted = pipeline.memory.search(pipeline.embed(text), count, search.lenient(), text)
     assert wanted and [(one["id"], one["score"]) for one in got] == [(one.id, round(float(one.score), 4)) for one in wanted]
     for told, reference in zip(got, wanted, strict=True):
         assert told["caption"] == reference.caption and told["source"] == Path(reference.source).name
         assert (told["start"], told["duration"]) == (reference.start, reference.duration)
+        assert told["metadata"] == {"span": "start"} and 0 < told.get("probability", 1) <= 1
 
 
 @pytest.mark.parametrize("body", [{}, {"text": " "}, {"text": "a", "k": 0}, {"text": "a", "bla": 1}, {"text": 7}])

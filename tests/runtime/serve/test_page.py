@@ -123,8 +123,9 @@ def test_a_newcomers_path(fresh: Served, browser: Browser) -> None:
         expect(page.get_by_label("Prompt", exact=True)).to_have_value(PROMPT)
         expect(page.locator(".drop img")).to_be_visible()
         expect(page.locator("#clips .clip")).to_have_count(8)
-        scores = [float(text) for text in page.locator("#clips .score").all_inner_texts()]
-        assert scores == sorted(scores, reverse=True) and scores[0] > 0.3
+        scores = [int(text.removesuffix(" %")) for text in page.locator("#clips .score").all_inner_texts()]
+        assert scores == sorted(scores, reverse=True) and scores[0] > 50
+        assert "cosine with the words: 0." in (page.locator("#clips .score").first.get_attribute("title") or "")
         clips = page.locator("#clips .clip")
         ids = [clip.get_attribute("data-clip") for clip in clips.all()]
         assert moves(page, clips.nth(5).locator("video"))
