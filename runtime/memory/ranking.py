@@ -75,9 +75,9 @@ class Searchable:
         """The `k` clips whose captions are nearest to `embedding` [E] by cosine, nearest first, equal ones by id.
 
         text: what `embedding` was made of. With it, the order is by the cosine, the words that captions share with the text
-        (`words.Asked`) and the agreement of the clips' motion, weighted as `search` says; a clip that has several captions
-        comes once, with the best of them. still: for `search.looks`, a float part of records and what it is of the still.
-        MemoryStoreError if fewer than `k` clips are there (unless `search` may be short); InputError.
+        (`words.Asked`) and the agreement of the clips' motion, weighted as `search` says; and a clip that has several captions
+        comes once, with the best of them, as long as there are others. still: for `search.looks`, a float part of records and
+        what it is of the still. MemoryStoreError if fewer than `k` clips are there (unless `search` may be short); InputError.
         """
         instance("search", search, Search, "a Search(...)")
         if search.looks and still is None:
@@ -101,16 +101,16 @@ class Searchable:
         if text is not None:
             text_of("the text of a search", text)
             search = search.with_text()
-        pool, want = self.found(part, query, k, search, text), k
+        pool, again, want = self.found(part, query, k, search, text), list[Found](), k
         while text is not None:
-            once = [*{_span(found.reference): found for found in reversed(pool)}.values()][::-1]
-            if len(once) >= k or len(pool) < search.pool(want):
-                pool = once
+            every, (pool, again) = len(pool), _once(pool)
+            if len(pool) >= k or every < search.pool(want):
                 break
             want *= 4
             pool = self.found(part, query, want, search, text)
         pool = agreeing(pool, search)
         answer = diverse(pool, k, search) if still is None else looking_like(pool, k, *still)
+        answer += map(_told, again[: k - len(answer)])
         if len(answer) < k and (not search.may_be_short or not len(self)):
             raise MemoryStoreError(f"{k} references were asked for; {self._too_few(len(answer), search)}.")
         return answer
@@ -300,10 +300,15 @@ def diverse(pool: Sequence[Found], k: int, search: Search) -> list[Reference]:
     return [_told(pool[index]) for index in chosen]
 
 
-def _span(reference: Reference) -> tuple[object, ...]:
-    """What is the same for all captions of a clip."""
-    clip = (reference.source_sha256, reference.start)
-    return (reference.memory, *clip) if reference.source_sha256 else (reference.memory, reference.id)
+def _once(pool: Sequence[Found]) -> tuple[list[Found], list[Found]]:
+    """A pool's clips by their best caption, and what it has of them under others."""
+    seen, first, again = set[object](), list[Found](), list[Found]()
+    for found in pool:
+        one = found.reference
+        clip = (one.memory, one.source_sha256, one.start) if one.source_sha256 else (one.memory, one.id)
+        (again if clip in seen else first).append(found)
+        seen.add(clip)
+    return first, again
 
 
 def looking_like(pool: Sequence[Found], k: int, part: str, still: NDArray[Any]) -> list[Reference]:

@@ -142,3 +142,21 @@ def test_text_query_embeds_as_its_package_does(bundle: Bundle, length: int) -> N
     want = torch.nn.functional.normalize(hidden.mean(dim=1), dim=-1).detach().numpy()
     np.testing.assert_allclose(ours, want, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1, atol=1e-5)
+
+
+def test_a_prompt_in_other_words_finds_the_motion_and_an_unlikely_one_uses_none() -> None:
+    still = np.zeros((64, 64, 3), np.uint8)
+    with MotionPipeline.from_bundle(DEMO / "bundle", DEMO / "memory", threads=1) as pipeline:
+
+        def sources(prompt: str, **options: Any) -> list[str]:
+            return [Path(found.source).stem[4:] for found in pipeline(still, prompt, steps=1, **options).references]
+
+        for prompt in ("a red star moves to the left in a straight line", "a blue circle goes leftwards, not right, straight"):
+            assert sources(prompt) == ["slide_left"] * 4
+            assert sources(prompt, looks=True, exclude_source=["clips/000_slide_left.mp4"]) == ["slide_left"] * 4
+        none = pipeline(still, "a dog reads a newspaper", steps=1)
+        assert none.references == [] and "no motion: the likeliest clip of the motion memory" in (none.fallback or "")
+        assert "and minimum_probability is 10%" in (none.fallback or "")
+        assert len(sources("a dog reads a newspaper", references=4)) == 4
+        found = pipeline(still, "a red star slides straight up", steps=1, looks=True).references[0]
+        assert found.probability > 0.5 and found.words > 0.5 and -1 <= found.looks <= 1

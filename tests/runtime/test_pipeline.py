@@ -133,9 +133,10 @@ def test_without_a_clip_that_passes_it_is_the_base_model_and_says_so(
 
 
 def test_a_minimum_score_leaves_the_clips_above_it(pipeline: MotionPipeline, still: Still) -> None:
-    scores = [found.score for found in pipeline(still, "a red ball", references=4).references]
+    plain = {"words": 0, "agreement": 0}
+    scores = [found.score for found in pipeline(still, "a red ball", references=4, **plain).references]
     for references in (None, 4):
-        found = pipeline(still, "a red ball", references=references, minimum_score=scores[1]).references
+        found = pipeline(still, "a red ball", references=references, minimum_score=scores[1], **plain).references
         assert [item.score for item in found] == scores[:2]
 
 

@@ -220,7 +220,7 @@ def test_memory_search_filters_and_switches(run: Run, fake_bundle: Path, memory:
     status, out, _ = run(*search, "-k", 4, "--min-score", 0.99)
     assert status == 0 and captions(out) == ["a red ball moves right"]
     status, out, _ = run(*search, "-k", 4, "--min-score", 0.99, "--exclude-source", folder / "clip0.mp4")
-    assert status == 0 and out == "no clip passes --min-score; lower it.\n"
+    assert status == 0 and out.startswith("no clip passes: ")
     assert run(*search, "-k", 3, "--diversity", 0.5)[0] == 0
     for wrong in ("dataset", "=mine"):
         status, _, err = run(*search, "--where", wrong)

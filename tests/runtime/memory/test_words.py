@@ -195,6 +195,8 @@ def test_a_clip_with_several_captions_comes_once(tmp_path: Path) -> None:
         memory.add([fake.clip(0, caption=text, **(same if "right" not in text else {})) for text in texts])
         found = memory.search(fake.query(), 2, BOTH, "glides to the left")
         assert [clip.caption for clip in found] == ["glides to the left", "goes right"]
+        found = memory.search(fake.query(), 4, BOTH, "glides to the left")
+        assert len(found) == 4 and found[1].caption == "goes right"  # where there are no others, they come again
         assert len(memory.search(fake.query(), 4)) == 4  # by the vector alone, captions are what is found
 
 
