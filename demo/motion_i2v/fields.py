@@ -96,12 +96,13 @@ def blocks(field: Floats, rng: np.random.Generator) -> Known:
     return field * mask, mask
 
 
-def brush(cover: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Where nothing may move: all but a disc that holds the sprite."""
+def brush(field: Floats, cover: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.bool_]:
+    """Where nothing may move: all but a disc that holds the sprite, or all that is far from its way."""
     y, x = np.nonzero(cover)
-    centre, axis = (x.mean() + rng.normal() * 2, y.mean() + rng.normal() * 2), np.arange(len(cover))
-    away = np.hypot(axis - centre[0], axis[:, None] - centre[1])
-    return np.asarray(away > away[cover].max() + rng.uniform(0.5, 14))
+    centre, axis = np.array([x.mean(), y.mean()]) + rng.normal(size=2) * 2, np.arange(len(cover))
+    way = [centre] if rng.random() < 0.5 else [centre, *(centre + field[:, :, cover].mean(axis=2))]
+    away = np.min([np.hypot(axis - at[0], axis[:, None] - at[1]) for at in way], axis=0)
+    return np.asarray(away > away[cover].max() + rng.uniform(0.5, 14 if len(way) == 1 else 7))
 
 
 def a_control(field: Floats, cover: NDArray[np.bool_], rng: np.random.Generator) -> Known:
@@ -113,6 +114,6 @@ def a_control(field: Floats, cover: NDArray[np.bool_], rng: np.random.Generator)
     if kind in (1, 3):
         said, mask = tracks(field, cover, rng, int(rng.integers(1, 5)), int(rng.integers(0, 3)))
     if kind in (2, 3):
-        static = brush(cover, rng)
+        static = brush(field, cover, rng)
         said, mask = said * ~static, mask | static
     return said, mask

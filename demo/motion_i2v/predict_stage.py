@@ -14,7 +14,7 @@ from stages import near
 from torch import Tensor, nn
 
 PARTS = {  # of the checkpoint, and their work files when all is done
-    "flow": "flow", "predict": "predict_on", "motion_text": "text_on", "control": "control_on", "render": "render_on",
+    "flow": "flow", "predict": "predict_on", "motion_text": "text_on", "control": "control_again", "render": "render_on",
     "text_encoder": "words",
 }  # fmt: skip
 
@@ -82,10 +82,18 @@ def stage_control_on(steps: int) -> None:
     _controlling("_on", control, 8e-4, steps, 0.995)
 
 
+def stage_control_again(steps: int) -> None:
+    """And again, for brushes along a way: before, they were discs."""
+    control = Trajectories(CONTROL)
+    work.restore(control, "control_on")
+    _controlling("_again", control, 8e-4, steps, 0.995)
+
+
 def _controlling(on: str, control: Trajectories, rate: float, steps: int, average: float, batch: int = 8) -> None:
     (clips, flows), net, text, vae = data(), FlowUNet(PREDICT), demo.build_text(), FieldAutoencoder()
-    work.restore(net, f"predict{on}")
-    work.restore(text, f"text{on}")
+    beside = on and "_on"
+    work.restore(net, f"predict{beside}")
+    work.restore(text, f"text{beside}")
     work.restore(vae, "flow")
     control.train()
     net.requires_grad_(False)
@@ -124,4 +132,5 @@ def stage_unpack() -> None:
     """The parts of the shipped checkpoint as the work files of the stages before the last ones."""
     model = load(HERE / "checkpoint.safetensors")
     for part, name in PARTS.items():
-        work.keep(getattr(model, part), name.removesuffix("_on") if part != "render" else "longer")
+        before = name.removesuffix("_on").removesuffix("_again")
+        work.keep(getattr(model, part), "longer" if part == "render" else before)

@@ -7,7 +7,7 @@
     predict   stage 1: the field, from a picture, words and a stride
     control   stage 1's ControlNet: drags and brushes
     longer    stage 2 again
-    predict_on, control_on, render_on  each of the three once more
+    predict_on, control_on, control_again, render_on  each of the three once more, the ControlNet twice
     pack      checkpoint.safetensors
     clips     the clips of the memory, the pictures and prompts
     export    bundle
@@ -42,7 +42,8 @@ TRAINED = {
     "control": Trained(predict_stage.stage_control, 650, ("control.state.pt",)),
     "predict_on": Trained(predict_stage.stage_predict_on, 2000, ("predict_on.state.pt",)),
     "control_on": Trained(predict_stage.stage_control_on, 4000, ("control_on.state.pt",)),
-    "render_on": Trained(render_stage.stage_render_on, 900, ("render_on.state.pt",)),
+    "control_again": Trained(predict_stage.stage_control_again, 2000, ("control_again.state.pt",)),
+    "render_on": Trained(render_stage.stage_render_on, 500, ("render_on.state.pt",)),
 }
 
 
@@ -60,7 +61,8 @@ MADE: dict[str, Callable[[], None]] = {
     "export": export, "memory": assets.stage_memory, "unpack": predict_stage.stage_unpack,
 }  # fmt: skip
 ORDER = (
-    "flow", "drawn", "render", "fields", "predict", "control", "longer", "predict_on", "control_on", "render_on",
+    "flow", "drawn", "render", "fields", "predict", "control", "longer", "predict_on", "control_on", "control_again",
+    "render_on",
     "pack", "clips", "export", "memory",
 )  # fmt: skip
 
