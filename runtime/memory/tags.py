@@ -143,8 +143,7 @@ def vocabulary(db: sqlite3.Connection, state: State) -> Vocabulary:
     rows = db.execute("SELECT value, count, sum FROM tallies WHERE key = ? ORDER BY value", (WORD,)).fetchall()
     if sum(_checksum(*row) for row in rows) != state.words:
         raise Damaged("what it has for the words of its captions is not what was written")
-    counts = {word: count for word, count, _ in rows}
-    return Vocabulary(sorted(counts), counts, state.clips)
+    return Vocabulary({word: count for word, count, _ in rows}, state.clips)
 
 
 def excluded(db: sqlite3.Connection, search: Search, without: Set[int]) -> set[int]:

@@ -12,7 +12,6 @@ import re
 import unicodedata
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -40,26 +39,29 @@ def term_of(word: str) -> str:
     return _motions().get(stem, stem)
 
 
-@dataclass(frozen=True)
 class Vocabulary:
-    """The words of all captions of a memory: how many captions have each, sorted by word, and how many captions there are."""
+    """The words of all captions of a memory. counts: how many captions have each; captions: how many there are."""
 
-    words: Sequence[str]
-    counts: Mapping[str, int]
-    captions: int
+    def __init__(self, counts: Mapping[str, int], captions: int) -> None:
+        self.counts, self.captions = counts, captions
+        self.length = max(sum(counts.values()) / max(captions, 1), 1.0)  # words of a caption, in the mean
+        self._sorted, self._known = sorted(counts), dict[str, list[str]]()
 
     def words_for(self, term: str) -> list[str]:
         """The words here that stand for `term`."""
-        stems = [stem for stem, name in _motions().items() if name == term] if term.startswith("@") else [term]
-        found = []
-        for stem in stems:
-            start = stem[:-1] if len(stem) > 2 and stem.endswith("i") else stem  # "fly" and "flies" have the stem "fli"
-            at = bisect_left(self.words, start)
-            while at < len(self.words) and self.words[at].startswith(start):
-                if term_of(self.words[at]) == term:
-                    found.append(self.words[at])
-                at += 1
-        return list(dict.fromkeys(found))
+        if term not in self._known:
+            stems = [stem for stem, name in _motions().items() if name == term] if term.startswith("@") else [term]
+            found = {word for stem in stems for word in self._with(stem) if term_of(word) == term}
+            self._known[term] = sorted(found)
+        return self._known[term]
+
+    def _with(self, stem: str) -> list[str]:
+        """The words that may have a stem: those that begin with it, or are it where it is short."""
+        if len(stem) < 3:
+            return [stem] if stem in self.counts else []
+        start = stem[:-1] if stem.endswith("i") else stem  # "fly" and "flies" have the stem "fli"
+        low, high = bisect_left(self._sorted, start), bisect_left(self._sorted, f"{start}\U0010ffff")
+        return self._sorted[low:high]
 
 
 class Asked:
@@ -71,7 +73,7 @@ class Asked:
         self._terms = {word: term for term, words in self.words.items() for word in words}
         self.weights: dict[str, float] = {}
         self._total = 0.0
-        self._usual = max(sum(vocabulary.counts.values()) / max(vocabulary.captions, 1), 1.0)  # words of a caption
+        self._length = vocabulary.length
         for term, words in self.words.items():
             captions = min(sum(vocabulary.counts[word] for word in words), vocabulary.captions)
             if words:
@@ -86,7 +88,7 @@ class Asked:
             return np.zeros(len(captions), np.float32)
         told = [{*words_of(caption)} for caption in captions]
         lengths = np.array([len(words) for words in told], np.float64)
-        factor = (_K1 + 1) / (1 + _K1 * (1 - _B + _B * lengths / self._usual))
+        factor = (_K1 + 1) / (1 + _K1 * (1 - _B + _B * lengths / self._length))
         known, weights = self._terms.keys(), self.weights
         sums = [sum(weights[term] for term in {self._terms[word] for word in words & known}) for words in told]
         return np.clip(np.array(sums) * factor / self._total, -1, 1).astype(np.float32)

@@ -68,13 +68,13 @@ def test_a_slip_in_a_long_word_is_mended(typed: str, term: str) -> None:
 
 def test_shares_are_of_what_the_memory_knows() -> None:
     counts = {"left": 2, "right": 2, "the": 4, "to": 4}
-    asked = Asked("a red star moves left", Vocabulary(sorted(counts), counts, 4))
+    asked = Asked("a red star moves left", Vocabulary(counts, 4))
     to_left, to_right, nothing = asked.shares(["to the left", "to the right", "red star"]).tolist()
     assert to_left > 0.9 and to_right == nothing == 0
-    assert Asked("not left", Vocabulary(sorted(counts), counts, 4)).shares(["to the left"]).tolist() == [0]
-    against = Asked("right, not left", Vocabulary(sorted(counts), counts, 4)).shares(["to the left", "to the right"]).tolist()
+    assert Asked("not left", Vocabulary(counts, 4)).shares(["to the left"]).tolist() == [0]
+    against = Asked("right, not left", Vocabulary(counts, 4)).shares(["to the left", "to the right"]).tolist()
     assert against[0] < 0 < against[1]
-    assert Asked("", Vocabulary([], {}, 0)).shares(["left"]).tolist() == [0]
+    assert Asked("", Vocabulary({}, 0)).shares(["left"]).tolist() == [0]
 
 
 def test_words_decide_where_vectors_cannot(tmp_path: Path) -> None:
