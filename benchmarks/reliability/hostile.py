@@ -223,7 +223,7 @@ def calls(world: World) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "index_clips": (
             indexed,
             {"memory": written, "encoders": world.encoders, "items": [(world.clips[0], "the star", 0.0)], "progress": None,
-             "span": "start", "reembed": False},
+             "span": "start", "reembed": False, "describe": False},
         ),
         "index_clips item": (
             lambda **some: indexed(items=[Item(**some)]),

@@ -7,7 +7,8 @@
 Memories: the demo's two, and one of 1,152 everyday captions that a grammar makes (prompts.py). *right at 1*: the first clip
 moves as asked; *right of 4*: the share of the first four. End-point errors are of the demo's 8 steps against the target, as
 demo/evaluate.py takes them. Intervals are 95 % bootstraps over prompts or targets. A third of the captions swapped: captions
-and vectors of a third of the clips, drawn at random, are exchanged among them.
+and vectors of a third of the clips, drawn at random, are exchanged among them. Captions by motion: those that
+`motionrt memory add --describe` proposes for the same clips, and no others.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ from motionrt.benchmarks.report.searches import into_docs
 from motionrt.benchmarks.retrieval import prompts
 from motionrt.benchmarks.retrieval.prompts import Prompt
 from motionrt.runtime.bundle.manifest import Part
+from motionrt.runtime.indexing.describe import caption_of, facts_of
+from motionrt.runtime.indexing.encoders import cut
+from motionrt.runtime.media.flow import dense_flow
+from motionrt.runtime.memory.file import memory_spec
 from motionrt.runtime.memory.memory import Clip, MotionMemory, Reference
 from motionrt.runtime.memory.search import POOL, Search
 from motionrt.runtime.memory.words import Asked
@@ -113,7 +118,21 @@ def swapped(memory: MotionMemory, folder: Path, asking: Asking, share: float) ->
     captions = [clip.caption for clip in clips]
     for at, other in zip(some, np.roll(some, 1), strict=True):
         captions[at] = clips[other].caption
-    layout = memory.layout
+    return captioned(memory, folder, asking, captions)
+
+
+def by_motion(memory: MotionMemory, folder: Path, asking: Asking) -> MotionMemory:
+    """A memory of the same clips with the captions that are proposed for how they move, and no others."""
+    spec, captions = memory_spec(asking.pipeline.bundle), []
+    for clip in memory.get(memory.ids().tolist()):
+        decoded = cut(spec, DEMO.joinpath(*Path(clip.source).parts[-2:]), clip.start, None)  # wherever the repository lies now
+        captions.append(caption_of(facts_of(dense_flow(decoded.video), decoded.fps)))
+    return captioned(memory, folder, asking, captions)
+
+
+def captioned(memory: MotionMemory, folder: Path, asking: Asking, captions: Sequence[str]) -> MotionMemory:
+    """A memory of the same clips under other captions."""
+    clips, layout = memory.get(memory.ids().tolist()), memory.layout
     made = MotionMemory.create(folder, embedding=layout.embedding, record=layout.record, fingerprint=layout.fingerprint)
     made.add(
         Clip(text, clip.source, clip.start, clip.duration, clip.fps, clip.source_sha256, asking.vector(text), clip.record)
@@ -216,6 +235,11 @@ def main() -> None:
                 for kind in ("captions", "paraphrases" if report else "tune"):
                     found = ask(asking, mixed, prompts.of_demo(families, kind), ["vectors", "both", "both, agreement"])
                     told(f"{name}, a third swapped", kind, found)
+            if report:
+                with by_motion(memory, folder / f"by motion {name}", asking) as proposed:
+                    for kind in ("captions", "paraphrases"):
+                        found = ask(asking, proposed, prompts.of_demo(families, kind), ["vectors", "both, agreement"])
+                        told(f"{name}, captions by motion", kind, found)
         with everyday(folder / "everyday", asking) as memory:
             asked = prompts.everyday_prompts(options.split)
             told("everyday", options.split, ask(asking, memory, asked, ways[:-1]))

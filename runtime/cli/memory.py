@@ -85,6 +85,9 @@ def memory_add(
     ] = None,
     failed: Annotated[Path | None, typer.Option(help="CSV file for what could not be added, and why.")] = None,
     reembed: Annotated[bool, typer.Option("--reembed", help="Leave vectors that a table brings; embed captions anew.")] = False,
+    describe: Annotated[
+        bool, typer.Option("--describe", help="Tell from their motion how clips move: metadata, and captions where none is.")
+    ] = False,
     limit: Limited = None,
     *,
     run_options: RunOptions,
@@ -94,11 +97,16 @@ def memory_add(
     A caption comes from --caption, --captions, the .txt file of the video's name, or a table's column motion_caption,
     caption or text; a table's columns start_sec and end_sec are the span, `video` the file, others are kept as metadata.
 
+    With --describe rules tell from each clip's motion field what moves where (`motion`, `path`), what the camera does
+    (`camera`) and how strong that is (`strength`), for --where to filter by. A clip without a caption gets one that says
+    this (`captioned=by motion`). It needs OpenCV, the extra `flow`, or a field beside each clip.
+
     \b
     Examples:
       motionrt memory add my-memory wave.mp4 --bundle demo/bundle --caption "a wave rolls to the left"
       motionrt memory add my-memory folder/ --bundle demo/bundle --dataset mine --failed failed.csv
       motionrt memory add my-memory openvid.parquet --bundle demo/bundle --videos videos/ --span centre
+      motionrt memory add my-memory folder/ --bundle demo/bundle --describe
     """
     from motionrt.runtime.bundle.bundle import Bundle
     from motionrt.runtime.cli import show as report
@@ -108,7 +116,9 @@ def memory_add(
     from motionrt.runtime.memory.file import memory_spec
 
     limits = Limits.parse(limit or ())
-    source = open_sources(clips, caption=caption, captions=captions, start=start, videos=videos, dataset=dataset)
+    source = open_sources(
+        clips, caption=caption, captions=captions, start=start, videos=videos, dataset=dataset, describe=describe
+    )
     if failed is not None:
         if failed.resolve() in [path.resolve() for path in clips]:
             raise InputError(f"{failed} is read from; write what failed to another file.")
@@ -123,7 +133,9 @@ def memory_add(
         task = bars.add_task("indexing", total=source.count)
         encoders = ClipEncoders.of(pipeline.bundle, pipeline.graph)
         advance = lambda *_: bars.advance(task)  # noqa: E731
-        outcome = index_clips(opened, encoders, source.items(), advance, span=span, reembed=reembed, limits=limits)
+        outcome = index_clips(
+            opened, encoders, source.items(), advance, span=span, reembed=reembed, describe=describe, limits=limits
+        )
         count = len(opened)
     before = f"{outcome.skipped} there before, " if outcome.skipped else ""
     echo(f"{memory}: {outcome.added} added, {before}{count} clips in all.")

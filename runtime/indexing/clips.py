@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from motionrt.runtime.arguments import called, flag, instance, path_of, text_of
 from motionrt.runtime.errors import InputError, MediaError, MemoryStoreError, MotionRTError, shown
 from motionrt.runtime.files import here
+from motionrt.runtime.indexing.describe import CAPTIONED, caption_of, facts_of, tags_of
 from motionrt.runtime.indexing.encoders import ClipEncoders, check_moves, cut
+from motionrt.runtime.indexing.fields import field_of
 from motionrt.runtime.indexing.hashes import FileHashes
 from motionrt.runtime.indexing.sources import Item
 from motionrt.runtime.media.limits import LIMITS, Limits, check_limits
@@ -48,6 +50,7 @@ def index_clips(
     *,
     span: str = "start",
     reembed: bool = False,
+    describe: bool = False,
     limits: Limits = LIMITS,
 ) -> IndexReport:
     """Cut, encode and add clips: `items`, or the first fields of them (video file, caption, start in seconds or None).
@@ -63,6 +66,11 @@ def index_clips(
     Vectors that come with the captions are kept if they have the memory's dimension, unless `reembed`: they must come from
     the bundle's own text encoder, and the first one is compared with it (MemoryStoreError if they differ).
 
+    describe: look at how the clips move (`describe.facts_of`, of their motion fields). Each gets `motion`, `path`, `camera` and
+    `strength` as metadata, unless it brings them; one without a caption gets one that is made of them, and `captioned` says so.
+    Such a clip is known by the SHA-256 of its file, its start and what `captioned` says, and is not looked at twice. A clip
+    whose field is neither beside it nor can be found, for want of OpenCV, is reported.
+
     limits: of decoding. progress(done, path) is called after each item. Clips are added in batches: after a kill, or an error
     that concerns them all (a full disk, a failing backend), the earlier batches are there, the last is not (the error says
     how many clips are), and the same call goes on from there; files that did not change meanwhile are not even read again
@@ -76,8 +84,9 @@ def index_clips(
     instance("the encoders", encoders, ClipEncoders, "ClipEncoders.of(...)")
     called("progress", progress, "a number of items and a path")
     flag("reembed", reembed)
+    flag("describe", describe)
     instance("items", items, Iterable, "a list, or the like, of Items or tuples of their first fields")
-    run = _Run(memory, encoders, span, reembed, limits, here(), FileHashes(memory.path / "resume.jsonl"))
+    run = _Run(memory, encoders, span, reembed, describe, limits, here(), FileHashes(memory.path / "resume.jsonl"))
     try:
         for done, given in enumerate(items, 1):
             item = _item(given)
@@ -120,6 +129,7 @@ class _Run:
     encoders: ClipEncoders
     span: str
     reembed: bool
+    describe: bool
     limits: Limits
     folder: Path  # where relative paths start, wherever the process goes meanwhile
     hashes: FileHashes
@@ -149,7 +159,7 @@ class _Run:
         caption, encoders = item.caption, self.encoders
         if not isinstance(item.metadata, Mapping):
             raise InputError(f"the metadata of {path} is {shown(item.metadata)}; allowed is a mapping from text to text.")
-        if not isinstance(caption, str) or not caption.strip():
+        if not isinstance(caption, str) or not (caption.strip() or self.describe):
             raise InputError(f"the caption of {path} is {shown(caption)}; say in a few words what moves and how.")
         try:
             f"{path}{caption}".encode()
@@ -158,13 +168,27 @@ class _Run:
         seconds = encoders.spec.clip.frames / encoders.spec.clip.fps
         start = span_start(path, self.span, seconds, item.start, item.end, limits=self.limits)
         sha256 = self.hashes.sha256(path)
-        waiting = any((p.sha256, p.start, p.item.caption) == (sha256, start, caption) for p in self.pending)
-        if waiting or self.memory.contains(sha256, start, caption):
+        if self._there(sha256, start, caption) if caption.strip() else self._proposed(sha256, start):
             return None
         decoded = cut(encoders.spec, path, start, item.end, self.limits)
         check_moves(encoders.spec, path, decoded)
         motion = None if self.memory.layout.on_demand else encoders.field(decoded, path, self.limits)
+        if self.describe:
+            item = _described(item, decoded, field_of(decoded.video, path, start, self.limits) if motion is None else motion)
+            if item.caption != caption and self._there(sha256, start, item.caption):
+                return None
         return _Pending(item, start, sha256, decoded, motion, self._embedding(item))
+
+    def _there(self, sha256: str, start: float, caption: str) -> bool:
+        """Whether the memory or the batch has this clip."""
+        waiting = any((p.sha256, p.start, p.item.caption) == (sha256, start, caption) for p in self.pending)
+        return waiting or self.memory.contains(sha256, start, caption)
+
+    def _proposed(self, sha256: str, start: float) -> bool:
+        """Whether the memory or the batch has this span under a caption that was made of its motion."""
+        waiting = [p.item.metadata for p in self.pending if (p.sha256, p.start) == (sha256, start)]
+        there = self.memory.get(found) if (found := self.memory.find(sha256, start=start)) else []
+        return any(CAPTIONED.items() <= metadata.items() for metadata in (*waiting, *(clip.metadata for clip in there)))
 
     def _embedding(self, item: Item) -> NDArray[np.float32]:
         given = item.embedding
@@ -228,6 +252,15 @@ class _Run:
             item.caption, str(item.video), pending.start, decoded.duration, decoded.fps, pending.sha256,
             pending.embedding, record, metadata, item.dataset,
         )  # fmt: skip
+
+
+def _described(item: Item, decoded: DecodedClip, motion: NDArray[np.float32]) -> Item:
+    """`item` with what its motion field says as metadata and, if it has no caption, as its caption. What it brings stays."""
+    facts = facts_of(motion, decoded.fps)
+    if item.caption.strip():
+        return item._replace(metadata={**tags_of(facts), **item.metadata})
+    metadata = {**tags_of(facts), **CAPTIONED, **item.metadata}
+    return item._replace(caption=caption_of(facts), metadata=metadata, embedding=None)
 
 
 def _exact(seconds: float) -> str:

@@ -67,6 +67,7 @@ def open_sources(
     start: float | None = None,
     videos: Path | None = None,
     dataset: str | None = None,
+    describe: bool = False,
 ) -> Source:
     """Everything in `paths`, each by its kind: a video file, a folder of them, or a table (`tables.is_table`).
 
@@ -75,8 +76,9 @@ def open_sources(
     caption: of all videos; captions: a JSON file {"name or path in the folder": "caption"}; else the caption is the text
     in the .txt file of the video's name. Names match whatever their Unicode form is. start: where the spans of videos begin,
     in seconds. videos: the folder that relative paths of a table start from, its own if None. dataset: of all items, else a
-    table's column. Raises InputError for what is wrong with a source as a whole; an item that cannot be used says so in
-    `problem`. All paths are absolute from here on, so that the process may change its folder.
+    table's column. describe: items may have no caption, and tables no column of them, since one is made later (`index_clips`).
+    Raises InputError for what is wrong with a source as a whole; an item that cannot be used says so in `problem`. All paths
+    are absolute from here on, so that the process may change its folder.
     """
     paths = [path_of("a source", path) for path in listed("paths", paths, "paths of videos, folders and tables")]
     captions = None if captions is None else path_of("captions", captions)
@@ -101,10 +103,10 @@ def open_sources(
     sources: list[Source] = []
     for path in paths:
         if path in tables:
-            sources.append(_from_table(open_table(path), videos, dataset))
+            sources.append(_from_table(open_table(path), videos, dataset, describe))
         else:
             files, unread, other = _files(path) if path.is_dir() else ([(path, path.name)], [], [])
-            items = [_with_caption(file, name, caption, named, start, dataset or "") for file, name in files]
+            items = [_with_caption(file, name, caption, named, start, dataset or "", describe) for file, name in files]
             items += [Item(place, "", problem=f"this folder cannot be read: {why}.") for place, why in unread]
             used = {_composed(str(Path(item.video).with_suffix(kind))) for item in items for kind in (".txt", ".npy")}
             used |= set() if captions is None else {str(captions)}
@@ -212,7 +214,7 @@ def _listed(folder: Path) -> dict[str, str]:
 
 
 def _with_caption(
-    file: Path, name: str, caption: str | None, named: Mapping[str, str], start: float | None, dataset: str
+    file: Path, name: str, caption: str | None, named: Mapping[str, str], start: float | None, dataset: str, describe: bool
 ) -> Item:
     text = caption if caption is not None else named.get(_composed(name), named.get(_composed(file.name)))
     problem, beside = "", _on_disk(file.with_suffix(".txt"))
@@ -220,7 +222,11 @@ def _with_caption(
         try:
             text = beside.read_text(encoding="utf-8-sig").strip()
         except FileNotFoundError:
-            problem = f"it has no caption: write one into {beside.name} beside it, or give --caption or --captions."
+            if not describe:
+                problem = (
+                    f"it has no caption: write one into {beside.name} beside it, give --caption or --captions, or have one made"
+                    " of its motion: --describe."
+                )
             if not file.is_file():
                 problem = "there is no such file; check the path."
         except (OSError, ValueError) as error:
@@ -242,9 +248,9 @@ def _read_captions(path: Path) -> dict[str, str]:
     return composed
 
 
-def _from_table(table: Table, videos: Path | None, dataset: str | None) -> Source:
+def _from_table(table: Table, videos: Path | None, dataset: str | None, describe: bool) -> Source:
     column = next((name for name in CAPTIONS if name in table.columns), None)
-    if "video" not in table.columns or column is None:
+    if "video" not in table.columns or (column is None and not describe):
         raise InputError(
             f"the table {table.path} has the columns {', '.join(table.columns)}; needed are `video` and one of"
             f" {', '.join(CAPTIONS)} (and `start_sec`, `end_sec` for spans). Rename its columns."
@@ -259,8 +265,8 @@ def _from_table(table: Table, videos: Path | None, dataset: str | None) -> Sourc
     return Source(table.count, items)
 
 
-def _from_row(row: Row, column: str, root: Path, dataset: str | None) -> Item:
-    video, caption = _text(row.get("video")).strip(), _text(row.get(column))
+def _from_row(row: Row, column: str | None, root: Path, dataset: str | None) -> Item:
+    video, caption = _text(row.get("video")).strip(), "" if column is None else _text(row.get(column))
     problem = "" if video else "its `video` is empty; give the path of a file."
     limits: list[float | None] = []
     for name in ("start_sec", "end_sec"):

@@ -173,11 +173,11 @@ class MemoryFile:
         with self._transaction() as db:
             return db.execute(question, (source_sha256, start, caption)).fetchone() is not None
 
-    def find(self, source_sha256: str, caption: str | None = None) -> list[int]:
-        """Ids, rising, of the clips of the file of this SHA-256, under this caption if one is given."""
-        question = "SELECT id FROM clips WHERE source_sha256 = ?1 AND (?2 IS NULL OR caption = ?2)"
+    def find(self, source_sha256: str, caption: str | None = None, start: float | None = None) -> list[int]:
+        """Ids, rising, of the clips of the file of this SHA-256, under this caption and from this start on if one is given."""
+        question = "SELECT id FROM clips WHERE source_sha256 = ? AND caption = IFNULL(?, caption) AND start = IFNULL(?, start)"
         with self._transaction() as db:
-            return sorted(row[0] for row in db.execute(question, (source_sha256, caption)))
+            return sorted(row[0] for row in db.execute(question, (source_sha256, caption, start)))
 
     def add(self, entries: Iterable[Clip]) -> list[int]:
         """Add clips, all or none, and return their ids. Raises InputError (shape, NaN, …) and MemoryStoreError.
