@@ -135,7 +135,7 @@ def test_a_row_has_the_ratio_with_its_interval_and_what_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bench_warp, "saved", lambda size, name, work: made(name, 1.0))
-    monkeypatch.setattr(bench_warp, "open_graph", lambda path, threads: lambda feed: {"next_latents": feed["x"] * 1})
+    monkeypatch.setattr(bench_warp, "open_graph", lambda path, threads, shared: lambda feed: {"next_latents": feed["x"] * 1})
     monkeypatch.setattr(bench_warp, "profiled", profile_of)
     bench_warp.main(["--model", "motion-i2v-toy", "--rounds", "10", "--results", str(tmp_path)])
     found = rows(tmp_path)
@@ -151,7 +151,7 @@ def test_a_row_has_the_ratio_with_its_interval_and_what_is_counted(
 
 def test_a_form_that_differs_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_warp, "saved", lambda size, name, work: made(name, 1.1 if name == "gathered" else 1.0))
-    monkeypatch.setattr(bench_warp, "open_graph", lambda path, threads: lambda feed: {"next_latents": feed["x"] * 1})
+    monkeypatch.setattr(bench_warp, "open_graph", lambda path, threads, shared: lambda feed: {"next_latents": feed["x"] * 1})
     with pytest.raises(harness.ParityError, match="gathered differs from released by 0.1"):
         bench_warp.main(["--model", "motion-i2v-toy", "--rounds", "1", "--results", str(tmp_path)])
     assert not list(tmp_path.iterdir())
