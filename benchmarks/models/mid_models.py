@@ -255,11 +255,11 @@ MODELS: Mapping[str, Model] = {
 # --- running --------------------------------------------------------------------------------------------------------
 
 
-def export(path: Path, module: nn.Module, values: Values, outputs: tuple[str, ...]) -> Path:
+def export(path: Path, module: nn.Module, values: Values, outputs: tuple[str, ...], atol: float = 1e-3) -> Path:
     """`module` as an ONNX graph of exactly these sizes, checked against PyTorch; `values` in the order of its arguments."""
     example = Example({}, dict(values))
     # values pass through 42 blocks of random weights: the gates of the benchmarks are what proves equality
-    stream_real(path, module, [example, example], outputs, {}, atol=1e-3)
+    stream_real(path, module, [example, example], outputs, {}, atol=atol)
     return path
 
 

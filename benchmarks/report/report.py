@@ -17,7 +17,7 @@ from pathlib import Path
 
 from motionrt.benchmarks.harness import RESULTS, ROOT
 from motionrt.benchmarks.report import sections as render
-from motionrt.benchmarks.report import serving, text
+from motionrt.benchmarks.report import serving, text, warp
 from motionrt.benchmarks.report.rows import Report
 
 PAGE = ROOT / "docs" / "performance.md"
@@ -53,6 +53,12 @@ SECTIONS = (
         "Where a step's time goes",
         "Our step by kind of work, from ONNX Runtime's own profiler; `motion` is what the folded adapters take in it.",
         render.kinds, "benchmarks/questions/profile_graph.py",
+    ),
+    Section(
+        "Motion-I2V's warp",
+        "Frame 0 warped for every frame and then projected, by a splat (released) or by tables (gathered), or projected once "
+        "and gathered (ours): one attention at the release's sizes in ONNX Runtime, in turns, and a step counted.",
+        warp.warp, "benchmarks/warp/bench_warp.py",
     ),
     Section(
         "Conditioning",

@@ -9,6 +9,9 @@
 | gathered | in every attention, by the tables of a request | the same |
 | ours | keys and values of frame 0, by the tables of a request | of F frames |
 
+Two more are counted and not timed: `unfused`, ours as the standard operators that its one node stands for, and `plain`,
+attention that frame 0 does not reach by any field.
+
 `released` is given what helps it: fields are resized once for a grid, and no copies of frame 0 are made before the splat. It is
 the `own` form of the network, in which each branch of guidance moves its own frame 0, as are the others.
 """
@@ -16,11 +19,11 @@ the `own` form of the network, in which each branch of guidance moves its own fr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 from unittest import mock
 
 import torch
@@ -125,12 +128,32 @@ def as_released(*, splat: bool) -> Iterator[None]:
         yield
 
 
+def unaugmented(attn: Any, hidden: Tensor, positions: Tensor, warp: Warp, first: Tensor | None = None) -> Tensor:
+    """As `augmented.attended`, but that F frames are all the keys there are."""
+    placed = (hidden + positions[:, : 2 * warp.frames - 1 : 2]).flatten(0, 1)
+    query, key, value = (split_heads(project(placed), attn.heads) for project in (attn.to_q, attn.to_k, attn.to_v))
+    found = merge_heads(F.scaled_dot_product_attention(query, key, value))
+    return attn.to_out[0](found).view(hidden.shape)  # type: ignore[no-any-return]
+
+
+# The forms that attend otherwise than our module does, each as what makes it so in a block.
+FORMS_OF_ATTENTION: Mapping[str, Callable[[], AbstractContextManager[None]]] = {
+    "released": partial(as_released, splat=True),
+    "gathered": partial(as_released, splat=False),
+    "plain": lambda: cast(AbstractContextManager[None], mock.patch.object(augmented, "attended", unaugmented)),
+}
+
+
 class Gathered(VideoStep):
-    """`VideoStep` with the form `gathered`."""
+    """`VideoStep` with another attention: the form `gathered` or `plain`."""
+
+    def __init__(self, net: VideoUNet, form: str = "gathered") -> None:
+        super().__init__(net)
+        self.form = form
 
     def forward(self, *given: Tensor) -> Tensor:
         """As of `VideoStep`."""
-        with as_released(splat=False):
+        with FORMS_OF_ATTENTION[self.form]():
             return super().forward(*given)
 
 
@@ -174,6 +197,10 @@ class Form:
         both = {name: values.pop(name) for name in GUIDED}
         return {**values, **self.fields(size, turning(size) if moves is None else moves), **both}
 
+    def still(self, size: Size) -> Values:
+        """`feed` where nothing moves."""
+        return self.feed(size, torch.zeros_like(turning(size)))
+
     def changes(self, size: Size) -> dict[str, str]:
         """What each input changes with. Fields are the step's, as in a bundle: nothing is made of them before the loop."""
         names = self.fields(size, turning(size))
@@ -196,6 +223,9 @@ FORMS: Mapping[str, Form] = {
     "gathered": Form(Gathered, _tables),
     "ours": Form(partial(VideoStep, fused=True), _tables),
 }
+COUNTED: Mapping[str, Form] = {
+    **FORMS, "unfused": Form(VideoStep, _tables), "plain": Form(partial(Gathered, form="plain"), _tables),
+}  # fmt: skip
 
 
 def network(size: Size, seed: int = 0) -> VideoUNet:
