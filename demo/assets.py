@@ -10,7 +10,7 @@ from pathlib import Path
 import domain
 import model as demo
 import numpy as np
-from recipe import log
+from recipe import log, make_memory
 from training import HERE, WORK, tokenizer, work
 
 GROUP = 6  # clips of one free path
@@ -116,11 +116,5 @@ def stage_clips() -> None:
 
 def stage_memories() -> None:
     """demo/memory and demo/memory_unseen, from demo/bundle and the clips; sources are relative to demo/."""
-    from motionrt.runtime.cli.memory import memory_add, memory_create
-
-    os.chdir(HERE)
     for name, folder, _ in MEMORIES:
-        shutil.rmtree(name, ignore_errors=True)
-        memory_create(Path(name), Path("bundle"))
-        clips = sorted(Path(folder).glob("*.mp4"))
-        memory_add(Path(name), clips, Path("bundle"), captions=Path(folder) / "captions.json")
+        make_memory(HERE, name, folder)

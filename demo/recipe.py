@@ -9,8 +9,10 @@ work.keep(net, "denoiser")
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -26,6 +28,28 @@ from torch import Tensor, nn
 
 def log(*parts: Any) -> None:
     print(time.strftime("[%H:%M:%S]"), *parts, flush=True)
+
+
+def make_memory(folder: Path, name: str, clips: str) -> None:
+    """Memory `name` from `bundle` and the videos of `clips` with their captions.json, all in `folder`.
+
+    Sources are relative to `folder`, so that the memory may be moved with it.
+    """
+    from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
+    from motionrt.runtime.bundle.bundle import Bundle
+    from motionrt.runtime.indexing.clips import ClipEncoders, index_clips
+    from motionrt.runtime.memory.memory import MotionMemory
+
+    os.chdir(folder)
+    shutil.rmtree(name, ignore_errors=True)
+    bundle = Bundle.open("bundle")
+    captions = json.loads(Path(clips, "captions.json").read_text(encoding="utf-8"))
+    with MotionMemory.for_bundle(name, bundle) as memory:
+        encoders = ClipEncoders.from_bundle(bundle, OnnxRuntimeBackend(threads=1))
+        made = index_clips(memory, encoders, [(Path(clips, file), text, None) for file, text in sorted(captions.items())])
+        if made.failed:
+            raise SystemExit(f"{made.failed[0][0].video}: {made.failed[0][1]}")
+        log(name, "has", len(memory), "clips")
 
 
 @dataclass

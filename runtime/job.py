@@ -421,8 +421,7 @@ class Job:
             text = f"the motion memory holds {there or 'no'} clips, and the request asks for {count} of them"
             raise MemoryStoreError(f"{text}. Ask for fewer, or add clips: `motionrt memory add`.")
         if given is None:
-            chance = search.minimum_probability
-            search = search.lenient() if manifest.optional else replace(search.lenient(), minimum_probability=chance)
+            search = search.lenient().likely() if manifest.optional else search.lenient()
         if search.looks and not _stills(manifest):
             raise InputError(f"looks is on, and bundle '{self.bundle.name}' takes no still of its clips' size; leave it off.")
         tokens = self.bundle.tokenize(spec.tokenizer, inputs[spec.text], what=f"the {spec.text.replace('_', ' ')}")

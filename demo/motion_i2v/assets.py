@@ -13,7 +13,7 @@ import model as demo
 import numpy as np
 from fields import true_field
 from PIL import Image
-from recipe import log
+from recipe import log, make_memory
 from world import FRAMES, allowed
 
 HERE = Path(__file__).resolve().parent
@@ -57,16 +57,12 @@ def stage_clips() -> None:
 
 def stage_memory() -> None:
     """memory, from bundle and clips, with the clips' true fields; sources are relative to this folder."""
-    from motionrt.runtime.cli.memory import memory_add, memory_create
-
     os.chdir(HERE)
-    shutil.rmtree("memory", ignore_errors=True)
-    memory_create(Path("memory"), Path("bundle"))
     fields = {Path("clips", file).with_suffix(".npy"): true_field(spec) for file, spec in clips().items()}
     try:
         for path, field in fields.items():
             np.save(path, field)
-        memory_add(Path("memory"), sorted(Path("clips").glob("*.mp4")), Path("bundle"), captions=Path("clips", "captions.json"))
+        make_memory(HERE, "memory", "clips")
     finally:
         for path in fields:
             path.unlink(missing_ok=True)

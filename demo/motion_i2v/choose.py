@@ -99,7 +99,7 @@ class Sampler:
     ) -> Frames:  # fmt: skip
         """Stage 2: frames uint8 `[B, 16, 64, 64, 3]` along fields px, from noise `[B, 15, 4, 8, 8]`.
 
-        brush: `[B, 64, 64]`, where nothing may move: fields are 0 there, and frame 0 is put back after every step but the last.
+        brush: `[B, 64, 64]`, where nothing may move: fields are 0 there, and frame 0 is put back after every step.
         """
         model, given = self.model, torch.from_numpy(fields)
         texts = self.texts(model.text_encoder, prompts, guidance)
@@ -108,7 +108,7 @@ class Sampler:
             given = given * ~torch.from_numpy(brush)[:, None, None]
             held = torch.from_numpy(brush).float()[:, None, None, ::8, ::8]
         warps, x = matrices(given, model.render.grids(8, 8)), start
-        for _, t, _, p, q, signal, spread, hold in torch.from_numpy(rows(steps, self.alphas, self.prediction)):
+        for _, t, _, p, q, signal, spread, hold in torch.from_numpy(rows(steps, self.alphas, self.prediction, to_the_end=True)):
             with quick(), torch.autocast("cpu", dtype=torch.bfloat16):
                 outs = [model.render(image, x, t.expand(len(x)), text, warps).float() for text in texts]
             x = p * x + q * combined(outs, guidance)

@@ -114,7 +114,7 @@ def demo_system(checkpoint: Path) -> System:
         scale=demo.SIZE // demo.LATENTS[-1],
         schedules={
             MOTION: schedules(alphas, prediction, GUIDANCE, STEPS)[0],
-            VIDEO: schedules(alphas, prediction, 1.0, STEPS)[1],
+            VIDEO: schedules(alphas, prediction, 1.0, STEPS, to_the_end=True)[1],
         },
         seen=BOTH,
         guidance=(GUIDANCE, None),

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from pathlib import Path
 
 import domain
 import model as demo
 import numpy as np
-from recipe import log
+from recipe import log, make_memory
 from training import HERE
 from world import FRAMES, allowed
 
@@ -46,9 +44,4 @@ def stage_clips() -> None:
 
 def stage_memory() -> None:
     """memory, from bundle and clips; sources are relative to this folder."""
-    from motionrt.runtime.cli.memory import memory_add, memory_create
-
-    os.chdir(HERE)
-    shutil.rmtree("memory", ignore_errors=True)
-    memory_create(Path("memory"), Path("bundle"))
-    memory_add(Path("memory"), sorted(Path("clips").glob("*.mp4")), Path("bundle"), captions=Path("clips") / "captions.json")
+    make_memory(HERE, "memory", "clips")

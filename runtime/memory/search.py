@@ -16,7 +16,7 @@ FEW = 4096  # clips that a filter may leave for an exact scan of them to be the 
 
 WORDS = 1.0  # weight of the words' share beside the cosine; chosen by benchmarks/retrieval, on the split that is for choosing
 AGREEMENT = 0.25  # weight of the motion's agreement; likewise
-PROBABLE = 0.1  # from which on a clip is taken where no number of clips was asked for; likewise
+PROBABLE = 0.1  # from which on a clip is used where no number of clips was asked for; likewise
 POOL = 32  # best clips by vectors, and as many by words, among which both are counted
 
 Where = Mapping[str, str | Sequence[str]]
@@ -54,7 +54,8 @@ class Search:
     most_seconds: float | None = _option("Only clips that last so long at most.", "--max-seconds")
     minimum_score: float | None = _option("Only clips with at least this cosine.", "--min-score")
     minimum_probability: float | None = _option(
-        f"Only clips that move as asked with this probability; {PROBABLE:g} if no number is asked for.", "--min-probability"
+        f"Only clips that move as asked with this probability; for a video {PROBABLE:g}, if no number of clips is given.",
+        "--min-probability",
     )
     distinct: float | None = _option("Leave out copies: cosine of records (their first float part) from which one is a copy.")
     diversity: float | None = _option("Prefer clips that differ: 0 off, up to 1.")
@@ -107,13 +108,12 @@ class Search:
         return bool(self.where or self.sources) or not self.least_seconds is self.most_seconds is None
 
     def lenient(self) -> Search:
-        """The same, but satisfied with as many clips as there are: for a number of clips that nobody asked for.
+        """The same, but satisfied with as many clips as there are: for a number of clips that nobody asked for."""
+        return self if self.minimum_score is not None else replace(self, minimum_score=-1.0)  # any cosine will do
 
-        Then clips that hardly can be right are left out, too: any cosine will do, but not any probability.
-        """
-        score = -1.0 if self.minimum_score is None else self.minimum_score
-        chance = PROBABLE if self.minimum_probability is None else self.minimum_probability
-        return replace(self, minimum_score=score, minimum_probability=chance)
+    def likely(self) -> Search:
+        """The same without clips that hardly can be right, unless it says what it takes: for clips that are to be used."""
+        return self if self.minimum_probability is not None else replace(self, minimum_probability=PROBABLE)
 
     def pool(self, k: int) -> int:
         """How many of the best clips are needed for choosing `k`."""

@@ -79,7 +79,7 @@ def motion_i2v_system(
         {"motion_latents": Array((1, moved, *latents[1:]))},
         ("field",),
     )
-    rows = schedules(alphas, prediction)
+    rows = schedules(alphas, prediction, to_the_end=sources.form == "own")
     made = Parts(
         name="motion-i2v",
         stage1=stage1,

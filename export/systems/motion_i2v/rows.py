@@ -2,7 +2,8 @@
 
 With a the share of signal ("alpha bar") at a timestep and a' at the next, 1 behind the last, and o the network's output after
 guidance, a step of DDIM (Song 2021, arXiv 2010.02502, eq. 12 with sigma 0) is x' = p x + q o. What the brush holds still takes
-the image, noised as of the next timestep: signal z_ref + spread noise, but not in the last step (`hold` 0).
+the image, noised as of the next timestep: signal z_ref + spread noise; in the release not in the last step (`hold` 0), whose
+result may leave the picture there.
 """
 
 from __future__ import annotations
@@ -31,8 +32,11 @@ def timesteps(steps: int, trained: int = 1000) -> NDArray[np.int64]:
     return np.minimum(made, trained - 1)
 
 
-def rows(steps: int, alphas: NDArray[Any], prediction: str = "epsilon", guidance: float = GUIDANCE) -> NDArray[np.float32]:
-    """Rows of `COLUMNS`, float32 `[steps, 8]`. `guidance`: the scale g of o_u + g (o_c - o_u)."""
+def rows(
+    steps: int, alphas: NDArray[Any], prediction: str = "epsilon", guidance: float = GUIDANCE, to_the_end: bool = False
+) -> NDArray[np.float32]:
+    """Rows of `COLUMNS`, float32 `[steps, 8]`. `guidance`: the scale g of o_u + g (o_c - o_u). `to_the_end`: the brush holds in
+    the last step, too."""
     times = timesteps(steps, len(alphas))
     signal = alphas[times]
     following = np.append(signal[1:], 1.0)
@@ -42,14 +46,15 @@ def rows(steps: int, alphas: NDArray[Any], prediction: str = "epsilon", guidance
         for x0, eps in ((x0_latents, eps_latents), (x0_output, eps_output))
     )
     ones = np.ones(steps)
-    hold = np.arange(steps) < steps - 1
+    hold = (np.arange(steps) < steps - 1) | to_the_end
     columns = [0 * ones, times, guidance * ones, p, q, np.sqrt(following), np.sqrt(1 - following), hold]
     return np.column_stack(columns).astype(np.float32)
 
 
 def schedules(
-    alphas: NDArray[Any], prediction: str = "epsilon", guidance: float = GUIDANCE, steps: Iterable[int] = STEPS
-) -> tuple[Schedules, Schedules]:
+    alphas: NDArray[Any], prediction: str = "epsilon", guidance: float = GUIDANCE, steps: Iterable[int] = STEPS,
+    to_the_end: bool = False,
+) -> tuple[Schedules, Schedules]:  # fmt: skip
     """Rows of both loops for each of `steps`: those of the fields, and of the video."""
-    made = {count: rows(count, alphas, prediction, guidance) for count in steps}
+    made = {count: rows(count, alphas, prediction, guidance, to_the_end) for count in steps}
     return {"ddim": {count: table[:, : len(FLOW)].copy() for count, table in made.items()}}, {"ddim": made}

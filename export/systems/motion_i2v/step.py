@@ -78,7 +78,7 @@ class DrawnStep(nn.Module):
 
 
 class VideoStep(nn.Module):
-    """A step of stage 2; what the brush holds is the image again behind every step but the last. `fused`: its augmented
+    """A step of stage 2; what the brush holds is the image again behind each step that says so. `fused`: its augmented
     attention is one op, which a GPU has a kernel for; it has no gradient."""
 
     def __init__(self, net: VideoUNet, fused: bool = False) -> None:

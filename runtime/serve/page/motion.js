@@ -4,13 +4,13 @@ import { $, arrange, make, say, still } from "./dom.js";
 
 const title = (reference) => reference.caption || reference.source || `Clip ${reference.id}`;
 
-/** How likely a clip moves as asked, or, where that is not known, its cosine; and all that the search says of it. */
+/** How likely a clip moves as asked, or its cosine; all that the search says of it; where it is from. */
 const likely = ({ probability, score }) => probability == null ? score?.toFixed(2) : `${Math.round(100 * probability)} %`;
-const worth = (reference) => Object.entries({ probability: "likely to move as asked", score: "cosine with the words",
+const worth = (reference) => Object.entries({ probability: "moves as asked", score: "cosine with the words",
 	words: "share of the words", agreement: "moves like the others", looks: "looks like the still" })
 	.filter(([name]) => reference[name] != null).map(([name, what]) => `${what}: ${reference[name].toFixed(2)}`).join("\n");
 const origin = ({ source, dataset, metadata, start, duration }) => [source, dataset, start != null && `${start} to ${start + duration} s`,
-	...Object.entries(metadata ?? {}).map((pair) => pair.join(": "))].filter(Boolean).join("\n");
+	...Object.entries(metadata ?? {}).map((one) => one.join(": "))].filter(Boolean).join("\n");
 
 /** A clip that moves (when it is told to, for those who want no motion), with its score. */
 export function clip(reference, box) {
