@@ -261,6 +261,9 @@ class Job:
                     self.references[place] = replace(item, record=record)
             self._cut = {}
             values |= self._recorded()
+        if unlike := max((item.unlike for item in self.references), default=0):
+            clips = "clip whose caption fits as well moves" if unlike == 1 else "clips whose captions fit as well move"
+            self.notes.append(f"{unlike} {clips} unlike the others found, and stayed behind them: captions may be wrong.")
         self.notes = list(dict.fromkeys([*self.notes, *self._unheard()]))
         same, changed = self._route()
         for place, node in enumerate(route := same + changed):

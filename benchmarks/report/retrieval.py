@@ -17,7 +17,8 @@ def found(report: Report) -> list[str]:
     runs = by_run(report.rows("bench_retrieval"))
     if runs:
         rows = max(runs, key=lambda rows: str(rows[0].run))
-        parts += ["Share of the first four clips that move as asked; in brackets, whether the first one does:", ""]
+        parts += ["Share of the first four clips that move as asked; in brackets, whether the first one does. *noted*: how often a"]
+        parts += ["result says that clips which move unlike the others stayed behind:", ""]
         parts += [*_right(rows), "", "End-point error of the video, px:", "", *_errors(rows), ""]
         parts += ["What the probability of the first clip is worth, over all of these prompts:", "", *_bins(rows), ""]
         parts += [text.source(rows), ""]
@@ -32,8 +33,9 @@ def _right(rows: Sequence[Row]) -> list[str]:
     body = []
     for name, some in _by(rows, "right_of_4"):
         cells = {row.get("way"): f"{row.get('right_of_4')[0]:.0%} ({row.get('right_at_1')[0]:.0%})" for row in some}
-        body.append([*name, *(cells.get(way, "-") for way in WAYS), f"{some[0].get('n')}"])
-    return text.table(["memory", "prompts", *WAYS, "n"], body)
+        noted = next((f"{row.get('noted'):.0%}" for row in some if row.get("noted") is not None), "-")
+        body.append([*name, *(cells.get(way, "-") for way in WAYS), noted, f"{some[0].get('n')}"])
+    return text.table(["memory", "prompts", *WAYS, "noted", "n"], body)
 
 
 def _errors(rows: Sequence[Row]) -> list[str]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,11 +145,14 @@ def interval(values: Scores) -> list[float]:
 
 
 def ask(asking: Asking, memory: MotionMemory, asked: Sequence[Prompt], ways: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Per way: [mean, low, high] of right at 1 and right of 4."""
-    found = {}
+    """Per way: [mean, low, high] of right at 1 and right of 4; and how often it is said that clips stayed behind."""
+    found: dict[str, dict[str, Any]] = {}
     for way in ways:
-        scores = np.array([right(asking.ways[way](memory, prompt), prompt) for prompt in asked])
+        answers = [asking.ways[way](memory, prompt) for prompt in asked]
+        scores = np.array([right(answer, prompt) for answer, prompt in zip(answers, asked, strict=True)])
         found[way] = {"n": len(asked), "right_at_1": interval(scores[:, 0]), "right_of_4": interval(scores[:, 1])}
+        if way == "both, agreement":
+            found[way]["noted"] = float(np.mean([any(clip.unlike for clip in answer) for answer in answers]))
     return found
 
 
@@ -250,7 +252,6 @@ def main() -> None:
         if not report or not options.targets:
             return
         for split, memory, families in ((evaluate.SPLITS[0], seen, domain.SEEN), (evaluate.SPLITS[1], unseen, domain.UNSEEN)):
-            other = replace(split, paraphrase=True)
             first = prompts.first_of(families, "synonyms")
 
             def synonym(spec: Any, first: dict[str, str] = first) -> str:
@@ -265,7 +266,7 @@ def main() -> None:
                 for where, opened in ((f"demo, {split.name}", memory), (f"demo, {split.name}, a third swapped", mixed)):
                     for kind in say if opened is memory else ["captions"]:
                         for way, search in (("vectors", Search(words=0, agreement=0)), ("both, agreement", Search())):
-                            values = errors(asking, opened, other, options.targets, say[kind], search)
+                            values = errors(asking, opened, split, options.targets, say[kind], search)
                             row = {"memory": where, "prompts": kind, "way": way, "n": len(values), "epe_px": interval(values)}
                             print(row, flush=True)
                             harness.append_row(QUESTION, row, folder=options.results)

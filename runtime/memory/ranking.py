@@ -22,6 +22,7 @@ CHUNK = 4096  # rows read and scored at once by a scan
 FETCH = 16_000  # clips that an index is asked for at most; beyond, an exact scan is. Twice that are values of one statement
 LOOK = 4096  # best clips among which `distinct` looks for clips that are no copies
 
+_UNLIKE = 0.0  # agreement below which a clip moves unlike the others
 _SHARPNESS = 10.0  # a candidate that ranks 0.1 lower has 1/e of the say in what the others should move like
 
 
@@ -43,13 +44,14 @@ class Ranked(NamedTuple):
 class Found(NamedTuple):
     """A clip that may be chosen: the reference, and its unit vector in the space that was searched.
 
-    motion: where agreement counts, the unit vector of its motion about the memory's mean; agreement: as of `Reference`.
+    motion: where agreement counts, the unit vector of its motion about the memory's mean; agreement, unlike: as of `Reference`.
     """
 
     reference: Reference
     vector: NDArray[np.float32]
     motion: NDArray[np.float32] | None = None
     agreement: float = math.nan
+    unlike: int = 0
 
 
 def relevance(found: Found, search: Search) -> float:
@@ -276,8 +278,13 @@ def agreeing(pool: Sequence[Found], search: Search) -> list[Found]:
     np.fill_diagonal(cosines, 0)
     others = say.sum() - say
     agreement = cosines @ say / np.where(others > 0, others, 1)
-    told = [found._replace(agreement=value) for found, value in zip(pool, agreement.tolist(), strict=True)]
-    return sorted(told, key=lambda found: -relevance(found, search))
+    order = np.argsort(-(ranks + search.agreement * agreement), kind="stable")
+    told = []
+    for place, at in enumerate(order.tolist()):
+        behind = order[place + 1 :]
+        unlike = (ranks[behind] >= ranks[at] - 1e-6) & (agreement[behind] < _UNLIKE)
+        told.append(pool[at]._replace(agreement=float(agreement[at]), unlike=int(unlike.sum())))
+    return told
 
 
 def diverse(pool: Sequence[Found], k: int, search: Search) -> list[Reference]:
@@ -322,7 +329,9 @@ def looking_like(pool: Sequence[Found], k: int, part: str, still: NDArray[Any]) 
 
 
 def _told(found: Found) -> Reference:
-    return found.reference if math.isnan(found.agreement) else replace(found.reference, agreement=found.agreement)
+    if math.isnan(found.agreement):
+        return found.reference
+    return replace(found.reference, agreement=found.agreement, unlike=found.unlike)
 
 
 def directions(values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -50,7 +50,8 @@ class Reference:
 
     words: how much of the prompt's words its caption has, in [-1, 1]; agreement: mean cosine of its motion with that of the
     other candidates, about the memory's own mean; looks: the cosine with the still's; NaN where they were not looked at
-    (`Search` says what they count). probability: that the clip moves as the prompt says, in [0, 1], by score and words; NaN
+    (`Search` says what they count). unlike: how many clips whose captions fit as well stand behind it because they move unlike
+    the others. probability: that the clip moves as the prompt says, in [0, 1], by score and words; NaN
     where the bundle does not say what these are worth.
     record: the parts by name, float ones as float32, others in their dtype; empty where the memory makes records on demand
     (`indexing.encoders.make_record`). memory: its name in a `MemorySet`, where the score is multiplied by the memory's weight.
@@ -72,6 +73,7 @@ class Reference:
     agreement: float = math.nan
     looks: float = math.nan
     probability: float = math.nan
+    unlike: int = 0
 
 
 @dataclass(frozen=True)

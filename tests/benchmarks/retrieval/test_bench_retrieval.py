@@ -71,5 +71,5 @@ def test_tables_are_of_the_newest_clean_run(tmp_path: Path) -> None:
     ]
     (tmp_path / "bench_retrieval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = "\n".join(retrieval.found(Report(tmp_path)))
-    assert "| demo | captions | - | - | - | 80% (90%) | - | 3 |" in text
+    assert "| demo | captions | - | - | - | 80% (90%) | - | - | 3 |" in text
     assert "2.50 [2.00, 3.00]" in text and "| 80% to 100% | 90% | 75% | 4 |" in text and "20%" not in text.split("80% to")[0]

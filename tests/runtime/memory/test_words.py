@@ -167,16 +167,17 @@ def test_damaged_words_are_refused(tmp_path: Path, change: str, words: str) -> N
 def test_the_odd_one_out_comes_last(tmp_path: Path) -> None:
     """Five clips under one caption, one of which moves otherwise; others make the memory's mean."""
     random = np.random.default_rng(3)
-    alike, other = random.standard_normal((2, fake.M, fake.D)).astype(np.float32)
+    alike = random.standard_normal((fake.M, fake.D)).astype(np.float32)
     with MotionMemory.create(tmp_path / "m", **fake.KEPT) as memory:
         for number in range(5):
-            motion = other if number == 0 else alike + random.standard_normal(alike.shape).astype(np.float32) / 10
+            motion = -alike if number == 0 else alike + random.standard_normal(alike.shape).astype(np.float32) / 10
             memory.add([fake.clip(number, caption="slides left", embedding=fake.query(), motion=motion)])
         memory.add(fake.clip(number, caption="something else", embedding=-fake.query()) for number in range(5, 40))
         by_words = memory.search(fake.query(), 4, BOTH, "slides left")
         assert 1 in [found.id for found in by_words] and all(math.isnan(found.agreement) for found in by_words)
         found = memory.search(fake.query(), 5, Search(), "slides left")
-        assert found[-1].id == 1 and found[-1].agreement < 0.5 < found[0].agreement
+        assert found[-1].id == 1 and found[-1].agreement < 0.1 < 0.5 < found[0].agreement
+        assert [clip.unlike for clip in found] == [1, 1, 1, 1, 0]  # and it is said that one stood behind
         assert [found.id for found in memory.search(fake.query(), 1)] == [1]  # without a text, by vectors alone
 
 
