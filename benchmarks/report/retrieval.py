@@ -17,8 +17,8 @@ def found(report: Report) -> list[str]:
     runs = by_run(report.rows("bench_retrieval"))
     if runs:
         rows = max(runs, key=lambda rows: str(rows[0].run))
-        parts += ["Share of the first four clips that move as asked; in brackets, whether the first one does. *noted*: how often"]
-        parts += ["a result says that clips which move unlike the others stayed behind:", ""]
+        parts += ["Share of the first four clips that move as asked; in brackets, whether the first one does. *noted*: how"]
+        parts += ["often a result says that clips which move unlike the others stayed behind:", ""]
         parts += [*_right(rows), "", "End-point error of the video, px:", "", *_errors(rows), ""]
         parts += ["What the probability of the first clip is worth, over all of these prompts:", "", *_bins(rows), ""]
         parts += [text.source(rows), ""]
