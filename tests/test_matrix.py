@@ -229,7 +229,8 @@ def from_files_to_a_video(made: Cell, run: Run, graphs: Path) -> None:
 def generated(made: Cell, options: RunOptions) -> tuple[Result, NDArray[Any]]:
     """A request's result with all clips of the memory as references, and its last latents."""
     with MotionPipeline.from_bundle(made.bundle, made.memory, backend=open_backend(options)) as pipeline:
-        job = pipeline.start(pipeline.request(made.still, PROMPT, seed=SEED, steps=STEPS, guidance=3.0))
+        asked = {"seed": SEED, "steps": STEPS, "guidance": 3.0, "references": CLIPS}  # all, however likely
+        job = pipeline.start(pipeline.request(made.still, PROMPT, **asked))
         job.keep = True
         result = pipeline.result(job)
     return result, np.asarray(job.values["latents"])
@@ -287,7 +288,7 @@ def test_tokens_of_the_memory_are_those_of_the_plain_encoders(model: str, kind: 
     made = cell(model, kind)
     frames, height, width = SIZES[model]
     with MotionPipeline.from_bundle(made.bundle, made.memory, threads=1) as pipeline:
-        found = pipeline(made.still, PROMPT, steps=2).references
+        found = pipeline(made.still, PROMPT, steps=2, references=CLIPS).references
         rate = pipeline.bundle.manifest.output.fps
     clips = [read_clip(made.folder / "clips" / f"{r.caption.split()[2]}.mp4", frames, height, width, rate) for r in found]
     video = torch.from_numpy(np.stack(clips))
