@@ -46,7 +46,9 @@ def test_all_forms_of_a_step_agree_where_the_fields_matter() -> None:
     assert float((unmoved - results["ours"]).abs().max()) > 1e-2
 
 
-@pytest.mark.parametrize("name", ["motion-i2v-toy-attention-8x8", "motion-i2v-attention-5x8"])
+@pytest.mark.parametrize(
+    "name", ["motion-i2v-toy-attention-8x8", pytest.param("motion-i2v-attention-5x8", marks=pytest.mark.slow)]
+)
 def test_all_forms_of_a_layer_agree_where_the_fields_matter(name: str) -> None:
     layer, results = layers.LAYERS[name], {}
     for form_name, form in layers.COUNTED.items():
@@ -70,6 +72,7 @@ def test_layers_are_the_42_attentions_of_the_release() -> None:
     assert sum(layer.times for layer in full) == sum("motion_modules" in n and n.endswith((".attn1", ".attn2")) for n in names)
 
 
+@pytest.mark.slow
 def test_what_the_augmentation_adds_to_a_layer() -> None:
     """The release projects 15 rows a place more to keys and values; ours sums four rows for each that arrives, or more."""
     layer = layers.LAYERS["motion-i2v-attention-5x8"]
