@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
-import sys
-from pathlib import Path
 from time import perf_counter
 
 import numpy as np
@@ -21,7 +18,7 @@ from numpy.typing import NDArray
 
 from motionrt.benchmarks import harness
 from motionrt.benchmarks.models.memory_data import Floats, draw, leaves
-from motionrt.benchmarks.questions.bench_memory import ONE_THREAD, WARMUPS, K, build, into_cache
+from motionrt.benchmarks.questions.bench_memory import WARMUPS, K, add_sizes, build, into_cache, on_one_thread
 from motionrt.runtime.memory import store
 from motionrt.runtime.memory.memory import MotionMemory
 
@@ -94,12 +91,8 @@ def measure(options: argparse.Namespace, count: int) -> None:
 def main() -> None:
     """Measure every size that is asked for."""
     parser = argparse.ArgumentParser(description="Cost of the checks of a search of the motion memory.")
-    parser.add_argument("--clips", type=int, nargs="+", default=[50_000])
+    add_sizes(parser, 50_000)
     parser.add_argument("--embedding", type=int, default=384)
-    parser.add_argument("--queries", type=int, default=1000)
-    parser.add_argument("--threads", type=int, default=1, help="for making the index; searches take one")
-    parser.add_argument("--folder", type=Path, default=Path("out/bench_memory"), help="where the memories are kept")
-    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder for rows")
     parser.add_argument("--note", default="")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -108,6 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if not ONE_THREAD.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ONE_THREAD})
-    main()
+    on_one_thread(main)

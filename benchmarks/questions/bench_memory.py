@@ -249,18 +249,30 @@ def adding(memory: MotionMemory, path: Path, queries: Floats, warm: Floats, toke
     return {"add_s": added - start, "first_search_after_ms": (seen - added) * 1e3, **times}
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measure every size that is asked for, or draw the rows there are."""
-    parser = argparse.ArgumentParser(description="Cost of a search of the motion memory as it grows; LanceDB beside it.")
-    parser.add_argument("--clips", type=int, nargs="+", default=[10_000])
-    parser.add_argument("--embedding", type=int, default=384)
-    parser.add_argument("--tokens", type=int, nargs=2, default=[8, 64], metavar=("M", "D"))
-    parser.add_argument("--kind", choices=["float16", "int8"], default="float16")
+def add_sizes(parser: argparse.ArgumentParser, clips: int) -> None:
+    """The options of whatever measures memories of several sizes: how large, of `clips` by default, how often, and where."""
+    parser.add_argument("--clips", type=int, nargs="+", default=[clips])
     parser.add_argument("--queries", type=int, default=1000)
-    parser.add_argument("--rival-queries", type=int, default=200, help="0: without the rivals")
     parser.add_argument("--threads", type=int, default=1, help="for making the index; searches take one")
     parser.add_argument("--folder", type=Path, default=Path("out/bench_memory"), help="where the memories are kept")
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder for rows")
+
+
+def on_one_thread(main: Callable[[], None]) -> None:
+    """Run a script's `main` in a process whose libraries were loaded with one thread."""
+    if not ONE_THREAD.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ONE_THREAD})
+    main()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure every size that is asked for, or draw the rows there are."""
+    parser = argparse.ArgumentParser(description="Cost of a search of the motion memory as it grows; LanceDB beside it.")
+    add_sizes(parser, 10_000)
+    parser.add_argument("--embedding", type=int, default=384)
+    parser.add_argument("--tokens", type=int, nargs=2, default=[8, 64], metavar=("M", "D"))
+    parser.add_argument("--kind", choices=["float16", "int8"], default="float16")
+    parser.add_argument("--rival-queries", type=int, default=200, help="0: without the rivals")
     parser.add_argument("--note", default="")
     parser.add_argument("--plot", action="store_true", help="draw the rows that there are, and measure nothing")
     parser.add_argument("--reader", type=Path, nargs=2, help=argparse.SUPPRESS)
@@ -280,6 +292,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    if not ONE_THREAD.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ONE_THREAD})
-    main()
+    on_one_thread(main)

@@ -124,7 +124,7 @@ def by_motion(memory: MotionMemory, folder: Path, asking: Asking) -> MotionMemor
     """A memory of the same clips with the captions that are proposed for how they move, and no others."""
     spec, captions = memory_spec(asking.pipeline.bundle), []
     for clip in memory.get(memory.ids().tolist()):
-        decoded = cut(spec, DEMO.joinpath(*Path(clip.source).parts[-2:]), clip.start, None)  # wherever the repository lies now
+        decoded = cut(spec, DEMO / clip.source, clip.start, None)
         captions.append(caption_of(facts_of(dense_flow(decoded.video), decoded.fps)))
     return captioned(memory, folder, asking, captions)
 

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import sqlite3
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -26,7 +24,7 @@ import numpy as np
 
 from motionrt.benchmarks import harness
 from motionrt.benchmarks.models.memory_data import CHUNK, Floats, chunks, draw, leaves
-from motionrt.benchmarks.questions.bench_memory import ONE_THREAD, K, clips_of, into_cache
+from motionrt.benchmarks.questions.bench_memory import K, add_sizes, clips_of, into_cache, on_one_thread
 from motionrt.benchmarks.retrieval import prompts
 from motionrt.runtime.bundle.manifest import Part
 from motionrt.runtime.memory.memory import Clip, MotionMemory, Search
@@ -139,12 +137,8 @@ def measure(options: argparse.Namespace, count: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, nargs="+", default=[200_000])
-    parser.add_argument("--queries", type=int, default=1000)
+    add_sizes(parser, 200_000)
     parser.add_argument("--every", type=int, default=5, help="FTS5 is asked one prompt of so many: it takes long")
-    parser.add_argument("--threads", type=int, default=1, help="of making the index")
-    parser.add_argument("--folder", type=Path, required=True, help="where memories are made, and found again")
-    parser.add_argument("--results", type=Path, default=harness.RESULTS)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     for count in options.clips:
@@ -152,6 +146,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if not ONE_THREAD.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ONE_THREAD})
-    main()
+    on_one_thread(main)

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.cli.terminal import visible
+from motionrt.runtime.memory.search import WORTH
 
 if TYPE_CHECKING:
     from motionrt.runtime.cli.bench import Comparison, Row
@@ -73,8 +74,7 @@ def references_table(references: Sequence[Reference]) -> Table:
 
 def _worths(references: Sequence[Reference]) -> list[str]:
     """What is known of any of these: the score, and what else made the order."""
-    names = ("score", "words", "agreement", "looks", "probability")
-    return ["score", *(name for name in names[1:] if not all(isnan(getattr(r, name)) for r in references))]
+    return [WORTH[0], *(name for name in WORTH[1:] if not all(isnan(getattr(r, name)) for r in references))]
 
 
 def _worth(reference: Reference, names: Sequence[str]) -> list[str]:

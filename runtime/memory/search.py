@@ -17,6 +17,7 @@ FEW = 4096  # clips that a filter may leave for an exact scan of them to be the 
 WORDS = 1.0  # weight of the words' share beside the cosine; chosen by benchmarks/retrieval, on the split that is for choosing
 AGREEMENT = 0.25  # weight of the motion's agreement; likewise
 PROBABLE = 0.1  # from which on a clip is used where no number of clips was asked for; likewise
+WORTH = ("score", "words", "agreement", "looks", "probability")  # fields of a reference that say what it is worth, or NaN
 POOL = 32  # best clips by vectors, and as many by words, among which both are counted
 
 Where = Mapping[str, str | Sequence[str]]

@@ -29,6 +29,7 @@ from motionrt.runtime.errors import BackendError, InputError, MediaError, Memory
 from motionrt.runtime.files import sha256_of
 from motionrt.runtime.job import Job, Request
 from motionrt.runtime.memory.memory import MotionMemory, Reference
+from motionrt.runtime.memory.search import WORTH
 from motionrt.runtime.pipeline import MotionPipeline
 from motionrt.runtime.scheduler import Scheduler
 from motionrt.runtime.serve.jobs.fair import Fair
@@ -387,11 +388,8 @@ def told(reference: Reference, memory: str) -> dict[str, Any]:
         "id": reference.id, "memory": memory, "score": None if np.isnan(reference.score) else round(float(reference.score), 4),
         "caption": reference.caption, "source": Path(reference.source).name, "start": reference.start,
         "duration": reference.duration, "dataset": reference.dataset, "metadata": dict(reference.metadata),
-        **{name: round(value, 4) for name in _FOUND if not np.isnan(value := float(getattr(reference, name)))},
+        **{name: round(value, 4) for name in WORTH[1:] if not np.isnan(value := float(getattr(reference, name)))},
     }  # fmt: skip
-
-
-_FOUND = ("words", "agreement", "looks", "probability")  # what a search may say of a clip beside its score
 
 
 def _steps(bundle: Bundle, calls: Mapping[str, int]) -> int:
