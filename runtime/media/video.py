@@ -194,7 +194,8 @@ def write_video(path: File, frames: Pixels, fps: Rate) -> None:
     and a webp in 1 ms, rounded so that the whole plays as long as it should. A single frame of a webp is a still. An odd
     height or width of an mp4 is padded to even by repeating the last row or column, as 4:2:0 needs. The same frames decode
     to the same video, but libx264 may write them in other bits. The file appears whole or not at all. Raises MediaError
-    (unknown extension, no permission, full disk) and InputError (frames, and sizes and rates that the format cannot hold).
+    (unknown extension, no permission, full disk), InputError (frames, and sizes and rates that the format cannot hold) and
+    MemoryError.
     """
     import av
 
@@ -212,7 +213,7 @@ def write_video(path: File, frames: Pixels, fps: Rate) -> None:
         try:
             write(temporary, array, rate)
         except av.error.FFmpegError as error:
-            if isinstance(error, OSError):  # a full disk, no permission: said by `replacing`
+            if isinstance(error, OSError | MemoryError):  # a full disk, no permission: said by `replacing`
                 raise
             raise MediaError(f"cannot write {file}: {reason(error)}. Nothing was written; use another format.") from error
 

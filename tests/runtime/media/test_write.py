@@ -107,3 +107,15 @@ def test_an_encoder_that_fails_is_a_media_error(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(MediaError, match="cannot write .*a.mp4: .*broken.* Nothing was written"):
         write_video(tmp_path / "a.mp4", greys(0), 8)
     assert not list(tmp_path.iterdir())
+
+
+def test_too_little_memory_for_an_encoder_says_nothing_of_the_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from av.error import MemoryError as NoMemory
+
+    def fails(*args: object, **named: object) -> None:
+        raise NoMemory(12, "Cannot allocate memory", "libx264")
+
+    monkeypatch.setattr("av.open", fails)
+    with pytest.raises(MemoryError, match="Cannot allocate memory"):
+        write_video(tmp_path / "a.mp4", np.zeros((2, 8, 8, 3), np.uint8), 8)
+    assert not list(tmp_path.iterdir())
