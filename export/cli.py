@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # The published models, and how many frames a video has unless told otherwise; options that are for some of them alone.
 DYNAMICRAFTERS = ("dynamicrafter-1024", "dynamicrafter-512", "dynamicrafter-256")
 FRAMES = {"cogvideox-5b-i2v": 17, "svd": 16, **dict.fromkeys(DYNAMICRAFTERS, 16), "motionclone": 16, "motion-i2v": 16}
-MOTIONRAG = ("motionrag", "videomae", "dinov2", "fusion", "sos_token", "target_range", "positions", "decode_tiles")
+MOTIONRAG = ("motionrag", "videomae", "dinov2", "fusion", "sos_token", "target_range", "positions", "ending", "decode_tiles")
 DYNAMICRAFTER = ("tokenizer", "adapter_queries", "frame_tokens", "passes")
 MOTIONCLONE = ("motion", "domain_adapter", "sparsectrl", "group_norm", "record", "semantic")
 MOTION_I2V = ("models", "unet", "vae", "form")
@@ -95,6 +95,9 @@ def export(
     passes: Annotated[int, typer.Option(help="DynamiCrafter's passes of guidance: 2, or 3 with one for the image.")] = 2,
     target_range: Annotated[str, typer.Option(help="What DINOv2 sees of the still: correct, or as released.")] = "correct",
     positions: Annotated[str, typer.Option(help="CogVideoX positions off 49 frames: released, or learned.")] = "released",
+    ending: Annotated[
+        str, typer.Option(help="CogVideoX's last step: x0, or released, which at 6, 7, 11, 13 and other counts leaves noise.")
+    ] = "x0",
     decode_tiles: Annotated[int, typer.Option(help="Tiles along either side in which latents are decoded.")] = 1,
     group_norm: Annotated[
         str, typer.Option(help="Statistics of MotionClone's motion modules: per_frame as trained, or shared as in diffusers.")
@@ -128,7 +131,7 @@ def export(
     if model not in FRAMES:
         raise InputError(f"model is {model!r}; it must be one of {', '.join(FRAMES)}. See docs/models.md.")
     own_options = {"motionclone": (*MOTIONCLONE, "base", "text_query"), "motion-i2v": MOTION_I2V}
-    rag = [name for name in MOTIONRAG if name not in ("target_range", "positions")]
+    rag = [name for name in MOTIONRAG if name not in ("target_range", "positions", "ending")]
     own_options |= dict.fromkeys(DYNAMICRAFTERS, (*rag, *DYNAMICRAFTER, "base", "text_query"))
     taken = own_options.get(model, (*MOTIONRAG, "base", "text_query"))
     others = {*MOTIONRAG, *DYNAMICRAFTER, *MOTIONCLONE, *MOTION_I2V, "base", "text_query"} - {*taken}
@@ -191,6 +194,7 @@ def export(
             sos=SosToken.parse(sos_token) if sos_token else None,
             target_range=target_range,
             positions=positions,
+            ending=ending,
             text_query=text_query,
             tiles=decode_tiles,
             fusion=fusion,

@@ -56,7 +56,7 @@ def export_system(system: System, out: Path, *, programs: bool = True, say: Say 
         for name, graph in system.graphs.items():
             if graph.weights_of not in loops:
                 writer.add(name, graph)
-        reports = [writer.cut(step) for step in system.steps]
+        reports = [report for step in system.steps if (report := writer.cut(step))["hoisted"] or len(system.steps) == 1]
         for name, graph in system.graphs.items():
             if graph.weights_of in loops:
                 writer.add(name, graph)

@@ -86,6 +86,7 @@ class Result:
     `fps` frames per second; `fallback` says why there is no reference although some was asked for. `backend`: what computed
     it; `choice`: why, where that was left to "auto". `field`: how far each pixel of the first frame has gone in each frame,
     float32 [F, 2, H, W] (x, y; pixels), where the bundle shows it. `notes`: what was kept in another way than it was given.
+    `approximations`: by name (`bundle.manifest.approximations`), what was not computed exactly; empty: all was.
     """
 
     frames: NDArray[np.uint8]
@@ -99,6 +100,7 @@ class Result:
     choice: str | None = None
     field: NDArray[np.float32] | None = None
     notes: Sequence[str] = ()
+    approximations: Sequence[str] = ()
 
 
 class Job:
@@ -147,6 +149,15 @@ class Job:
         self._first = frozenset(self.values)  # what no graph takes the place of
         self._query = self._references(memory, inputs)
         self._calls = self._walk()
+
+    @property
+    def approximations(self) -> list[str]:
+        """The names of what the bundle does not compute exactly, of what was run so far."""
+        run, chosen = self.seconds.keys(), {(loop, schedule.name) for loop, schedule in self.schedules.items()}
+        return [
+            one.name for one in self.bundle.manifest.approximations
+            if (chosen & {*one.schedules.items()} if one.schedules else run & {*one.graphs})
+        ]  # fmt: skip
 
     # --- running ------------------------------------------------------------------------------------------------------
 

@@ -141,6 +141,8 @@ def run_loop(
         carried[port] = draw(0, spec.shape) if start == NOISE else zeros[port] if start == "zeros" else values[start]
     if loop.noise is not None:
         zeros[NOISE] = np.zeros(_port(ports, loop.graphs, NOISE).shape, np.float32)
+    first = {port: _port(ports, loop.graphs, port) for port in loop.remembered}
+    remembered: dict[str, Any] = {port: np.zeros(spec.shape, spec.dtype) for port, spec in first.items()}
     sliced = {port: np.asarray(values[part.value]) for port, part in loop.slices.items()}
     sums = {output: _Sum(part) for output, part in loop.collect.items()}
     for t, row in enumerate(rows):
@@ -155,6 +157,8 @@ def run_loop(
         for port, spec in ports[graph].items():
             if port in carried:
                 inputs[port] = carried[port]
+            elif port in remembered:
+                inputs[port] = remembered[port]
             elif port in feeds:
                 inputs[port] = Row(feeds[port], t, len(rows))
             elif port in tables:
@@ -171,6 +175,11 @@ def run_loop(
                 inputs[port] = values[port]
                 fixed.add(port)
         outputs = yield Call(graph, inputs, frozenset(fixed), loop=name, step=t + 1, steps=len(rows))
+        if loop.history and not remembered.keys() & inputs.keys():
+            for value, kept in loop.history.items():
+                now = outputs[value] if value in outputs else inputs[value]
+                for port in kept:
+                    remembered[port], now = now, remembered[port]
         carried |= {port: outputs[output] for output, port in loop.carry.items() if output in outputs}
         for output, total in sums.items():
             total.add(np.asarray(outputs[output]), where)

@@ -176,7 +176,7 @@ class MotionPipeline:
             raise Cancelled("the job was stopped before it was done.")
         return Result(
             job.frames, job.references, job.seconds, job.step_seconds, job.seed, self.bundle.manifest.output.fps, job.fallback,
-            self.backend.label, self.choice, job.field, tuple(job.notes),
+            self.backend.label, self.choice, job.field, tuple(job.notes), tuple(job.approximations),
         )  # fmt: skip
 
     def batch(

@@ -27,6 +27,8 @@ MAY_KNOW = {
     "job": "errors bundle media inputs loop memory noise indexing",
     "pipeline": "errors arguments files bundle media backends memory loop job",
     "scheduler": "errors arguments bundle loop job pipeline",
+    "schedules": "errors bundle",
+    "calibrate": "errors files bundle memory indexing pipeline schedules",
     "serve": "errors files noise bundle media backends memory indexing job pipeline scheduler",
 }  # fmt: skip
 HOPS = ["generate", "Job.__next__", "MotionPipeline.run", "Checked.run", "execute"]

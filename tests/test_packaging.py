@@ -196,6 +196,8 @@ def test_installed_commands_need_no_repository(
     refused = [
         ["export", "svd", "-o", "exported"],
         ["build", bundle, "-t", "sm_1"],
+        ["schedule", "calibrate", bundle, "-m", "m"],
+        ["schedule", "remove", bundle, "quick"],
         ["serve", "-b", "none", "--store", "store"],
         ["replay", "none.json", "-b", bundle],
         *(["client", *words, "--server", "none"] for words in (["create"], ["list"])),

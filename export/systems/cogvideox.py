@@ -182,7 +182,7 @@ def cogvideox_system(sources: Sources, *, frames: int = 17, say: Callable[[str],
     weights, report = weights_of(step.transformer, transformer, "transformer", "transformer.", added=".processor.")
     weights = {**weights, **files.overlay, **files.adapter}
     solvers = {
-        name: {n: solver_table(*solver_rows(scheduler, n), GUIDANCE) for n in sources.steps}
+        name: {n: solver_table(*solver_rows(scheduler, n, sources.ending), GUIDANCE) for n in sources.steps}
         for name, scheduler in _schedulers(base).items()
     }
     length = config["max_text_seq_length"]
@@ -217,7 +217,8 @@ def cogvideox_system(sources: Sources, *, frames: int = 17, say: Callable[[str],
         tokens,
         released_range=sources.target_range == "released",
         provenance={
-            **sources.provenance(files), "positions": sources.positions, "overlay": "17_frames" if overlay else None,
+            **sources.provenance(files), "positions": sources.positions, "ending": sources.ending,
+            "overlay": "17_frames" if overlay else None,
         },
         reports=(*files.reports, report),
     )  # fmt: skip

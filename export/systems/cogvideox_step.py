@@ -133,13 +133,23 @@ class CogVideoXStep(nn.Module):
         return solved(coefficients, latents, guided(output, like(guidance, latents)), previous_x0, noise)
 
 
-def solver_rows(scheduler: Any, steps: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+ENDS_ON_X0 = (0.0, 1.0, 0.0, 0.0)  # c0 to c3 of a last step whose result is x0
+ENDINGS = ("x0", "released")
+
+
+def solver_rows(scheduler: Any, steps: int, ending: str = "x0") -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """A solver as data, read off diffusers' own scheduler: (timesteps [T], coefficients `[T, 6]` fp32).
 
     A step of these solvers is linear in (sample, model output, previous x0, noise), so four probes of `scheduler.step`
     with one of them set to 1 and the others to 0 give its coefficients exactly. Works for `CogVideoXDDIMScheduler` and
     `CogVideoXDPMScheduler` (stochastic terms included); raises TypeError for any other class.
+
+    Where 1000 / steps is rounded up (6, 7, 11, 13, 15 steps and others), diffusers takes the last step for one before the last:
+    it is extrapolated (by DPM with c1 of 3.2 at 6 steps) and noise is left in the video. `ending` "x0" ends there as at all
+    other counts; "released" keeps what diffusers does.
     """
+    if ending not in ENDINGS:
+        raise ValueError(f"ending is {ending!r}; allowed: {', '.join(ENDINGS)}.")
     kind = type(scheduler).__name__
     if kind not in ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"):
         raise TypeError(f"solver_rows reads CogVideoXDDIMScheduler and CogVideoXDPMScheduler; got {kind}.")
@@ -176,4 +186,6 @@ def solver_rows(scheduler: Any, steps: int) -> tuple[NDArray[np.int64], NDArray[
         # next = c0 x + c1 (p0 x + p1 v): the output enters through x0 alone
         c1 = (from_output - drift) / p1 if p1 else 0.0
         rows[index] = (p0, p1, from_sample - drift - c1 * p0, c1, c2, drift / unit)
+    if ending == "x0" and not np.allclose(rows[-1, 2:], ENDS_ON_X0, atol=1e-6):
+        rows[-1, 2:] = ENDS_ON_X0
     return timesteps.numpy().astype(np.int64), rows.astype(np.float32)

@@ -25,6 +25,7 @@ from motionrt.export.checkpoints.text_query import SentenceEncoder
 from motionrt.export.compiler.weightless import meta
 from motionrt.export.onnx.from_torch import Range
 from motionrt.export.systems.decoding import Decoding
+from motionrt.export.systems.extrapolated import HISTORY, KEPT, NAME, extrapolated_step
 from motionrt.export.systems.fusion import RULES, Fusion
 from motionrt.export.systems.system import Array, Graph, Network, Schedules, Step, System, TokenizerText, lengths
 from motionrt.runtime.bundle.manifest import (
@@ -46,7 +47,8 @@ BATCH = Range(1, 1, 4)
 CLIPS = Range(1, 4, 32)  # of the memory, encoded at once
 CAMA = "cama"  # the fusion that is a network of its own
 VIDEO = "video"  # the loop that denoises, and the value that it makes the frames of
-COLUMNS = ("graph", "timestep", "guidance", "p0", "p1", "c0", "c1", "c2", "c3")
+COEFFICIENTS = ("p0", "p1", "c0", "c1", "c2", "c3")
+COLUMNS = ("graph", "timestep", "guidance", *COEFFICIENTS, *KEPT)
 PENDING = "0" * 64  # a fingerprint that the exporter fills in
 
 
@@ -57,8 +59,9 @@ class Sources(Keeping):
     `base`: diffusers folder; `motionrag`: folder with its files; `videomae`, `dinov2`: transformers folders. `fusion`: how
     clips become motion, "cama" or one of `fusion.RULES` (A10), which need no `dinov2`. `target_range`: what DINOv2 sees of the
     still, "correct" [-1, 1] or as CogVideoX was "released" [0, 1] (quirk A14.1). `positions`: see
-    `cogvideox_step.fix_positions` (A7). `text_query`, `dtype`: see `Keeping`. `tiles` along either side of the picture in which
-    latents are decoded: an approximation, for small devices. `steps`: numbers of steps that there are rows for.
+    `cogvideox_step.fix_positions` (A7). `ending`: of CogVideoX's solvers, see `cogvideox_step.solver_rows`. `text_query`,
+    `dtype`: see `Keeping`. `tiles` along either side of the picture in which latents are decoded: an approximation, for small
+    devices. `steps`: numbers of steps that there are rows for.
     """
 
     base: Path
@@ -69,13 +72,17 @@ class Sources(Keeping):
     sos: SosToken | None = None
     target_range: str = "correct"
     positions: str = "released"
+    ending: str = "x0"
     text_query: Path | None = None
     steps: tuple[int, ...] = tuple(range(2, 51))
     tiles: int = 1
     fusion: str = CAMA
 
     def __post_init__(self) -> None:
-        self.check(target_range=("correct", "released"), positions=("released", "learned"), fusion=(CAMA, *RULES))
+        endings = ("x0", "released")
+        self.check(
+            target_range=("correct", "released"), positions=("released", "learned"), ending=endings, fusion=(CAMA, *RULES)
+        )
         if self.fusion == CAMA and self.dinov2 is None:
             raise CheckpointError("dinov2 is None, and CAMA reads what it sees. Give its folder, or choose another fusion.")
         own = {"dinov2": self.dinov2, "sos_token": self.sos, "target_range": self.target_range != "correct"}
@@ -145,17 +152,24 @@ class Base:
         """The loop that denoises, of `steps` unless a request says otherwise, or the most that there are rows for."""
         name, rows = next(iter(self.solvers.items()))
         return Loop(
-            graphs=("step",),
+            graphs=("step", NAME),
             columns=COLUMNS,
             schedules=lengths(self.solvers),
             default=(name, steps if steps in rows else max(rows)),
-            feeds={"timestep": ("timestep",), "guidance": ("guidance",), "coefficients": COLUMNS[3:]},
+            feeds={"timestep": ("timestep",), "guidance": ("guidance",), "coefficients": COEFFICIENTS, "kept": KEPT},
             carry={"next_latents": "latents", "x0": "previous_x0"},
             start={"latents": "noise", "previous_x0": "zeros"},
             noise="c3",
             gives={"latents": "latents"},
             plain="step_plain" if plain else None,
+            history=HISTORY,
+            extrapolates=NAME,
         )
+
+    def steps(self, sizes: Mapping[str, Range], plain: bool = False) -> tuple[Step, Step]:
+        """The graphs of the loop's steps, before they are cut; `plain`: with that of the step as it was."""
+        step = Step(self.step, self.changes, self.inputs, ("next_latents", "x0"), sizes, plain=plain)
+        return step, extrapolated_step(self.inputs, sizes)
 
 
 def motionrag_system(
@@ -229,7 +243,7 @@ def motionrag_system(
         base.name,
         inputs=inputs_of(base, guidance, released_range),
         graphs=graphs,
-        steps=(Step(base.step, base.changes, base.inputs, ("next_latents", "x0"), sizes, plain=plain),),
+        steps=base.steps(sizes, plain),
         plan=tuple(plan),
         loops={VIDEO: base.loop(steps, plain), **base.decoding.loops},
         schedules={VIDEO: base.solvers, **base.decoding.schedules},
@@ -263,12 +277,12 @@ def inputs_of(base: Base, guidance: float, released_range: bool = False, moving:
 
 
 def solver_table(timesteps: NDArray[Any], coefficients: NDArray[np.float32], guidance: float) -> NDArray[np.float32]:
-    """Rows of `COLUMNS`, float32 `[T, 9]`, of a solver's timesteps `[T]` and coefficients `[T, 6]`; every row of one graph.
+    """Rows of `COLUMNS`, float32 `[T, 13]`, of a solver's timesteps `[T]` and coefficients `[T, 6]`: the network in every step.
 
     ValueError for a timestep that float32 does not hold.
     """
     times = timesteps.astype(np.float32)
     if not np.array_equal(times.astype(np.float64), timesteps.astype(np.float64)):
         raise ValueError("a timestep is no float32")
-    fixed = np.full(len(times), guidance, np.float32)
-    return np.column_stack([np.zeros_like(times), times, fixed, coefficients]).astype(np.float32)
+    fixed, kept = np.full(len(times), guidance, np.float32), np.zeros((len(times), len(KEPT)))
+    return np.column_stack([np.zeros_like(times), times, fixed, coefficients, kept]).astype(np.float32)

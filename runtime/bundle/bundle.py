@@ -66,6 +66,11 @@ class Bundle:
         return self.manifest.name
 
     @property
+    def tables(self) -> Mapping[str, NDArray[np.float32]]:
+        """The rows of all loops: `LOOP/SCHEDULE/STEPS` -> float32 `[T, R]`."""
+        return self._tables
+
+    @property
     def graphs(self) -> Mapping[str, GraphSpec]:
         return self.manifest.graphs
 

@@ -380,6 +380,10 @@ class Loop(_Strict, frozen=True):
     what it is for. `windows`: graph of `tables` -> of how many rows at a time it is asked, just before the first step that
     reads them, where those of all steps would take too much room; what it made before is let go of then. Tables, and values of
     the plan, that no step of the rows reads are not made.
+
+    `history`: input or output of the step graphs -> ports that are given what it was in the last step, the one before, and so
+    on, of those that read no such port themselves; zeros before there was one. `extrapolates`: the step graph that takes the
+    place of the network by that (`runtime/schedules.py` makes rows of it).
     """
 
     graphs: tuple[str, ...]
@@ -398,6 +402,13 @@ class Loop(_Strict, frozen=True):
     absent: Mapping[str, str] = {}
     windows: Mapping[str, Count] = {}
     without: Mapping[str, Without] = {}
+    history: Mapping[str, tuple[str, ...]] = {}
+    extrapolates: str | None = None
+
+    @property
+    def remembered(self) -> set[str]:
+        """The ports that are given what a value was in earlier steps."""
+        return {port for ports in self.history.values() for port in ports}
 
 
 class Output(_Strict, frozen=True):
@@ -416,11 +427,15 @@ class Output(_Strict, frozen=True):
 
 
 class Approximation(_Strict, frozen=True):
-    """What `graphs` do not compute exactly, by name, and what that costs in quality, as measured."""
+    """What `graphs` do not compute exactly, by name, and what that costs in quality, as measured.
+
+    `schedules`: loop -> a schedule of it; where there are some, only requests that run one of them are not exact.
+    """
 
     name: str
     graphs: tuple[str, ...]
     quality: Mapping[str, Any]
+    schedules: Mapping[str, str] = {}
 
 
 class Manifest(_Strict, frozen=True, kw_only=True):
@@ -463,7 +478,7 @@ class Manifest(_Strict, frozen=True, kw_only=True):
             return {node.reads.get(port.name, port.name) for port in self.graphs[node.graph].inputs} - {NOISE}
         loop = started(loop, node)
         made = {port.name for table in loop.tables for port in self.graphs[table].outputs}
-        inner = {*loop.feeds, *loop.start, *loop.carry.values(), *loop.slices, *made, NOISE}
+        inner = {*loop.feeds, *loop.start, *loop.carry.values(), *loop.slices, *loop.remembered, *made, NOISE}
         run = loop.graphs if steps is None else steps
         ports = {port.name for graph in (*run, *tables_of(loop, self.graphs, run)) for port in self.graphs[graph].inputs}
         starts = {value for value in loop.start.values() if value not in (NOISE, "zeros")}
@@ -608,6 +623,12 @@ def _faults(manifest: Manifest) -> Iterator[str]:
                     f"loop '{name}' runs '{other.runs}' in place of '{graph}' without {', '.join(other.inputs)}; both must be"
                     " graphs of it, that one stay, and these be inputs that are drawn"
                 )
+        if loop.extrapolates is not None and loop.extrapolates not in loop.graphs:
+            yield f"loop '{name}' extrapolates by '{loop.extrapolates}', which is none of its step graphs"
+        for graph in {*loop.graphs} & {*graphs} if loop.history else ():
+            ports = {port.name for spec in [graphs[graph]] for port in (*spec.inputs, *spec.outputs)}
+            if not ports & loop.remembered and (missing := {*loop.history} - ports):
+                yield f"loop '{name}' remembers `{min(missing)}`, which its step '{graph}' has not got"
         for table in loop.windows:
             outside = {*loop.tables} - {table}
             if table not in loop.tables or {table} & {*tables_of(loop, graphs, outside)}:
@@ -615,6 +636,13 @@ def _faults(manifest: Manifest) -> Iterator[str]:
         if loop.default[1] not in loop.schedules.get(loop.default[0], ()):
             wanted = f"{loop.default[0]} with {loop.default[1]} steps"
             yield f"the default schedule of loop '{name}', {wanted}, is not among its schedules"
+    for item in manifest.approximations:
+        for graph in item.graphs:
+            if graph not in graphs:
+                yield f"approximation '{item.name}' is of graph '{graph}', which is not there"
+        for loop_name, schedule in item.schedules.items():
+            if loop_name not in loops or schedule not in loops[loop_name].schedules:
+                yield f"approximation '{item.name}' is of schedule '{schedule}' of loop '{loop_name}', which is not there"
     for node in manifest.nodes:
         if node.graph not in graphs and node.graph not in loops:
             yield f"the plan runs '{node.graph}', which is no graph and no loop of the bundle"

@@ -29,6 +29,7 @@ from motionrt.runtime.cli.common import (
 from motionrt.runtime.cli.doctor import doctor
 from motionrt.runtime.cli.memory import memory_app
 from motionrt.runtime.cli.places import check_output, video_size
+from motionrt.runtime.cli.schedule import schedule_app
 from motionrt.runtime.cli.service.client import client_app
 from motionrt.runtime.cli.service.replay import replay
 from motionrt.runtime.cli.service.serve import keys_app, serve
@@ -49,6 +50,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(memory_app, name="memory")
+app.add_typer(schedule_app, name="schedule")
 app.add_typer(keys_app, name="keys")
 app.add_typer(client_app, name="client")
 
@@ -155,7 +157,8 @@ def generate(
             np.save(file, result.field)
     if result.references:
         console.print(show.references_table(result.references))
-    for note in (*result.notes, result.fallback, result.choice):
+    inexact = f"not exact: {', '.join(result.approximations)} (motionrt inspect tells what that costs)"
+    for note in (*result.notes, inexact if result.approximations else None, result.fallback, result.choice):
         if note is not None:
             echo(note)
     console.print(show.stages_table([result], {"write": time.perf_counter() - start, "load": load}))

@@ -67,7 +67,8 @@ def picture(bundle: Bundle) -> Iterator[str]:
             yield f"  without a clip: {', '.join(without)}"
     for item in manifest.approximations:
         quality = ", ".join(f"{key} {value}" for key, value in item.quality.items())
-        yield f"approximation {item.name} in {', '.join(item.graphs)}: {quality}"
+        where = [f"the schedule of loop {loop}" for loop in item.schedules] or item.graphs
+        yield f"approximation {item.name} in {', '.join(where)}: {quality}"
 
 
 def _kind(manifest: Manifest, name: str) -> str:
@@ -124,7 +125,10 @@ def _step_reads(manifest: Manifest, loop: Loop, graph: str) -> list[str]:
     made = {port.name for table in loop.tables for port in manifest.graphs[table].outputs}
     ports = [port.name for port in manifest.graphs[graph].inputs]
     carried, cut = {*loop.carry.values()}, {*loop.slices}
-    kinds = (("what is carried", carried), ("its row", {*loop.feeds}), ("tables", made), ("a part", cut))
+    kinds = (
+        ("what is carried", carried), ("earlier steps", loop.remembered), ("its row", {*loop.feeds}), ("tables", made),
+        ("a part", cut),
+    )  # fmt: skip
     inner = {NOISE}.union(*(names for _, names in kinds))
     values = [port for port in ports if port not in inner]
     told = [what for what, names in kinds if names & {*ports}] + ["noise"] * (NOISE in ports)

@@ -97,7 +97,8 @@ def test_a_timestep_that_float32_does_not_hold_is_refused() -> None:
     from motionrt.export.systems.motionrag_system import COLUMNS, solver_table
 
     rows = solver_table(np.array([999, 2**24]), np.ones((2, 6), np.float32), 3.0)
-    assert rows.dtype == np.float32 and rows.shape == (2, len(COLUMNS)) and rows[1].tolist() == [0, 2**24, 3, *[1] * 6]
+    assert rows.dtype == np.float32 and rows.shape == (2, len(COLUMNS))
+    assert rows[1].tolist() == [0, 2**24, 3, *[1] * 6, *[0] * 4]
     with pytest.raises(ValueError, match="no float32"):
         solver_table(np.array([999, 2**24 + 1]), np.ones((2, 6), np.float32), 3.0)
 

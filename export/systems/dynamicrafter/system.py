@@ -41,7 +41,7 @@ from motionrt.export.systems.motionrag_system import (
     motionrag_system,
     unconditional_tokens,
 )
-from motionrt.export.systems.system import Array, Graph, Network, Step, System, TokenizerText
+from motionrt.export.systems.system import Array, Graph, Network, System, TokenizerText
 from motionrt.runtime.bundle.manifest import Node, NumberInput, Output
 
 FPS = 8  # of the videos, whatever `fs` is
@@ -215,7 +215,7 @@ def alone(base: Base, model: Model, provenance: Mapping[str, Any], reports: tupl
         base.name,
         inputs=inputs_of(base, model.guidance, moving=False),
         graphs={"text": base.text, "encode": base.encode, **base.decoding.graphs},
-        steps=(Step(base.step, base.changes, base.inputs, ("next_latents", "x0"), sizes),),
+        steps=base.steps(sizes),
         plan=(Node("text", {"input_ids": "prompt.input_ids"}), "encode", "request", VIDEO, base.decoding.name),
         loops={VIDEO: base.loop(model.steps), **base.decoding.loops},
         schedules={VIDEO: base.solvers, **base.decoding.schedules},

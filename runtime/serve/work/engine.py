@@ -340,7 +340,8 @@ class Engine:
             first, (frames, height, width, _) = results[0], results[0].frames.shape
             told_ = {
                 "seeds": asked.seeds, "references": [told(one, asked.memory or "") for one in first.references],
-                "fallback": first.fallback, "notes": list(first.notes), "field": first.field is not None,
+                "fallback": first.fallback, "notes": list(first.notes),
+                "approximations": list(first.approximations), "field": first.field is not None,
                 "seconds": {k: round(v, 6) for k, v in seconds.items()},
                 "step_seconds": [round(value, 6) for result in results for value in result.step_seconds],
                 "backend": first.backend, "bundle_digest": running.model.digest, "memory_digest": running.memory_digest,

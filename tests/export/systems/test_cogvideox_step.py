@@ -71,6 +71,20 @@ def test_dpm_rows_use_the_earlier_prediction_and_noise() -> None:
     assert (rows[:, 4:] == 0).all()
 
 
+@pytest.mark.parametrize("kind", [CogVideoXDDIMScheduler, CogVideoXDPMScheduler])
+def test_every_count_ends_on_x0_and_the_release_at_these_does_not(kind: Any) -> None:
+    odd = []
+    for steps in range(2, 51):
+        (_, ours), (_, released) = (solver_rows(kind(**CONFIG), steps, ending) for ending in ("x0", "released"))
+        np.testing.assert_allclose(ours[-1, 2:], [0, 1, 0, 0], atol=1e-6)
+        np.testing.assert_array_equal(ours[:-1], released[:-1])
+        if not np.array_equal(ours[-1], released[-1]):
+            odd.append(steps)
+    assert odd == [6, 7, 11, 13, 15, 17, 18, 19, 21, 24, 28, 35, 36, 39, 42, 44, 46, 48]
+    with pytest.raises(ValueError, match="allowed: x0, released"):
+        solver_rows(kind(**CONFIG), 8, "other")
+
+
 def test_solver_rows_refuse_other_schedulers() -> None:
     with pytest.raises(TypeError, match="DDPMScheduler"):
         solver_rows(DDPMScheduler(), 4)

@@ -1,0 +1,221 @@
+"""The cheapest schedule that a budget of quality allows, found with requests of one's own, and kept in the bundle by name.
+
+    found = calibrate(pipeline, requests, steps=25, least=50)
+    keep(Path("my-bundle"), found, "quick")            # from now on: solver="quick"
+
+Quality is that of the frames against those of the same request with the network in every step: the peak signal-to-noise ratio
+of a video over all of its pixels, in dB. The budget holds for the worst of the requests. What is kept is rows of numbers and
+the figures, so that every run of it is the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from motionrt.runtime.bundle.bundle import Bundle
+from motionrt.runtime.bundle.manifest import Approximation, ImageInput
+from motionrt.runtime.errors import BundleError, InputError, shown
+from motionrt.runtime.files import replacing, sealed, sha256_of
+from motionrt.runtime.indexing.encoders import cut
+from motionrt.runtime.memory.memory import MotionMemory
+from motionrt.runtime.memory.search import Search
+from motionrt.runtime.pipeline import MotionPipeline, Request
+from motionrt.runtime.schedules import extrapolated, pattern, patterns
+
+_TRIED = "calibrated"  # the name of a schedule while it is tried
+_LISTED = 'Give a list of objects with inputs of the bundle, such as [{"image": "star.png", "prompt": "a star turns"}]'
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A schedule of `loop`: `rows` `[T, R]`, made of those of `solver`, which run the network where `runs` is true; `decibels`
+    of each request that it was tried with."""
+
+    loop: str
+    solver: str
+    runs: tuple[bool, ...]
+    rows: NDArray[np.float32]
+    decibels: tuple[float, ...]
+
+    @property
+    def quality(self) -> dict[str, Any]:
+        """What bundle.json keeps of it."""
+        return {
+            "of": self.solver, "steps": len(self.runs), "network_runs": sum(self.runs), "pattern": pattern(self.runs),
+            "db_lowest": round(min(self.decibels), 2), "db_mean": round(float(np.mean(self.decibels)), 2),
+            "requests": len(self.decibels),
+        }  # fmt: skip
+
+
+def calibrate(
+    pipeline: MotionPipeline, requests: Sequence[Request], *, solver: str | None = None, steps: int | None = None,
+    least: float = 50.0, say: Say = lambda text: None,
+) -> Found:  # fmt: skip
+    """The schedule with the fewest runs of the network whose frames come within `least` dB of the exact ones, in every request.
+
+    solver, steps: the schedule that steps are left out of, the bundle's default if not given. say: told what was tried. Raises
+    `InputError` for a bundle that cannot leave out steps, no requests, and a budget that no schedule meets.
+    """
+    if not requests:
+        raise InputError("there are no requests to calibrate with; give one or more.")
+    if not math.isfinite(least) or least <= 0:
+        raise InputError(f"at least {shown(least)} dB is asked for; allowed is any number above 0, such as 50.")
+    bundle = pipeline.bundle
+    loop = extrapolating(bundle)
+    schedule = bundle.schedule(loop, solver, steps)
+    exact = list[NDArray[np.uint8]]()
+    for number, request in enumerate(requests, 1):
+        say(f"exact frames of request {number} of {len(requests)}")
+        asked = replace(request, solver={loop: schedule.name}, steps={loop: schedule.steps})
+        exact.append(pipeline.result(pipeline.start(asked)).frames)
+    for runs in patterns(schedule.steps):
+        rows = extrapolated(bundle.manifest.loops[loop], schedule.rows, runs)
+        pipeline.bundle = with_schedule(bundle, loop, _TRIED, rows)
+        got = list[float]()
+        try:
+            for request, frames in zip(requests, exact, strict=True):
+                made = pipeline.result(pipeline.start(replace(request, solver={loop: _TRIED}, steps={loop: len(rows)})))
+                got.append(decibels(made.frames, frames))
+                if got[-1] < least:
+                    break
+        finally:
+            pipeline.bundle = bundle
+        say(f"{pattern(runs)}  {sum(runs)} of {len(runs)}: {min(got):.1f} dB{'' if min(got) >= least else ', too little'}")
+        if min(got) >= least:
+            return Found(loop, schedule.name, runs, rows, tuple(got))
+    raise InputError(
+        f"no schedule of {schedule.steps} steps of {schedule.name} that leaves out any comes within {least:g} dB of the exact"
+        " frames. Ask for less, or for more steps."
+    )
+
+
+def extrapolating(bundle: Bundle) -> str:
+    """The loop of a bundle that can leave out steps; `InputError` where none can."""
+    for name, loop in bundle.manifest.loops.items():
+        if loop.extrapolates is not None:
+            return name
+    raise InputError(f"no loop of bundle '{bundle.name}' can leave out steps: those of MotionRAG can. Export one of it again.")
+
+
+def decibels(frames: NDArray[np.uint8], exact: NDArray[np.uint8]) -> float:
+    """The peak signal-to-noise ratio of uint8 frames, in dB; of equal ones 99."""
+    error = float(np.mean((frames.astype(np.float64) - exact) ** 2))
+    return 99.0 if error == 0 else 10 * math.log10(255**2 / error)
+
+
+def requests_of(
+    bundle: Bundle, memory: MotionMemory, count: int, folder: Path = Path()
+) -> list[Request]:
+    """`count` requests made of clips of a memory, evenly over it: a clip's first picture and caption, and the motion of others:
+    clips of the same file are left out of the search. folder: where relative sources start.
+
+    Raises `InputError` for a bundle that takes no still, `MediaError` for a file that is gone.
+    """
+    spec = bundle.manifest.memory
+    stills = [name for name, one in bundle.manifest.inputs.items() if isinstance(one, ImageInput)]
+    if spec is None or not stills:
+        raise InputError(f"bundle '{bundle.name}' takes no still or no clips, and so clips make no requests; give requests.")
+    ids = memory.ids()
+    chosen = ids[np.unique(np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(int))]
+    found = []
+    for number, clip in enumerate(memory.get([int(one) for one in chosen])):
+        video = cut(spec, folder / clip.source, clip.start, None).video
+        still = np.clip(np.rint((video[0].transpose(1, 2, 0) + 1) * 127.5), 0, 255).astype(np.uint8)
+        others = Search(exclude_source=[clip.source])
+        found.append(Request({stills[0]: still, spec.text: clip.caption}, seed=number, search=others))
+    return found
+
+
+def requests_in(pipeline: MotionPipeline, file: Path) -> list[Request]:
+    """The requests of a JSON file: a list of objects with what `MotionPipeline.__call__` takes by name."""
+    try:
+        listed = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read as JSON ({error}). {_LISTED}.") from None
+    if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
+        raise InputError(f"{file} holds {shown(listed)}. {_LISTED}.")
+    return [pipeline.request(**one) for one in listed]
+
+
+def with_schedule(bundle: Bundle, loop: str, name: str, rows: NDArray[np.float32]) -> Bundle:
+    """`bundle`, opened, with one schedule more or another of that name."""
+    spec, every = bundle.manifest.loops[loop], dict(bundle.manifest.loops)
+    every[loop] = msgspec.structs.replace(spec, schedules={**spec.schedules, name: (len(rows),)})
+    manifest = msgspec.structs.replace(bundle.manifest, loops=every)
+    return replace(bundle, manifest=manifest, _tables={**bundle.tables, f"{loop}/{name}/{len(rows)}": rows})
+
+
+def keep(path: Path, found: Found, name: str) -> None:
+    """Put a schedule into the bundle directory `path` as solver `name`, with its figures.
+
+    The bundle is the old one or the new one at every moment. Raises `InputError` for a name that is taken, `BundleError` where
+    it cannot be written.
+    """
+    bundle = Bundle.open(path)
+    if name in bundle.manifest.loops[found.loop].schedules or not name.replace("-", "").replace("_", "").isalnum():
+        there = ", ".join(bundle.manifest.loops[found.loop].schedules)
+        raise InputError(f"the name is {shown(name)}; allowed are letters, digits, - and _, and none of {there}.")
+    made = with_schedule(bundle, found.loop, name, found.rows)
+    graph = made.manifest.loops[found.loop].extrapolates
+    assert graph is not None
+    entry = Approximation(name, (graph,), found.quality, {found.loop: name})
+    every = (*made.manifest.approximations, entry)
+    _write(replace(made, manifest=msgspec.structs.replace(made.manifest, approximations=every)))
+
+
+def remove(path: Path, name: str) -> None:
+    """Take the schedule `name`, which `keep` put there, out of a bundle; `InputError` where there is none."""
+    bundle = Bundle.open(path)
+    entry = next((one for one in bundle.manifest.approximations if one.name == name and one.schedules), None)
+    if entry is None:
+        there = ", ".join(one.name for one in bundle.manifest.approximations if one.schedules) or "none"
+        raise InputError(f"the name is {shown(name)}; calibrated schedules of this bundle: {there}.")
+    loops, tables = dict(bundle.manifest.loops), dict(bundle.tables)
+    for loop, schedule in entry.schedules.items():
+        for steps in loops[loop].schedules[schedule]:
+            tables.pop(f"{loop}/{schedule}/{steps}")
+        left = {key: value for key, value in loops[loop].schedules.items() if key != schedule}
+        loops[loop] = msgspec.structs.replace(loops[loop], schedules=left)
+    others = tuple(one for one in bundle.manifest.approximations if one != entry)
+    manifest = msgspec.structs.replace(bundle.manifest, loops=loops, approximations=others)
+    _write(replace(bundle, manifest=manifest, _tables=tables))
+
+
+def _write(bundle: Bundle) -> None:
+    """Write loops, their rows and approximations of an opened bundle to its directory: rows in a new file first, bundle.json
+    that names it then, and the old file goes last."""
+    from safetensors.numpy import save_file
+
+    file = bundle.path / "bundle.json"
+    raw = json.loads(file.read_text(encoding="utf-8"))
+    rows = {key: np.ascontiguousarray(value) for key, value in sorted(bundle.tables.items())}
+    with replacing(bundle.path / "rows.new", BundleError) as temporary:
+        save_file(rows, temporary)
+    sha256 = sha256_of(bundle.path / "rows.new")
+    tables = f"rows-{sha256[:12]}.safetensors"
+    os.replace(bundle.path / "rows.new", bundle.path / tables)
+    for name, loop in bundle.manifest.loops.items():
+        raw["loops"][name]["schedules"] = {key: list(counts) for key, counts in loop.schedules.items()}
+    raw["approximations"] = [_builtins(one) for one in bundle.manifest.approximations]
+    old, raw["tables"] = raw["tables"]["file"], {"file": tables, "sha256": sha256}
+    sealed_before = raw.pop("seal", None) is not None
+    with replacing(file, BundleError) as temporary:
+        temporary.write_text(json.dumps(sealed(raw) if sealed_before else raw, indent=1) + "\n", encoding="utf-8")
+    if old != tables:
+        (bundle.path / old).unlink(missing_ok=True)
+
+
+def _builtins(entry: Approximation) -> dict[str, Any]:
+    made: Mapping[str, Any] = msgspec.to_builtins(entry)
+    return {key: value for key, value in made.items() if value or key != "schedules"}
