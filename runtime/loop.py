@@ -26,6 +26,7 @@ from motionrt.runtime.errors import InputError
 Array = NDArray[Any]
 Draw = Callable[[int, tuple[int, ...]], NDArray[np.float32]]
 Outputs = Mapping[str, Any]
+Steps = Sequence[int]  # of a loop, from 0, in order
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,16 +113,16 @@ def run_loop(
         port.name: _feed(rows[:, [at[column] for column in loop.feeds[port.name]]], port)
         for taken in ports.values() for port in taken.values() if port.name in loop.feeds
     }  # fmt: skip
-    spans, tables = windows(loop, graphs, steps), dict[str, tuple[Any, range]]()  # a table, and the steps that it is for
+    spans, tables = windows(loop, graphs, steps), dict[str, tuple[Any, Steps]]()  # a table, and the steps that it is for
 
-    def table_call(graph: str, span: range) -> Call:
+    def table_call(graph: str, span: Steps) -> Call:
         given, same = dict[str, Any](), set[str]()
         for port in ports[graph]:
             if port in feeds:
-                given[port] = feeds[port][span.start : span.stop]
+                given[port] = feeds[port][[*span]]
             elif port in tables:
                 value, every = tables[port]
-                given[port] = value if span == every else Row(value, span.start, len(every), len(span))
+                given[port] = value if span == every else Row(value, span[0], len(every), len(span))
             else:
                 given[port] = values[port]
                 same.add(port)
@@ -148,7 +149,7 @@ def run_loop(
     for t, row in enumerate(rows):
         graph, inputs, fixed = steps[t], dict[str, Any](), set[str]()
         for table in loop.windows:
-            if (window := next((span for span in spans.get(table, ()) if span.start == t), None)) is not None:
+            if (window := next((span for span in spans.get(table, ()) if span[0] == t), None)) is not None:
                 for made in graphs[table].outputs:
                     tables.pop(made.name, None)  # before another takes its place
                 outputs = yield table_call(table, window)
@@ -162,7 +163,8 @@ def run_loop(
             elif port in feeds:
                 inputs[port] = Row(feeds[port], t, len(rows))
             elif port in tables:
-                inputs[port] = Row(tables[port][0], t - tables[port][1].start, len(tables[port][1]))
+                table, span = tables[port]
+                inputs[port] = Row(table, span.index(t), len(span))
             elif port == NOISE and loop.noise is not None:
                 silent = row[at[loop.noise]] == 0
                 inputs[port] = zeros[NOISE] if silent else draw(t + 1, spec.shape)
@@ -186,21 +188,22 @@ def run_loop(
     return {loop.gives[port]: carried[port] for port in loop.gives} | {s.spec.value: s.total for s in sums.values()}
 
 
-def windows(loop: Loop, graphs: Mapping[str, GraphSpec], steps: Sequence[str]) -> dict[str, list[range]]:
+def windows(loop: Loop, graphs: Mapping[str, GraphSpec], steps: Sequence[str]) -> dict[str, list[Steps]]:
     """The graphs of the tables that the steps of a loop read, and the steps that each call of one is for; `steps`: what each
-    step runs. All at once, or in windows of steps that read it and follow each other."""
-    spans: dict[str, list[range]] = {}
+    step runs. All at once (but for steps without the network), or in windows of steps that read it and follow each other."""
+    spans: dict[str, list[Steps]] = {}
     for table in tables_of(loop, graphs, {*steps}):
-        if (most := loop.windows.get(table)) is None:
-            spans[table] = [range(len(steps))]
-            continue
         reading, found = {step for step in {*steps} if table in tables_of(loop, graphs, [step])}, list[range]()
-        for t in (t for t, step in enumerate(steps) if step in reading):
+        at = [t for t, step in enumerate(steps) if step in reading]
+        if (most := loop.windows.get(table)) is None:
+            spans[table] = [range(len(steps)) if loop.extrapolates is None or len(at) == len(steps) else at]
+            continue
+        for t in at:
             if found and found[-1].stop == t and len(found[-1]) < most:
                 found[-1] = range(found[-1].start, t + 1)
             else:
                 found.append(range(t, t + 1))
-        spans[table] = found
+        spans[table] = [*found]
     return spans
 
 

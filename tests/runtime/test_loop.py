@@ -131,6 +131,32 @@ def test_a_column_says_which_graph_runs() -> None:
     assert seen == ["schedule", "step", "plain", "plain", "step"]
 
 
+def test_tables_have_no_rows_for_steps_that_are_extrapolated() -> None:
+    table, seen = rows(5), list[Call]()
+    table[:, 0] = [0, 0, 1, 1, 0]
+    skip = spec("skip", (*FRAMES[:3], port("coefficients", 6), port("field", *SHAPE), port("guidance"), port("before", *SHAPE)))
+    loop = replace(LOOP, graphs=("step", "skip"), extrapolates="skip", history={"latents": ("before",)})
+    graphs = {**GRAPHS, "skip": skip}
+    calls = run_loop("video", loop, graphs, table, values(), draw)
+    call, before = next(calls), list[Any]()
+    while True:
+        seen.append(call)
+        made: Outputs = {"row": table_of(call.inputs["time"])} if call.graph == "schedule" else {
+            "next": np.asarray(call.inputs["latents"]) + 1, "x0": np.asarray(call.inputs["latents"])
+        }  # fmt: skip
+        if call.graph == "skip":
+            before.append(call.inputs["before"])
+        try:
+            call = calls.send(made)
+        except StopIteration:
+            break
+    assert [call.graph for call in seen] == ["schedule", "step", "step", "skip", "skip", "step"]
+    assert seen[0].inputs["time"].tolist() == [0, 10, 40]
+    every = [np.asarray(call.inputs["row"])[0] for call in seen if call.graph == "step"]
+    np.testing.assert_array_equal(np.stack(every), table_of(np.array([0, 10, 40])))
+    assert before[0] is before[1] is seen[2].inputs["latents"]  # of the last step that ran the network
+
+
 def test_a_loop_may_start_from_a_value_and_is_asked_for_whole_rows() -> None:
     table, start = rows(1), draw(7, (1, *SHAPE))
     seen: list[Call] = []
