@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -97,7 +96,7 @@ class StepRequest:
             return loop
         if loop.plain is None:
             raise ValueError(f"loop '{self.name}' of bundle '{self.pipeline.bundle.name}' carries no plain step")
-        return msgspec.structs.replace(loop, graphs=(loop.plain,), tables=())
+        return loop.as_written
 
     @property
     def shape(self) -> list[int]:

@@ -205,7 +205,7 @@ class Job:
             if loop is None:
                 count[node.graph] += times
                 continue
-            steps = self._steps(node.graph)
+            steps = self.steps_of(node.graph)
             count.update(steps * times)
             for table, spans in windows(loop, manifest.graphs, steps).items():
                 count[table] += len(spans) * (times if table in loop.windows else 1)
@@ -316,7 +316,7 @@ class Job:
         ((part, array),) = made.items()
         return part, array
 
-    def _steps(self, loop: str) -> list[str]:
+    def steps_of(self, loop: str) -> list[str]:
         """The graphs that the steps of `loop` run, one after the other."""
         spec = self.bundle.manifest.loops[loop]
         return [spec.graphs[int(graph)] for graph in self.schedules[loop].rows[:, spec.columns.index("graph")]]
@@ -324,7 +324,7 @@ class Job:
     def _reads(self, node: Node) -> set[str]:
         """The values that a node needs for this request."""
         manifest = self.bundle.manifest
-        return manifest.reads(node, {*self._steps(node.graph)} if node.graph in manifest.loops else None)
+        return manifest.reads(node, {*self.steps_of(node.graph)} if node.graph in manifest.loops else None)
 
     def _route(self) -> tuple[list[Node], list[Node]]:
         """The nodes that are left to run: those that no seed changes, and those that it does."""

@@ -406,6 +406,12 @@ class Loop(_Strict, frozen=True):
     extrapolates: str | None = None
 
     @property
+    def as_written(self) -> Loop:
+        """The loop around `plain`, the step before it was rewritten, which reads no tables and leaves out no steps."""
+        assert self.plain is not None
+        return msgspec.structs.replace(self, graphs=(self.plain,), tables=(), history={}, extrapolates=None)
+
+    @property
     def remembered(self) -> set[str]:
         """The ports that are given what a value was in earlier steps."""
         return {port for ports in self.history.values() for port in ports}

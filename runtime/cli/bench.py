@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
-from msgspec.structs import replace
 
 from motionrt.runtime.backends.open import RunOptions
 from motionrt.runtime.cli.common import BundleArgument, Limited, Memories, Solver, Steps, open_pipeline, with_run_options
@@ -207,8 +206,8 @@ def compare_steps(pipeline: MotionPipeline, name: str, request: Request, rounds:
     job = pipeline.start(request)
     schedule = job.schedules[name]
     comparison = Comparison(name, schedule.name, schedule.steps)
-    if len(loop.graphs) > 1:
-        kinds = ", ".join(loop.graphs)
+    kinds = ", ".join(graph for graph in loop.graphs if graph != loop.extrapolates or graph in job.steps_of(name))
+    if "," in kinds:
         comparison.notes.append(f"plain step: not run: loop '{name}' has {kinds}; the stages say what each takes")
         job.close()
         return comparison
@@ -221,7 +220,7 @@ def compare_steps(pipeline: MotionPipeline, name: str, request: Request, rounds:
     if loop.plain is not None:
         try:
             pipeline.graph(loop.plain)
-            ways["plain"] = replace(loop, graphs=(loop.plain,), tables=())
+            ways["plain"] = loop.as_written
         except MotionRTError as error:  # no engine or no program of it, as it is only for this comparison
             comparison.notes.append(f"plain step: not run: {error}")
     else:
