@@ -151,20 +151,7 @@ class Base:
     def loop(self, steps: int, plain: bool = False) -> Loop:
         """The loop that denoises, of `steps` unless a request says otherwise, or the most that there are rows for."""
         name, rows = next(iter(self.solvers.items()))
-        return Loop(
-            graphs=("step", NAME),
-            columns=COLUMNS,
-            schedules=lengths(self.solvers),
-            default=(name, steps if steps in rows else max(rows)),
-            feeds={"timestep": ("timestep",), "guidance": ("guidance",), "coefficients": COEFFICIENTS, "kept": KEPT},
-            carry={"next_latents": "latents", "x0": "previous_x0"},
-            start={"latents": "noise", "previous_x0": "zeros"},
-            noise="c3",
-            gives={"latents": "latents"},
-            plain="step_plain" if plain else None,
-            history=HISTORY,
-            extrapolates=NAME,
-        )
+        return motionrag_loop(self.solvers, (name, steps if steps in rows else max(rows)), plain)
 
     def steps(self, sizes: Mapping[str, Range], plain: bool = False) -> tuple[Step, Step]:
         """The graphs of the loop's steps, before they are cut; `plain`: with that of the step as it was."""
@@ -253,6 +240,24 @@ def motionrag_system(
         approximations=base.decoding.approximations,
         provenance=provenance,
         reports=(*reports, *(report for graph in graphs.values() for report in graph.network.reports)),
+    )
+
+
+def motionrag_loop(solvers: Schedules, default: tuple[str, int], plain: bool = False) -> Loop:
+    """The loop around `step` and the step that does without its network; `default`: a solver and a number of steps."""
+    return Loop(
+        graphs=("step", NAME),
+        columns=COLUMNS,
+        schedules=lengths(solvers),
+        default=default,
+        feeds={"timestep": ("timestep",), "guidance": ("guidance",), "coefficients": COEFFICIENTS, "kept": KEPT},
+        carry={"next_latents": "latents", "x0": "previous_x0"},
+        start={"latents": "noise", "previous_x0": "zeros"},
+        noise="c3",
+        gives={"latents": "latents"},
+        plain="step_plain" if plain else None,
+        history=HISTORY,
+        extrapolates=NAME,
     )
 
 

@@ -1,0 +1,38 @@
+"""Ways to be faster than the exact loop: what a step computes in, and which steps are left out.
+
+    quick = Recipe("openvino", "bfloat16", budget=50)
+    quick.opened(bundle, memory, threads=1)          # a pipeline that computes so
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from motionrt.runtime.pipeline import MotionPipeline
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`backend`, `precision`: as of `RunOptions`; None is exact: ONNX Runtime in float32. `budget`: dB that steps are left out
+    for, by `motionrt schedule calibrate`; None: every step runs the network."""
+
+    backend: str | None = None
+    precision: str | None = None
+    budget: float | None = None
+
+    @property
+    def name(self) -> str:
+        """What it is called in rows and tables."""
+        numerics = "exact" if self.backend is None else f"{self.backend} {self.precision or 'float32'}"
+        return numerics if self.budget is None else f"{numerics}, steps left out for {self.budget:g} dB"
+
+    def opened(self, bundle: Path, memory: Path | None, threads: int) -> MotionPipeline:
+        """A pipeline that computes in this recipe's numerics."""
+        options: dict[str, Any] = {} if self.backend is None else {"backend": self.backend, "precision": self.precision}
+        return MotionPipeline.from_bundle(bundle, memory, threads=threads, **options)
+
+
+NUMERICS = ((None, None), ("onnxruntime", "int8"), ("openvino", "bfloat16"), ("openvino", "int8"))
+RECIPES = tuple(Recipe(backend, precision, budget) for backend, precision in NUMERICS for budget in (None, 50.0, 40.0))
