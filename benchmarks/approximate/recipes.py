@@ -25,7 +25,9 @@ class Recipe:
     @property
     def name(self) -> str:
         """What it is called in rows and tables."""
-        numerics = "exact" if self.backend is None else f"{self.backend} {self.precision or 'float32'}"
+        if self.backend is None and self.budget is None:
+            return "exact"
+        numerics = "float32" if self.backend is None else f"{self.backend} {self.precision}"
         return numerics if self.budget is None else f"{numerics}, steps left out for {self.budget:g} dB"
 
     def opened(self, bundle: Path, memory: Path | None, threads: int) -> MotionPipeline:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from motionrt.benchmarks.harness import RESULTS, ROOT
+from motionrt.benchmarks.report import approximate, serving, text, warp
 from motionrt.benchmarks.report import sections as render
-from motionrt.benchmarks.report import serving, text, warp
 from motionrt.benchmarks.report.rows import Report
 
 PAGE = ROOT / "docs" / "performance.md"
@@ -104,6 +104,18 @@ SECTIONS = (
     ),
     Section(
         "Speed against quality", "The demo with fewer steps and coarser weights.", render.quality, "demo/evaluate.py --keep"
+    ),
+    Section(
+        "Approximations: what they cost",
+        "The demo with every recipe, against the exact loop of as many steps (dB of all pixels) and against the target (path "
+        "error EPE, its change paired by target), 48 targets of each split. `docs/approximations.md` says what recipes are.",
+        approximate.quality, "benchmarks/approximate/bench_quality.py",
+    ),
+    Section(
+        "Approximations: the whole loop",
+        "The same recipes as whole loops, in turns with the exact one and with diffusers compiled in bfloat16. The mid models "
+        "have random weights: they say speed, and nothing of quality.",
+        approximate.loop, "benchmarks/approximate/bench_loop.py --model cogvideox-mid --steps 25 50",
     ),
     Section(
         "What no GPU can beat", "Static bounds by vendors' peaks: nothing of it was measured.",
