@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from motionrt.benchmarks.models.mid_graphs import digest
 from motionrt.benchmarks.models.mid_models import Model
+from motionrt.export.checkpoints.files import InMemory
 from motionrt.export.exporter import export_system
 from motionrt.export.onnx.from_torch import Range
 from motionrt.export.systems.cogvideox_step import solver_rows
@@ -52,6 +54,15 @@ def given(model: Model) -> dict[str, NDArray[Any]]:
     return {name: value.numpy() for name, value in model.feed().items() if name not in OF_ROWS}
 
 
+def streamed(module: nn.Module) -> Network:
+    """A module in memory as one whose weights are streamed: large ones are written as those of published models are."""
+    weights = {name: InMemory(value.detach()) for name, value in module.named_parameters()}
+    for part in module.modules():
+        for name, value in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(value.to("meta"), requires_grad=False))
+    return Network(module, weights)
+
+
 def mid_bundle(model: Model, steps: tuple[int, ...], work: Path) -> Path:
     """The bundle of `model` with schedules of so many steps: what is in `work`, if nothing that it is made of changed."""
     out = work / f"{model.name}-{digest(Path(__file__))}"
@@ -74,7 +85,7 @@ def mid_bundle(model: Model, steps: tuple[int, ...], work: Path) -> Path:
                 },
                 graphs={},
                 steps=(
-                    Step(Network(model.step(adapter=True).eval()), model.inputs, arrays, ("next_latents", "x0"), sizes),
+                    Step(streamed(model.step(adapter=True).eval()), model.inputs, arrays, ("next_latents", "x0"), sizes),
                     extrapolated_step(arrays, sizes),
                 ),
                 plan=("request", VIDEO),

@@ -31,7 +31,8 @@ def quality(report: Report) -> list[str]:
             for name, rows in recipes.items()
         ]  # fmt: skip
         every = [row for rows in recipes.values() for row in rows]
-        parts += [f"### {steps} steps", "", *text.table(["recipe", "runs of the network", *figures], body), "", text.source(every), ""]
+        table = text.table(["recipe", "runs of the network", *figures], body)
+        parts += [f"### {steps} steps", "", *table, "", text.source(every), ""]
         for name, rows in recipes.items():
             if rows[0].get("db_mean") < _EQUAL:
                 line = series.setdefault(f"{name.partition(', ')[0]}, {steps} steps", [])
