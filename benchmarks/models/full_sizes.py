@@ -196,6 +196,27 @@ def _dynamicrafter(frames: int) -> Iterator[GraphSize]:
     yield _traced("decode", lambda: DecodeFrames(AutoencoderKL(**SD_VAE)), BF16, feed, ("video",))
 
 
+def decode_flops(model: str, frames: int) -> int:
+    """FLOPs of all calls that decode a video of a published model, counted on the meta device."""
+    from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLTemporalDecoder
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with meta(BF16), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        if model == "cogvideox-5b-i2v":
+            count = (frames - 1) // 4 + 1
+            first, after = chunks(count)
+            vae = AutoencoderKLCogVideoX(**RELEASED.causal_vae).eval()
+            kept = vae.decoder(torch.empty(1, 16, first, 60, 90, dtype=BF16, device="meta"))[1]
+            for _ in range(count - first, 0, -after):
+                kept = vae.decoder(torch.empty(1, 16, after, 60, 90, dtype=BF16, device="meta"), conv_cache=kept)[1]
+        elif model == "svd":
+            temporal = AutoencoderKLTemporalDecoder(**RELEASED.temporal_vae).eval()
+            temporal.decode(torch.empty(frames, 4, 72, 128, dtype=BF16, device="meta"), num_frames=frames)
+        else:
+            AutoencoderKL(**SD_VAE).eval().decode(torch.empty(frames, 4, 72, 128, dtype=BF16, device="meta"))
+    return int(counter.get_total_flops())
+
+
 def _appearance(height: int, width: int) -> GraphSize:
     from transformers import Dinov2Config, Dinov2Model
 

@@ -26,6 +26,7 @@ from typing import Any
 from motionrt.benchmarks.harness import RESULTS, append_row
 from motionrt.benchmarks.models.full_sizes import (
     STEPS,
+    decode_flops,
     full_roles,
     full_sizes,
     sparse_system,
@@ -44,10 +45,12 @@ SMALL = 2**30 // 10  # bytes of a graph that the table of memory plans does with
 
 
 def report(model: str, frames: int, layers: int | None = None) -> tuple[dict[str, Any], Partition]:
-    """The row: sizes of each class, what crosses into the step (bytes), rules that fired, seconds and peak memory; the cut."""
+    """The row: sizes of each class, what crosses into the step (bytes), rules that fired, seconds and peak memory, FLOPs of the
+    decoder for all frames; the cut."""
     start = perf_counter()
     cut = released_partition(model, frames=frames, layers=layers)
-    return counted(model, frames, cut, "bfloat16", perf_counter() - start), cut
+    row = counted(model, frames, cut, "bfloat16", perf_counter() - start)
+    return {**row, "decode_flops": decode_flops(model, frames)}, cut
 
 
 def counted(model: str, frames: int, cut: Partition, dtype: str, seconds: float) -> dict[str, Any]:
@@ -170,6 +173,10 @@ def show(row: dict[str, Any]) -> None:
             f"{kind:10} {size['tensors']:8} {size['parameters'] / 1e6:10.2f} {share:9.2f} {size['bytes'] / 1e6:9.1f} "
             f"{size['flops'] / 1e9:11.2f}"
         )
+    if (decoder := row.get("decode_flops")) is not None:
+        step = row["classes"]["step"]["flops"]
+        shares = ", ".join(f"{decoder / (decoder + runs * step):.1%} at {runs}" for runs in (50, 25, 8, 4))
+        print(f"decoder, all frames: {decoder / 1e12:.1f} TFLOP, of loop and decoder by runs of the network: {shares}")
     print(f"into the step: {row['hoisted_bytes']} bytes; {row['seconds']} s, {row['peak_rss_mb']} MB")
 
 

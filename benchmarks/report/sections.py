@@ -218,6 +218,8 @@ def classes(report: Report) -> list[str]:
                     share = f"{size['parameters'] / whole['parameters']:.2%}"
                     body.append([name, kind, share, f"{size['flops'] / 1e12:,.3f}"])
             body.append([name, "step as written", "", f"{whole['flops'] / 1e12:,.3f}"])
+            if (decoder := row.get("decode_flops")) is not None:
+                body.append([name, "decoder, all frames", "", f"{decoder / 1e12:,.3f}"])
         parts += [*text.table(["model", "class", "of the weights", "TFLOP"], body), "", text.source(run), ""]
     return parts + report.unclean("partition_report", "model", "frames")
 
