@@ -36,15 +36,16 @@ RIVALS = ("eager", "compiled", "eager bfloat16", "compiled bfloat16")
 
 
 def ours(
-    bundle: Path, memory: Path | None, asked: Mapping[str, Any], steps: int, found: Mapping[float, Found], threads: int
-) -> Ways:
+    bundle: Path, memory: Path | None, asked: Mapping[str, Any], steps: int, found: Mapping[float, Found],
+    options: argparse.Namespace,
+) -> Ways:  # fmt: skip
     """Every recipe that runs here, as a whole job: the conditions of the request, the tables of the schedule, the loop."""
     ways: Ways = {}
-    for recipe in RECIPES:
+    for recipe in (one for one in RECIPES if one.name == "exact" or one.name in options.recipes):
         if recipe.budget is not None and recipe.budget not in found:
             continue
         try:
-            pipeline = recipe.opened(bundle, memory, threads)
+            pipeline = recipe.opened(bundle, memory, options.threads)
             pipeline.load()
         except MotionRTError as error:
             print(f"{recipe.name}: not run: {error}")
@@ -148,6 +149,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", default="demo", help="demo, or a name in mid_models.MODELS")
     parser.add_argument("--steps", type=int, nargs="+", default=[8])
     parser.add_argument("--work", type=Path, default=harness.ROOT / "out" / "mid", help="folder where exported models are kept")
+    names = [recipe.name for recipe in RECIPES]
+    parser.add_argument("--recipes", nargs="*", default=names, choices=names, help="all if not given; exact is always one")
     parser.add_argument("--rivals", nargs="*", default=["compiled bfloat16"], choices=RIVALS)
     parser.add_argument("--compile-mode", default="max-autotune", help="of torch.compile")
     parser.add_argument("--rounds", type=int, default=5)
@@ -162,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
             still, prompt = DEMO / "inputs" / "red_star.png", "a red star slides to the right"
             with tempfile.TemporaryDirectory() as folder:
                 asked = {"image": still, "prompt": prompt, "references": 4}
-                ways = ours(with_forms(Path(folder)), DEMO / "memory", asked, steps, found, options.threads)
+                ways = ours(with_forms(Path(folder)), DEMO / "memory", asked, steps, found, options)
                 measure(ways, "demo", steps, options)
             continue
         from motionrt.benchmarks.approximate.mid_bundle import given, mid_bundle
@@ -171,7 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
         model = MODELS[options.model]
         bundle = mid_bundle(model, tuple(options.steps), options.work)
         build_forms(bundle)
-        ways = ours(bundle, None, {"given": given(model)}, steps, found, options.threads)
+        ways = ours(bundle, None, {"given": given(model)}, steps, found, options)
         measure(ways | rivals(model, steps, options), model.name, steps, options)
 
 
