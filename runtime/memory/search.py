@@ -18,7 +18,7 @@ WORDS = 1.0  # weight of the words' share beside the cosine; chosen by benchmark
 AGREEMENT = 0.25  # weight of the motion's agreement; likewise
 PROBABLE = 0.1  # from which on a clip is used where no number of clips was asked for; likewise
 WORTH = ("score", "words", "agreement", "looks", "probability")  # fields of a reference that say what it is worth, or NaN
-POOL = 32  # best clips by vectors, and as many by words, among which both are counted
+POOL = 16  # best clips by vectors, and as many by words, among which both are counted
 
 Where = Mapping[str, str | Sequence[str]]
 
