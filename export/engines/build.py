@@ -41,10 +41,15 @@ KERNEL_RECIPE = ("tensorrt_plugin", "aot", "artefacts", "motion_cross_attention_
 
 @dataclass(frozen=True)
 class Options:
-    """What to build. `graphs`: names, all if empty; `profiles`: extra ones; `force`: whatever the memory estimate says.
+    """What to build. `graphs`: names; if empty all, and with `precision` the steps of loops; `profiles`: extra ones; `force`:
+    whatever the memory estimate says.
 
     `kernel`: "plugin" puts the Triton kernel into the engine, "body" builds its operation from standard layers, and "auto"
     takes the plugin where the flavor and this machine can.
+
+    `precision`: "int8" or "fp8" puts the products of a graph into 8 bits, in a network of `dtype` (quantised.py); None: all is
+    in `dtype`. `calibrate`: the motion memory that scales, or quality, are measured with; None: with those that are there.
+    `requests`: how many of its clips.
     """
 
     targets: tuple[str, ...]
@@ -54,6 +59,9 @@ class Options:
     profiles: tuple[Sizes, ...] = ()
     force: bool = False
     kernel: str = "auto"
+    precision: str | None = None
+    calibrate: Path | None = None
+    requests: int = 8
 
 
 @dataclass(frozen=True)
@@ -95,11 +103,14 @@ def build_engines(path: Path, options: Options, listen: Listener = lambda event:
 
 
 def chosen_graphs(bundle: Bundle, options: Options) -> tuple[str, ...]:
-    """The graphs that `options` name, or all; `InputError` for one that the bundle has not got."""
+    """The graphs that `options` name, or all; with a precision of 8 bits the steps of loops. `InputError` for one that the
+    bundle has not got."""
     for name in options.graphs:
         if name not in bundle.graphs:
             raise InputError(f"--graphs names '{name}'; this bundle has {', '.join(bundle.graphs)}.")
-    return options.graphs or tuple(bundle.graphs)
+    if options.precision is not None and not options.graphs and not bundle.steps:
+        raise InputError(f"--precision {options.precision} is for the steps of loops, and this bundle has none. Use --graphs.")
+    return options.graphs or tuple(bundle.graphs if options.precision is None else bundle.steps)
 
 
 @contextmanager
@@ -136,6 +147,12 @@ def recipe_sha256(kernel: str = "body") -> str:
     for file in files:
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def quantised_recipe(kernel: str = "body") -> str:
+    """The same of what is in 8 bits."""
+    code = Path(__file__).with_name("quantised.py").read_bytes()
+    return hashlib.sha256(recipe_sha256(kernel).encode() + code).hexdigest()
 
 
 def cached_engine(folder: Path, spec: GraphSpec, wanted: Mapping[str, Any]) -> EngineFile | None:
