@@ -1,8 +1,8 @@
 """The graphs of a bundle in other dtypes for backends that read ONNX: converted as for an engine, sizes left open.
 
-Flavor onnxruntime: float16 or bfloat16 for GPUs, all graphs; int8 for the CPU, the steps of loops, each activation measured when
-it is there (quantised.py). Flavor openvino: int8, the steps, with scales that were measured before (calibration.py). What such a
-form is, and what is checked before one is loaded, is in runtime/backends/onnx_form.py. A form appears whole or not at all.
+Flavor onnxruntime: float16 or bfloat16 for GPUs, all graphs; int8 for the CPU, the steps of loops, each activation measured
+when it is there (quantised.py). Flavor openvino: int8, the steps, with scales that were measured before (calibration.py). What
+such a form is, and what is checked before one is loaded, is in runtime/backends/onnx_form.py. Each appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -79,7 +80,7 @@ def build_forms(path: Path, options: Options, listen: Listener = lambda event: N
 def _one(bundle: Bundle, name: str, options: Options, scales: Scales | None, listen: Listener) -> Formed:
     spec, dtype = bundle.graph(name), options.precision or options.dtype
     folder = form_folder(bundle.path, dtype, options.flavor)
-    identity = {
+    identity: dict[str, Any] = {
         "graph": name, "flavor": options.flavor, "dtype": dtype, "motionrt": motionrt.__version__, "onnx_sha256": spec.sha256,
         "weights_sha256": spec.weights_sha256, "recipe_sha256": quantised_recipe() if options.precision else recipe_sha256(),
         "scales_sha256": scales.sha256 if scales is not None else "",
@@ -96,7 +97,7 @@ def _one(bundle: Bundle, name: str, options: Options, scales: Scales | None, lis
         if options.flavor == FLAVOR:
             products = dynamic(model)
         else:
-            products = static(model, scales.amax if scales is not None else {}, dtype)
+            products = static(model, scales.of(dtype) if scales is not None else {}, dtype)
     with workplace(folder) as place:
         try:
             save(model, place / f"{name}.onnx")
@@ -117,7 +118,7 @@ def _write(form: OnnxForm) -> None:
         temporary.write_text(form.to_json(), encoding="utf-8")
 
 
-def _cached(sidecar: Path, spec: GraphSpec, identity: dict[str, str]) -> OnnxForm | None:
+def _cached(sidecar: Path, spec: GraphSpec, identity: dict[str, Any]) -> OnnxForm | None:
     """The form that is there, if it is whole and of this identity."""
     if not sidecar.is_file():
         return None
