@@ -34,7 +34,6 @@ KINDS = {  # the largest number, and the dtypes of ONNX and NumPy
 LEAST_SIDE = 64  # of a weight: below that quantising costs what the product saves
 LEAST_ROWS = 16  # of an activation, as far as its sizes are known: fewer are a timestep's or a pooled vector's
 LEAST_OPSET = 21  # QuantizeLinear and DequantizeLinear of all these dtypes
-LEAST_SCALE = 2.0**-20  # float16 has few digits below it
 
 
 class NothingToQuantise(ValueError):
@@ -154,10 +153,15 @@ def _chosen(model: ir.Model, skip: Collection[str]) -> list[Product]:
     return found
 
 
+def least_scale(dtype: ir.DataType) -> float:
+    """The smallest scale that is used: below 2^-20 float16 has too few digits."""
+    return 2.0**-20 if dtype == ir.DataType.FLOAT16 else 2.0**-100
+
+
 def channel_scales(weight: NDArray[np.float32], kind: str, dtype: ir.DataType = ir.DataType.FLOAT) -> NDArray[np.float32]:
     """The scale [N] of each output channel of a weight [K, N], a number that `dtype` has; 1 where all weights are 0."""
     most = np.abs(weight).max(0)
-    scales = np.where(most > 0, np.maximum(most / KINDS[kind][0], LEAST_SCALE), 1.0)
+    scales = np.where(most > 0, np.maximum(most / KINDS[kind][0], least_scale(dtype)), 1.0)
     return scales.astype(dtype.numpy()).astype(np.float32)
 
 
@@ -205,7 +209,7 @@ class _Maker:
             top, dtype, _ = KINDS[kind]
             outer = data.dtype
             assert outer is not None
-            number = max(amax / top, LEAST_SCALE) if amax > 0 else 1.0
+            number = max(amax / top, least_scale(outer)) if amax > 0 else 1.0
             scale = self._constant(f"{data.name}.unit", np.asarray(number, outer.numpy()), outer)
             zero = self.zeros(kind, None)
             codes = self.add(before, "QuantizeLinear", [data, scale, zero], f"{data.name}.{kind}", dtype)
