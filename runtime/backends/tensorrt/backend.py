@@ -55,7 +55,7 @@ class TensorRTBackend:
         self.precision = precision or PREFERRED[0]  # of the engine that was loaded last
         self.arena = Arena(self.cuda)
         self.parallel_load = False
-        self.label = f"tensorrt {self.cuda.name} {self.cuda.target}"
+        self.label = f"tensorrt {self.cuda.name} {self.cuda.target}" + (f" {precision}" if precision in QUANTISED else "")
         self.used: dict[str, str] = {}  # graph -> what runs it
         self._modules = libraries
         self._libraries: dict[str, Library] = {}
@@ -143,7 +143,7 @@ class TensorRTBackend:
                 warnings.warn(f"graph '{name}' runs in {fallback.label}: {error}", BackendWarning, stacklevel=2)
             self.used[name] = fallback.label
             return fallback.load(bundle, name)
-        self.precision = file.dtype
+        self.precision = self._asked if self._asked in QUANTISED else file.dtype
         self.used[name] = f"{FLAVORS[file.flavor]} {file.library}, {file.folder.name}, kernel {file.kernel}"
         return Checked(spec, executor)
 

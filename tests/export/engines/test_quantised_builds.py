@@ -1,4 +1,4 @@
-"""`motionrt build --precision`: forms and engines in 8 bits of the demo's step, their scales, their quality, and who runs them."""
+"""`motionrt build --precision`: forms and engines in 8 bits of the demo's step, their scales and quality, and who runs them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def test_int8_runs_the_step_in_its_form_and_all_else_as_it_is(built: Path) -> No
 
 
 def test_quality_and_scales_are_written_beside_and_used_again(built: Path, path: Path) -> None:
-    dynamic, static = (OnnxForm.read(form_folder(built, "int8", flavor) / "step.form") for flavor in ("onnxruntime", "openvino"))
+    folders = [form_folder(built, "int8", flavor) for flavor in ("onnxruntime", "openvino")]
+    dynamic, static = (OnnxForm.read(folder / "step.form") for folder in folders)
     assert dynamic.quality is not None and static.quality is not None
     assert dynamic.quality.db > 45 and static.quality.db > 40 and dynamic.quality.n == static.quality.n == 2
     scales = Scales.read(built / "engines" / "scales" / "step.scales")
@@ -92,7 +93,8 @@ def test_find_form_has_a_flavor(built: Path) -> None:
         form = find_form(built, step, "int8", flavor)
         assert form is not None and form.flavor == flavor and form.path.parent.name == f"{flavor}-int8"
         assert quantised_form(bundle, "request", "int8", flavor) is None
-        with pytest.raises(EngineError, match=f"no int8 form of graph 'request' for {flavor}.*--flavor {flavor} --precision int8"):
+        message = f"no int8 form of graph 'request' for {flavor}.*--flavor {flavor} --precision int8"
+        with pytest.raises(EngineError, match=message):
             find_form(built, request, "int8", flavor)
     assert find_form(built, step, None) is None, "8 bits are not taken unasked"
 
@@ -100,7 +102,8 @@ def test_find_form_has_a_flavor(built: Path) -> None:
 def test_where_no_step_has_a_form_every_graph_says_what_to_build(tmp_path: Path) -> None:
     bundle = Bundle.open(copy(tmp_path))
     for name in ("step", "request"):
-        with pytest.raises(EngineError, match="no int8 form of .*step.*`motionrt build .*--flavor onnxruntime --precision int8`"):
+        message = "no int8 form of .*step.*`motionrt build .*--flavor onnxruntime --precision int8`"
+        with pytest.raises(EngineError, match=message):
             OnnxRuntimeBackend(1, precision="int8").load(bundle, name)
 
 
@@ -120,7 +123,7 @@ def test_forms_of_other_content_are_refused(path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--flavor", "onnxruntime", "--precision", "fp8"), "--precision is 'fp8'; --flavor onnxruntime takes --precision int8"),
+        (("--flavor", "onnxruntime", "--precision", "fp8"), "--precision is 'fp8'; --flavor onnxruntime takes --precision int"),
         (("--flavor", "openvino"), "no --precision is given; --flavor openvino takes --precision int8"),
         (("--flavor", "openvino", "--precision", "int8"), "there are no scales of step .*Measure them: --calibrate MEMORY"),
         (("--flavor", "openvino", "--precision", "int8", "--dtype", "float16"), "it is float32: leave it away"),
@@ -144,12 +147,21 @@ def test_what_cannot_be_is_refused_before_any_work(
 
 def test_the_command_says_how_many_products_and_what_they_cost(path: Path, run: Run) -> None:
     status, out, err = run("build", path, "--flavor", "onnxruntime", "--precision", "int8")
-    assert status == 0 and "step: 1.0 MiB in int8, 24 products; 5" in out and "dB to float32 (n = 2); up to date" in out, out + err
+    assert status == 0 and "step: 1.0 MiB in int8, 24 products; 5" in out, out + err
+    assert "dB to float32 (n = 2); up to date" in out
     shutil.rmtree(path / "engines")
     status, out, _ = run("build", path, "--flavor", "onnxruntime", "--precision", "int8")
     assert status == 0 and "24 products; quality not measured (--calibrate MEMORY)" in out
     status, out, _ = run("verify", path)
     assert status == 0 and "forms 1" in out
+
+
+def test_inspect_shows_what_was_built_and_its_quality(path: Path, run: Run) -> None:
+    status, out, _ = run("inspect", path)
+    assert status == 0 and "approximation int8 in step, for onnxruntime: 5" in out and "dB to float32 (n = 2)" in out
+    (form_folder(path, "int8", "openvino") / "step.form").write_text("{")
+    status, out, _ = run("inspect", path)
+    assert status == 0 and "not of this bundle and version, or damaged (motionrt verify)" in " ".join(out.split())
 
 
 def test_a_device_without_kernels_is_refused() -> None:
