@@ -237,12 +237,37 @@ def build(
     flavor: Annotated[
         str,
         typer.Option(
-            help="rtx (TensorRT-RTX; no GPU needed), tensorrt (on the target GPU), or onnxruntime: no engines, but "
-            "graphs in --dtype for ONNX Runtime on any GPU."
+            help="rtx (TensorRT-RTX; no GPU needed), tensorrt (on the target GPU); or no engines, but graphs: onnxruntime, in "
+            "--dtype for any GPU or in --precision int8 for the CPU, and openvino, in --precision int8."
         ),
     ] = "rtx",
-    dtype: Annotated[str, typer.Option(help="float16, bfloat16 (sm_80 and newer) or float32.")] = "float16",
-    graphs: Annotated[list[str] | None, typer.Option("--graphs", "-g", help="Only these graphs; commas, or again.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="What all is computed in, or with --precision the rest of it: float16 (unless given), bfloat16 (sm_80 and "
+            "newer) or float32."
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="int8, or fp8 (rtx and tensorrt; sm_89 and newer): the steps of loops with their products of weights in 8 "
+            "bits. An approximation; only what is run with the same --precision takes it."
+        ),
+    ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MEMORY",
+            help="Motion memory whose clips make the requests that --precision is measured with: scales of activations (all "
+            "but onnxruntime need them once), and quality.",
+        ),
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, help="How many requests --calibrate makes for the scales.")] = 8,
+    graphs: Annotated[
+        list[str] | None,
+        typer.Option("--graphs", "-g", help="Only these graphs; commas, or again. Else all, or with --precision the steps."),
+    ] = None,
     profile: Annotated[
         list[str] | None,
         typer.Option("--profile", metavar="SIZE=MIN..MAX", help="Sizes that engines take besides the usual ones; again: more."),
@@ -263,22 +288,31 @@ def build(
       motionrt build demo/bundle --target sm_89,sm_120
       motionrt build demo/bundle --target sm_89 --dtype bfloat16 --graphs step --profile batch=1..4
       motionrt build demo/bundle --flavor onnxruntime --dtype float16
+      motionrt build demo/bundle --flavor onnxruntime --precision int8
+      motionrt build demo/bundle --target sm_89 --precision fp8 --calibrate demo/memory
     """
     _need("build", "onnx", "onnx_ir", "ml_dtypes")
     from motionrt.export.engines.build import Options, build_engines
     from motionrt.export.engines.onnx_forms import Formed, build_forms
     from motionrt.export.engines.profiles import parse_profile
-    from motionrt.runtime.backends.onnx_form import FLAVOR
+    from motionrt.runtime.backends.onnx_form import FORMS
     from motionrt.runtime.cli import show as report
 
+    if precision is None and calibrate is not None:
+        raise InputError("--calibrate is for what is in 8 bits: give --precision int8 or fp8 with it, or leave it away.")
+    if precision is not None and flavor in FORMS and dtype not in (None, "float32"):
+        raise InputError(f"--dtype is {dtype!r}; with --flavor {flavor} --precision {precision} it is float32: leave it away.")
     options = Options(
         targets=tuple(_split(target or [])),
         flavor=flavor,
-        dtype=dtype,
+        dtype=dtype or "float16",
         graphs=tuple(_split(graphs or [])),
         profiles=tuple(parse_profile(text) for text in profile or ()),
         force=force,
         kernel=kernel,
+        precision=precision,
+        calibrate=calibrate,
+        requests=requests,
     )
     start = time.perf_counter()
     made: Iterator[Built] | Iterator[Formed]
@@ -291,7 +325,7 @@ def build(
             if event.phase.startswith("building") and bars.disable:
                 echo(f"{event.graph}: {event.phase}")
 
-        made = build_forms(bundle, options, listen) if flavor == FLAVOR else build_engines(bundle, options, listen)
+        made = build_forms(bundle, options, listen) if flavor in FORMS else build_engines(bundle, options, listen)
         for item in made:
             count, new = count + 1, new + (not item.cached)
             folder = item.form.folder if isinstance(item, Formed) else item.file.folder
@@ -299,7 +333,7 @@ def build(
                 echo(_line(item))
             else:  # above the bars
                 bars.console.print(visible(_line(item)), markup=False)
-    what = "graphs" if flavor == FLAVOR else "engines"
+    what = "graphs" if flavor in FORMS else "engines"
     built = f"{folder}: {count} {what}, {new} of them built now, {time.perf_counter() - start:.1f} s"
     echo(f"{built}. Look with: motionrt doctor {bundle}")
 
@@ -310,9 +344,14 @@ def _line(item: Built | Formed) -> str:
 
     if isinstance(item, Formed):
         rest = "; up to date" if item.cached else ""
-        return f"{item.form.graph}: {item.bytes / MIB:.1f} MiB in {item.form.dtype}{rest}"
+        form = item.form
+        if form.products:
+            rest = f", {form.products} products; {form.quality or 'quality not measured (--calibrate MEMORY)'}{rest}"
+        return f"{form.graph}: {item.bytes / MIB:.1f} MiB in {form.dtype}{rest}"
     file = item.file
     text = f"{file.graph}: {file.engine_bytes / MIB:.1f} MiB, {file.attentions} attentions"
+    if file.products:
+        text += f", {file.products} products in {file.dtype}, quality not measured (that takes the GPU)"
     if item.cached:
         return f"{text}; up to date"
     fused = f", {item.decomposed} of them not fused" if item.decomposed else ""

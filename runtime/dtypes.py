@@ -1,7 +1,8 @@
 """The one table of dtypes: what each is called by NumPy, ONNX, ONNX Runtime, safetensors and TensorRT.
 
-Graphs of a bundle are typed in float32; their weights are stored in one of `WEIGHTS`, and a backend computes in one of
-them (`--precision`). Ports have one of `PORTS`: NumPy has no bfloat16, and a caller need not know what a backend computes in.
+Graphs of a bundle are typed in float32; their weights are stored in one of `WEIGHTS`, and a backend computes in one of them, or
+in part in one of `QUANTISED` (`--precision`). Ports have one of `PORTS`: NumPy has no bfloat16, and a caller need not know what
+a backend computes in.
 """
 
 from __future__ import annotations
@@ -37,11 +38,12 @@ DTYPES = {
         DType("int64", 8, 7, "I64", "INT64"),
         DType("int32", 4, 6, "I32", "INT32"),
         DType("int16", 2, 5, "I16", ""),
-        DType("int8", 1, 3, "I8", "INT8"),
+        DType("int8", 1, 3, "I8", "INT8", 2.0**-7),
         DType("uint8", 1, 2, "U8", "UINT8"),
         DType("bool", 1, 9, "BOOL", "BOOL"),
     )
 }
 WEIGHTS = ("float32", "float16", "bfloat16")
+QUANTISED = ("int8", "fp8")  # of the products of a graph alone; opt-in: no backend takes them unasked
 PREFERRED = ("float16", "bfloat16", "float32")  # where all three were built: half is faster, and float16 finer than bfloat16
 PORTS = ("float32", "int64", "uint8")

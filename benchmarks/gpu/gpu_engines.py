@@ -2,6 +2,7 @@
 
     .venv-dev/bin/python benchmarks/gpu/gpu_engines.py                       # gpu_suite.py --engines runs it too
     .venv-dev/bin/python benchmarks/gpu/gpu_engines.py --dtype bfloat16 --graphs step decode
+    .venv-dev/bin/python benchmarks/gpu/gpu_engines.py --precision fp8       # what 8 bits gain: the steps in turns with --dtype
 
 Every graph gets what a request of the demo gives it, recorded from ONNX Runtime on the CPU, which is also what it is checked
 against. A row is kept for each graph as soon as it is there, and one for a whole request. Engines go to a copy of the bundle
@@ -14,7 +15,9 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -29,11 +32,13 @@ from motionrt.runtime.backends.seam import Backend, fetch
 from motionrt.runtime.backends.tensorrt.engine_file import FLAVORS
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.cli.diagnosis import examine
+from motionrt.runtime.dtypes import QUANTISED
 from motionrt.runtime.errors import MotionRTError
 from motionrt.runtime.pipeline import Result
 
 # Relative to ONNX Runtime's fp32 (L2, the worst output): gates against mistakes, not figures of accuracy.
 ALLOWED = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+EIGHT_BITS = 1e-1  # likewise, of `QUANTISED`
 Arrays = Mapping[str, Any]
 
 
@@ -142,11 +147,53 @@ def run(bundle: Path, backend: Backend, facts: Mapping[str, Mapping[str, Any]], 
     return failed
 
 
-def build(bundle: Path, target: str, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Build the engines for `target`; graph -> what a row tells of its engine."""
+def gain(bundle: Path, names: Sequence[str], eight: Backend, half: Backend, options: argparse.Namespace) -> int:
+    """Rows of the steps `names` in 8 bits and in --dtype, everything on the device, in turns; how many were refused.
+
+    Whether a fused 8-bit kernel runs shows in the ratio alone: an engine that only stores 8 bits is no faster. Both are checked
+    against ONNX Runtime before they are timed; one engine that differs by more than it may from it is not timed.
+    """
+    inputs, _ = record(bundle)
+    opened, failed = Bundle.open(bundle), 0
+    for name in (name for name in names if name in inputs):
+        try:
+            graphs = {options.precision: eight.load(opened, name), options.dtype: half.load(opened, name)}
+            want = OnnxRuntimeBackend(1).load(opened, name)(inputs[name])
+            errors = {key: error_of(graph(inputs[name]), want) for key, graph in graphs.items()}
+        except (MotionRTError, harness.ParityError) as error:
+            print(f"{name}: failed: {error}")
+            failed += 1
+            continue
+        if errors[options.precision] > EIGHT_BITS or errors[options.dtype] > ALLOWED[options.dtype]:
+            print(f"{name}: failed: relative L2 to ONNX Runtime is {errors}")
+            failed += 1
+            continue
+        placed = {key: {port: graph.put(port, value) for port, value in inputs[name].items()} for key, graph in graphs.items()}
+        seconds: dict[str, list[float]] = {key: [] for key in graphs}
+        for _ in range(options.rounds):
+            for key, graph in graphs.items():
+                seconds[key].extend(harness.clock(partial(graph.run, placed[key]), rounds=1, warmups=1))
+        for key, other, backend in (
+            (options.precision, options.dtype, eight), (options.dtype, options.precision, half),
+        ):  # fmt: skip
+            row = {
+                "what": f"{opened.name} {name}, {key} in turns with {other}",
+                **harness.summary(np.array(seconds[key])), "warmups": 1, "backend": backend.label, "dtype": key,
+                "error": {"relative_l2": errors[key], "to": "onnxruntime fp32"},
+            }  # fmt: skip
+            harness.append_row("gpu_engines", row, folder=options.results)
+        ratio = np.median(seconds[options.dtype]) / np.median(seconds[options.precision])
+        print(f"{name}: {options.precision} is {ratio:.2f}x as fast as {options.dtype}, n {options.rounds}", flush=True)
+    return failed
+
+
+def build(bundle: Path, target: str, options: argparse.Namespace, precision: str | None = None) -> dict[str, dict[str, Any]]:
+    """Build the engines for `target`, all in --dtype or the steps in `precision`; graph -> what a row tells of its engine."""
     from motionrt.export.engines.build import Options, build_engines
 
     wanted = Options((target,), options.flavor, options.dtype, tuple(options.graphs))
+    if precision is not None:
+        wanted = replace(wanted, precision=precision, calibrate=options.calibrate)
     facts = {}
     for built in build_engines(bundle, wanted):
         file = built.file
@@ -166,6 +213,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--bundle", type=Path, default=DEMO / "bundle")
     parser.add_argument("--flavor", choices=list(FLAVORS), default="rtx")
     parser.add_argument("--dtype", choices=list(ALLOWED), default="float16")
+    parser.add_argument("--precision", choices=QUANTISED, help="time the steps in 8 bits, in turns with --dtype")
+    parser.add_argument("--calibrate", type=Path, default=DEMO / "memory", help="the memory that --precision is measured with")
     parser.add_argument("--graphs", nargs="+", default=[], help="all if not given")
     parser.add_argument("--keep", type=Path, help="build in this copy of the bundle and keep it")
     harness.add_options(parser, rounds=50, warmups=10)
@@ -182,6 +231,10 @@ def main(arguments: list[str] | None = None) -> int:
             shutil.copytree(options.bundle, bundle)
         facts = build(bundle, target, options)
         backend = TensorRTBackend(engines=f"{options.flavor}-{target}-{options.dtype}")
+        if options.precision is not None:
+            names = list(build(bundle, target, options, options.precision))
+            eight = TensorRTBackend(engines=f"{options.flavor}-{target}-{options.precision}", precision=options.precision)
+            return int(gain(bundle, names, eight, backend, options) > 0)
         return int(run(bundle, backend, facts, options) > 0)
 
 

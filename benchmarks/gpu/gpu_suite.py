@@ -3,7 +3,7 @@
     .venv-dev/bin/python benchmarks/gpu/gpu_suite.py                            # all stages, 600 s
     .venv-dev/bin/python benchmarks/gpu/gpu_suite.py --stages ceilings kernels --seconds 200
     .venv-dev/bin/python benchmarks/gpu/gpu_suite.py --optional                 # also the optional stages, last in STAGES
-    .venv-dev/bin/python benchmarks/gpu/gpu_suite.py --engines                  # TensorRT engines only (gpu_engines.py)
+    .venv-dev/bin/python benchmarks/gpu/gpu_suite.py --engines                  # TensorRT engines only; --precision fp8: 8 bits
     .venv-dev/bin/python benchmarks/gpu/gpu_suite.py --toy                      # every stage on the CPU at toy size, as CI does
 
 Each stage is a process of its own with a budget of seconds: it is ended when they are spent, so neither a compiler that takes
@@ -158,10 +158,15 @@ def guided_step(options: argparse.Namespace, toy: bool) -> None:
 
 def tensorrt(options: argparse.Namespace, toy: bool) -> None:
     """Engines of the demo, by gpu_engines; without PyTorch. On a GPU that the library has no target for it says so."""
+    if _engines(options):
+        raise SystemExit(1)
+
+
+def _engines(options: argparse.Namespace) -> int:
     from motionrt.benchmarks.gpu import gpu_engines
 
-    if gpu_engines.main([*_common(options), "--flavor", options.flavor, "--dtype", options.dtype]):
-        raise SystemExit(1)
+    eight = ["--precision", options.precision] if options.precision else []
+    return gpu_engines.main([*_common(options), "--flavor", options.flavor, "--dtype", options.dtype, *eight])
 
 
 # First what the goals are about; what takes minutes to compile comes later.
@@ -235,6 +240,7 @@ def start(stage: Stage, options: argparse.Namespace, left: float) -> str:
         return "done"
     passed = ["--results", str(options.results), "--rounds", str(options.rounds), "--warmups", str(options.warmups)]
     passed += ["--flavor", options.flavor, "--dtype", options.dtype, "--seconds", str(left)]
+    passed += ["--precision", options.precision] if options.precision else []
     process = subprocess.Popen([sys.executable, "-u", str(Path(__file__).resolve()), "--here", "--stages", stage.name, *passed])
     try:
         code = process.wait(timeout=left)
@@ -262,11 +268,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--engines", action="store_true", help="the stage tensorrt and nothing else")
     parser.add_argument("--flavor", default="rtx", help="of the engines: rtx or tensorrt")
     parser.add_argument("--dtype", default="float16", help="of the engines: float16, bfloat16 or float32")
+    parser.add_argument("--precision", help="of the engines: int8 or fp8, the steps in turns with --dtype")
     options = parser.parse_args(arguments)
     if options.engines:
-        from motionrt.benchmarks.gpu import gpu_engines
-
-        return gpu_engines.main([*_common(options), "--flavor", options.flavor, "--dtype", options.dtype])
+        return _engines(options)
     reason = None if options.toy else missing_gpu()
     if reason is not None:
         print(f"not run: {reason}")

@@ -21,10 +21,12 @@ from typing import Any
 import onnx_ir as ir
 
 import motionrt
+from motionrt.export.engines.calibration import Scales, find_scales
 from motionrt.export.engines.checks import check_request, check_room, load_library, scan_operators
 from motionrt.export.engines.graph import count_attentions, engine_graph, save
 from motionrt.export.engines.process import Event, Listener, run_builder
 from motionrt.export.engines.profiles import Sizes, check_names, profiles_of
+from motionrt.export.engines.quantised import NothingToQuantise, static
 from motionrt.kernels.tensorrt_plugin import DOMAIN, NAMES, available
 from motionrt.runtime.bundle.bundle import Bundle, GraphSpec
 from motionrt.runtime.dtypes import DTYPES
@@ -41,10 +43,15 @@ KERNEL_RECIPE = ("tensorrt_plugin", "aot", "artefacts", "motion_cross_attention_
 
 @dataclass(frozen=True)
 class Options:
-    """What to build. `graphs`: names, all if empty; `profiles`: extra ones; `force`: whatever the memory estimate says.
+    """What to build. `graphs`: names; if empty all, and with `precision` the steps of loops; `profiles`: extra ones; `force`:
+    whatever the memory estimate says.
 
     `kernel`: "plugin" puts the Triton kernel into the engine, "body" builds its operation from standard layers, and "auto"
     takes the plugin where the flavor and this machine can.
+
+    `precision`: "int8" or "fp8" puts the products of a graph into 8 bits, in a network of `dtype` (quantised.py); None: all is
+    in `dtype`. `calibrate`: the motion memory that scales, or quality, are measured with; None: with those that are there.
+    `requests`: how many of its clips.
     """
 
     targets: tuple[str, ...]
@@ -54,6 +61,9 @@ class Options:
     profiles: tuple[Sizes, ...] = ()
     force: bool = False
     kernel: str = "auto"
+    precision: str | None = None
+    calibrate: Path | None = None
+    requests: int = 8
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,7 @@ def build_engines(path: Path, options: Options, listen: Listener = lambda event:
     cannot be built: those before it stay, and its predecessor too.
     """
     library = load_library(options.flavor)
-    targets = check_request(library, options.flavor, options.targets, options.dtype)
+    targets = check_request(library, options.flavor, options.targets, options.dtype, options.precision)
     bundle = Bundle.open(path)
     names = chosen_graphs(bundle, options)
     check_names(options.profiles, [bundle.graphs[name] for name in names])
@@ -88,18 +98,22 @@ def build_engines(path: Path, options: Options, listen: Listener = lambda event:
         raise InputError(f"--kernel is {options.kernel!r}; allowed: auto, {', '.join(KERNELS)}.")
     if options.kernel == "plugin" and (why := available(options.flavor, targets)) is not None:
         raise EngineError(f"the kernel cannot be put into these engines: {why}. Use --kernel body, or auto.")
-    folder = engine_folder(path, options.flavor, targets, options.dtype)
+    folder = engine_folder(path, options.flavor, targets, options.precision or options.dtype)
     with locked(folder):
+        scales = find_scales(bundle, names, options.calibrate, options.requests, listen) if options.precision else {}
         for name in names:
-            yield _build_one(bundle, name, folder, targets, options, str(library.__version__), listen)
+            yield _build_one(bundle, name, folder, targets, options, str(library.__version__), scales.get(name), listen)
 
 
 def chosen_graphs(bundle: Bundle, options: Options) -> tuple[str, ...]:
-    """The graphs that `options` name, or all; `InputError` for one that the bundle has not got."""
+    """The graphs that `options` name, or all; with a precision of 8 bits the steps of loops. `InputError` for one that the
+    bundle has not got."""
     for name in options.graphs:
         if name not in bundle.graphs:
             raise InputError(f"--graphs names '{name}'; this bundle has {', '.join(bundle.graphs)}.")
-    return options.graphs or tuple(bundle.graphs)
+    if options.precision is not None and not options.graphs and not bundle.steps:
+        raise InputError(f"--precision {options.precision} is for the steps of loops, and this bundle has none. Use --graphs.")
+    return options.graphs or tuple(bundle.graphs if options.precision is None else bundle.steps)
 
 
 @contextmanager
@@ -138,6 +152,12 @@ def recipe_sha256(kernel: str = "body") -> str:
     return digest.hexdigest()
 
 
+def quantised_recipe(kernel: str = "body") -> str:
+    """The same of what is in 8 bits."""
+    code = Path(__file__).with_name("quantised.py").read_bytes()
+    return hashlib.sha256(recipe_sha256(kernel).encode() + code).hexdigest()
+
+
 def cached_engine(folder: Path, spec: GraphSpec, wanted: Mapping[str, Any]) -> EngineFile | None:
     """The engine of `spec` in `folder`, if it is whole and its identity is `wanted`."""
     try:
@@ -156,8 +176,9 @@ def _kernel(options: Options, targets: tuple[str, ...], path: Path) -> str:
 
 
 def _build_one(
-    bundle: Bundle, name: str, folder: Path, targets: tuple[str, ...], options: Options, library: str, listen: Listener
-) -> Built:
+    bundle: Bundle, name: str, folder: Path, targets: tuple[str, ...], options: Options, library: str,
+    scales: Scales | None, listen: Listener,
+) -> Built:  # fmt: skip
     spec, path = bundle.graph(name), bundle.graph_path(name)
     kernel = _kernel(options, targets, path)
     profiles = profiles_of(spec, options.profiles)
@@ -167,10 +188,12 @@ def _build_one(
         "motionrt": motionrt.__version__,
         "graph": name,
         "targets": targets,
-        "dtype": options.dtype,
+        "dtype": options.precision or options.dtype,
+        "network": options.dtype if options.precision else "",
+        "scales_sha256": scales.sha256 if scales is not None else "",
         "onnx_sha256": spec.sha256,
         "weights_sha256": spec.weights_sha256,
-        "recipe_sha256": recipe_sha256(kernel),
+        "recipe_sha256": quantised_recipe(kernel) if options.precision else recipe_sha256(kernel),
         "profiles": profiles,
         "kernel": kernel,
     }
@@ -179,6 +202,12 @@ def _build_one(
     listen(Event(name, "converting"))
     external = package_weights(spec, path, bundle.path) if spec.weights is not None else None
     model = engine_graph(ir.load(path), profiles, options.dtype, external, kernel == "plugin", spec.wide)
+    products = 0
+    if options.precision is not None:
+        try:
+            products = static(model, scales.of(options.precision) if scales is not None else {}, options.precision)
+        except NothingToQuantise as error:
+            raise EngineError(f"graph '{name}' cannot be in {options.precision}: {error}. Choose others: --graphs.") from None
     operators = scan_operators(model, name, (DOMAIN,) if kernel == "plugin" else ())
     attentions = count_attentions(model)
     with workplace(folder) as place:
@@ -214,6 +243,7 @@ def _build_one(
             inputs=_ports(result["inputs"]),
             outputs=_ports(result["outputs"]),
             attentions=attentions,
+            products=products,
             **{key: result[key] for key in ("engine_sha256", "engine_bytes", "build_seconds", "peak_rss_mib")},
         )
         _publish(file, place / "engine", spec)

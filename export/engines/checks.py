@@ -13,13 +13,14 @@ import onnx.defs
 import onnx_ir as ir
 
 from motionrt.export.engines.from_onnx import LIBRARIES
-from motionrt.runtime.dtypes import WEIGHTS
+from motionrt.runtime.dtypes import QUANTISED, WEIGHTS
 from motionrt.runtime.backends.tensorrt.estimate import Estimate, available_memory, mib
 from motionrt.runtime.backends.tensorrt.engine_file import FLAVORS, sorted_targets
 from motionrt.runtime.errors import BackendError, EngineError, InputError
 from motionrt.runtime.backends.machine import find_gpus
 
 BFLOAT16_FROM = 80  # compute capability 8.0: Ampere
+FLOAT8_FROM = 89  # 8.9: Ada
 
 
 def load_library(flavor: str) -> Any:
@@ -34,8 +35,13 @@ def load_library(flavor: str) -> Any:
         raise BackendError(f"building engines needs {FLAVORS[flavor]}: `pip install motionrt[{flavor}]`.{why}") from None
 
 
-def check_request(library: Any, flavor: str, targets: Sequence[str], dtype: str) -> tuple[str, ...]:
-    """The targets in order; `InputError` or `EngineError` where the flavor cannot build for one, or one lacks `dtype`."""
+def check_request(
+    library: Any, flavor: str, targets: Sequence[str], dtype: str, precision: str | None = None
+) -> tuple[str, ...]:
+    """The targets in order; `InputError` or `EngineError` where the flavor cannot build for one, or one lacks `dtype` or
+    `precision`."""
+    if precision is not None and precision not in QUANTISED:
+        raise InputError(f"precision is {precision!r}; allowed: {', '.join(QUANTISED)}. For another dtype of all use --dtype.")
     if dtype not in WEIGHTS:
         raise InputError(f"dtype is {dtype!r}; allowed: {', '.join(WEIGHTS)}.")
     if not targets:
@@ -54,6 +60,13 @@ def check_request(library: Any, flavor: str, targets: Sequence[str], dtype: str)
     old = [target for target in wanted if int(target[3:]) < BFLOAT16_FROM]
     if dtype == "bfloat16" and old:
         raise EngineError(f"bfloat16 needs sm_{BFLOAT16_FROM} or newer; {', '.join(old)} has none. Use --dtype float16.")
+    older = [target for target in wanted if int(target[3:]) < FLOAT8_FROM]
+    if precision == "fp8" and older:
+        newer = [target for target in wanted if target not in older]
+        split = f", and an fp8 engine of its own for {', '.join(newer)}" if newer else ""
+        raise EngineError(
+            f"fp8 needs sm_{FLOAT8_FROM} or newer; {', '.join(older)} has none. Use --precision int8 there{split}."
+        )
     return wanted
 
 

@@ -13,11 +13,11 @@ import numpy as np
 
 from motionrt.runtime.backends.kinds import GPU_BUILD, ONNXRUNTIME, PROVIDERS
 from motionrt.runtime.backends.machine import check_threads
-from motionrt.runtime.backends.onnx_form import find_form
+from motionrt.runtime.backends.onnx_form import OnnxForm, find_form, quantised_form
 from motionrt.runtime.backends.onnx_weights import package_weights
 from motionrt.runtime.backends.seam import ROOM, Array, Checked, DeviceValue, Executor, first_line, out_of_memory
 from motionrt.runtime.bundle.bundle import Bundle, Port
-from motionrt.runtime.dtypes import DTYPES, PORTS
+from motionrt.runtime.dtypes import DTYPES, PORTS, QUANTISED
 from motionrt.runtime.errors import BackendError, BundleError, InputError
 
 _NO_FALLBACK = "session.disable_cpu_ep_fallback"
@@ -29,8 +29,9 @@ class OnnxRuntimeBackend:
     device: "cpu", "cuda" (its CUDA provider) or "tensorrt" (its TensorRT provider, and CUDA for what that leaves). ONNX
     Runtime goes to the CPU without a word where a provider cannot be loaded: that is refused. So is a graph of which some
     nodes have no kernel on the GPU, unless `allow_cpu`. precision: "float32" runs the bundle's own graphs, "float16" and
-    "bfloat16" their forms that `motionrt build --flavor onnxruntime` wrote (onnx_form.py); None is float32 on the CPU, and on
-    a GPU the form of each graph that there is. Raises `InputError` for bad arguments, `BackendError` where this ONNX Runtime
+    "bfloat16" their forms that `motionrt build --flavor onnxruntime` wrote (onnx_form.py), "int8" (on the CPU) the forms of the
+    graphs that have one and the other graphs as they are; None is float32 on the CPU, and on a GPU the form of each graph that
+    there is in float16 or bfloat16. Raises `InputError` for bad arguments, `BackendError` where this ONNX Runtime
     has no such provider.
     """
 
@@ -48,11 +49,26 @@ class OnnxRuntimeBackend:
                 "precision is 'bfloat16', for which ONNX Runtime has no kernels on the CPU. Use float32: the weights of a "
                 "bundle in bfloat16 are widened exactly."
             )
+        if precision in QUANTISED and (precision != "int8" or base != "cpu"):
+            raise InputError(
+                f"precision is '{precision}' on {base}; ONNX Runtime computes in int8 on the CPU alone, and not in fp8. Use "
+                "--precision float16, or the backend tensorrt."
+            )
         self._asked = "float32" if precision is None and base == "cpu" else precision
         self.precision = precision or "float32"  # where it was left open: of the graph that was loaded last
         self.label = f"{ONNXRUNTIME.name} {self._wanted[0]}" + (f" {device}" if device != base else "")
+        if precision in QUANTISED:
+            self.label += f" {precision}"
         if device != "cpu":
             self._providers(_onnxruntime())
+
+    def form(self, bundle: Bundle, name: str) -> OnnxForm | None:
+        """The checked form that graph `name` runs in, None: as it is in the bundle. Raises `EngineError`."""
+        if self._asked == "float32":
+            return None
+        if self._asked in QUANTISED:
+            return quantised_form(bundle, name, self._asked)
+        return find_form(bundle.path, bundle.graph(name), self._asked)
 
     def load(self, bundle: Bundle, name: str) -> Checked:
         """Load graph `name` of `bundle`.
@@ -62,7 +78,7 @@ class OnnxRuntimeBackend:
         """
         onnxruntime = _onnxruntime()
         spec = bundle.graph(name)
-        form = find_form(bundle.path, spec, self._asked) if self._asked != "float32" else None
+        form = self.form(bundle, name)
         path = bundle.graph_path(name) if form is None else form.path
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # nothing but the end of the process: errors come back as exceptions

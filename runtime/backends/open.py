@@ -12,8 +12,10 @@ from typing import Any
 from motionrt.runtime.arguments import flag, instance
 from motionrt.runtime.backends.kinds import BACKENDS, ONNXRUNTIME, TENSORRT, TORCH
 from motionrt.runtime.backends.seam import Backend
-from motionrt.runtime.dtypes import WEIGHTS
+from motionrt.runtime.dtypes import QUANTISED, WEIGHTS
 from motionrt.runtime.errors import InputError, shown
+
+EIGHT_BITS = {ONNXRUNTIME.name: ("int8",), TENSORRT.name: QUANTISED}  # what a backend takes besides `WEIGHTS`
 
 
 def _option(default: Any, words: str) -> Any:
@@ -43,7 +45,8 @@ class RunOptions:
     precision: str | None = _option(
         None,
         f"What is computed in: {', '.join(WEIGHTS)}, with float32 where numbers need it. Unless given: float32 on a CPU; on a "
-        "GPU bfloat16 (torch), or what was built (tensorrt, onnxruntime).",
+        "GPU bfloat16 (torch), or what was built (tensorrt, onnxruntime). Where `motionrt build --precision` made them, also: "
+        f"{', '.join(f'{kind} ({name})' for name, kinds in EIGHT_BITS.items() for kind in kinds)}.",
     )
     engines: str | None = _option(None, "Which engines, such as rtx-sm_89-float16; else the first that fits.")
 
@@ -63,8 +66,9 @@ def open_backend(options: RunOptions = RunOptions()) -> Backend:
     if engines is not None and name != TENSORRT.name:
         what = f"engines is {shown(engines)}, which the backend {name} does not use"
         raise InputError(f"{what}. Use the backend {TENSORRT.name}.")
-    if options.precision is not None and options.precision not in WEIGHTS:
-        raise InputError(f"precision is {shown(options.precision)}; it must be one of {', '.join(WEIGHTS)}.")
+    allowed = (*WEIGHTS, *EIGHT_BITS.get(name, ()))
+    if options.precision is not None and options.precision not in allowed:
+        raise InputError(f"precision is {shown(options.precision)}; {name} takes {', '.join(allowed)}.")
     kind = BACKENDS[name]
     fallback = open_backend(RunOptions(threads=options.threads)) if options.allow_onnxruntime else None
     return _OPENS[name](kind.devices[0] if options.device is None else options.device, options, fallback)

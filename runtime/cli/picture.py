@@ -6,6 +6,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Iterator
 
+from motionrt.runtime.backends.onnx_form import OnnxForm
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.bundle.manifest import (
     NOISE,
@@ -23,6 +24,8 @@ from motionrt.runtime.bundle.manifest import (
     TracksInput,
     reference_name,
 )  # fmt: skip
+from motionrt.runtime.dtypes import QUANTISED
+from motionrt.runtime.errors import BundleError, EngineError, InputError
 
 _LEFT = 46  # columns for what is read
 _SHOWN = 4  # names in one place; more are counted
@@ -69,6 +72,22 @@ def picture(bundle: Bundle) -> Iterator[str]:
         quality = ", ".join(f"{key} {value}" for key, value in item.quality.items())
         where = [f"the schedule of loop {loop}" for loop in item.schedules] or item.graphs
         yield f"approximation {item.name} in {', '.join(where)}: {quality}"
+    yield from _built(bundle)
+
+
+def _built(bundle: Bundle) -> Iterator[str]:
+    """What was built of the bundle in 8 bits, and what that costs in quality."""
+    for kind in QUANTISED:
+        for path in sorted(bundle.path.glob(f"engines/*-{kind}/*.form")):
+            try:
+                form = OnnxForm.read(path)
+                form.check_origin(bundle.graph(form.graph))
+            except (BundleError, EngineError, InputError):
+                yield f"approximation in {path}: not of this bundle and version, or damaged (motionrt verify)"
+                continue
+            yield f"approximation {kind} in {form.graph}, for {form.flavor}: {form.quality or 'quality not measured'}"
+        for path in sorted(bundle.path.glob(f"engines/*-{kind}/*.json")):
+            yield f"approximation {kind} in {path.stem}, for {path.parent.name}: quality not measured"
 
 
 def _kind(manifest: Manifest, name: str) -> str:

@@ -75,7 +75,7 @@ def checks(bundle: Path) -> Iterator[tuple[str, Callable[[], Path]]]:
     for sidecar in sorted(bundle.glob("engines/*/*.json")):
         yield "engines", partial(_engine, sidecar, manifest.graphs)
     for sidecar in sorted(bundle.glob("engines/*/*.form")):
-        yield "forms for ONNX Runtime", partial(_form, sidecar, manifest.graphs)
+        yield "forms", partial(_form, sidecar, manifest.graphs)
 
 
 def _engine(sidecar: Path, graphs: Mapping[str, GraphSpec]) -> Path:

@@ -20,7 +20,7 @@ from motionrt.runtime.backends.tensorrt.engine_file import FLAVORS, EngineFile, 
 from motionrt.runtime.backends.tensorrt.graph import Arena, TensorRTExecutor
 from motionrt.runtime.backends.tensorrt.library import Library, installed, load_module
 from motionrt.runtime.bundle.bundle import Bundle
-from motionrt.runtime.dtypes import PREFERRED
+from motionrt.runtime.dtypes import PREFERRED, QUANTISED, WEIGHTS
 from motionrt.runtime.errors import BackendError, BackendWarning, EngineError, InputError, install
 
 
@@ -28,8 +28,9 @@ class TensorRTBackend:
     """Runs the engines that `motionrt build` put into a bundle.
 
     device: "cuda" or "cuda:1". engines: the folder below engines/ to take, such as "rtx-sm_89-float16"; None takes the first
-    that fits, by `MODULES` and then `PREFERRED`. precision: only engines of this dtype. fallback: runs graphs that have no
-    engine (silently) or none that fits (with a `BackendWarning`), and inputs outside an engine's profiles; None refuses them.
+    that fits, by `MODULES` and then `PREFERRED`. precision: only engines of this dtype; "int8" and "fp8", which are not taken
+    unasked: those of the graphs that have one, and of the others what there is. fallback: runs graphs that have no engine
+    (silently) or none that fits (with a `BackendWarning`), and inputs outside an engine's profiles; None refuses them.
     `cuda` and `libraries` (flavor to module) are for tests. Raises `BackendError` where there is no GPU, driver or TensorRT,
     `InputError` for bad arguments.
     """
@@ -54,7 +55,7 @@ class TensorRTBackend:
         self.precision = precision or PREFERRED[0]  # of the engine that was loaded last
         self.arena = Arena(self.cuda)
         self.parallel_load = False
-        self.label = f"tensorrt {self.cuda.name} {self.cuda.target}"
+        self.label = f"tensorrt {self.cuda.name} {self.cuda.target}" + (f" {precision}" if precision in QUANTISED else "")
         self.used: dict[str, str] = {}  # graph -> what runs it
         self._modules = libraries
         self._libraries: dict[str, Library] = {}
@@ -73,21 +74,21 @@ class TensorRTBackend:
 
         Raises `EngineError`: there is none, or the one that comes nearest is refused with its reason.
         """
-        files, faults = [], []
+        files, faults, taken = [], [], self._taken(bundle, name)
         for path in sorted((bundle.path / "engines").glob(f"{self.engines or '*'}/{name}.json")):
             try:
                 file = EngineFile.read(path)
             except EngineError as error:
                 faults.append(error)
                 continue
-            if self._asked in (None, file.dtype):
+            if file.dtype in taken:
                 files.append(file)
-        here, order = self.cuda.target, list(MODULES)
+        here, order, dtypes = self.cuda.target, list(MODULES), (*PREFERRED, *QUANTISED)
         flavors = installed() if self._modules is None else list(self._modules)
 
         def rank(file: EngineFile) -> tuple[bool, bool, int, int]:
             missing = file.flavor not in flavors
-            return here not in file.targets, missing, order.index(file.flavor), PREFERRED.index(file.dtype)
+            return here not in file.targets, missing, order.index(file.flavor), dtypes.index(file.dtype)
 
         refused: list[EngineError] = []
         for file in sorted(files, key=rank):
@@ -102,7 +103,8 @@ class TensorRTBackend:
         if not (refused or faults):
             inside = f" in engines/{self.engines}" if self.engines else ""
             inside += f" in {self._asked}" if self._asked else ""
-            dtype = f" --dtype {self._asked}" if self._asked else ""
+            dtype = f" --{'precision' if self._asked in QUANTISED else 'dtype'} {self._asked}" if self._asked else ""
+            dtype += " --calibrate MEMORY" if self._asked in QUANTISED else ""
             raise NoEngine(
                 f"bundle {bundle.path} has no engine of graph '{name}'{inside}. Build one: `motionrt build {bundle.path} "
                 f"--target {here}{dtype}`, or allow ONNX Runtime for such graphs: --allow-onnxruntime."
@@ -110,6 +112,17 @@ class TensorRTBackend:
         first, *others = refused + faults
         more = f" ({len(others)} other engines of it do not fit either: see `motionrt doctor {bundle.path}`.)" if others else ""
         raise EngineError(f"{first}{more}")
+
+    def _taken(self, bundle: Bundle, name: str) -> tuple[str, ...]:
+        """The dtypes of engines that may run graph `name`."""
+        if self._asked is None:
+            return (*WEIGHTS, *QUANTISED) if self.engines else WEIGHTS
+        if self._asked not in QUANTISED or name in bundle.steps:
+            return (self._asked,)
+        return (self._asked,) if self._has(bundle, name) or not any(self._has(bundle, s) for s in bundle.steps) else WEIGHTS
+
+    def _has(self, bundle: Bundle, name: str) -> bool:
+        return any((bundle.path / "engines").glob(f"*-{self._asked}/{name}.json"))
 
     def load(self, bundle: Bundle, name: str) -> Checked:
         """Load graph `name`, warmed up at the first profile's `opt` shapes, so that no request pays for it.
@@ -130,7 +143,7 @@ class TensorRTBackend:
                 warnings.warn(f"graph '{name}' runs in {fallback.label}: {error}", BackendWarning, stacklevel=2)
             self.used[name] = fallback.label
             return fallback.load(bundle, name)
-        self.precision = file.dtype
+        self.precision = self._asked if self._asked in QUANTISED else file.dtype
         self.used[name] = f"{FLAVORS[file.flavor]} {file.library}, {file.folder.name}, kernel {file.kernel}"
         return Checked(spec, executor)
 

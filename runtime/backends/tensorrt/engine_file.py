@@ -19,7 +19,7 @@ import msgspec
 
 from motionrt.runtime.backends.sidecar import Sha256, Sidecar
 from motionrt.runtime.bundle.manifest import GraphSpec
-from motionrt.runtime.dtypes import WEIGHTS
+from motionrt.runtime.dtypes import QUANTISED, WEIGHTS
 from motionrt.runtime.errors import InputError
 
 FLAVORS = {"rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
@@ -87,13 +87,16 @@ class EngineFile(Sidecar, frozen=True, forbid_unknown_fields=True, kw_only=True)
     outputs: tuple[EnginePort, ...]
     kernel: str
     attentions: int
+    network: str = ""
+    products: int = 0
+    scales_sha256: str = ""
     engine_sha256: Sha256
     engine_bytes: int
     build_seconds: float
     peak_rss_mib: float
 
     def __post_init__(self) -> None:
-        for key, allowed in (("flavor", tuple(FLAVORS)), ("dtype", WEIGHTS), ("kernel", KERNELS)):
+        for key, allowed in (("flavor", tuple(FLAVORS)), ("dtype", (*WEIGHTS, *QUANTISED)), ("kernel", KERNELS)):
             if getattr(self, key) not in allowed:
                 raise ValueError(f"{key} is {getattr(self, key)!r}; allowed: {', '.join(allowed)}")
         sorted_targets(self.targets)
@@ -106,7 +109,8 @@ class EngineFile(Sidecar, frozen=True, forbid_unknown_fields=True, kw_only=True)
     def rebuild_command(self, *, target: str | None = None, flavor: str | None = None) -> str:
         """The command that builds this engine anew, for `target` and with `flavor` if they are others."""
         where = f"--target {target or ','.join(self.targets)} --flavor {flavor or self.flavor}"
-        return f"motionrt build {self.bundle} {where} --dtype {self.dtype} --graphs {self.graph}"
+        dtype = f"--dtype {self.network} --precision {self.dtype}" if self.dtype in QUANTISED else f"--dtype {self.dtype}"
+        return f"motionrt build {self.bundle} {where} {dtype} --graphs {self.graph}"
 
     def check(self, spec: GraphSpec, machine: Machine | None = None, *, read: bool = False) -> None:
         """Raise `EngineError` unless the engine is that of the bundle's graph `spec`, whole, and `machine` can run it.

@@ -112,3 +112,18 @@ def test_parity_names_what_is_not_finite() -> None:
     assert gpu_engines.error_of(good, good) == 0
     with pytest.raises(harness.ParityError, match="is not finite"):
         gpu_engines.error_of({"x": np.array([1, np.nan, 1], np.float32)}, good)
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_what_8_bits_gain_is_two_rows_in_turns(
+    engines: Any, precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, half, fake = engines
+    fake.write_engine(path, "step", dtype=precision, network="float16", products=24)
+    driver = fake.FakeDriver()
+    eight = TensorRTBackend(cuda=Cuda(0, driver), libraries={"rtx": fake.FakeTensorRT(driver)}, precision=precision)
+    assert gpu_engines.gain(path, ["step"], eight, half, options(tmp_path, precision=precision)) == 0
+    rows = [json.loads(line) for line in (tmp_path / "gpu_engines.jsonl").read_text().splitlines()]
+    assert [(row["dtype"], row["n"]) for row in rows] == [(precision, 10), ("float16", 10)]
+    assert rows[0]["what"] == f"fake step, {precision} in turns with float16"
+    assert f"step: {precision} is " in capsys.readouterr().out

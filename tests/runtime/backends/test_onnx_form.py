@@ -83,7 +83,7 @@ def test_a_form_of_other_weights_or_another_version_is_refused(path: Path) -> No
         ({"onnx_sha256": "1" * 64}, "was built from ONNX digest 111111111111"),
         ({"motionrt": "0.0.1"}, "was built from MotionRT version 0.0.1"),
         ({"format": 9}, "format is 9; this version reads format 1"),
-        ({"dtype": "int8"}, "dtype is 'int8'; allowed: float16, bfloat16"),
+        ({"dtype": "fp8"}, "dtype is 'fp8'; allowed: float16, bfloat16, int8"),
         ({"files": {"../text.onnx": "0" * 64}}, "it must name its own files"),
         ({"more": 1}, "unknown field `more`"),
     ):
@@ -126,7 +126,7 @@ def test_a_form_that_onnxruntime_cannot_load_says_what_to_do(path: Path) -> None
 
 def test_verify_reads_forms(path: Path, run: Run) -> None:
     status, out, _ = run("verify", path)
-    assert status == 0 and "forms for ONNX Runtime 2" in out
+    assert status == 0 and "forms 2" in out
     file = form_folder(path, "float16") / "request.onnx"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1

@@ -190,6 +190,23 @@ def test_concurrent_threads_have_their_own(make: Make, write: Any, path: Path) -
     assert not faults
 
 
+def test_eight_bits_are_taken_when_asked_for_and_other_graphs_as_they_were_built(make: Make, write: Any, path: Path) -> None:
+    write("step", "request")
+    write("step", dtype="int8", network="float16", products=24)
+    bundle = Bundle.open(path)
+    assert make().find(bundle, "step").dtype == "float16"
+    asked = make(precision="int8")
+    assert asked.label.endswith(" int8")
+    assert asked.find(bundle, "step").dtype == "int8" and asked.find(bundle, "request").dtype == "float16"
+    asked.load(bundle, "request")
+    assert asked.precision == "int8"
+    assert make(engines="rtx-sm_89+sm_120-int8").find(bundle, "step").dtype == "int8"
+    for name in ("step", "request"):
+        message = f"no engine of graph '{name}' in fp8. .*--target sm_89 --precision fp8 --calibrate MEMORY"
+        with pytest.raises(EngineError, match=message):
+            make(precision="fp8").find(bundle, name)
+
+
 def test_memory_is_asked_for_once(make: Make, write: Any, path: Path, driver: Any) -> None:
     write("step", "schedule")
     backend = make()
