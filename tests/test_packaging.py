@@ -73,7 +73,7 @@ def test_wheel_declares_version_licence_extras_and_command(wheel: zipfile.ZipFil
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
     assert set(metadata.get_all("Provides-Extra", [])) == {
-        *("export", "torch", "cpu", "gpu", "flow", "tables", "lancedb", "otel", "tensorrt", "rtx", "serve", "dev"),
+        *("export", "torch", "cpu", "gpu", "openvino", "flow", "tables", "lancedb", "otel", "tensorrt", "rtx", "serve", "dev"),
     }
     assert "motionrt = motionrt.__main__:main" in wheel.read(f"{info}/entry_points.txt").decode()
     assert f"{info}/licenses/LICENSE" in wheel.namelist()

@@ -66,7 +66,7 @@ def choose(
         else:
             # allow_cpu: sizes of a graph are computed on the CPU by design, which ONNX Runtime's strict check cannot tell from
             # a missing kernel; that its provider itself is there is always checked
-            for kind in reversed(BACKENDS.values()):
+            for kind in reversed([kind for kind in BACKENDS.values() if "cuda" in kind.devices]):
                 name = kind.on("cuda")
                 options = RunOptions(kind.name, device or "cuda", threads, allow_cpu=True, precision=precision)
                 try:

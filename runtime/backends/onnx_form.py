@@ -50,18 +50,18 @@ class OnnxForm(Sidecar, frozen=True, forbid_unknown_fields=True, kw_only=True):
             self.check_file(name, sha256, read=read)
 
 
-def form_folder(bundle: Path, dtype: str) -> Path:
+def form_folder(bundle: Path, dtype: str, flavor: str = FLAVOR) -> Path:
     """Where the forms of a bundle in `dtype` lie."""
-    return bundle / "engines" / f"{FLAVOR}-{dtype}"
+    return bundle / "engines" / f"{flavor}-{dtype}"
 
 
-def find_form(bundle: Path, spec: GraphSpec, precision: str | None) -> OnnxForm | None:
+def find_form(bundle: Path, spec: GraphSpec, precision: str | None, flavor: str = FLAVOR) -> OnnxForm | None:
     """The checked form of graph `spec` in `precision`; None: in the first dtype of which there is one, or None.
 
     `EngineError` where one was asked for and is not there, and for one that is damaged or of another bundle.
     """
     for dtype in DTYPES if precision is None else (precision,):
-        sidecar = form_folder(bundle, dtype) / f"{spec.name}.form"
+        sidecar = form_folder(bundle, dtype, flavor) / f"{spec.name}.form"
         if sidecar.is_file():
             form = OnnxForm.read(sidecar)
             form.check(spec)
@@ -70,5 +70,5 @@ def find_form(bundle: Path, spec: GraphSpec, precision: str | None) -> OnnxForm 
         return None
     raise EngineError(
         f"bundle {bundle} has no {precision} form of graph '{spec.name}' for ONNX Runtime. Build it: `motionrt build {bundle} "
-        f"--flavor {FLAVOR} --dtype {precision}`; or compute in float32 (--precision float32)."
+        f"--flavor {flavor} --dtype {precision}`; or compute in float32 (--precision float32)."
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from motionrt.runtime.arguments import flag, instance
-from motionrt.runtime.backends.kinds import BACKENDS, ONNXRUNTIME, TENSORRT, TORCH
+from motionrt.runtime.backends.kinds import BACKENDS, ONNXRUNTIME, OPENVINO, TENSORRT, TORCH
 from motionrt.runtime.backends.seam import Backend
 from motionrt.runtime.dtypes import WEIGHTS
 from motionrt.runtime.errors import InputError, shown
@@ -33,7 +33,7 @@ class RunOptions:
     device: str | None = _option(
         None,
         f"{'; '.join(f'{kind.name}: {kind.places}' for kind in BACKENDS.values())}. The first of them unless given; "
-        "cuda:1 is the second GPU.",
+        "cuda:1 (gpu:1 of OpenVINO) is the second GPU.",
     )
     threads: int | None = _option(None, "Threads of the backend; all cores if not given.")
     allow_onnxruntime: bool = _option(
@@ -43,7 +43,7 @@ class RunOptions:
     precision: str | None = _option(
         None,
         f"What is computed in: {', '.join(WEIGHTS)}, with float32 where numbers need it. Unless given: float32 on a CPU; on a "
-        "GPU bfloat16 (torch), or what was built (tensorrt, onnxruntime).",
+        "GPU bfloat16 (torch), or what was built (tensorrt, onnxruntime). openvino: also int8, and float32 unless given.",
     )
     engines: str | None = _option(None, "Which engines, such as rtx-sm_89-float16; else the first that fits.")
 
@@ -63,8 +63,9 @@ def open_backend(options: RunOptions = RunOptions()) -> Backend:
     if engines is not None and name != TENSORRT.name:
         what = f"engines is {shown(engines)}, which the backend {name} does not use"
         raise InputError(f"{what}. Use the backend {TENSORRT.name}.")
-    if options.precision is not None and options.precision not in WEIGHTS:
-        raise InputError(f"precision is {shown(options.precision)}; it must be one of {', '.join(WEIGHTS)}.")
+    allowed = (*WEIGHTS, "int8") if name == OPENVINO.name else WEIGHTS
+    if options.precision is not None and options.precision not in allowed:
+        raise InputError(f"precision is {shown(options.precision)}; it must be one of {', '.join(allowed)}.")
     kind = BACKENDS[name]
     fallback = open_backend(RunOptions(threads=options.threads)) if options.allow_onnxruntime else None
     return _OPENS[name](kind.devices[0] if options.device is None else options.device, options, fallback)
@@ -74,6 +75,12 @@ def _open_onnxruntime(device: str, options: RunOptions, fallback: Backend | None
     from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(options.threads, device, allow_cpu=options.allow_cpu, precision=options.precision)
+
+
+def _open_openvino(device: str, options: RunOptions, fallback: Backend | None) -> Backend:
+    from motionrt.runtime.backends.openvino.backend import OpenVinoBackend
+
+    return OpenVinoBackend(options.threads, device, precision=options.precision)
 
 
 def _open_torch(device: str, options: RunOptions, fallback: Backend | None) -> Backend:
@@ -92,4 +99,6 @@ def _open_tensorrt(device: str, options: RunOptions, fallback: Backend | None) -
     return TensorRTBackend(device, engines=options.engines, precision=options.precision, fallback=fallback)
 
 
-_OPENS = {ONNXRUNTIME.name: _open_onnxruntime, TORCH.name: _open_torch, TENSORRT.name: _open_tensorrt}
+_OPENS = {
+    ONNXRUNTIME.name: _open_onnxruntime, OPENVINO.name: _open_openvino, TORCH.name: _open_torch, TENSORRT.name: _open_tensorrt,
+}  # fmt: skip

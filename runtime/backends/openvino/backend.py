@@ -1,0 +1,179 @@
+"""OpenVINO behind the seam: a bundle's graphs on CPUs of Intel, AMD and Arm, and on GPUs and NPUs of Intel.
+
+Only CPUs were tried; what is here for GPUs and NPUs has not been run. Values stay on the host for every device.
+
+Ownership: a graph keeps one request with its memory, and results are copied out of it; inputs are read in place.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from motionrt.runtime.backends.kinds import OPENVINO
+from motionrt.runtime.backends.machine import check_threads
+from motionrt.runtime.backends.onnx_form import OnnxForm, find_form, form_folder
+from motionrt.runtime.backends.openvino.cache import cache_folder, compile_cached
+from motionrt.runtime.backends.openvino.graph import Source, read_source
+from motionrt.runtime.backends.openvino.library import load_library, said
+from motionrt.runtime.backends.seam import ROOM, Checked, Executor, first_line, out_of_memory
+from motionrt.runtime.bundle.bundle import Bundle, GraphSpec
+from motionrt.runtime.errors import BackendError, BundleError, InputError, shown
+
+# What each precision is called as a hint, and as something that a device can do.
+PRECISIONS = {"float32": ("f32", "FP32"), "bfloat16": ("bf16", "BF16"), "float16": ("f16", "FP16"), "int8": ("", "INT8")}
+
+
+class OpenVinoBackend:
+    """OpenVINO. threads: of the CPU, no more than this process has cores; None leaves it to OpenVINO.
+
+    device: "cpu", "gpu", "gpu:1" or "npu". precision: "float32" is exact; "bfloat16" and "float16" are OpenVINO's hint, which
+    keeps float32 where it finds that numbers need it, and in float16 a graph that names weights as leaving its range
+    (`GraphSpec.wide`) is computed in float32 where the device can; "int8" runs the forms in `engines/openvino-int8`, and what
+    they leave, and graphs that have none, in bfloat16 where the device can, else in float32. None is float32, or float16 on
+    a device that has no float32. Raises `InputError` for bad arguments, `BackendError` where OpenVINO, the device or the
+    precision on it is not there.
+    """
+
+    parallel_load = True
+
+    def __init__(self, threads: int | None = None, device: str = "cpu", *, precision: str | None = None) -> None:
+        self.threads = check_threads(threads)
+        kind, number = OPENVINO.parse(device)
+        if precision is not None and precision not in PRECISIONS:
+            raise InputError(f"precision is {shown(precision)}; it must be one of {', '.join(PRECISIONS)}.")
+        self._library = _library()
+        self._core = self._library.Core()
+        self.device = device
+        self._place = kind.upper() + (f".{number}" if number else "")
+        try:
+            able = list(self._core.get_property(self._place, "OPTIMIZATION_CAPABILITIES"))
+        except Exception as error:  # the plugin, its driver or the device is not there
+            raise BackendError(
+                f"device is '{device}'; OpenVINO {self._version} has {', '.join(self._core.available_devices) or 'none'} "
+                f"here ({said(error)}). Use --device cpu, or install the driver of the device."
+            ) from None
+        self._able = {name for name, (_, capability) in PRECISIONS.items() if capability in able}
+        self.precision = precision or ("float32" if "float32" in self._able else "float16")
+        if self.precision not in self._able:
+            raise BackendError(
+                f"precision is '{self.precision}'; OpenVINO computes in {', '.join(p for p in PRECISIONS if p in self._able)} "
+                f"on {self._core.get_property(self._place, 'FULL_DEVICE_NAME')}. Use one of these."
+            )
+        self._rest = "bfloat16" if "bfloat16" in self._able else "float32"  # beside int8
+        self.label = f"{OPENVINO.name} {self._place} {self.precision}"
+        if self.precision == "int8":
+            self.label += f", the rest {self._rest}"
+
+    def load(self, bundle: Bundle, name: str) -> Checked:
+        """Load graph `name` of `bundle`: compiled, or what an earlier process compiled from it.
+
+        Raises `BackendError` if a package that is needed is missing or the graph cannot be compiled; `BundleError` if the
+        graph's inputs and outputs are not those that bundle.json declares; `EngineError` for int8 in a bundle without forms.
+        """
+        spec = bundle.graph(name)
+        form = self._form(bundle, spec)
+        path = bundle.graph_path(name) if form is None else form.path
+        try:
+            source = read_source(path, spec, bundle.path, form=form is not None)
+            _check_ports(spec, source)
+            compiled = self._compile(source, bundle.path, spec, form)
+        except ImportError:
+            raise OPENVINO.missing() from None
+        except (BackendError, BundleError):
+            raise
+        except Exception as error:  # its exceptions, and those of onnx, share no base but Exception
+            if out_of_memory(error):
+                raise BackendError(f"too little memory to load graph '{name}'. {ROOM}.") from None
+            fix = "Use the backend onnxruntime, or export the bundle again" if form is None else "Use --precision bfloat16"
+            raise BackendError(f"OpenVINO {self._version} cannot load graph '{name}' ({said(error)}). {fix}.") from None
+        return Checked(spec, OpenVinoExecutor(compiled, source))
+
+    @property
+    def _version(self) -> str:
+        return str(self._library.__version__).split("-")[0]
+
+    def _form(self, bundle: Bundle, spec: GraphSpec) -> OnnxForm | None:
+        """The int8 form of a graph, where one is asked for and there; an error where the bundle has none of any graph."""
+        if self.precision != "int8":
+            return None
+        folder = form_folder(bundle.path, "int8", OPENVINO.name)
+        if not (folder / f"{spec.name}.form").is_file() and next(folder.glob("*.form"), None) is not None:
+            return None
+        return find_form(bundle.path, spec, "int8", OPENVINO.name)
+
+    def computes_in(self, spec: GraphSpec) -> str:
+        """The precision of what is no int8 in graph `spec`."""
+        if self.precision == "int8":
+            return self._rest
+        wide = self.precision == "float16" and bool(spec.wide) and "float32" in self._able
+        return "float32" if wide else self.precision
+
+    def _compile(self, source: Source, bundle: Path, spec: GraphSpec, form: OnnxForm | None) -> Any:
+        hint = PRECISIONS[self.computes_in(spec)][0]
+        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
+        if hint == "f32":
+            settings["EXECUTION_MODE_HINT"] = "ACCURACY"  # nothing is rounded by choice of the library
+        if self._place == "CPU":
+            settings["ENABLE_CPU_PINNING"] = False  # processes of one thread each would be put on the same core
+            if self.threads is not None:
+                settings["INFERENCE_NUM_THREADS"] = self.threads
+        from motionrt import __version__
+
+        parts = [
+            spec.sha256, spec.weights_sha256, *(sorted(form.files.values()) if form is not None else ()), hint, __version__,
+            self._place, str(self._core.get_property(self._place, "FULL_DEVICE_NAME")), str(self._library.__version__),
+        ]  # fmt: skip
+        model = self._core.read_model(source.model)
+
+        def compiles(folder: Path | None) -> Any:
+            more = {} if folder is None else {"CACHE_DIR": str(folder)}
+            return self._core.compile_model(model, self._place, settings | more)
+
+        return compile_cached(compiles, cache_folder(bundle, spec.name, parts), bundle)
+
+
+class OpenVinoExecutor(Executor):
+    """A compiled graph with one request: calls from several threads take turns."""
+
+    library = "OpenVINO"
+
+    def __init__(self, compiled: Any, source: Source) -> None:
+        self.compiled, self.outputs = compiled, source.outputs
+        self._maps = source.maps  # what was compiled may read weights in place
+        self._reads = {name for port in compiled.inputs for name in port.get_names()}
+        self._request = compiled.create_infer_request()
+        self._lock = threading.Lock()
+
+    def execute(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Executor`."""
+        feed = {name: value for name, value in inputs.items() if name in self._reads}  # one that nothing reads may be gone
+        with self._lock:
+            try:
+                results = self._request.infer(feed, share_inputs=True, share_outputs=False)
+            except Exception as error:
+                if out_of_memory(error):
+                    raise
+                raise RuntimeError(said(error)) from None
+            return {name: results[index] for index, name in enumerate(self.outputs)}
+
+
+def _library() -> Any:
+    try:
+        return load_library()
+    except ImportError as error:
+        if out_of_memory(error):
+            raise BackendError(f"too little memory to load OpenVINO ({first_line(error)}). Free some.") from None
+        raise OPENVINO.missing() from None
+
+
+def _check_ports(spec: GraphSpec, source: Source) -> None:
+    declared = {port.name for port in spec.inputs}, {port.name for port in spec.outputs}
+    found = set(source.inputs), set(source.outputs)
+    if declared != found:
+        raise BundleError(
+            f"graph '{spec.name}' has inputs {sorted(found[0])} and outputs {sorted(found[1])}; bundle.json declares "
+            f"{sorted(declared[0])} and {sorted(declared[1])}. Export the bundle again."
+        )
