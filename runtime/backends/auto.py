@@ -85,7 +85,7 @@ def choose(
 
 
 def _on_the_cpu(bundle: Bundle, options: RunOptions, graphs: Sequence[str], refused: list[str]) -> Choice:
-    """ONNX Runtime, or OpenVINO where that is installed, runs `graphs` and is faster. Both are in memory while they are timed."""
+    """ONNX Runtime, or OpenVINO where that is installed, runs `graphs` and is faster; both are in memory meanwhile."""
     cpu = open_backend(options)
     if options.precision not in (None, "float32") or not graphs or OPENVINO.probe("cpu") is not None:
         return _done(cpu, cpu.label, refused, {})

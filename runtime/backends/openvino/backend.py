@@ -48,13 +48,13 @@ class OpenVinoBackend:
         self._core = self._library.Core()
         self.device = device
         self._place = kind.upper() + (f".{number}" if number else "")
-        try:
-            able = list(self._core.get_property(self._place, "OPTIMIZATION_CAPABILITIES"))
-        except Exception as error:  # the plugin, its driver or the device is not there
+        there = list(self._core.available_devices)
+        if not any(self._place in (name, name.split(".")[0]) for name in there):
             raise BackendError(
-                f"device is '{device}'; OpenVINO {self._version} has {', '.join(self._core.available_devices) or 'none'} "
-                f"here ({said(error)}). Use --device cpu, or install the driver of the device."
-            ) from None
+                f"device is '{device}'; OpenVINO {self._version} finds {', '.join(there) or 'none'} here. Use --device cpu, or "
+                "install the driver of the device."
+            )
+        able = list(self._core.get_property(self._place, "OPTIMIZATION_CAPABILITIES"))
         self._able = {name for name, (_, capability) in PRECISIONS.items() if capability in able}
         self.precision = precision or ("float32" if "float32" in self._able else "float16")
         if self.precision not in self._able:

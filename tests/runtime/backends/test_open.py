@@ -163,7 +163,7 @@ def test_memory_commands_run_engines(
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--backend", "jax"], "backend is 'jax'; it must be one of onnxruntime, torch, tensorrt"),
+        (["--backend", "jax"], "backend is 'jax'; it must be one of onnxruntime, openvino, torch, tensorrt"),
         (["--device", "tpu"], "the backend onnxruntime runs on cpu, cuda or tensorrt"),
         (["--threads", 0], "threads is 0"),
         (["--backend", "auto", "--engines", "x"], "name tensorrt as backend"),
