@@ -15,6 +15,7 @@ from typing import Any
 from motionrt.runtime.backends.kinds import OPENVINO
 from motionrt.runtime.backends.machine import check_threads
 from motionrt.runtime.backends.onnx_form import OnnxForm, find_form, form_folder
+from motionrt.runtime.backends.onnx_weights import package_file
 from motionrt.runtime.backends.openvino.cache import cache_folder, compile_cached
 from motionrt.runtime.backends.openvino.graph import Source, read_source
 from motionrt.runtime.backends.openvino.library import load_library, said
@@ -77,7 +78,8 @@ class OpenVinoBackend:
         form = self._form(bundle, spec)
         path = bundle.graph_path(name) if form is None else form.path
         try:
-            source = read_source(path, spec, bundle.path, form=form is not None)
+            inside = None if spec.weights is None or form is not None else package_file(spec, bundle.path)
+            source = read_source(path, name, inside)
             _check_ports(spec, source)
             compiled = self._compile(source, bundle.path, spec, form)
         except ImportError:
@@ -111,28 +113,29 @@ class OpenVinoBackend:
         wide = self.precision == "float16" and bool(spec.wide) and "float32" in self._able
         return "float32" if wide else self.precision
 
-    def _compile(self, source: Source, bundle: Path, spec: GraphSpec, form: OnnxForm | None) -> Any:
-        hint = PRECISIONS[self.computes_in(spec)][0]
+    def compile(self, source: Source, precision: str, folder: Path | None = None) -> Any:
+        """`source` as a compiled model of OpenVINO that computes in `precision`. folder: OpenVINO's cache."""
+        hint = PRECISIONS[precision][0]
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
-        if hint == "f32":
+        if hint == "f32" and self.precision != "int8":
             settings["EXECUTION_MODE_HINT"] = "ACCURACY"  # nothing is rounded by choice of the library
         if self._place == "CPU":
-            settings["ENABLE_CPU_PINNING"] = False  # processes of one thread each would be put on the same core
+            settings["ENABLE_CPU_PINNING"] = False  # several processes would bind their threads to the same cores
             if self.threads is not None:
                 settings["INFERENCE_NUM_THREADS"] = self.threads
+        if folder is not None:
+            settings["CACHE_DIR"] = str(folder)
+        return self._core.compile_model(self._core.read_model(source.model), self._place, settings)
+
+    def _compile(self, source: Source, bundle: Path, spec: GraphSpec, form: OnnxForm | None) -> Any:
         from motionrt import __version__
 
-        parts = [
-            spec.sha256, spec.weights_sha256, *(sorted(form.files.values()) if form is not None else ()), hint, __version__,
-            self._place, str(self._core.get_property(self._place, "FULL_DEVICE_NAME")), str(self._library.__version__),
-        ]  # fmt: skip
-        model = self._core.read_model(source.model)
-
-        def compiles(folder: Path | None) -> Any:
-            more = {} if folder is None else {"CACHE_DIR": str(folder)}
-            return self._core.compile_model(model, self._place, settings | more)
-
-        return compile_cached(compiles, cache_folder(bundle, spec.name, parts), bundle)
+        precision, files = self.computes_in(spec), sorted(form.files.values()) if form is not None else []
+        name = str(self._core.get_property(self._place, "FULL_DEVICE_NAME"))
+        made_by = [__version__, str(self._library.__version__), self._place, name]
+        parts = [spec.sha256, spec.weights_sha256, *files, precision, *made_by]
+        folder = cache_folder(bundle, spec.name, parts)
+        return compile_cached(lambda place: self.compile(source, precision, place), folder, bundle)
 
 
 class OpenVinoExecutor(Executor):

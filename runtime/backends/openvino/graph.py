@@ -17,9 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from motionrt.runtime.backends.onnx_weights import package_file
 from motionrt.runtime.backends.seam import Array
-from motionrt.runtime.bundle.manifest import GraphSpec
 from motionrt.runtime.dtypes import DTYPES
 from motionrt.runtime.errors import BundleError
 
@@ -39,11 +37,11 @@ class Source:
     maps: tuple[Array, ...]
 
 
-def read_source(path: Path, spec: GraphSpec, bundle: Path, *, form: bool = False) -> Source:
-    """The ONNX file `path` of graph `spec` of the folder `bundle`. form: it is one with all of its weights.
+def read_source(path: Path, name: str, inside: Path | None = None) -> Source:
+    """The ONNX file `path` of the graph `name`. inside: the safetensors file that holds the weights which it leaves outside, by
+    their names; None: they are where the graph says, beside it.
 
-    Raises ImportError without package `onnx`, `BackendError` where a package that holds weights is not there, `BundleError`
-    where it has not what the graph needs.
+    Raises ImportError without package `onnx`, `BundleError` where a file has not what the graph needs.
     """
     import onnx
     from onnx.inliner import inline_local_functions
@@ -51,14 +49,13 @@ def read_source(path: Path, spec: GraphSpec, bundle: Path, *, form: bool = False
     model: Any = onnx.load(path, load_external_data=False)
     if model.functions:
         model = inline_local_functions(model)
-    inside = None if spec.weights is None or form else package_file(spec, bundle)
-    places = _beside(model, path.parent) if inside is None else _within(model, inside, spec.name)
+    places = _beside(model, path.parent) if inside is None else _within(model, inside, name)
     maps: dict[Path, Array] = {}
     for tensor, (file, offset, length) in zip(_external(model), places, strict=True):
         if file not in maps:
             maps[file] = np.memmap(file, np.uint8, "r")
         if offset + length > maps[file].size:
-            raise BundleError(f"graph '{spec.name}' needs '{tensor.name}', and {file} ends before it. Export the bundle again.")
+            raise BundleError(f"graph '{name}' needs '{tensor.name}', and {file} ends before it. Export the bundle again.")
         del tensor.external_data[:]
         address = maps[file].ctypes.data + offset
         for key, value in (("location", _IN_MEMORY), ("offset", address), ("length", length)):

@@ -24,7 +24,8 @@ from motionrt.runtime.backends.kinds import OPENVINO
 from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from motionrt.runtime.backends.open import RunOptions, open_backend
 from motionrt.runtime.backends.openvino import backend as opened
-from motionrt.runtime.backends.openvino.backend import OpenVinoBackend
+from motionrt.runtime.backends.openvino.backend import OpenVinoBackend, OpenVinoExecutor
+from motionrt.runtime.backends.openvino.graph import read_source
 from motionrt.runtime.backends.openvino.library import load_library, said
 from motionrt.runtime.bundle.bundle import Bundle, GraphSpec
 from motionrt.runtime.cli.diagnosis import examine
@@ -120,18 +121,37 @@ def test_weights_beside_a_graph_and_in_a_package_are_read(large_bundle: tuple[Pa
             np.testing.assert_allclose(value, want[port], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_weights_are_widened_exactly(tmp_path: Path, dtype: str) -> None:
+    """As an exporter writes them: in the checkpoint's dtype, beside the graph, with a cast where they are read."""
+    import ml_dtypes
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(0)
+    kind = np.float16 if dtype == "float16" else ml_dtypes.bfloat16
+    weights, x = rng.standard_normal((96, 64)).astype(kind), rng.standard_normal((5, 96)).astype(np.float32)
+    nodes = [helper.make_node("Cast", ["w"], ["wide"], to=TensorProto.FLOAT), helper.make_node("MatMul", ["x", "wide"], ["y"])]
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in (("x", [5, 96]), ("y", [5, 64]))]
+    graph = helper.make_graph(nodes, "g", ports[:1], ports[1:], [numpy_helper.from_array(weights, "w")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    place = {"all_tensors_to_one_file": True, "location": "g.weights", "size_threshold": 0}
+    onnx.save_model(model, tmp_path / "g.onnx", save_as_external_data=True, **place)
+    source = read_source(tmp_path / "g.onnx", "g")
+    got = OpenVinoExecutor(OpenVinoBackend(1).compile(source, "float32"), source).execute({"x": x})["y"]
+    np.testing.assert_allclose(got, x.astype(np.float64) @ weights.astype(np.float64), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("change", ["dtype", "shape", "name"])
 def test_other_weights_in_a_package_are_refused(
     large_bundle: tuple[Path, Path, Path], change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from safetensors.numpy import save_file
 
-    from motionrt.runtime.backends.openvino import graph
-
     path, _, inside = large_bundle
     value = np.zeros((20, 8), np.float16 if change == "dtype" else np.float32)
     save_file({"w_other" if change == "name" else "w_query": value[:-1] if change == "shape" else value}, inside)
-    monkeypatch.setattr(graph, "package_file", lambda spec, bundle: inside)  # as if the digest fitted
+    monkeypatch.setattr(opened, "package_file", lambda spec, bundle: inside)  # as if the digest fitted
     with pytest.raises(BundleError, match="graph 'text_query' needs 'w_query'.*Export the bundle again"):
         OpenVinoBackend(1).load(Bundle.open(path), "text_query")
 

@@ -139,8 +139,7 @@ def test_graphs_of_the_demo_come_back_from_the_cache_as_they_were(demo: Bundle) 
 
 def test_openvino_still_loses_a_rotary_embedding(demo: Bundle) -> None:
     """Why `LOSES` is there. Where this fails, OpenVINO was mended: take the name out of it."""
-    core, spec = load_library().Core(), demo.graph("step")
-    source = read_source(demo.graph_path("step"), spec, demo.path)
+    core, source = load_library().Core(), read_source(demo.graph_path("step"), "step")
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     compiled = core.compile_model(core.read_model(source.model), "CPU", settings)
     again = core.import_model(compiled.export_model().getvalue(), "CPU", settings)
