@@ -13,14 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from motionrt.runtime.arguments import instance, listed
 from motionrt.runtime.backends.kinds import BACKENDS, ONNXRUNTIME, OPENVINO, TENSORRT, BackendKind
 from motionrt.runtime.backends.machine import Gpu, find_gpus
 from motionrt.runtime.backends.open import RunOptions, open_backend
+from motionrt.runtime.backends.openvino.proof import made_up
 from motionrt.runtime.backends.seam import Backend, Checked
-from motionrt.runtime.bundle.bundle import Bundle, GraphSpec
+from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.errors import BackendError, InputError, shown
 
 log = logging.getLogger("motionrt")
@@ -107,7 +106,7 @@ def _on_the_cpu(bundle: Bundle, options: RunOptions, graphs: Sequence[str], refu
 def seconds_of(sides: Sequence[Mapping[str, Checked]]) -> list[float]:
     """How long each side takes to run its graphs once, at the sizes that the bundle is tuned for: the best of a few rounds in
     turns, or of one where a round takes long. Raises `BackendError` where a graph fails."""
-    feeds = {name: _made_up(graph.spec) for name, graph in sides[0].items()}
+    feeds = {name: made_up(graph.spec) for name, graph in sides[0].items()}
     best, start = [float("inf")] * len(sides), time.perf_counter()
     for _ in range(ROUNDS):
         for index, graphs in enumerate(sides):
@@ -118,15 +117,6 @@ def seconds_of(sides: Sequence[Mapping[str, Checked]]) -> list[float]:
         if time.perf_counter() - start > BUDGET:
             break
     return best
-
-
-def _made_up(spec: GraphSpec) -> dict[str, Any]:
-    """Inputs of any values: small numbers, and token 1 everywhere."""
-    random, values = np.random.default_rng(0), dict[str, Any]()
-    for port in spec.inputs:
-        shape = tuple(dim.opt for dim in port.dims)
-        values[port.name] = np.asarray(random.standard_normal(shape) if port.dtype == "float32" else np.ones(shape), port.dtype)
-    return values
 
 
 def _done(backend: Backend, what: str, refused: list[str], loaded: Mapping[str, Checked]) -> Choice:

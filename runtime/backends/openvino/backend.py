@@ -7,7 +7,9 @@ Ownership: a graph keeps one request with its memory, and results are copied out
 
 from __future__ import annotations
 
+import logging
 import threading
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,19 @@ from motionrt.runtime.backends.kinds import OPENVINO
 from motionrt.runtime.backends.machine import check_threads
 from motionrt.runtime.backends.onnx_form import OnnxForm, find_form, form_folder
 from motionrt.runtime.backends.onnx_weights import package_file
+from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from motionrt.runtime.backends.openvino.cache import cache_folder, compile_cached
 from motionrt.runtime.backends.openvino.graph import Source, read_source
 from motionrt.runtime.backends.openvino.library import load_library, said
+from motionrt.runtime.backends.openvino.proof import EXACT, LARGEST, ROUNDED, distance, kept
 from motionrt.runtime.backends.seam import ROOM, Checked, Executor, first_line, out_of_memory
 from motionrt.runtime.bundle.bundle import Bundle, GraphSpec
-from motionrt.runtime.errors import BackendError, BundleError, InputError, shown
+from motionrt.runtime.errors import BackendError, BackendWarning, BundleError, InputError, shown
 
+log = logging.getLogger("motionrt")
+# OpenVINO sets the locale of the process to "C" while it writes and reads models, and then back to what it found: two threads
+# at once leave "C", and from then on files of text are read as ASCII.
+_compiling = threading.Lock()
 # What each precision is called as a hint, and as something that a device can do.
 PRECISIONS = {"float32": ("f32", "FP32"), "bfloat16": ("bf16", "BF16"), "float16": ("f16", "FP16"), "int8": ("", "INT8")}
 
@@ -30,15 +38,15 @@ PRECISIONS = {"float32": ("f32", "FP32"), "bfloat16": ("bf16", "BF16"), "float16
 class OpenVinoBackend:
     """OpenVINO. threads: of the CPU, no more than this process has cores; None leaves it to OpenVINO.
 
-    device: "cpu", "gpu", "gpu:1" or "npu". precision: "float32" is exact; "bfloat16" and "float16" are OpenVINO's hint, which
-    keeps float32 where it finds that numbers need it, and in float16 a graph that names weights as leaving its range
-    (`GraphSpec.wide`) is computed in float32 where the device can; "int8" runs the forms in `engines/openvino-int8`, and what
-    they leave, and graphs that have none, in bfloat16 where the device can, else in float32. None is float32, or float16 on
-    a device that has no float32. Raises `InputError` for bad arguments, `BackendError` where OpenVINO, the device or the
-    precision on it is not there.
+    device: "cpu", "gpu", "gpu:1" or "npu". precision: "float32" is exact; "bfloat16" and "float16" are OpenVINO's hint for the
+    steps of loops, the other graphs are computed in float32 where the device can, and so is a step in float16 that names
+    weights as leaving its range (`GraphSpec.wide`); "int8" runs the forms in `engines/openvino-int8`, and steps that have none
+    in bfloat16 where the device can. None is float32, or float16 on a device that has no float32. A graph that OpenVINO
+    computes wrongly runs in ONNX Runtime, with a `BackendWarning` (proof.py). Raises `InputError` for bad arguments,
+    `BackendError` where OpenVINO, the device or the precision on it is not there.
     """
 
-    parallel_load = True
+    parallel_load = False  # they would take turns
 
     def __init__(self, threads: int | None = None, device: str = "cpu", *, precision: str | None = None) -> None:
         self.threads = check_threads(threads)
@@ -81,7 +89,9 @@ class OpenVinoBackend:
             inside = None if spec.weights is None or form is not None else package_file(spec, bundle.path)
             source = read_source(path, name, inside)
             _check_ports(spec, source)
-            compiled = self._compile(source, bundle.path, spec, form)
+            precision = self.computes_in(bundle, name)
+            folder = self._folder(bundle.path, spec, form, precision)
+            compiled = compile_cached(lambda place: self.compile(source, precision, place), folder, bundle.path)
         except ImportError:
             raise OPENVINO.missing() from None
         except (BackendError, BundleError):
@@ -91,7 +101,26 @@ class OpenVinoBackend:
                 raise BackendError(f"too little memory to load graph '{name}'. {ROOM}.") from None
             fix = "Use the backend onnxruntime, or export the bundle again" if form is None else "Use --precision bfloat16"
             raise BackendError(f"OpenVINO {self._version} cannot load graph '{name}' ({said(error)}). {fix}.") from None
-        return Checked(spec, OpenVinoExecutor(compiled, source))
+        graph = Checked(spec, OpenVinoExecutor(compiled, source))
+        return graph if form is not None else self._proven(graph, bundle, folder.with_name(f"{folder.name}.proof"), precision)
+
+    def _proven(self, graph: Checked, bundle: Bundle, file: Path, precision: str) -> Checked:
+        """`graph`, or the same in ONNX Runtime with a `BackendWarning` where OpenVINO computes something else."""
+        name = graph.spec.name
+        path = bundle.path / graph.spec.data.file if graph.spec.data is not None else bundle.path / graph.spec.file
+        if path.stat().st_size > LARGEST:
+            return graph
+        reference = OnnxRuntimeBackend(self.threads)
+        try:
+            found = kept(file, lambda: distance(graph, reference.load(bundle, name)))
+        except BackendError as error:  # it is not installed, or made-up inputs are none that this graph can take
+            log.info("graph '%s' of OpenVINO was not compared with ONNX Runtime: %s", name, error)
+            return graph
+        if found <= (EXACT if precision == "float32" else ROUNDED):
+            return graph
+        text = f"OpenVINO {self._version} computes graph '{name}' wrongly (off by {found:.2g} of it): it runs in ONNX Runtime."
+        warnings.warn(text, BackendWarning, stacklevel=3)
+        return reference.load(bundle, name)
 
     @property
     def _version(self) -> str:
@@ -106,12 +135,12 @@ class OpenVinoBackend:
             return None
         return find_form(bundle.path, spec, "int8", OPENVINO.name)
 
-    def computes_in(self, spec: GraphSpec) -> str:
-        """The precision of what is no int8 in graph `spec`."""
-        if self.precision == "int8":
-            return self._rest
-        wide = self.precision == "float16" and bool(spec.wide) and "float32" in self._able
-        return "float32" if wide else self.precision
+    def computes_in(self, bundle: Bundle, name: str) -> str:
+        """The precision of what is no int8 in graph `name`: less than float32 only in the steps of loops, where the time goes.
+        What runs once a request holds coordinates and indices, which OpenVINO would round too."""
+        less = self._rest if self.precision == "int8" else self.precision
+        wide = less == "float16" and bool(bundle.graph(name).wide)
+        return "float32" if "float32" in self._able and (wide or not bundle.in_loop(name)) else less
 
     def compile(self, source: Source, precision: str, folder: Path | None = None) -> Any:
         """`source` as a compiled model of OpenVINO that computes in `precision`. folder: OpenVINO's cache."""
@@ -125,17 +154,16 @@ class OpenVinoBackend:
                 settings["INFERENCE_NUM_THREADS"] = self.threads
         if folder is not None:
             settings["CACHE_DIR"] = str(folder)
-        return self._core.compile_model(self._core.read_model(source.model), self._place, settings)
+        with _compiling:
+            return self._core.compile_model(self._core.read_model(source.model), self._place, settings)
 
-    def _compile(self, source: Source, bundle: Path, spec: GraphSpec, form: OnnxForm | None) -> Any:
+    def _folder(self, bundle: Path, spec: GraphSpec, form: OnnxForm | None, precision: str) -> Path:
         from motionrt import __version__
 
-        precision, files = self.computes_in(spec), sorted(form.files.values()) if form is not None else []
+        files = sorted(form.files.values()) if form is not None else []
         name = str(self._core.get_property(self._place, "FULL_DEVICE_NAME"))
         made_by = [__version__, str(self._library.__version__), self._place, name]
-        parts = [spec.sha256, spec.weights_sha256, *files, precision, *made_by]
-        folder = cache_folder(bundle, spec.name, parts)
-        return compile_cached(lambda place: self.compile(source, precision, place), folder, bundle)
+        return cache_folder(bundle, spec.name, [spec.sha256, spec.weights_sha256, *files, precision, *made_by])
 
 
 class OpenVinoExecutor(Executor):
