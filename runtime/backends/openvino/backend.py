@@ -7,9 +7,7 @@ Ownership: a graph keeps one request with its memory, and results are copied out
 
 from __future__ import annotations
 
-import logging
 import threading
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,12 +20,11 @@ from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from motionrt.runtime.backends.openvino.cache import cache_folder, compile_cached
 from motionrt.runtime.backends.openvino.graph import Source, read_source
 from motionrt.runtime.backends.openvino.library import load_library, said
-from motionrt.runtime.backends.openvino.proof import EXACT, LARGEST, ROUNDED, distance, kept
+from motionrt.runtime.backends.openvino.proof import EXACT, LARGEST, ROUNDED, ProvenExecutor
 from motionrt.runtime.backends.seam import ROOM, Checked, Executor, first_line, out_of_memory
 from motionrt.runtime.bundle.bundle import Bundle, GraphSpec
-from motionrt.runtime.errors import BackendError, BackendWarning, BundleError, InputError, shown
+from motionrt.runtime.errors import BackendError, BundleError, InputError, shown
 
-log = logging.getLogger("motionrt")
 # OpenVINO sets the locale of the process to "C" while it writes and reads models, and then back to what it found: two threads
 # at once leave "C", and from then on files of text are read as ASCII.
 _compiling = threading.Lock()
@@ -47,6 +44,7 @@ class OpenVinoBackend:
     """
 
     parallel_load = False  # they would take turns
+    proves = True  # whether the first call of a graph is compared with ONNX Runtime
 
     def __init__(self, threads: int | None = None, device: str = "cpu", *, precision: str | None = None) -> None:
         self.threads = check_threads(threads)
@@ -101,26 +99,13 @@ class OpenVinoBackend:
                 raise BackendError(f"too little memory to load graph '{name}'. {ROOM}.") from None
             fix = "Use the backend onnxruntime, or export the bundle again" if form is None else "Use --precision bfloat16"
             raise BackendError(f"OpenVINO {self._version} cannot load graph '{name}' ({said(error)}). {fix}.") from None
-        graph = Checked(spec, OpenVinoExecutor(compiled, source))
-        return graph if form is not None else self._proven(graph, bundle, folder.with_name(f"{folder.name}.proof"), precision)
-
-    def _proven(self, graph: Checked, bundle: Bundle, file: Path, precision: str) -> Checked:
-        """`graph`, or the same in ONNX Runtime with a `BackendWarning` where OpenVINO computes something else."""
-        name = graph.spec.name
-        path = bundle.path / graph.spec.data.file if graph.spec.data is not None else bundle.path / graph.spec.file
-        if path.stat().st_size > LARGEST:
-            return graph
-        reference = OnnxRuntimeBackend(self.threads)
-        try:
-            found = kept(file, lambda: distance(graph, reference.load(bundle, name)))
-        except BackendError as error:  # it is not installed, or made-up inputs are none that this graph can take
-            log.info("graph '%s' of OpenVINO was not compared with ONNX Runtime: %s", name, error)
-            return graph
-        if found <= (EXACT if precision == "float32" else ROUNDED):
-            return graph
-        text = f"OpenVINO {self._version} computes graph '{name}' wrongly (off by {found:.2g} of it): it runs in ONNX Runtime."
-        warnings.warn(text, BackendWarning, stacklevel=3)
-        return reference.load(bundle, name)
+        ours = OpenVinoExecutor(compiled, source)
+        weights = bundle.path / (spec.data.file if spec.data is not None else spec.file)
+        if not self.proves or form is not None or weights.stat().st_size > LARGEST:
+            return Checked(spec, ours)
+        allowed, file = EXACT if precision == "float32" else ROUNDED, folder.with_name(f"{folder.name}.proof")
+        other = OnnxRuntimeBackend(self.threads)
+        return Checked(spec, ProvenExecutor(name, ours, lambda: other.load(bundle, name).executor, file, allowed))
 
     @property
     def _version(self) -> str:

@@ -24,6 +24,7 @@ from motionrt.runtime.backends.kinds import OPENVINO
 from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from motionrt.runtime.backends.open import RunOptions, open_backend
 from motionrt.runtime.backends.openvino import backend as opened
+from motionrt.runtime.backends.openvino import proof
 from motionrt.runtime.backends.openvino.backend import OpenVinoBackend, OpenVinoExecutor
 from motionrt.runtime.backends.openvino.graph import read_source
 from motionrt.runtime.backends.openvino.library import load_library, said
@@ -164,30 +165,40 @@ def test_other_weights_in_a_package_are_refused(
 def test_a_graph_that_openvino_computes_wrongly_runs_in_onnxruntime(tmp_path: Path) -> None:
     """A real one. Where OpenVINO computes it right there is no warning, and this test goes."""
     bundle = Bundle.open(shutil.copytree(ROOT / "demo/motionclone/bundle", tmp_path / "bundle"))
-    with pytest.warns(BackendWarning, match="OpenVINO 20.* computes graph 'extract' wrongly .*: it runs in ONNX Runtime"):
-        graph = OpenVinoBackend(1).load(bundle, "extract")
+    inputs = feed(bundle.graph("extract"))
+    want = OnnxRuntimeBackend(1).load(bundle, "extract")(inputs)
+    graph = OpenVinoBackend(1).load(bundle, "extract")
+    with pytest.warns(BackendWarning, match="OpenVINO computes graph 'extract' wrongly .*: it runs in ONNX Runtime instead"):
+        first = graph(inputs)
+    for port, value in want.items():
+        np.testing.assert_array_equal(first[port], value)
+        np.testing.assert_array_equal(graph(inputs)[port], value)
     assert graph.executor.library == "ONNX Runtime"
+    with pytest.warns(BackendWarning, match="'extract' wrongly"):  # known from then on
+        assert OpenVinoBackend(1).load(bundle, "extract").executor.library == "ONNX Runtime"
 
 
 @pytest.mark.parametrize("precision, most", [("float32", EXACT), pytest.param("bfloat16", ROUNDED, marks=needs_bf16)])
 def test_a_graph_is_compared_once_and_the_finding_kept(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, precision: str, most: float
 ) -> None:
-    asked = []
+    asked: list[float] = []
+    inputs = feed(bundle.graph("step"))
 
-    def found(graph: Any, other: Any) -> float:
-        asked.append((graph.executor.library, other.executor.library))
-        return 1.5 * most
+    def found(got: Any, want: Any) -> float:
+        asked.append(real(got, want))
+        return 0.9 * most
 
-    monkeypatch.setattr(opened, "distance", found)
+    real = proof.distance
+    monkeypatch.setattr(proof, "distance", found)
     for _ in range(2):
-        with pytest.warns(BackendWarning, match="computes graph 'step' wrongly"):
-            graph = OpenVinoBackend(1, precision=precision).load(bundle, "step")
-        assert graph.executor.library == "ONNX Runtime"
-    assert asked == [("OpenVINO", "ONNX Runtime")]
+        graph = OpenVinoBackend(1, precision=precision).load(bundle, "step")
+        assert graph(inputs) and graph(inputs) and graph.executor.library == "OpenVINO"
+    assert len(asked) == 1 and asked[0] < most
     (file,) = (bundle.path / "engines/openvino-cache").glob("step-*.proof")
-    file.write_text(f"{0.9 * most}\n")
-    assert OpenVinoBackend(1, precision=precision).load(bundle, "step").executor.library == "OpenVINO" and len(asked) == 1
+    file.write_text(f"{1.1 * most}\n")
+    with pytest.warns(BackendWarning, match="computes graph 'step' wrongly"):
+        assert OpenVinoBackend(1, precision=precision).load(bundle, "step").executor.library == "ONNX Runtime"
 
 
 def test_a_large_graph_or_one_without_onnxruntime_is_not_compared(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,11 +206,18 @@ def test_a_large_graph_or_one_without_onnxruntime_is_not_compared(bundle: Bundle
         raise BackendError("backend 'onnxruntime' needs ONNX Runtime")
 
     monkeypatch.setattr(OnnxRuntimeBackend, "load", refused)
-    assert OpenVinoBackend(1).load(bundle, "text").executor.library == "OpenVINO"
+    graph = OpenVinoBackend(1).load(bundle, "text")
+    assert graph(feed(bundle.graph("text"))) and graph.executor.library == "OpenVINO"
     assert list((bundle.path / "engines/openvino-cache").glob("*.proof")) == []
     monkeypatch.setattr(opened, "LARGEST", 10)
-    monkeypatch.setattr(opened, "kept", lambda file, measure: pytest.fail("nothing is to be compared"))
-    assert OpenVinoBackend(1).load(bundle, "step").executor.library == "OpenVINO"
+    assert isinstance(OpenVinoBackend(1).load(bundle, "step").executor, OpenVinoExecutor)
+
+
+def test_distance_sees_what_is_not_finite() -> None:
+    one, nan = np.ones(3), np.array([1, np.nan, 1])
+    assert proof.distance({"y": nan}, {"y": one}) == np.inf
+    assert proof.distance({"y": one}, {"y": nan}) == 0
+    assert proof.distance({"y": 2 * one, "x": one}, {"y": one, "x": one}) == pytest.approx(1)
 
 
 # --- ownership ----------------------------------------------------------------------------------------------------------
@@ -371,7 +389,8 @@ def test_what_fails_inside_a_run_is_said_in_one_line(bundle: Bundle, monkeypatch
         def fails(*arguments: Any, text: str = text, **options: Any) -> Any:
             raise RuntimeError(text)
 
-        monkeypatch.setattr(graph.executor, "_request", SimpleNamespace(infer=fails))
+        executor: Any = graph.executor
+        monkeypatch.setattr(executor.ours, "_request", SimpleNamespace(infer=fails))
         with pytest.raises(BackendError, match=message) as caught:
             graph(feed(bundle.graph("step")))
         assert "\n" not in str(caught.value)

@@ -54,7 +54,7 @@ def folders(bundle: Bundle) -> list[Path]:
 
 
 def cached(graph: Any) -> bool:
-    return bool(graph.executor.compiled.get_property("LOADED_FROM_CACHE"))
+    return bool(graph.executor.ours.compiled.get_property("LOADED_FROM_CACHE"))
 
 
 def test_a_graph_is_compiled_once_and_gives_the_same_from_the_cache(bundle: Bundle) -> None:
