@@ -69,7 +69,7 @@ report: .venv-dev/.installed
 # Resolves without installing. PyTorch is named exactly: anything looser may choose another build.
 lock:
 	$(PYTHON) requirements/lock.py runtime '.[cpu,serve]'
-	$(PYTHON) requirements/lock.py dev '.[cpu,export,flow,otel,rtx,serve,dev]' torch==$(TORCH)
+	$(PYTHON) requirements/lock.py dev '.[cpu,export,flow,openvino,otel,rtx,serve,dev]' torch==$(TORCH)
 
 clean:
 	rm -rf .venv .venv-dev build dist out motionrt.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

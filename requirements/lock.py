@@ -1,7 +1,7 @@
 """Write requirements/runtime.txt or requirements/dev.txt: what pip resolves for this project, pinned.
 
     python requirements/lock.py runtime '.[cpu,serve]'
-    python requirements/lock.py dev '.[cpu,export,flow,otel,rtx,serve,dev]' torch==2.13.0
+    python requirements/lock.py dev '.[cpu,export,flow,openvino,otel,rtx,serve,dev]' torch==2.13.0
 
 Nothing is installed: pip's dry run reports its choice. `dev` lists only what `runtime` does not, and keeps
 its versions.

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from motionrt.runtime.backends.kinds import BACKENDS
+
 # Runs a command and tells of every event of Python's audit hook that names a host, makes a connection or changes a file.
 WATCH = """
 import json, os, sys
@@ -114,8 +116,11 @@ def test_import_switches_telemetry_off_unless_the_user_has_chosen(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_process_that_stays_looks_nothing_up(fake_bundle: Path, tmp_path: Path) -> None:
-    """ONNX Runtime sends its telemetry 20 seconds after the start, from a thread of its own."""
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_process_that_stays_looks_nothing_up(fake_bundle: Path, tmp_path: Path, backend: str) -> None:
+    """ONNX Runtime sends its telemetry 20 seconds after the start, from a thread of its own; OpenVINO when it is imported."""
+    if BACKENDS[backend].probe("cpu") is not None:
+        pytest.skip(f"needs {backend}: {BACKENDS[backend].install}")
     compiler = shutil.which("cc")
     if compiler is None or sys.platform != "linux":
         pytest.skip("needs a C compiler, and Linux's way to put a function before a library's")
@@ -125,10 +130,11 @@ def test_a_process_that_stays_looks_nothing_up(fake_bundle: Path, tmp_path: Path
     subprocess.run([compiler, "-shared", "-fPIC", "-o", shim, tmp_path / "shim.c", "-ldl"], check=True)
     code = (
         "import sys, time, numpy as np; from motionrt import MotionPipeline; "
-        "pipeline = MotionPipeline.from_bundle(sys.argv[1]); "
+        "pipeline = MotionPipeline.from_bundle(sys.argv[1], backend=sys.argv[2]); "
         "pipeline(np.zeros((16, 16, 3), np.uint8), 'a', motion_scale=0); time.sleep(25)"
     )
-    command = [sys.executable, "-P", "-c", code, str(fake_bundle)]
+    bundle = shutil.copytree(fake_bundle, tmp_path / "bundle")
+    command = [sys.executable, "-P", "-c", code, str(bundle), backend]
     done = subprocess.run(command, env=environment | {"LD_PRELOAD": str(shim)}, capture_output=True, text=True)
     assert done.returncode == 0 and "LOOK-UP" not in done.stderr, done.stderr
     assert sorted(home.rglob("*")) == []

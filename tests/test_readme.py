@@ -19,7 +19,8 @@ from serving import serving
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-PAGES = ("README.md", "docs/jobs-over-http.md", "docs/bring-your-own-videos.md")  # in this order, in one folder
+# In this order, in one folder.
+PAGES = ("README.md", "docs/jobs-over-http.md", "docs/bring-your-own-videos.md", "docs/openvino.md")
 EXCLUDED = "<!-- not run by tests:"
 SETS_UP = re.compile(r"(make [a-z]+|pip install .*|git clone .*|cd .*|\. \.venv/bin/activate)")
 

@@ -1,4 +1,4 @@
-"""The step in PyTorch behind the same call as ours: eager, and `torch.compile` at its best on a CPU.
+"""The step in PyTorch behind the same call as ours: eager, and `torch.compile` at its best on a CPU; and in OpenVINO.
 
 Rivals get what helps them: inference mode, weights frozen into the compiled code (`freezing`, so that they are packed once),
 max-autotune (Inductor's own GEMM templates against the library's), no copies on the way in or out.
@@ -7,6 +7,7 @@ max-autotune (Inductor's own GEMM templates against the library's), no copies on
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,3 +60,12 @@ def compiled_step(
         return None
     print(f"compiled in {perf_counter() - start:.0f} s ({mode}, freezing)", flush=True)
     return step
+
+
+def openvino_step(path: Path, threads: int, precision: str) -> Callable[[Mapping[str, Any]], Arrays]:
+    """The ONNX graph `path` in OpenVINO as its backend compiles it, in "float32" or "bfloat16", with no cache."""
+    from motionrt.runtime.backends.openvino.backend import OpenVinoBackend, OpenVinoExecutor
+    from motionrt.runtime.backends.openvino.graph import read_source
+
+    source = read_source(path, path.stem)
+    return OpenVinoExecutor(OpenVinoBackend(threads, precision=precision).compile(source, precision), source).execute

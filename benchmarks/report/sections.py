@@ -46,7 +46,7 @@ def _share(row: Row) -> Bar | None:
 def step(report: Report) -> list[str]:
     parts: list[str] = []
     for name, rows in groups(named(report.rows("bench_step")), "model").items():
-        rows = ordered(rows, ("rewritten", "plain", "eager", "compiled"))
+        rows = ordered(rows, ("rewritten", "openvino", "openvino_bfloat16", "plain", "eager", "compiled"))
         parts += [f"### {name}", "", *times(rows, "rewritten"), "", text.source(rows), ""]
     return parts + report.unclean("bench_step", "model")
 

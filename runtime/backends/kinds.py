@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from motionrt.runtime.backends.machine import Gpu
+from motionrt.runtime.backends.openvino.library import load_library
 from motionrt.runtime.errors import BackendError, InputError, install
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ PROVIDERS = {  # of ONNX Runtime, by device: the wanted one, and what may run wh
     "cuda": ("CUDAExecutionProvider",),
     "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider"),
 }
+NVIDIA = ("cuda", "tensorrt")  # devices that the NVIDIA driver must tell of
 MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}  # flavor of TensorRT -> import name, the preferred one first
 
 
@@ -33,9 +35,9 @@ class BackendKind:
     """A backend that there is, installed or not.
 
     library, extras: what it is made on, and the extras of motionrt that bring it, the usual one first. needs: what it needs
-    besides motionrt, for a sentence. devices: what it runs on, the default first. probe: device -> why it cannot run there
-    although there is a GPU, or None. lacks: bundle, graph, target -> what the bundle has not got to run the graph, on a GPU
-    like "sm_89"; or None.
+    besides motionrt, for a sentence. devices: what it runs on, the default first. probe: device -> why it cannot run there,
+    also where there is the NVIDIA GPU that it may want; or None. lacks: bundle, graph, target -> what the bundle has not got to
+    run the graph, on a GPU like "sm_89"; or None.
     """
 
     name: str
@@ -69,7 +71,8 @@ class BackendKind:
         """`device` as one of `devices` and the number of the GPU: ("cuda", 1) for "cuda:1". Raises `InputError`."""
         found = re.fullmatch(r"(\w+)(?::(\d+))?", device) if isinstance(device, str) else None
         if found is None or found[1] not in self.devices or (found[1] == "cpu" and found[2]):
-            raise InputError(f"device is {device!r}; the backend {self.name} runs on {self.places} (cuda:1: the second GPU).")
+            second = next(name for name in self.devices if name != "cpu")
+            raise InputError(f"device is {device!r}; the backend {self.name} runs on {self.places} ({second}:1: the second).")
         return found[1], int(found[2] or 0)
 
     def why_not(self, device: str, gpus: list[Gpu] | str) -> str | None:
@@ -77,7 +80,7 @@ class BackendKind:
 
         `gpus`: what `find_gpus` found.
         """
-        return gpus if device != "cpu" and isinstance(gpus, str) else self.probe(device)
+        return gpus if device in NVIDIA and isinstance(gpus, str) else self.probe(device)
 
 
 def onnxruntime_facts() -> dict[str, Any]:
@@ -122,6 +125,21 @@ def _probe_torch(device: str) -> str | None:
     return None if importlib.util.find_spec("torch") is not None else _absent("torch", TORCH.install)
 
 
+def _probe_openvino(device: str) -> str | None:
+    for module in ("openvino", "onnx"):
+        if importlib.util.find_spec(module) is None:
+            return _absent(module, OPENVINO.install)
+    if device == "cpu":
+        return None
+    try:
+        found = load_library().Core().available_devices
+    except Exception as error:
+        return _absent("openvino", OPENVINO.install, error)
+    if any(name.split(".")[0] == device.upper() for name in found):
+        return None
+    return f"OpenVINO finds no {device.upper()} here, only {', '.join(found) or 'nothing'} (is its driver installed?)"
+
+
 def _probe_tensorrt(device: str) -> str | None:
     reasons = [tensorrt_facts(flavor)["why"] for flavor in TENSORRT.extras]  # the extras are named like the flavors
     if None not in reasons:
@@ -143,6 +161,10 @@ ONNXRUNTIME = BackendKind(
     "onnxruntime", "ONNX Runtime", ("cpu", "gpu"), "ONNX Runtime alone", ("cpu", "cuda", "tensorrt"),
     _probe_onnxruntime, lambda bundle, graph, target: None,
 )  # fmt: skip
+OPENVINO = BackendKind(
+    "openvino", "OpenVINO", ("openvino",), "OpenVINO", ("cpu", "gpu", "npu"),
+    _probe_openvino, lambda bundle, graph, target: None,
+)  # fmt: skip
 TORCH = BackendKind(
     "torch", "PyTorch", ("torch",), "PyTorch, and torch programs in the bundle", ("cpu", "cuda"),
     _probe_torch, _no_program,
@@ -152,4 +174,4 @@ TENSORRT = BackendKind(
     _probe_tensorrt, _no_engine,
 )  # fmt: skip
 # The default first, the fastest last: `auto` tries them from the end.
-BACKENDS: dict[str, BackendKind] = {kind.name: kind for kind in (ONNXRUNTIME, TORCH, TENSORRT)}
+BACKENDS: dict[str, BackendKind] = {kind.name: kind for kind in (ONNXRUNTIME, OPENVINO, TORCH, TENSORRT)}

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from motionrt.runtime.arguments import flag, instance
-from motionrt.runtime.backends.kinds import BACKENDS, ONNXRUNTIME, TENSORRT, TORCH
+from motionrt.runtime.backends.kinds import BACKENDS, ONNXRUNTIME, OPENVINO, TENSORRT, TORCH
 from motionrt.runtime.backends.seam import Backend
 from motionrt.runtime.dtypes import QUANTISED, WEIGHTS
 from motionrt.runtime.errors import InputError, shown
 
-EIGHT_BITS = {ONNXRUNTIME.name: ("int8",), TENSORRT.name: QUANTISED}  # what a backend takes besides `WEIGHTS`
+EIGHT_BITS = {  # what a backend takes besides `WEIGHTS`
+    ONNXRUNTIME.name: ("int8",), OPENVINO.name: ("int8",), TENSORRT.name: QUANTISED,
+}  # fmt: skip
 
 
 def _option(default: Any, words: str) -> Any:
@@ -35,7 +37,7 @@ class RunOptions:
     device: str | None = _option(
         None,
         f"{'; '.join(f'{kind.name}: {kind.places}' for kind in BACKENDS.values())}. The first of them unless given; "
-        "cuda:1 is the second GPU.",
+        "cuda:1 (gpu:1 of OpenVINO) is the second GPU.",
     )
     threads: int | None = _option(None, "Threads of the backend; all cores if not given.")
     allow_onnxruntime: bool = _option(
@@ -80,6 +82,12 @@ def _open_onnxruntime(device: str, options: RunOptions, fallback: Backend | None
     return OnnxRuntimeBackend(options.threads, device, allow_cpu=options.allow_cpu, precision=options.precision)
 
 
+def _open_openvino(device: str, options: RunOptions, fallback: Backend | None) -> Backend:
+    from motionrt.runtime.backends.openvino.backend import OpenVinoBackend
+
+    return OpenVinoBackend(options.threads, device, precision=options.precision)
+
+
 def _open_torch(device: str, options: RunOptions, fallback: Backend | None) -> Backend:
     if importlib.util.find_spec("torch") is None:
         raise TORCH.missing()
@@ -96,4 +104,6 @@ def _open_tensorrt(device: str, options: RunOptions, fallback: Backend | None) -
     return TensorRTBackend(device, engines=options.engines, precision=options.precision, fallback=fallback)
 
 
-_OPENS = {ONNXRUNTIME.name: _open_onnxruntime, TORCH.name: _open_torch, TENSORRT.name: _open_tensorrt}
+_OPENS = {
+    ONNXRUNTIME.name: _open_onnxruntime, OPENVINO.name: _open_openvino, TORCH.name: _open_torch, TENSORRT.name: _open_tensorrt,
+}  # fmt: skip

@@ -279,7 +279,7 @@ def environment(pipeline: MotionPipeline, threads: int | None) -> dict[str, Any]
     from motionrt.runtime.files import sha256_of
 
     versions = {}
-    for package in ("numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "torch", "usearch"):
+    for package in ("numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx", "torch", "usearch"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

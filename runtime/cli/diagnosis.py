@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import motionrt
-from motionrt.runtime.backends.kinds import BACKENDS, ONNXRUNTIME, TENSORRT, TORCH, onnxruntime_facts, tensorrt_facts
+from motionrt.runtime.backends.kinds import BACKENDS, ONNXRUNTIME, OPENVINO, TENSORRT, TORCH, onnxruntime_facts, tensorrt_facts
 from motionrt.runtime.backends.machine import Gpu, find_gpus
 from motionrt.runtime.backends.tensorrt.engine_file import FLAVORS, EngineFile, Machine
 from motionrt.runtime.backends.tensorrt.estimate import available_memory, estimate_from_bundle
@@ -23,7 +23,10 @@ from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.bundle.footprint import WIDTH, converted, graph_sizes, plan_memory, roles, weights_of
 from motionrt.runtime.errors import BundleError, EngineError
 
-PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "torch", "cuda-bindings", "tensorrt", "tensorrt-rtx", "usearch", "av")
+PACKAGES = (
+    "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "cuda-bindings", "tensorrt", "tensorrt-rtx", "usearch",
+    "av",
+)  # fmt: skip
 DTYPE = "float16"  # what a build is predicted for
 
 
@@ -106,6 +109,7 @@ def _graph(bundle: Bundle, name: str, found: Mapping[str, Any]) -> dict[str, Any
     guess = estimate_from_bundle(size, DTYPE)
     return {
         ONNXRUNTIME.name: missing,
+        OPENVINO.name: missing,
         TORCH.name: TORCH.lacks(bundle, name, ""),
         TENSORRT.name: _best(engines, bundle, name, found),
         "engines": engines,

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,6 +29,13 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def path(fake_bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(fake_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture(autouse=True)
+def no_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where it is not installed; what it changes is in test_openvino_auto.py."""
+    absent = replace(choosing.OPENVINO, probe=lambda device: "not installed")
+    monkeypatch.setattr(choosing, "OPENVINO", absent)
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def test_help_errors_and_doctor_name_every_backend() -> None:
         open_backend(RunOptions("none"))
     rows = list(examine()["backends"])
     assert sorted(rows) == sorted(kind.on(device) for kind in BACKENDS.values() for device in kind.devices)
-    assert rows[0] == "tensorrt" and rows[-2:] == ["torch on cpu", "onnxruntime on cpu"]
+    assert rows[0] == "tensorrt" and rows[-3:] == ["torch on cpu", "openvino on cpu", "onnxruntime on cpu"]
 
 
 def test_installation_hints_are_written_once() -> None:
@@ -75,7 +75,8 @@ def test_parse_refuses_a_device(name: str, device: Any) -> None:
     kind = BACKENDS[name]
     with pytest.raises(InputError, match=f"the backend {name} runs on {kind.places}"):
         kind.parse(device)
-    assert kind.parse("cuda") == ("cuda", 0) and kind.parse("cuda:12") == ("cuda", 12)
+    other = "gpu" if name == "openvino" else "cuda"
+    assert kind.parse(other) == (other, 0) and kind.parse(f"{other}:12") == (other, 12)
 
 
 def test_why_not_names_what_is_missing_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,6 +89,9 @@ def test_why_not_names_what_is_missing_first(monkeypatch: pytest.MonkeyPatch) ->
         "onnxruntime on cpu": None,
         "onnxruntime on cuda": f"this onnxruntime has no CUDAExecutionProvider: {backends.GPU_BUILD}",
         "onnxruntime on tensorrt": f"this onnxruntime has no TensorrtExecutionProvider: {backends.GPU_BUILD}",
+        "openvino on cpu": "not installed: `pip install motionrt[openvino]`",
+        "openvino on gpu": "not installed: `pip install motionrt[openvino]`",
+        "openvino on npu": "not installed: `pip install motionrt[openvino]`",
         "torch on cpu": "not installed: `pip install motionrt[torch]`",
         "torch on cuda": "not installed: `pip install motionrt[torch]`",
         "tensorrt": "TensorRT is not installed",
@@ -159,7 +163,7 @@ def test_memory_commands_run_engines(
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--backend", "jax"], "backend is 'jax'; it must be one of onnxruntime, torch, tensorrt"),
+        (["--backend", "jax"], "backend is 'jax'; it must be one of onnxruntime, openvino, torch, tensorrt"),
         (["--device", "tpu"], "the backend onnxruntime runs on cpu, cuda or tensorrt"),
         (["--threads", 0], "threads is 0"),
         (["--backend", "auto", "--engines", "x"], "name tensorrt as backend"),

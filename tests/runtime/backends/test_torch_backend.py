@@ -485,7 +485,7 @@ def test_backend_refuses(arguments: dict[str, Any], error: type[Exception], mess
 
 def test_open_backend_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(open_backend(), OnnxRuntimeBackend)
-    with pytest.raises(InputError, match="backend is 'onnx'; it must be one of onnxruntime, torch"):
+    with pytest.raises(InputError, match="backend is 'onnx'; it must be one of onnxruntime, openvino, torch"):
         open_backend(RunOptions("onnx"))
     with pytest.raises(InputError, match="device is 'tpu'; the backend onnxruntime runs on cpu"):
         open_backend(RunOptions(device="tpu"))
@@ -503,10 +503,10 @@ def test_command_line_runs_the_torch_backend(
     video = ["-o", str(tmp_path / "out.png")]
     for options, status, message in (
         (["--backend", "torch"], 0, "out.png: 3 frames"),
-        (["--backend", "torch", "--precision", "int4"], 2, "precision is 'int4'; it must be one of float32, float16, bfloat16"),
+        (["--backend", "torch", "--precision", "int4"], 2, "precision is 'int4'; torch takes float32, float16, bfloat16."),
         (["--backend", "torch", "--device", "cuda:99"], 2, "device is 'cuda:99'; torch"),
         (["--device", "tpu"], 2, "the backend onnxruntime runs on cpu"),
-        (["--backend", "jax"], 2, "backend is 'jax'; it must be one of onnxruntime, torch"),
+        (["--backend", "jax"], 2, "backend is 'jax'; it must be one of onnxruntime, openvino, torch"),
     ):
         with pytest.raises(SystemExit) as caught:
             main([*common, *video, *options])
