@@ -103,9 +103,10 @@ class OpenVinoBackend:
         weights = bundle.path / (spec.data.file if spec.data is not None else spec.file)
         if not self.proves or form is not None or weights.stat().st_size > LARGEST:
             return Checked(spec, ours)
-        allowed, file = EXACT if precision == "float32" else ROUNDED, folder.with_name(f"{folder.name}.proof")
-        other = OnnxRuntimeBackend(self.threads)
-        return Checked(spec, ProvenExecutor(name, ours, lambda: other.load(bundle, name).executor, file, allowed))
+        allowed, other = EXACT if precision == "float32" else ROUNDED, OnnxRuntimeBackend(self.threads)
+        fresh = folder.with_name(f"{folder.name}.proof")
+        file = fresh.with_suffix(".cached.proof") if compiled.get_property("LOADED_FROM_CACHE") else fresh
+        return Checked(spec, ProvenExecutor(name, ours, lambda: other.load(bundle, name).executor, file, allowed, fresh))
 
     @property
     def _version(self) -> str:

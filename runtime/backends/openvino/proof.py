@@ -2,7 +2,8 @@
 
 OpenVINO 2026.4 does that in float32 to two graphs of MotionClone's demo, `extract` and `step_guided`, although the operations
 alone come out right. It needs the inputs of a request: made-up ones hide the second. What was found is kept beside the compile
-cache, for the same graph, precision, machine and versions, so that a graph is compared once.
+cache, for the same graph, precision, machine and versions, so that a graph is compared once as it was compiled, and once as it
+came back from the cache.
 """
 
 from __future__ import annotations
@@ -38,20 +39,30 @@ def distance(got: Mapping[str, Any], want: Mapping[str, Any]) -> float:
     return worst
 
 
+def _finding(file: Path) -> float | None:
+    with contextlib.suppress(OSError, ValueError):
+        return float(file.read_text())
+    return None
+
+
 class ProvenExecutor(Executor):
     """`ours`, of OpenVINO, whose first call is compared; or what `reference` gives, where it is not within `allowed` of that.
 
-    name: of the graph, for sentences. reference: loads the same graph in ONNX Runtime. file: where the finding is kept. Raises
-    `BackendError` where an earlier finding says that the reference must run, and it cannot be loaded.
+    name: of the graph, for sentences. reference: loads the same graph in ONNX Runtime. file: where the finding is kept; before:
+    where one of the same graph may be, which counts if it is bad. Raises `BackendError` where an earlier finding says that the
+    reference must run, and it cannot be loaded.
     """
 
-    def __init__(self, name: str, ours: Executor, reference: Callable[[], Executor], file: Path, allowed: float) -> None:
+    def __init__(
+        self, name: str, ours: Executor, reference: Callable[[], Executor], file: Path, allowed: float, before: Path
+    ) -> None:
         self.name, self.ours, self.file, self.allowed = name, ours, file, allowed
         self._reference: Callable[[], Executor] | None = reference
         self._lock = threading.Lock()
         self.runs, self.library = ours, ours.library
-        with contextlib.suppress(OSError, ValueError):
-            self._settle(float(file.read_text()), reference)
+        known = {path: found for path in (before, file) if (found := _finding(path)) is not None}
+        if file in known or any(not found <= allowed for found in known.values()):
+            self._settle(max(known.values()), reference)
 
     def execute(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """See `Executor`."""

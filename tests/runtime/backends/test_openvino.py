@@ -191,14 +191,17 @@ def test_a_graph_is_compared_once_and_the_finding_kept(
 
     real = proof.distance
     monkeypatch.setattr(proof, "distance", found)
-    for _ in range(2):
+    for _ in range(3):
         graph = OpenVinoBackend(1, precision=precision).load(bundle, "step")
         assert graph(inputs) and graph(inputs) and graph.executor.library == "OpenVINO"
-    assert len(asked) == 1 and asked[0] < most
-    (file,) = (bundle.path / "engines/openvino-cache").glob("step-*.proof")
-    file.write_text(f"{1.1 * most}\n")
-    with pytest.warns(BackendWarning, match="computes graph 'step' wrongly"):
-        assert OpenVinoBackend(1, precision=precision).load(bundle, "step").executor.library == "ONNX Runtime"
+    assert len(asked) == 2 and max(asked) < most, "as it was compiled, and from the cache"
+    files = sorted((bundle.path / "engines/openvino-cache").glob("step-*.proof"))
+    assert [file.name.endswith(".cached.proof") for file in files] == [True, False]
+    for file in files:
+        file.write_text(f"{1.1 * most}\n")
+        with pytest.warns(BackendWarning, match="computes graph 'step' wrongly"):
+            assert OpenVinoBackend(1, precision=precision).load(bundle, "step").executor.library == "ONNX Runtime"
+        file.write_text(f"{0.9 * most}\n")
 
 
 def test_a_large_graph_or_one_without_onnxruntime_is_not_compared(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,19 +420,28 @@ def test_generate_and_a_pipeline_take_it_by_name(
 
 
 @pytest.mark.slow
-def test_a_video_of_the_demo_is_the_same_in_float32_and_close_in_bfloat16(demo: Path) -> None:
+@pytest.mark.filterwarnings("ignore:OpenVINO computes graph .* wrongly")
+@pytest.mark.parametrize("system, inputs", [
+    ("", {"image": "red_star.png", "prompt": "a red star bounces in place"}),
+    ("motionclone", {"prompt": "a red ball moves to the right"}),
+    ("motion_i2v", {"image": "red_star.png", "prompt": "a red star moves to the right"}),
+])  # fmt: skip
+def test_a_video_of_each_demo_is_the_same_in_float32_and_close_in_bfloat16(
+    system: str, inputs: dict[str, Any], tmp_path: Path
+) -> None:
     from PIL import Image
 
-    still = np.asarray(Image.open(ROOT / "demo/inputs/red_star.png").convert("RGB"))
-    frames = {}
+    if "image" in inputs:
+        inputs = inputs | {"image": np.asarray(Image.open(ROOT / "demo/inputs" / inputs["image"]).convert("RGB"))}
+    place, frames = ROOT / "demo" / system, {}
+    bundle = shutil.copytree(place / "bundle", tmp_path / "bundle")
     for backend, precision in (("onnxruntime", None), ("openvino", None), ("openvino", "bfloat16")):
         if precision is not None and not able(precision):
             continue
-        options = {"backend": backend, "precision": precision, "threads": 1}
-        with MotionPipeline.from_bundle(demo, ROOT / "demo/memory", **options) as pipeline:
-            frames[backend, precision] = pipeline(still, "a red star bounces in place", seed=3).frames.astype(float)
+        with MotionPipeline.from_bundle(bundle, place / "memory", backend=backend, precision=precision, threads=1) as pipeline:
+            frames[backend, precision] = pipeline(**inputs, seed=3).frames.astype(float)
     want = frames.pop(("onnxruntime", None))
     assert np.abs(frames.pop(("openvino", None)) - want).max() <= 1
     for rounded in frames.values():
         decibels = 10 * np.log10(255**2 / max(float(np.square(rounded - want).mean()), 1e-9))
-        assert decibels > 45, decibels  # over 48 videos it was 55.6
+        assert decibels > 45, decibels  # measured: 55.0, 54.9, 59.5
