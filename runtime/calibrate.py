@@ -23,15 +23,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motionrt.runtime.bundle.bundle import Bundle
-from motionrt.runtime.bundle.manifest import Approximation, ImageInput
-from motionrt.runtime.errors import BundleError, InputError, shown
-from motionrt.runtime.files import replacing, sealed, sha256_of
+from motionrt.runtime.bundle.manifest import Approximation, ImageInput, TextInput
+from motionrt.runtime.errors import BundleError, InputError, MediaError, shown
+from motionrt.runtime.files import here, replacing, sealed, sha256_of
 from motionrt.runtime.indexing.encoders import cut
-from motionrt.runtime.memory.memory import MotionMemory
+from motionrt.runtime.memory.memory import MotionMemory, Reference
 from motionrt.runtime.memory.search import Search
 from motionrt.runtime.pipeline import MotionPipeline, Request
 from motionrt.runtime.schedules import extrapolated, pattern, patterns
 
+EQUAL = 61.14  # dB of frames that are equal: those of an error of 0.05, squared, a value
+_LEAST_ERROR = 0.05
 _TRIED = "calibrated"  # the name of a schedule while it is tried
 _LISTED = 'Give a list of objects with inputs of the bundle, such as [{"image": "star.png", "prompt": "a star turns"}]'
 Say = Callable[[str], object]
@@ -69,8 +71,8 @@ def calibrate(
     """
     if not requests:
         raise InputError("there are no requests to calibrate with; give one or more.")
-    if not math.isfinite(least) or least <= 0:
-        raise InputError(f"at least {shown(least)} dB is asked for; allowed is any number above 0, such as 50.")
+    if not 0 < least <= EQUAL:
+        raise InputError(f"at least {shown(least)} dB is asked for; allowed are 0 to {EQUAL} (equal frames), such as 50.")
     bundle = pipeline.bundle
     loop = extrapolating(bundle)
     schedule = bundle.schedule(loop, solver, steps)
@@ -109,32 +111,49 @@ def extrapolating(bundle: Bundle) -> str:
 
 
 def decibels(frames: NDArray[np.uint8], exact: NDArray[np.uint8]) -> float:
-    """The peak signal-to-noise ratio of uint8 frames, in dB; of equal ones 99."""
+    """The peak signal-to-noise ratio of uint8 frames, in dB; of equal ones `EQUAL`."""
     error = float(np.mean((frames.astype(np.float64) - exact) ** 2))
-    return 99.0 if error == 0 else 10 * math.log10(255**2 / error)
+    return 10 * math.log10(255**2 / max(error, _LEAST_ERROR))
 
 
-def requests_of(
-    bundle: Bundle, memory: MotionMemory, count: int, folder: Path = Path()
-) -> list[Request]:
-    """`count` requests made of clips of a memory, evenly over it: a clip's first picture and caption, and the motion of others:
-    clips of the same file are left out of the search. folder: where relative sources start.
-
-    Raises `InputError` for a bundle that takes no still, `MediaError` for a file that is gone.
-    """
-    spec = bundle.manifest.memory
-    stills = [name for name, one in bundle.manifest.inputs.items() if isinstance(one, ImageInput)]
-    if spec is None or not stills:
-        raise InputError(f"bundle '{bundle.name}' takes no still or no clips, and so clips make no requests; give requests.")
+def some_clips(memory: MotionMemory, count: int, first: int = 0) -> list[int]:
+    """Ids of up to `count` clips, evenly over a memory: every second of twice as many, from number `first`, 0 or 1, on: those
+    from 1 on are others than those from 0 on. `InputError` for a memory of fewer than two: one's motion is another's."""
     ids = memory.ids()
-    chosen = ids[np.unique(np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(int))]
-    found = []
-    for number, clip in enumerate(memory.get([int(one) for one in chosen])):
-        video = cut(spec, folder / clip.source, clip.start, None).video
-        still = np.clip(np.rint((video[0].transpose(1, 2, 0) + 1) * 127.5), 0, 255).astype(np.uint8)
-        others = Search(exclude_source=[clip.source])
-        found.append(Request({stills[0]: still, spec.text: clip.caption}, seed=number, search=others))
-    return found
+    if len(ids) < 2:
+        raise InputError(f"the motion memory holds {len(ids)} clips; calibrating takes 2 or more: one's motion is another's.")
+    places = np.unique(np.linspace(0, len(ids) - 1, 2 * count).astype(int))
+    return [int(number) for number in ids[places][first::2]]
+
+
+def requests_of(bundle: Bundle, memory: MotionMemory, clips: Sequence[int]) -> list[Request]:
+    """The requests that clips of a memory make: a clip's first picture and caption, and the motion of others: clips of the same
+    file are left out of the search. Raises `MediaError` where a clip's file is gone."""
+    spec, every = bundle.manifest.memory, bundle.manifest.inputs
+    assert spec is not None
+    texts = [name for name, one in every.items() if isinstance(one, TextInput) and one.default is None]
+    stills = [name for name, one in every.items() if isinstance(one, ImageInput)][:1]
+    made = []
+    for seed, clip in enumerate(memory.get(list(clips))):
+        inputs: dict[str, Any] = dict.fromkeys(texts, clip.caption)
+        if stills:
+            video = cut(spec, _file_of(clip, memory), clip.start, None).video
+            picture = np.clip(np.rint((video[0].transpose(1, 2, 0) + 1) * 127.5), 0, 255).astype(np.uint8)
+            inputs |= dict.fromkeys(stills, np.ascontiguousarray(picture))
+        made.append(Request(inputs, seed, search=Search(exclude_source=[clip.source])))
+    return made
+
+
+def _file_of(clip: Reference, memory: MotionMemory) -> Path:
+    """The file of a clip; a relative one lies below this folder, or below that of the memory."""
+    beside = memory.path.absolute().parent
+    for folder in (here(), beside):
+        if (folder / clip.source).is_file():
+            return folder / clip.source
+    raise MediaError(
+        f"the video file {clip.source} of clip {clip.id} is neither below {here()} nor below {beside}. Calibrating takes the"
+        " first pictures of clips: go to the folder that the memory was made in, or restore the file."
+    )
 
 
 def requests_in(pipeline: MotionPipeline, file: Path) -> list[Request]:

@@ -25,9 +25,10 @@ from motionrt.benchmarks import harness
 from motionrt.benchmarks.approximate.bench_quality import build_forms, schedules, with_forms
 from motionrt.benchmarks.approximate.recipes import RECIPES
 from motionrt.benchmarks.pipeline import DEMO
+from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.calibrate import Found, extrapolating, with_schedule
 from motionrt.runtime.errors import MotionRTError
-from motionrt.runtime.pipeline import MotionPipeline
+from motionrt.runtime.pipeline import MotionPipeline, Request
 from motionrt.runtime.schedules import pattern
 
 Floats = NDArray[np.float32]
@@ -168,11 +169,13 @@ def main(arguments: list[str] | None = None) -> None:
                 ways = ours(with_forms(Path(folder)), DEMO / "memory", asked, steps, found, options)
                 measure(ways, "demo", steps, options)
             continue
-        from motionrt.benchmarks.approximate.mid_bundle import given, mid_bundle
+        from motionrt.benchmarks.approximate.mid_bundle import CALIBRATED, given, mid_bundle
         from motionrt.benchmarks.models.mid_models import MODELS
+        from motionrt.export.engines.calibration import measure_scales
 
         model = MODELS[options.model]
-        bundle = mid_bundle(model, tuple(options.steps), options.work)
+        bundle = mid_bundle(model, options.work)
+        measure_scales(Bundle.open(bundle), ["step"], [Request({}, given=given(model), steps=CALIBRATED)])
         build_forms(bundle)
         ways = ours(bundle, None, {"given": given(model)}, steps, found, options)
         measure(ways | rivals(model, steps, options), model.name, steps, options)

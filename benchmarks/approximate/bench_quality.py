@@ -4,7 +4,7 @@
     .venv-dev/bin/python benchmarks/approximate/bench_quality.py --steps 50 --targets 12 --results /tmp/rows     # a look
 
 Targets are those of demo/evaluate.py, which no training and no calibration saw: `--targets` of each of two splits, with four
-retrieved clips. *dB* is of all pixels of a video against the exact loop of the same steps (equal ones: 99); *EPE* is the
+retrieved clips. *dB* is of all pixels of a video against the exact loop of the same steps (equal ones: 61); *EPE* is the
 end-point error against the target, in px, and its difference is paired by target; PSNR and SSIM are of the object. Intervals
 are 95 % bootstraps over targets. Steps are left out by the schedule that `motionrt schedule calibrate` finds on the clips of
 the demo's memory for a budget; int8 forms are built here, calibrated on the same clips.
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from motionrt.benchmarks import harness
 from motionrt.benchmarks.approximate.recipes import RECIPES, Recipe
 from motionrt.benchmarks.pipeline import DEMO
-from motionrt.runtime.calibrate import Found, calibrate, decibels, extrapolating, requests_of, with_schedule
+from motionrt.runtime.calibrate import Found, calibrate, decibels, extrapolating, requests_of, some_clips, with_schedule
 from motionrt.runtime.errors import InputError, MotionRTError
 from motionrt.runtime.memory.memory import MotionMemory
 from motionrt.runtime.pipeline import MotionPipeline
@@ -39,7 +39,7 @@ Frames = NDArray[np.uint8]
 def with_forms(folder: Path) -> Path:
     """A copy of the demo's bundle with the int8 forms of its steps, where they can be built."""
     bundle = Path(shutil.copytree(DEMO / "bundle", folder / "bundle"))
-    build_forms(bundle, "--calibrate", str(DEMO / "memory"), "--sources", str(DEMO))
+    build_forms(bundle, "--calibrate", str(DEMO / "memory"))
     return bundle
 
 
@@ -57,7 +57,7 @@ def schedules(bundle: Path, steps: int) -> dict[float, Found]:
     found = dict[float, Found]()
     with MotionPipeline.from_bundle(bundle, DEMO / "memory", threads=1) as pipeline:
         assert isinstance(pipeline.memory, MotionMemory)
-        asked = requests_of(pipeline.bundle, pipeline.memory, 8, DEMO)
+        asked = requests_of(pipeline.bundle, pipeline.memory, some_clips(pipeline.memory, 8))
         for budget in sorted({recipe.budget for recipe in RECIPES if recipe.budget is not None}):
             try:
                 found[budget] = calibrate(pipeline, asked, steps=steps, least=budget)

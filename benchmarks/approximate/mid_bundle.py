@@ -1,6 +1,6 @@
 """A model of mid_models.py as a bundle: its denoising loop alone, so that the runtime, its backends and its builds take it.
 
-    path = mid_bundle(MODELS["cogvideox-mid"], steps=(25, 50), folder)
+    path = mid_bundle(MODELS["cogvideox-mid"], folder)
     with MotionPipeline.from_bundle(path, threads=1) as pipeline:
         pipeline(given=given(MODELS["cogvideox-mid"]), steps=25)
 
@@ -30,6 +30,8 @@ from motionrt.export.systems.system import Array, Network, Step, System
 from motionrt.runtime.bundle.manifest import ColumnInput, NumberInput, Output
 
 GUIDANCE = 3.0
+CALIBRATED = 2  # steps that the scales of static int8 are measured with
+STEPS = (25, 50, CALIBRATED)  # that there are rows for
 OF_ROWS = (*FRAMES, "coefficients", "guidance", "timestep")  # what the loop itself feeds
 
 
@@ -63,17 +65,17 @@ def streamed(module: nn.Module) -> Network:
     return Network(module, weights)
 
 
-def mid_bundle(model: Model, steps: tuple[int, ...], work: Path) -> Path:
-    """The bundle of `model` with schedules of so many steps: what is in `work`, if nothing that it is made of changed."""
+def mid_bundle(model: Model, work: Path) -> Path:
+    """The bundle of `model` with schedules of `STEPS`: what is in `work`, if nothing that it is made of changed."""
     out = work / f"{model.name}-{digest(Path(__file__))}"
     if (out / "bundle.json").exists():
         return out
     print(f"{model.name}: exporting its loop ...", flush=True)
     feed = model.feed()
     arrays = {name: Array(("batch", *value.shape[1:]), value.dtype, 1000) for name, value in feed.items()}
-    sizes = {"batch": BATCH, "steps": Range(1, steps[0], 1000)}
-    rows = {"solver": {count: schedule(model, count) for count in steps}}
-    loop = motionrag_loop(rows, ("solver", steps[0]))
+    sizes = {"batch": BATCH, "steps": Range(1, STEPS[0], 1000)}
+    rows = {"solver": {count: schedule(model, count) for count in STEPS}}
+    loop = motionrag_loop(rows, ("solver", STEPS[0]))
     frames = feed["latents"].shape
     with torch.no_grad():
         export_system(

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from motionrt.benchmarks.report import text
 from motionrt.benchmarks.report.plots import lines
 from motionrt.benchmarks.report.rows import Report, Row, groups
-
-_EQUAL = 99.0  # dB of what is equal
+from motionrt.runtime.calibrate import EQUAL
 
 
 def quality(report: Report) -> list[str]:
@@ -34,7 +33,7 @@ def quality(report: Report) -> list[str]:
         table = text.table(["recipe", "runs of the network", *figures], body)
         parts += [f"### {steps} steps", "", *table, "", text.source(every), ""]
         for name, rows in recipes.items():
-            if rows[0].get("db_mean") < _EQUAL:
+            if rows[0].get("db_mean") < EQUAL:
                 line = series.setdefault(f"{name.partition(', ')[0]}, {steps} steps", [])
                 line.append((rows[0].get("network_runs"), rows[0].get("db_mean")))
     if series:

@@ -111,9 +111,9 @@ def chosen_graphs(bundle: Bundle, options: Options) -> tuple[str, ...]:
     for name in options.graphs:
         if name not in bundle.graphs:
             raise InputError(f"--graphs names '{name}'; this bundle has {', '.join(bundle.graphs)}.")
-    if options.precision is not None and not options.graphs and not bundle.steps:
+    if options.precision is not None and not options.graphs and not bundle.networks:
         raise InputError(f"--precision {options.precision} is for the steps of loops, and this bundle has none. Use --graphs.")
-    return options.graphs or tuple(bundle.graphs if options.precision is None else bundle.steps)
+    return options.graphs or tuple(bundle.graphs if options.precision is None else bundle.networks)
 
 
 @contextmanager

@@ -34,16 +34,16 @@ from motionrt.runtime.backends.seam import Checked
 from motionrt.runtime.backends.sidecar import Sidecar
 from motionrt.runtime.backends.tensorrt.engine_file import Span
 from motionrt.runtime.bundle.bundle import Bundle
+from motionrt.runtime.calibrate import decibels, requests_of, some_clips
 from motionrt.runtime.bundle.manifest import ImageInput, TextInput
 from motionrt.runtime.errors import EngineError, InputError, MediaError
 from motionrt.runtime.files import here, replacing
 from motionrt.runtime.indexing.encoders import cut
 from motionrt.runtime.memory.memory import MotionMemory, Reference
-from motionrt.runtime.pipeline import MotionPipeline
+from motionrt.runtime.pipeline import MotionPipeline, Request
 
 PERCENTILE = 99.9  # of the absolute values of one activation in one call; on the demo 3 dB better than the largest
 QUALITY_REQUESTS = 4
-LEAST_ERROR = 0.05  # mean square, of 255 levels: identical frames count as 61.1 dB
 FOLDER = "scales"
 
 
@@ -111,21 +111,30 @@ def find_scales(
             )
         return found
     with MotionMemory.open(memory, readonly=True) as opened:
-        digest, clips = opened.digest(), tuple(_clips(opened, requests, 0))
-    if set(found) == set(names) and all((one.memory, one.clips) == (digest, clips) for one in found.values()):
-        return found
+        digest, clips = opened.digest(), tuple(some_clips(opened, requests))
+        if set(found) == set(names) and all((one.memory, one.clips) == (digest, clips) for one in found.values()):
+            return found
+        asked = requests_of(bundle, opened, clips)
+        return measure_scales(bundle, names, asked, opened, clips, listen)
+
+
+def measure_scales(
+    bundle: Bundle, names: Sequence[str], requests: Sequence[Request], memory: MotionMemory | None = None,
+    clips: tuple[int, ...] = (), listen: Listener = lambda event: None,
+) -> dict[str, Scales]:  # fmt: skip
+    """The scales of graphs, measured with `requests` and kept; `clips`: those of `memory` that these were made of."""
     watch = _Watching(names)
-    with MotionPipeline.from_bundle(bundle.path, memory, backend=watch) as pipeline:
-        for place, request in enumerate(clip_requests(pipeline, memory, clips)):
-            listen(Event(names[0], "calibrating", place, len(clips)))
-            pipeline(**request)
+    pipeline = MotionPipeline(bundle, watch, memory)
+    for place, request in enumerate(requests):
+        listen(Event(names[0], "calibrating", place, len(requests)))
+        pipeline.result(pipeline.start(request))
     made = {}
     for name, (amax, top) in watch.seen.items():
         spec = bundle.graph(name)
         made[name] = Scales(
             folder=bundle.path / "engines" / FOLDER, graph=name, dtype="float32", motionrt=motionrt.__version__,
-            onnx_sha256=spec.sha256, weights_sha256=spec.weights_sha256, recipe_sha256=recipe, amax=amax, top=top, clips=clips,
-            memory=digest, percentile=PERCENTILE,
+            onnx_sha256=spec.sha256, weights_sha256=spec.weights_sha256, recipe_sha256=_recipe(), amax=amax, top=top, clips=clips,
+            memory="" if memory is None else memory.digest(), percentile=PERCENTILE,
         )  # fmt: skip
         made[name].folder.mkdir(parents=True, exist_ok=True)
         with replacing(made[name].folder / f"{name}.scales", EngineError) as temporary:
@@ -137,61 +146,15 @@ def measure(
     bundle: Bundle, memory: Path, forms: Mapping[str, OnnxForm], requests: int, listen: Listener = lambda event: None
 ) -> Quality:
     """What `forms` do to videos of clips that calibration with `requests` clips leaves out, as ONNX Runtime computes them."""
-    with MotionMemory.open(memory, readonly=True) as opened:
-        clips = tuple(_clips(opened, requests, 1))[:QUALITY_REQUESTS]
     heard = []
-    with ExitStack() as stack:
-        exact, ours = (
-            stack.enter_context(MotionPipeline.from_bundle(bundle.path, memory, backend=backend))
-            for backend in (OnnxRuntimeBackend(), _Forms(forms))
-        )
-        for place, request in enumerate(clip_requests(exact, memory, clips)):
+    with MotionMemory.open(memory, readonly=True) as opened:
+        clips = some_clips(opened, requests, 1)[:QUALITY_REQUESTS]
+        exact, ours = (MotionPipeline(bundle, backend, opened) for backend in (OnnxRuntimeBackend(), _Forms(forms)))
+        for place, request in enumerate(requests_of(bundle, opened, clips)):
             listen(Event(next(iter(forms)), "measuring quality", place, len(clips)))
-            heard.append(psnr(exact(**request).frames, ours(**request).frames))
+            want, got = (pipeline.result(pipeline.start(request)).frames for pipeline in (exact, ours))
+            heard.append(decibels(got, want))
     return Quality(round(float(np.mean(heard)), 2), len(heard))
-
-
-def psnr(want: NDArray[np.uint8], got: NDArray[np.uint8]) -> float:
-    """PSNR over all pixels of a video, dB; 61.1 for identical ones."""
-    error = float(np.mean((want.astype(np.float64) - got) ** 2))
-    return float(10 * np.log10(255**2 / max(error, LEAST_ERROR)))
-
-
-def clip_requests(pipeline: MotionPipeline, memory: Path, clips: Sequence[int]) -> list[dict[str, Any]]:
-    """The requests that clips of a memory make, as arguments of a pipeline. Raises `MediaError` where a clip's file is gone."""
-    manifest = pipeline.bundle.manifest
-    assert manifest.memory is not None and isinstance(pipeline.memory, MotionMemory)
-    texts = [name for name, spec in manifest.inputs.items() if isinstance(spec, TextInput) and spec.default is None]
-    stills = [name for name, spec in manifest.inputs.items() if isinstance(spec, ImageInput)][:1]
-    made = []
-    for seed, clip in enumerate(pipeline.memory.get(list(clips))):
-        request: dict[str, Any] = dict.fromkeys(texts, clip.caption) | {"seed": seed, "exclude_source": clip.source}
-        if stills:
-            video = cut(manifest.memory, _source(clip, memory), clip.start, None).video
-            picture = np.rint((video[0].transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8)
-            request |= dict.fromkeys(stills, np.ascontiguousarray(picture))
-        made.append(request)
-    return made
-
-
-def _source(clip: Reference, memory: Path) -> Path:
-    """The file of a clip; a relative one lies below this folder, or below that of the memory."""
-    for folder in (here(), memory.absolute().parent):
-        if (folder / clip.source).is_file():
-            return folder / clip.source
-    raise MediaError(
-        f"the video file {clip.source} of clip {clip.id} is neither below {here()} nor below {memory.absolute().parent}. "
-        "Calibrating takes the first pictures of clips: go to the folder that the memory was made in, or restore the file."
-    )
-
-
-def _clips(memory: MotionMemory, requests: int, first: int) -> list[int]:
-    """Ids of clips, evenly over the memory: every second of twice as many as `requests`, from the first or second on."""
-    ids = memory.ids()
-    if len(ids) < 2:
-        raise InputError(f"the motion memory holds {len(ids)} clips; calibrating takes 2 or more: one's motion is another's.")
-    places = np.unique(np.linspace(0, len(ids) - 1, 2 * requests).astype(int))
-    return [int(number) for number in ids[places][first::2]]
 
 
 def _recipe() -> str:

@@ -98,6 +98,12 @@ class Bundle:
         """
         return list(dict.fromkeys(graph for loop in self.manifest.loops.values() if loop.feeds for graph in loop.graphs))
 
+    @property
+    def networks(self) -> list[str]:
+        """The `steps` that run a network: those that extrapolate run none."""
+        left_out = {loop.extrapolates for loop in self.manifest.loops.values()}
+        return [graph for graph in self.steps if graph not in left_out]
+
     def in_loop(self, graph: str) -> bool:
         """Whether `graph` is one of `steps`, or what one is compared with."""
         return graph in self.steps or any(loop.plain == graph for loop in self.manifest.loops.values())

@@ -29,7 +29,6 @@ def schedule_calibrate(
         float, typer.Option("--at-least", metavar="DB", help="How near to the exact frames the worst request stays, in dB.")
     ] = 50.0,
     clips: Annotated[int, typer.Option(min=1, help="Requests that are made of clips of the memory.")] = 8,
-    sources: Annotated[Path, typer.Option(help="Folder where relative sources of the memory's clips start.")] = Path(),
     requests: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="Requests of your own instead: a list of objects with inputs.")
     ] = None,
@@ -46,17 +45,17 @@ def schedule_calibrate(
 
     \b
     Examples:
-      motionrt schedule calibrate demo/bundle -m demo/memory --sources demo --steps 25 --at-least 50
+      motionrt schedule calibrate demo/bundle -m demo/memory --steps 25 --at-least 50
       motionrt generate -b demo/bundle -m demo/memory -i star.png -p "a star turns" --solver quick -o star.mp4
     """
-    from motionrt.runtime.calibrate import calibrate, keep, requests_in, requests_of
+    from motionrt.runtime.calibrate import calibrate, keep, requests_in, requests_of, some_clips
     from motionrt.runtime.memory.memory import MotionMemory
 
     with open_pipeline(bundle, memory or [], run_options) as pipeline:
         if requests is not None:
             asked = requests_in(pipeline, requests)
         elif isinstance(pipeline.memory, MotionMemory):
-            asked = requests_of(pipeline.bundle, pipeline.memory, clips, sources)
+            asked = requests_of(pipeline.bundle, pipeline.memory, some_clips(pipeline.memory, clips))
         else:
             raise InputError("requests are made of the clips of one motion memory: give --memory, or --requests FILE.json.")
         found = calibrate(pipeline, asked, solver=solver, steps=steps, least=at_least, say=echo)
