@@ -165,11 +165,11 @@ def test_inspect_shows_what_was_built_and_its_quality(path: Path, run: Run) -> N
 
 
 def test_a_device_without_kernels_is_refused() -> None:
-    with pytest.raises(InputError, match="precision is 'fp8'; onnxruntime takes float32, float16, bfloat16, int8"):
+    with pytest.raises(InputError, match="precision is 'fp8'; it must be one of float32, float16, bfloat16, int8"):
         open_backend(RunOptions(precision="fp8"))
     with pytest.raises(InputError, match="precision is 'int8' on cuda; ONNX Runtime computes in int8 on the CPU alone"):
         OnnxRuntimeBackend(1, "cuda", precision="int8")
-    with pytest.raises(InputError, match="precision is 'int8'; torch takes float32, float16, bfloat16"):
+    with pytest.raises(InputError, match="precision is 'int8'; it must be one of float32, float16, bfloat16"):
         open_backend(RunOptions("torch", precision="int8"))
 
 
