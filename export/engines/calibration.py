@@ -110,8 +110,9 @@ def find_scales(
                 "graph or version. Measure them: --calibrate MEMORY, a motion memory whose clips' files are there."
             )
         return found
+    clips = calibration_clips(memory, requests)
     with MotionMemory.open(memory, readonly=True) as opened:
-        digest, clips = opened.digest(), tuple(_clips(opened, requests, 0))
+        digest = opened.digest()
     if set(found) == set(names) and all((one.memory, one.clips) == (digest, clips) for one in found.values()):
         return found
     watch = _Watching(names)
@@ -172,6 +173,12 @@ def clip_requests(pipeline: MotionPipeline, memory: Path, clips: Sequence[int]) 
             request |= dict.fromkeys(stills, np.ascontiguousarray(picture))
         made.append(request)
     return made
+
+
+def calibration_clips(memory: Path, requests: int) -> tuple[int, ...]:
+    """Ids of the clips that calibration with so many requests takes."""
+    with MotionMemory.open(memory, readonly=True) as opened:
+        return tuple(_clips(opened, requests, 0))
 
 
 def _source(clip: Reference, memory: Path) -> Path:
