@@ -264,6 +264,14 @@ def build(
         ),
     ] = None,
     requests: Annotated[int, typer.Option(min=1, help="How many requests --calibrate makes for the scales.")] = 8,
+    least_db: Annotated[
+        float | None,
+        typer.Option(
+            "--least-db",
+            help="Of --flavor onnxruntime or openvino: leave the products that cost most as they are until --calibrate "
+            "measures this quality. Slow: every product is tried alone.",
+        ),
+    ] = None,
     graphs: Annotated[
         list[str] | None,
         typer.Option("--graphs", "-g", help="Only these graphs; commas, or again. Else all, or with --precision the steps."),
@@ -302,6 +310,8 @@ def build(
         raise InputError("--calibrate is for what is in 8 bits: give --precision int8 or fp8 with it, or leave it away.")
     if precision is not None and flavor in FORMS and dtype not in (None, "float32"):
         raise InputError(f"--dtype is {dtype!r}; with --flavor {flavor} --precision {precision} it is float32: leave it away.")
+    if least_db is not None and flavor not in FORMS:
+        raise InputError(f"--least-db is for --flavor {' or '.join(FORMS)}: the quality of engines takes their GPU.")
     options = Options(
         targets=tuple(_split(target or [])),
         flavor=flavor,
@@ -313,6 +323,7 @@ def build(
         precision=precision,
         calibrate=calibrate,
         requests=requests,
+        least_db=least_db,
     )
     start = time.perf_counter()
     made: Iterator[Built] | Iterator[Formed]
@@ -346,7 +357,8 @@ def _line(item: Built | Formed) -> str:
         rest = "; up to date" if item.cached else ""
         form = item.form
         if form.products:
-            rest = f", {form.products} products; {form.quality or 'quality not measured (--calibrate MEMORY)'}{rest}"
+            left = f" ({len(form.left)} left as they are)" if form.left else ""
+            rest = f", {form.products} products{left}; {form.quality or 'quality not measured (--calibrate MEMORY)'}{rest}"
         return f"{form.graph}: {item.bytes / MIB:.1f} MiB in {form.dtype}{rest}"
     file = item.file
     text = f"{file.graph}: {file.engine_bytes / MIB:.1f} MiB, {file.attentions} attentions"

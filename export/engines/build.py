@@ -51,7 +51,7 @@ class Options:
 
     `precision`: "int8" or "fp8" puts the products of a graph into 8 bits, in a network of `dtype` (quantised.py); None: all is
     in `dtype`. `calibrate`: the motion memory that scales, or quality, are measured with; None: with those that are there.
-    `requests`: how many of its clips.
+    `requests`: how many of its clips. `least_db`: of forms, the quality for which products are left as they are.
     """
 
     targets: tuple[str, ...]
@@ -64,6 +64,7 @@ class Options:
     precision: str | None = None
     calibrate: Path | None = None
     requests: int = 8
+    least_db: float | None = None
 
 
 @dataclass(frozen=True)

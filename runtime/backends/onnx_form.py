@@ -44,7 +44,7 @@ class OnnxForm(Sidecar, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One form. `files`: name -> SHA-256 of each of its files; `flavor`: whom it is for.
 
     Of one in 8 bits also: `products`: how many matrix products are; `scales_sha256`: digest of the measured scales, "" where
-    none are needed; `quality`: None where it was not measured.
+    none are needed; `quality`: None where it was not measured; `left`: weights whose products were left out for its sake.
     """
 
     kind = "form of graph"
@@ -54,6 +54,7 @@ class OnnxForm(Sidecar, frozen=True, forbid_unknown_fields=True, kw_only=True):
     products: int = 0
     scales_sha256: str = ""
     quality: Quality | None = None
+    left: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.flavor not in FORMS:

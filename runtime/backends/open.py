@@ -70,7 +70,7 @@ def open_backend(options: RunOptions = RunOptions()) -> Backend:
         raise InputError(f"{what}. Use the backend {TENSORRT.name}.")
     allowed = (*WEIGHTS, *EIGHT_BITS.get(name, ()))
     if options.precision is not None and options.precision not in allowed:
-        raise InputError(f"precision is {shown(options.precision)}; {name} takes {', '.join(allowed)}.")
+        raise InputError(f"precision is {shown(options.precision)}; it must be one of {', '.join(allowed)}.")
     kind = BACKENDS[name]
     fallback = open_backend(RunOptions(threads=options.threads)) if options.allow_onnxruntime else None
     return _OPENS[name](kind.devices[0] if options.device is None else options.device, options, fallback)

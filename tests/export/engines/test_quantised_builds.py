@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,8 @@ def test_forms_of_other_content_are_refused(path: Path) -> None:
         (("--flavor", "onnxruntime", "--precision", "int8", "--target", "sm_89"), "--target and --profile are for engines"),
         (("--flavor", "onnxruntime", "--precision", "int8", "--graphs", "schedule,nothing"), "--graphs names 'nothing'"),
         (("--flavor", "onnxruntime", "--precision", "int8", "--graphs", "encode"), "graph 'encode' cannot be in int8"),
+        (("--flavor", "openvino", "--precision", "int8", "--least-db", 50), "--least-db is for --precision with --cal"),
+        (("--target", "sm_89", "--precision", "int8", "--least-db", 50), "the quality of engines takes their GPU"),
         (("--calibrate", MEMORY), "--calibrate is for what is in 8 bits"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(str(part) for part in value[:5:2]),
@@ -148,6 +151,23 @@ def test_the_command_says_how_many_products_and_what_they_cost(path: Path, run: 
     assert status == 0 and "forms 1" in out
 
 
+@pytest.mark.slow
+def test_products_that_cost_most_are_left_out_until_the_quality_is_there(path: Path) -> None:
+    full = OnnxForm.read(form_folder(path, "int8", "openvino") / "step.form")
+    assert full.quality is not None
+    least = full.quality.db + 1.5
+    options = Options((), "openvino", precision="int8", calibrate=MEMORY, requests=2, least_db=least)
+    (made,) = build_forms(path, options)
+    form = made.form
+    assert not made.cached and form.quality is not None and form.quality.db >= least
+    assert 0 < len(form.left) < 24 and form.products == 24 - len(form.left)
+    (again,) = build_forms(path, options)
+    assert again.cached and again.form == form, "it is not looked for again"
+    with pytest.raises(EngineError, match="no choice of products gives 70 dB in int8: with all of them it is .* and that stays"):
+        list(build_forms(path, replace(options, least_db=70.0)))
+    assert OnnxForm.read(form_folder(path, "int8", "openvino") / "step.form").products == 24
+
+
 def test_inspect_shows_what_was_built_and_its_quality(path: Path, run: Run) -> None:
     status, out, _ = run("inspect", path)
     assert status == 0 and "approximation int8 in step, for onnxruntime: 5" in out and "dB to float32 (n = 2)" in out
@@ -157,11 +177,11 @@ def test_inspect_shows_what_was_built_and_its_quality(path: Path, run: Run) -> N
 
 
 def test_a_device_without_kernels_is_refused() -> None:
-    with pytest.raises(InputError, match="precision is 'fp8'; onnxruntime takes float32, float16, bfloat16, int8"):
+    with pytest.raises(InputError, match="precision is 'fp8'; it must be one of float32, float16, bfloat16, int8"):
         open_backend(RunOptions(precision="fp8"))
     with pytest.raises(InputError, match="precision is 'int8' on cuda; ONNX Runtime computes in int8 on the CPU alone"):
         OnnxRuntimeBackend(1, "cuda", precision="int8")
-    with pytest.raises(InputError, match="precision is 'int8'; torch takes float32, float16, bfloat16"):
+    with pytest.raises(InputError, match="precision is 'int8'; it must be one of float32, float16, bfloat16"):
         open_backend(RunOptions("torch", precision="int8"))
 
 
