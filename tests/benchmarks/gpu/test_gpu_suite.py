@@ -65,7 +65,7 @@ def test_every_stage_runs_on_the_cpu_or_says_why_not(
 
 def options(folder: Path, **changes: Any) -> argparse.Namespace:
     given = {"results": folder, "rounds": 1, "warmups": 0, "toy": False, "here": False, "seconds": 60.0}
-    return argparse.Namespace(**{**given, "flavor": "rtx", "dtype": "float16", **changes})
+    return argparse.Namespace(**{**given, "flavor": "rtx", "dtype": "float16", "precision": None, **changes})
 
 
 def test_a_stage_is_ended_when_its_time_is_up(tmp_path: Path) -> None:
