@@ -23,6 +23,7 @@ from motionrt.export.checkpoints.safetensors_file import Entry, Written, read_he
 from motionrt.runtime.dtypes import DTYPES
 
 INLINE = 1024  # bytes: smaller tensors stay in the graph
+INLINE_SIZES = 1 << 16  # the same of whole numbers, which may be sizes (of the parts of a split): shapes depend on them
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import operator
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
@@ -46,7 +45,7 @@ from motionrt.export.onnx.from_torch import (
 )
 from motionrt.export.onnx.functions import JOINS, translations
 from motionrt.export.onnx.rewrites import rewrite
-from motionrt.export.onnx.stored import INLINE, Computed, names_in, narrowest, store
+from motionrt.export.onnx.stored import INLINE, INLINE_SIZES, Computed, names_in, narrowest, store
 from motionrt.export.onnx.torch_programs import check_program, weights_of, write_program
 from motionrt.runtime.files import replacing
 
@@ -204,7 +203,10 @@ def _stream(
     assert exported is not None
     model = exported.model
     weights: dict[str, Lazy] = {}
-    inline = sys.maxsize if outside else INLINE  # a graph whose weights are elsewhere has no file beside it
+
+    def large(size: int, floating: bool) -> bool:
+        """Whether a tensor of `size` bytes goes into the file beside; a graph whose weights are elsewhere has none."""
+        return not outside and size >= (INLINE if floating else INLINE_SIZES)
 
     def known(name: str) -> Lazy:
         found = value(name)
@@ -216,7 +218,7 @@ def _stream(
         raw = getattr(initializer.const_value, "raw", None)
         if isinstance(raw, FakeTensor):
             weights[name], initializer.const_value = known(name), None  # so that nothing tries to fold it
-        elif isinstance(raw, Tensor) and (name in outside or raw.numel() * raw.element_size() >= inline):
+        elif isinstance(raw, Tensor) and (name in outside or large(raw.nbytes, raw.is_floating_point())):
             weights[name], initializer.const_value = value(name) or InMemory(raw), None
     with _quiet(), torch._subclasses.fake_tensor.unset_fake_temporarily():
         optimise(model)
@@ -224,7 +226,7 @@ def _stream(
         rewrite(model, lambda name: weights[name].read().float().numpy())
         for name, initializer in model.graph.initializers.items():
             held = initializer.const_value
-            if held is not None and held.nbytes >= inline:  # tables that the rewrites made
+            if held is not None and large(held.nbytes, held.dtype.is_floating_point()):  # tables that the rewrites made
                 weights[name], initializer.const_value = InMemory(torch.from_numpy(held.numpy())), None
         weights = {name: lazy for name, lazy in weights.items() if name in model.graph.initializers and name not in outside}
     entry: dict[str, Any] = {}

@@ -152,6 +152,7 @@ def test_the_command_says_how_many_products_and_what_they_cost(path: Path, run: 
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_products_that_cost_most_are_left_out_until_the_quality_is_there(path: Path) -> None:
     full = OnnxForm.read(form_folder(path, "int8", "openvino") / "step.form")
     assert full.quality is not None

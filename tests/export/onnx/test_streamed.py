@@ -77,3 +77,36 @@ def test_streamed_programs_of_every_class_equal_the_module(tmp_path: Path) -> No
         with torch.no_grad():
             want = module(torch.from_numpy(x), torch.tensor([timestep]), torch.from_numpy(hint)).numpy()
         np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+class Modulated(nn.Module):
+    """Many tables of the timestep, each for both rows of a request: what 42 blocks of a transformer read."""
+
+    def __init__(self, tables: int) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Linear(1, 3) for _ in range(tables))
+
+    def forward(self, latents: Tensor, timestep: Tensor) -> Tensor:
+        x = paired(latents[:, None], 1 - latents[:, None])[:, 0]
+        for table in self.tables:
+            x = x * repeated(table(timestep[:, None]).unsqueeze(1), 2)
+        return x.unflatten(0, (-1, 2)).sum(1)
+
+
+def test_sizes_of_many_parts_stay_in_the_graph(tmp_path: Path) -> None:
+    """Shapes depend on them: the checker refuses a graph whose split has its sizes in another file."""
+    module, tables = Modulated(200).eval(), 200  # 200 sizes are more bytes than small weights
+    inputs = {"latents": torch.randn(2, 4, 3), "timestep": torch.rand(2)}
+    weights = {name: InMemory(value.detach()) for name, value in module.named_parameters()}
+    with meta():
+        empty = Modulated(tables)
+    cut = fake_partition(empty, tuple(inputs.values()), {"latents": "step", "timestep": "schedule"}, outputs=("out",), batch=4)
+    sizes = {"batch": Range(1, 1, 4), "steps": Range(1, 2, 50)}
+    made: dict[str, Any] = {name: value.numpy() for name, value in inputs.items()}
+    for kind in ("schedule", "step"):
+        path = tmp_path / f"{kind}.onnx"
+        stream_program(path, cut, kind, weights.get, sizes)
+        program = cut.programs[kind]
+        results = onnxruntime.InferenceSession(path).run(list(program.outputs), {name: made[name] for name in program.inputs})
+        made |= dict(zip(program.outputs, results, strict=True))
+    np.testing.assert_allclose(made["out"], module(**inputs).detach().numpy(), rtol=1e-4, atol=1e-5)
