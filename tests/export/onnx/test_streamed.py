@@ -93,9 +93,10 @@ class Modulated(nn.Module):
         return x.unflatten(0, (-1, 2)).sum(1)
 
 
+@pytest.mark.slow
 def test_sizes_of_many_parts_stay_in_the_graph(tmp_path: Path) -> None:
     """Shapes depend on them: the checker refuses a graph whose split has its sizes in another file."""
-    module, tables = Modulated(200).eval(), 200  # 200 sizes are more bytes than small weights
+    module, tables = Modulated(130).eval(), 130  # 130 sizes are more bytes than small weights
     inputs = {"latents": torch.randn(2, 4, 3), "timestep": torch.rand(2)}
     weights = {name: InMemory(value.detach()) for name, value in module.named_parameters()}
     with meta():
