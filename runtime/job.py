@@ -632,8 +632,8 @@ def to_frames(video: NDArray[Any]) -> NDArray[np.uint8]:
 def to_preview(look: Preview, value: Any) -> NDArray[np.uint8]:
     """Float `[1, F, C, h, w]`, also on a device, to uint8 `[F, h, w, 3]` by the linear map of a preview; what is not finite is
     grey."""
-    latents = np.asarray(value)[0].astype(np.float32, copy=False)
-    colours = np.einsum("fchw,cr->fhwr", latents, np.asarray(look.factors, np.float32)) + np.asarray(look.bias, np.float32)
+    latents = np.asarray(value)[0].astype(np.float32, copy=False).transpose(0, 2, 3, 1)
+    colours = latents @ np.asarray(look.factors, np.float32) + np.asarray(look.bias, np.float32)
     pixels: NDArray[np.uint8] = np.clip(np.rint(np.nan_to_num(colours, nan=127.0)), 0, 255).astype(np.uint8)
     return pixels
 

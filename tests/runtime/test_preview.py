@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -206,3 +209,28 @@ def test_a_manifest_with_a_preview_of_nothing_is_refused(copied: Path, change: d
     with pytest.raises(BundleError) as refused:
         Bundle.open(copied)
     assert said in str(refused.value)
+
+
+@pytest.mark.slow
+def test_the_command_makes_the_demos_preview(copied: Path) -> None:
+    def command(*arguments: object) -> str:
+        line = [sys.executable, "-P", "-m", "motionrt", "preview", "calibrate", *map(str, arguments)]
+        done = subprocess.run(line, capture_output=True, text=True, cwd=DEMO.parent, env={**os.environ, "COLUMNS": "120"})
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    want = Bundle.open(copied).manifest.loops["video"].preview
+    before = (copied / "bundle.json").read_bytes()
+    asked = (copied, "-m", "demo/memory", "--sources", "demo")
+    out = command(*asked, "--clips", FITTED, "--dry-run")
+    assert f"of {FITTED} requests" in out and "left as it is" in out and (copied / "bundle.json").read_bytes() == before
+    out = command(*asked, "--clips", FITTED)
+    got = Bundle.open(copied).manifest.loops["video"].preview
+    assert f"kept in {copied}" in out and got is not None and want is not None
+    np.testing.assert_allclose(got.factors, want.factors, rtol=1e-2, atol=0.05)  # of another machine, perhaps
+    for name in ("db_mean", "db_lowest"):
+        assert got.quality[name] == pytest.approx(want.quality[name], abs=0.1)
+    file = copied.parent / "requests.json"
+    still = str(DEMO / "inputs" / "red_star.png")
+    file.write_text(json.dumps([{"image": still, "prompt": "a red star turns", "seed": seed} for seed in range(2)]))
+    assert "of 2 requests" in command(copied, "-m", "demo/memory", "--requests", file)

@@ -42,6 +42,7 @@ _log = logging.getLogger(__name__)
 PAYS = 1.1  # how many times as long jobs must take alone for a batch of them to be run
 _STAGES = ("starting", "retrieving", "conditioning", "denoising", "decoding", "encoding")
 _QUIET = 0.04  # seconds between two reports of one job's steps
+_SHARE = 0.05  # of a job's time that looks at it may take
 
 
 @dataclass(eq=False)
@@ -72,7 +73,7 @@ class _Running:
     step: int = 0
     stage: str = "starting"
     told: float = 0.0
-    looked: float = 0.0
+    look: float = 0.0  # when the next one is due
     seen: int = 0
     fraction: float = 0.0
     batch: int = 1
@@ -332,19 +333,21 @@ class Engine:
     def _look(self, running: _Running) -> bytes | None:
         """What the video of a job's first seed will be, where its bundle can show it, a step was run since the last look, and
         that is long enough ago. No fault of it ends a job."""
-        job, now, last = running.jobs[0], time.monotonic(), running.stage == "decoding"
-        step = len(job.step_seconds)
-        if not self._every or step == running.seen or not last and now - running.looked < self._every:
+        job, start, last = running.jobs[0], time.monotonic(), running.stage == "decoding"
+        step, output = len(job.step_seconds), running.model.pipeline.bundle.manifest.output
+        if not self._every or step == running.seen or not last and start < running.look:
             return None
-        running.looked, running.seen = now, step
-        output = running.model.pipeline.bundle.manifest.output
+        running.seen, shown = step, None
         try:
-            pictures = job.preview()
-            return None if pictures is None else animated(pictures, output.frames / output.fps)
+            if (pictures := job.preview()) is not None:
+                shown = animated(pictures, output.frames / output.fps)
         except Exception:
             _log.exception("a preview could not be made")
-            running.looked = float("inf")  # nor will the next
-            return None
+            running.look = float("inf")  # nor will the next
+        else:
+            end = time.monotonic()
+            running.look = end + max(self._every, (end - start) / _SHARE)
+        return shown
 
     def _write(self, running: _Running) -> None:
         """Write what a job gave, and say that it is over; in the writer's thread."""

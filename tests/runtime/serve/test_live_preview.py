@@ -78,17 +78,17 @@ def test_a_worker_shows_steps_now_and_then_and_makes_the_same_frames(
     still, asked = DEMO / "inputs" / "red_star.png", list[int]()
     preview = Job.preview
     monkeypatch.setattr(Job, "preview", lambda job: (asked.append(len(job.step_seconds)), preview(job))[1])
-    often, shown = run_one(tmp_path / "often", still, 1e-6, steps=20, n=2)
+    often, shown = run_one(tmp_path / "often", still, 1e-6, steps=50, n=2)
     looks = [one for one in often if one.preview is not None]
     assert len(looks) >= 3 and [one.step for one in looks] == sorted({one.step for one in looks})
     assert {one.stage for one in looks} == {"denoising", "decoding"}
     assert all(len(pictures(one.preview or b"")) == 5 for one in looks)
     assert looks[-1].preview != looks[0].preview
     asked.clear()
-    rarely, same = run_one(tmp_path / "rarely", still, 1000.0, steps=20, n=2)
+    rarely, same = run_one(tmp_path / "rarely", still, 1000.0, steps=50, n=2)
     assert len([one for one in rarely if one.preview]) == 2  # the first step, and the last before it is decoded
     asked.clear()
-    never, hidden = run_one(tmp_path / "never", still, 0.0, steps=20, n=2)
+    never, hidden = run_one(tmp_path / "never", still, 0.0, steps=50, n=2)
     assert not any(one.preview for one in never) and asked == []
     assert shown.result["frames_sha256"] == same.result["frames_sha256"] == hidden.result["frames_sha256"]
 
