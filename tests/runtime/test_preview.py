@@ -214,14 +214,14 @@ def test_a_manifest_with_a_preview_of_nothing_is_refused(copied: Path, change: d
 @pytest.mark.slow
 def test_the_command_makes_the_demos_preview(copied: Path) -> None:
     def command(*arguments: object) -> str:
-        line = [sys.executable, "-P", "-m", "motionrt", "preview", "calibrate", *map(str, arguments)]
+        line = [sys.executable, "-P", "-m", "motionrt", *map(str, arguments)]
         done = subprocess.run(line, capture_output=True, text=True, cwd=DEMO.parent, env={**os.environ, "COLUMNS": "120"})
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     want = Bundle.open(copied).manifest.loops["video"].preview
     before = (copied / "bundle.json").read_bytes()
-    asked = (copied, "-m", "demo/memory", "--sources", "demo")
+    asked = ("preview", "calibrate", copied, "-m", "demo/memory", "--sources", "demo")
     out = command(*asked, "--clips", FITTED, "--dry-run")
     assert f"of {FITTED} requests" in out and "left as it is" in out and (copied / "bundle.json").read_bytes() == before
     out = command(*asked, "--clips", FITTED)
@@ -233,4 +233,5 @@ def test_the_command_makes_the_demos_preview(copied: Path) -> None:
     file = copied.parent / "requests.json"
     still = str(DEMO / "inputs" / "red_star.png")
     file.write_text(json.dumps([{"image": still, "prompt": "a red star turns", "seed": seed} for seed in range(2)]))
-    assert "of 2 requests" in command(copied, "-m", "demo/memory", "--requests", file)
+    assert "of 2 requests" in command("preview", "calibrate", copied, "-m", "demo/memory", "--requests", file)
+    assert "preview of `x0` in loop video: db_lowest" in command("inspect", copied)
