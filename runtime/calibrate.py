@@ -22,10 +22,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from motionrt.runtime.bundle.bundle import Bundle
+from motionrt.runtime.bundle.bundle import Bundle, rewrite
 from motionrt.runtime.bundle.manifest import Approximation, ImageInput, TextInput
 from motionrt.runtime.errors import BundleError, InputError, MediaError, shown
-from motionrt.runtime.files import here, replacing, sealed, sha256_of
+from motionrt.runtime.files import here, replacing, sha256_of
 from motionrt.runtime.indexing.encoders import cut
 from motionrt.runtime.memory.memory import MotionMemory, Reference
 from motionrt.runtime.memory.search import Search
@@ -216,22 +216,21 @@ def _write(bundle: Bundle) -> None:
     that names it then, and the old file goes last."""
     from safetensors.numpy import save_file
 
-    file = bundle.path / "bundle.json"
-    raw = json.loads(file.read_text(encoding="utf-8"))
     rows = {key: np.ascontiguousarray(value) for key, value in sorted(bundle.tables.items())}
     with replacing(bundle.path / "rows.new", BundleError) as temporary:
         save_file(rows, temporary)
     sha256 = sha256_of(bundle.path / "rows.new")
     tables = f"rows-{sha256[:12]}.safetensors"
     os.replace(bundle.path / "rows.new", bundle.path / tables)
-    for name, loop in bundle.manifest.loops.items():
-        raw["loops"][name]["schedules"] = {key: list(counts) for key, counts in loop.schedules.items()}
-    raw["approximations"] = [_builtins(one) for one in bundle.manifest.approximations]
-    old, raw["tables"] = raw["tables"]["file"], {"file": tables, "sha256": sha256}
-    sealed_before = raw.pop("seal", None) is not None
-    with replacing(file, BundleError) as temporary:
-        temporary.write_text(json.dumps(sealed(raw) if sealed_before else raw, indent=1) + "\n", encoding="utf-8")
-    if old != tables:
+
+    def change(raw: dict[str, Any]) -> None:
+        for name, loop in bundle.manifest.loops.items():
+            raw["loops"][name]["schedules"] = {key: list(counts) for key, counts in loop.schedules.items()}
+        raw["approximations"] = [_builtins(one) for one in bundle.manifest.approximations]
+        raw["tables"] = {"file": tables, "sha256": sha256}
+
+    rewrite(bundle.path, change)
+    if (old := bundle.manifest.tables.file) != tables:
         (bundle.path / old).unlink(missing_ok=True)
 
 

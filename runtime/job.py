@@ -36,6 +36,7 @@ from motionrt.runtime.bundle.manifest import (
     Loop,
     Manifest,
     Node,
+    Preview,
     needed,
     reference_name,
     started,
@@ -128,6 +129,7 @@ class Job:
         self.seed = check_seed(request.seed)
         self.frames: NDArray[np.uint8] | None = None
         self.failure: Exception | None = None  # why it ended before its end, where a scheduler ran it
+        self._shown: tuple[Preview, Any] | None = None  # what the last step gave, where it can be looked at, and how
         self.keep = False  # whether values stay that no call will read any more, for whoever looks at them
         self.seeded = False  # whether the next call is one that another seed would change
         self._drawn = False  # whether such a call was run
@@ -188,6 +190,9 @@ class Job:
         self.seconds[call.graph] = self.seconds.get(call.graph, 0.0) + taken
         if call.loop and self.bundle.in_loop(call.graph):
             self.step_seconds.append(taken)
+        look = self.bundle.manifest.loops[call.loop].preview if call.loop else None
+        if look is not None and look.value in outputs:
+            self._shown = look, outputs[look.value]
         self._advance(outputs)
         if self._call is None and self.frames is not None:  # what was left to do behind the last call is a part of it
             self.seconds[call.graph] += self._host
@@ -211,6 +216,14 @@ class Job:
                 count[table] += len(spans) * (times if table in loop.windows else 1)
         return dict(count)
 
+    def preview(self) -> NDArray[np.uint8] | None:
+        """What the last step says that the video will be, small: uint8 `[F, h, w, 3]`, in the size of the latents.
+
+        None before a step was run, once the job is over, and where no preview was calibrated for the bundle (`motionrt preview
+        calibrate`). It is made when it is asked for, and changes nothing of the job.
+        """
+        return None if self._shown is None else to_preview(*self._shown)
+
     def fork(self, seed: int) -> Job:
         """The same request with another seed, from here on: what is there already (text, search, motion) is not computed again.
 
@@ -222,13 +235,14 @@ class Job:
         other = copy(self)
         other.request, other.seed = replace(self.request, seed=seed), check_seed(seed)
         other.values, other.placed, other.references = dict(self.values), dict(self.placed), list(self.references)
-        other.seconds, other.step_seconds, other._call, other._calls = {}, [], None, other._walk()
+        other.seconds, other.step_seconds, other._shown = {}, [], None
+        other._call, other._calls = None, other._walk()
         return other
 
     def close(self) -> None:
         """Stop: nothing more is run, and what was computed is let go of."""
         self._calls.close()
-        self._call, self.values, self.placed = None, {}, {}
+        self._call, self._shown, self.values, self.placed = None, None, {}, {}
 
     def _advance(self, outputs: Outputs | None) -> None:
         start, told = time.perf_counter(), self._told
@@ -237,6 +251,7 @@ class Job:
         except StopIteration as end:
             if end.value is not None:
                 self.frames = end.value
+            self._shown = None
             self.values, self.placed = dict(self.values) if self.keep else {}, {}
         self._host = time.perf_counter() - start - (self._told - told)
 
@@ -612,6 +627,15 @@ def to_frames(video: NDArray[Any]) -> NDArray[np.uint8]:
         raise BackendError("the decoder gave NaN or infinite values; export the bundle again, or lower the guidance.")
     pixels = np.clip(np.rint((video[0] + 1) * 127.5), 0, 255).astype(np.uint8)
     return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+
+
+def to_preview(look: Preview, value: Any) -> NDArray[np.uint8]:
+    """Float `[1, F, C, h, w]`, also on a device, to uint8 `[F, h, w, 3]` by the linear map of a preview; what is not finite is
+    grey."""
+    latents = np.asarray(value)[0].astype(np.float32, copy=False).transpose(0, 2, 3, 1)
+    colours = latents @ np.asarray(look.factors, np.float32) + np.asarray(look.bias, np.float32)
+    pixels: NDArray[np.uint8] = np.clip(np.rint(np.nan_to_num(colours, nan=127.0)), 0, 255).astype(np.uint8)
+    return pixels
 
 
 def to_field(value: NDArray[Any], frames: int) -> NDArray[np.float32]:

@@ -29,6 +29,7 @@ MAY_KNOW = {
     "scheduler": "errors arguments bundle loop job pipeline",
     "schedules": "errors bundle",
     "calibrate": "errors files bundle memory indexing pipeline schedules",
+    "preview": "errors bundle pipeline job calibrate",
     "serve": "errors files noise bundle media backends memory indexing job pipeline scheduler",
 }  # fmt: skip
 HOPS = ["generate", "Job.__next__", "MotionPipeline.run", "Checked.run", "execute"]

@@ -198,6 +198,7 @@ def test_installed_commands_need_no_repository(
         ["build", bundle, "-t", "sm_1"],
         ["schedule", "calibrate", bundle, "-m", "m"],
         ["schedule", "remove", bundle, "quick"],
+        ["preview", "calibrate", bundle],
         ["serve", "-b", "none", "--store", "store"],
         ["replay", "none.json", "-b", bundle],
         *(["client", *words, "--server", "none"] for words in (["create"], ["list"])),

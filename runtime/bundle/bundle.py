@@ -8,7 +8,8 @@ them. A file that did not change since it was checked is not read again (files.p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -20,12 +21,12 @@ from numpy.typing import NDArray
 from motionrt.runtime.arguments import whole
 from motionrt.runtime.bundle.manifest import Dim, GraphSpec, Manifest, Port, Program, read_manifest
 from motionrt.runtime.errors import BundleError, InputError, shown
-from motionrt.runtime.files import digest_of
+from motionrt.runtime.files import digest_of, replacing, sealed
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["Bundle", "Dim", "GraphSpec", "Port", "Schedule", "verify_file"]
+__all__ = ["Bundle", "Dim", "GraphSpec", "Port", "Schedule", "rewrite", "verify_file"]
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,19 @@ def _span(values: Iterable[int]) -> str:
     if len(ordered) > 2 and ordered == list(range(ordered[0], ordered[-1] + 1)):
         return f"{ordered[0]} to {ordered[-1]}"
     return ", ".join(map(str, ordered))
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change bundle.json of the bundle directory `path`, as it was parsed from JSON; a seal is made anew where there was one.
+
+    The bundle is the old one or the new one at every moment. Raises `BundleError` where it cannot be written.
+    """
+    file = path / "bundle.json"
+    raw = json.loads(file.read_text(encoding="utf-8"))
+    change(raw)
+    was_sealed = raw.pop("seal", None) is not None
+    with replacing(file, BundleError) as temporary:
+        temporary.write_text(json.dumps(sealed(raw) if was_sealed else raw, indent=1) + "\n", encoding="utf-8")
 
 
 def verify_file(bundle: Path, file: str, expected: str, what: str, *, read: bool = False) -> Path:

@@ -366,6 +366,19 @@ class Without(_Strict, frozen=True):
     inputs: tuple[str, ...]
 
 
+class Preview(_Strict, frozen=True):
+    """A cheap look at the video while a loop runs: output `value` of a step, float `[1, F, C, h, w]`, through a linear map.
+
+    The colour of a pixel is `factors` `[C, 3]` times its channels plus `bias` `[3]`: red, green, blue, 0 to 255. `quality`: how
+    near that comes to the frames made as small, as measured.
+    """
+
+    value: str
+    factors: tuple[tuple[float, float, float], ...]
+    bias: tuple[float, float, float]
+    quality: Mapping[str, Any] = {}
+
+
 class Loop(_Strict, frozen=True):
     """Step graphs, what is carried from step to step, and rows of numbers `[T, R]`, whose `columns` have names.
 
@@ -383,7 +396,8 @@ class Loop(_Strict, frozen=True):
 
     `history`: input or output of the step graphs -> ports that are given what it was in the last step, the one before, and so
     on, of those that read no such port themselves; zeros before there was one. `extrapolates`: the step graph that takes the
-    place of the network by that (`runtime/schedules.py` makes rows of it).
+    place of the network by that (`runtime/schedules.py` makes rows of it). `preview`: how a step is looked at, where that was
+    calibrated.
     """
 
     graphs: tuple[str, ...]
@@ -404,6 +418,7 @@ class Loop(_Strict, frozen=True):
     without: Mapping[str, Without] = {}
     history: Mapping[str, tuple[str, ...]] = {}
     extrapolates: str | None = None
+    preview: Preview | None = None
 
     @property
     def as_written(self) -> Loop:
@@ -631,6 +646,11 @@ def _faults(manifest: Manifest) -> Iterator[str]:
                 )
         if loop.extrapolates is not None and loop.extrapolates not in loop.graphs:
             yield f"loop '{name}' extrapolates by '{loop.extrapolates}', which is none of its step graphs"
+        if (look := loop.preview) is not None:
+            shown = [port for graph in {*loop.graphs} & {*graphs} for port in graphs[graph].outputs if port.name == look.value]
+            if not shown or any(len(port.dims) != 5 or port.dims[2].opt != len(look.factors) for port in shown):
+                channels = len(look.factors)
+                yield f"loop '{name}' previews `{look.value}`; a step must give it as [1, F, {channels}, h, w]"
         for graph in {*loop.graphs} & {*graphs} if loop.history else ():
             ports = {port.name for spec in [graphs[graph]] for port in (*spec.inputs, *spec.outputs)}
             if not ports & loop.remembered and (missing := {*loop.history} - ports):

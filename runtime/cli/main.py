@@ -29,7 +29,7 @@ from motionrt.runtime.cli.common import (
 from motionrt.runtime.cli.doctor import doctor
 from motionrt.runtime.cli.memory import memory_app
 from motionrt.runtime.cli.places import check_output, video_size
-from motionrt.runtime.cli.schedule import schedule_app
+from motionrt.runtime.cli.schedule import preview_app, schedule_app
 from motionrt.runtime.cli.service.client import client_app
 from motionrt.runtime.cli.service.replay import replay
 from motionrt.runtime.cli.service.serve import keys_app, serve
@@ -51,6 +51,7 @@ app = typer.Typer(
 )
 app.add_typer(memory_app, name="memory")
 app.add_typer(schedule_app, name="schedule")
+app.add_typer(preview_app, name="preview")
 app.add_typer(keys_app, name="keys")
 app.add_typer(client_app, name="client")
 

@@ -72,6 +72,10 @@ def picture(bundle: Bundle) -> Iterator[str]:
         quality = ", ".join(f"{key} {value}" for key, value in item.quality.items())
         where = [f"the schedule of loop {loop}" for loop in item.schedules] or item.graphs
         yield f"approximation {item.name} in {', '.join(where)}: {quality}"
+    for name, loop in manifest.loops.items():
+        if (look := loop.preview) is not None:
+            quality = ", ".join(f"{key} {value}" for key, value in look.quality.items())
+            yield f"preview of `{look.value}` in loop {name}: {quality}"
     yield from _built(bundle)
 
 

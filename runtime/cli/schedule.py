@@ -1,9 +1,10 @@
-"""The `motionrt schedule` commands: schedules that leave out steps, found for a budget and kept in the bundle by name."""
+"""What is found with requests of one's own and kept in the bundle: `motionrt schedule`, schedules that leave out steps, and
+`motionrt preview`, a cheap look at a video while it is made."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,11 +13,23 @@ from motionrt.runtime.cli.common import BundleArgument, Memories, Solver, Steps,
 from motionrt.runtime.cli.terminal import echo
 from motionrt.runtime.errors import InputError
 
+if TYPE_CHECKING:
+    from motionrt.runtime.pipeline import MotionPipeline, Request
+
 schedule_app = typer.Typer(
     help="Find schedules that run the network in fewer steps, and keep them in the bundle by name.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+preview_app = typer.Typer(
+    help="Make a cheap look at videos while they are made, and keep it in the bundle.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+Requests = Annotated[
+    Path | None, typer.Option(metavar="FILE.json", help="Requests of your own instead: a list of objects with inputs.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what was found, and leave the bundle as it is.")]
 
 
 @schedule_app.command("calibrate")
@@ -29,12 +42,10 @@ def schedule_calibrate(
         float, typer.Option("--at-least", metavar="DB", help="How near to the exact frames the worst request stays, in dB.")
     ] = 50.0,
     clips: Annotated[int, typer.Option(min=1, help="Requests that are made of clips of the memory.")] = 8,
-    requests: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="Requests of your own instead: a list of objects with inputs.")
-    ] = None,
+    requests: Requests = None,
     steps: Steps = None,
     solver: Solver = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what was found, and leave the bundle as it is.")] = False,
+    dry_run: DryRun = False,
     *,
     run_options: RunOptions,
 ) -> None:
@@ -48,16 +59,10 @@ def schedule_calibrate(
       motionrt schedule calibrate demo/bundle -m demo/memory --steps 25 --at-least 50
       motionrt generate -b demo/bundle -m demo/memory -i star.png -p "a star turns" --solver quick -o star.mp4
     """
-    from motionrt.runtime.calibrate import calibrate, keep, requests_in, requests_of, some_clips
-    from motionrt.runtime.memory.memory import MotionMemory
+    from motionrt.runtime.calibrate import calibrate, keep
 
     with open_pipeline(bundle, memory or [], run_options) as pipeline:
-        if requests is not None:
-            asked = requests_in(pipeline, requests)
-        elif isinstance(pipeline.memory, MotionMemory):
-            asked = requests_of(pipeline.bundle, pipeline.memory, some_clips(pipeline.memory, clips))
-        else:
-            raise InputError("requests are made of the clips of one motion memory: give --memory, or --requests FILE.json.")
+        asked = _asked(pipeline, requests, clips)
         found = calibrate(pipeline, asked, solver=solver, steps=steps, least=at_least, say=echo)
     quality = found.quality
     if not dry_run:
@@ -81,3 +86,50 @@ def schedule_remove(bundle: BundleArgument, name: Annotated[str, typer.Argument(
 
     remove(bundle, name)
     echo(f"{bundle}: {name} is gone")
+
+
+@preview_app.command("calibrate")
+@with_run_options
+def preview_calibrate(
+    bundle: BundleArgument,
+    memory: Memories = None,
+    clips: Annotated[int, typer.Option(min=2, help="Requests that are made of clips of the memory.")] = 4,
+    requests: Requests = None,
+    dry_run: DryRun = False,
+    *,
+    run_options: RunOptions,
+) -> None:
+    """Find the linear map from latents to colours that is most like the frames of a few requests, and keep it.
+
+    From then on `Job.preview()` shows small pictures of the video after any step, and a server shows them while a job runs. No
+    frame changes. How near they come is measured with requests that were not fitted.
+
+    \b
+    Examples:
+      motionrt preview calibrate demo/bundle -m demo/memory
+    """
+    from motionrt.runtime.preview import fit, keep
+
+    with open_pipeline(bundle, memory or [], run_options) as pipeline:
+        found = fit(pipeline, _asked(pipeline, requests, clips), say=echo)
+    if not dry_run:
+        keep(bundle, found)
+    quality = found.preview.quality
+    echo(
+        f"`{found.preview.value}` of loop '{found.loop}', {len(found.preview.factors)} channels: of {quality['requests']}"
+        f" requests, each by a fit to the others, the worst is {quality['db_lowest']:.1f} dB from the frames made as small,"
+        f" the mean {quality['db_mean']:.1f}"
+    )
+    echo("the bundle was left as it is" if dry_run else f"kept in {bundle}")
+
+
+def _asked(pipeline: MotionPipeline, file: Path | None, clips: int) -> list[Request]:
+    """The requests of a file, else as many as `clips` of the clips of the memory."""
+    from motionrt.runtime.calibrate import requests_in, requests_of, some_clips
+    from motionrt.runtime.memory.memory import MotionMemory
+
+    if file is not None:
+        return requests_in(pipeline, file)
+    if isinstance(pipeline.memory, MotionMemory):
+        return requests_of(pipeline.bundle, pipeline.memory, some_clips(pipeline.memory, clips))
+    raise InputError("requests are made of the clips of one motion memory: give --memory, or --requests FILE.json.")

@@ -120,6 +120,8 @@ class Server:
         paths, about = {"events": f"{base}/events"}, self.dispatcher.models.get(video["model"])
         if about and any(spec["kind"] == "image" for spec in about["inputs"].values()):
             paths["input"] = f"{base}/input"
+        if (step := video["motionrt"].get("preview")) is not None:
+            paths["preview"] = f"{base}/preview?step={step}"  # another address for each: a browser would not ask again
         if video["status"] == "completed":
             variants = [name for name in VARIANTS if name != "field" or video["motionrt"].get("field")]
             for index in range(len(video["motionrt"]["seeds"])):
@@ -249,7 +251,7 @@ def _openings(settings: Settings) -> list[Opening]:
     memories = {name: str(Path(path).absolute()) for name, path in settings.memories.items()}
     one = Opening(
         bundles=paths, memories=memories, run_options=dict(settings.run_options), low_memory=settings.low_memory,
-        batch=settings.batch, inexact=settings.batch_rounding, self_test=settings.self_test,
+        batch=settings.batch, inexact=settings.batch_rounding, self_test=settings.self_test, preview=settings.preview,
     )  # fmt: skip
     if settings.devices:
         from msgspec.structs import replace as other

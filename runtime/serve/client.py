@@ -165,11 +165,14 @@ class Client:
             return bytes(answer.read())
 
     def _stream(self, job: str) -> Iterator[dict[str, Any]]:
-        """What each event of one connection says; nothing where the answer is no stream of events."""
+        """What each event of one connection says of the whole job; nothing where the answer is no stream of events."""
         with self._open("GET", f"videos/{_part(job)}/events") as answer:
             if answer.headers.get_content_type() == "text/event-stream":
-                for line in answer:  # of an event only the line `data`, which is whole JSON; a comment begins with a colon
-                    if line.startswith(b"data:") and line.endswith(b"\n"):
+                event = b""
+                for line in answer:  # the line `data` is whole JSON; a comment begins with a colon
+                    if line.startswith(b"event:"):
+                        event = line[6:].strip()
+                    elif line.startswith(b"data:") and line.endswith(b"\n") and event != b"preview":
                         yield json.loads(line[5:])
 
     @contextlib.contextmanager

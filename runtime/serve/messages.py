@@ -18,6 +18,7 @@ class Opening(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker opens: bundles and memories by name (absolute paths), and the fields of `RunOptions` for its device.
 
     batch: most jobs in one call; inexact: also where a batch rounds differently. self_test: a generation before it is ready.
+    preview: seconds between two looks at a job that runs; 0: none.
     """
 
     bundles: dict[str, str]
@@ -27,6 +28,7 @@ class Opening(msgspec.Struct, frozen=True, kw_only=True):
     batch: int = 1
     inexact: bool = False
     self_test: bool = True
+    preview: float = 0.5
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,7 +88,8 @@ class Alive(msgspec.Struct, tag=True, frozen=True):
 
 class Progress(msgspec.Struct, tag=True, kw_only=True):
     """Where a job is. done: the part of its expected time that is over; left: seconds of work to go, both by what this worker
-    measured before. used: seconds that it took of this worker so far."""
+    measured before. used: seconds that it took of this worker so far. preview: what the video will be, as an animated webp, of
+    this step; None where nothing new is shown."""
 
     job: str
     stage: str
@@ -96,6 +99,7 @@ class Progress(msgspec.Struct, tag=True, kw_only=True):
     left: float
     used: float
     references: list[dict[str, Any]] | None = None
+    preview: bytes | None = None
 
 
 class Written(msgspec.Struct, frozen=True):

@@ -21,7 +21,8 @@ class Settings:
     hosts: names that a request may address the server by, any if none is given; origins: of other pages that may use it.
     clips: bytes of a request that brings a clip for a memory; decoding: bytes of memory that reading it may take.
     proxies: addresses and networks (10.0.0.0/8) whose connections are those of many clients, and are not counted.
-    examples: pictures by prompt, which the page offers to begin with.
+    examples: pictures by prompt, which the page offers to begin with. preview: seconds between two previews of a job that runs,
+    of bundles that have them; 0: none.
     """
 
     bundles: Mapping[str, Path]
@@ -34,6 +35,7 @@ class Settings:
     batch: int = 1
     batch_rounding: bool = False
     self_test: bool = True
+    preview: float = 0.5
     keys: Path | None = None
     lifetime: float = 86400.0
     queue: int = 100
@@ -58,6 +60,7 @@ class Settings:
             "queue": (1, 100_000),
             "lifetime": (1, None),
             "storage": (1 << 20, None),
+            "preview": (0, 3600),
         }
         for name, (low, high) in bounds.items():
             value = getattr(self, name)

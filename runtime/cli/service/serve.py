@@ -54,6 +54,9 @@ def serve(
     lifetime: Annotated[float, typer.Option(help="Hours that a finished job is kept.")] = 24.0,
     storage: Annotated[float, typer.Option(help="GiB of finished videos; beyond that the oldest go.")] = 10.0,
     drain: Annotated[float, typer.Option(help="Seconds that running jobs have to end when the server is stopped.")] = 30.0,
+    preview: Annotated[
+        float, typer.Option(help="Seconds between two previews of a job that runs, of bundles that have them; 0: none.")
+    ] = 0.5,
     low_memory: LowMemory = False,
     no_self_test: Annotated[bool, typer.Option("--no-self-test", help="Be ready without having made a video.")] = False,
     no_page: Annotated[bool, typer.Option("--no-page", help="Serve no page, only the API.")] = False,
@@ -88,7 +91,7 @@ def serve(
     settings = Settings(
         bundles=_named(bundle, "bundle"), memories=_named(memory or [], "memory"), store=store.absolute(),
         run_options=asdict(run_options), devices=tuple(devices.split(",")) if devices else (), workers=workers,
-        low_memory=low_memory, batch=batch, batch_rounding=batch_rounding, self_test=not no_self_test,
+        low_memory=low_memory, batch=batch, batch_rounding=batch_rounding, self_test=not no_self_test, preview=preview,
         keys=None if keys is None else keys.absolute(), lifetime=lifetime * 3600, queue=queue, storage=int(storage * 2**30),
         drain=drain, page=not no_page, hosts=tuple(allow_host or ()), origins=tuple(cors_origin or ()),
         proxies=tuple(proxy or ()), log_prompts=log_prompts,

@@ -141,6 +141,8 @@ class Dispatcher:
                 stage = live.progress is None or live.progress.stage != message.stage
                 if message.references is None and live.progress is not None:
                     message.references = live.progress.references
+                if message.preview is not None:
+                    live.preview, message.preview = (message.step, message.preview), None
                 self._charge(live, message.used)
                 live.progress = message
                 live.percent = max(live.percent, min(99, int(100 * message.done)))
@@ -199,7 +201,7 @@ class Dispatcher:
     def _gone(self, worker: Worker) -> None:
         """A worker died: what it had is begun once more, or fails if that is what keeps killing workers."""
         for live in [live for live in self.jobs.values() if live.worker is worker]:
-            live.worker, live.progress = None, None
+            live.leave()
             if live.ending:
                 continue
             if live.cancelling:
@@ -264,7 +266,7 @@ class Dispatcher:
             await asyncio.sleep(0.02)
         for live in [*self.jobs.values()]:
             if live.worker is not None:
-                live.worker, live.progress = None, None
+                live.leave()
                 with contextlib.suppress(sqlite3.Error, OSError):  # else they are begun again at the next start all the same
                     live.row = self.store.requeue(live.row.id, counted=False)
             live.change()

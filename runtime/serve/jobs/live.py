@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 @dataclass(eq=False)
 class Live:
     """A job that is not over, as those who watch it see it. sequence: of its last change; ending: how it ended
-    is known, and perhaps not stored yet."""
+    is known, and perhaps not stored yet. preview: the last one, an animated webp, and the step that it is of."""
 
     row: JobRow
     worker: Worker | None = None
     progress: Progress | None = None
+    preview: tuple[int, bytes] | None = None
     sequence: int = 0
     percent: int = 0
     cancelling: bool = False
@@ -40,6 +41,10 @@ class Live:
     @property
     def priority(self) -> int:
         return self.row.priority
+
+    def leave(self) -> None:
+        """No worker has it any more."""
+        self.worker, self.progress, self.preview = None, None, None
 
     def change(self) -> None:
         self.sequence += 1

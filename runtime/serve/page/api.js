@@ -39,7 +39,7 @@ function askKey(refused) {
 	return asking;
 }
 
-/** Call `news(job)` whenever a job changes, `lost(true or false)` as the connection goes and comes. Returns how to end it. */
+/** Call `news(job)` whenever a job changes, `lost(why or false)` as the connection goes and comes. Returns how to end it. */
 export function follow(job, news, lost) {
 	let source, wait = 500, ended = false;
 	const heard = (now) => {
@@ -62,7 +62,7 @@ export function follow(job, news, lost) {
 		wait = Math.min(wait * 2, 10000);
 		const now = await call(`/v1/videos/${job.id}`).catch((error) => error), failed = now instanceof Error;
 		if (ended || now.status === 404) return;
-		lost(failed);
+		lost(failed && now.message);
 		if (failed) return setTimeout(again, wait);
 		heard(now);
 		if (!ended) open();

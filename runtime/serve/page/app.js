@@ -41,7 +41,7 @@ function use(id) {
 		const over = Object.entries(inputs).filter(([, { kind, image }]) => image === one.name && kind !== "field");
 		if (over[0]) main.push(...drawing(one, over, model));
 	}
-	const seeds = [fields.seed(), fields.choice("n", ["1", "2", "3", "4", "6", "8"], "1")];
+	const seeds = [fields.seed(), fields.choice("n", [..."123468"], "1")];
 	seeds[1].element.firstChild.textContent = "Videos";
 	const [loop, another] = Object.values(loops);
 	if (loop && !another) {
@@ -199,7 +199,7 @@ function draw() {
 	// Only two streams: a browser opens six connections to a server in all. `look` asks for the other jobs.
 	const streams = [job, twin].filter((one) => one && !over(one)).map((one) => one.id);
 	for (const [id, end] of followed) if (!streams.includes(id) && followed.delete(id)) end();
-	const lost = (is) => say($("notice"), is && "The server cannot be reached.");
+	const lost = (why) => say($("notice"), why);
 	for (const id of streams) if (!followed.has(id)) followed.set(id, follow(jobs.get(id), know, lost));
 	arrange($("jobs"), all.map((one) => {
 		const key = one.id + one.status, made = cards.get(key) ?? card(one, on);

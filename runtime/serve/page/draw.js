@@ -1,13 +1,14 @@
 // What is drawn on a picture: drags, which are lines of text too, and a brush, which may also be a file.
 import { button, make } from "./dom.js";
-import { field } from "./fields.js";
+import { field, PICTURE } from "./fields.js";
 
 const POINTS = 24; // of a drag at most
 
 /** Fields for `inputs` ([name, spec], of kinds tracks and mask) over `picture`, as it is cropped to width x height. */
 export function drawing(picture, inputs, { width, height }) {
 	const scale = Math.ceil(512 / Math.max(width, height)), canvas = make("canvas", { width: scale * width, height: scale * height });
-	const mask = make("canvas", { width, height }), shown = canvas.getContext("2d"), paint = mask.getContext("2d");
+	const area = [0, 0, canvas.width, canvas.height], mask = make("canvas", { width, height });
+	const shown = canvas.getContext("2d"), paint = mask.getContext("2d");
 	const done = [], tools = [], image = picture.zone.querySelector("img"); // done: what was drawn, for undo
 	let tool, strokes = [], painted = null, line = null;
 	// The part of the picture that is kept, in its own pixels.
@@ -34,12 +35,12 @@ export function drawing(picture, inputs, { width, height }) {
 			paint.drawImage(painted, ...box, 0, 0, width, height);
 		}
 		for (const one of strokes) trace(paint, one, Math.max(width, height) / 8, "#fff");
-		shown.clearRect(0, 0, canvas.width, canvas.height);
+		shown.clearRect(...area);
 		if (painted || strokes[0]) { // what stands still is dark
 			shown.fillStyle = "#000a";
-			shown.fillRect(0, 0, canvas.width, canvas.height);
+			shown.fillRect(...area);
 			shown.globalCompositeOperation = "destination-out";
-			shown.drawImage(mask, 0, 0, canvas.width, canvas.height);
+			shown.drawImage(mask, ...area);
 			shown.globalCompositeOperation = "source-over";
 		}
 		const tracks = lines().map((one) => one.split(/\s+/).map((point) => point.split(",").map(Number)));
@@ -108,7 +109,7 @@ export function drawing(picture, inputs, { width, height }) {
 	};
 	const made = inputs.map(([name, { kind, help }]) => {
 		const input = kind === "tracks" ? make("textarea", { rows: 2, placeholder: "10,20 30,25", oninput: draw })
-			: make("input", { type: "file", accept: "image/png,image/jpeg,image/webp" });
+			: make("input", PICTURE);
 		const one = { ...field(name, help, input), kind };
 		tools.push(button(one.element.firstChild.textContent, () => use(kind), { value: kind }));
 		return one;

@@ -2,6 +2,7 @@
 // get() gives undefined where the model's default holds, and what goes into the form otherwise.
 import { button, make, say, words } from "./dom.js";
 
+export const PICTURE = { type: "file", accept: "image/png,image/jpeg,image/webp" };
 let last = 0;
 
 export function field(name, help, input, ...beside) {
@@ -73,7 +74,7 @@ export function seed() {
 
 /** A still: dropped, pasted or picked, and shown as it will be cropped. `ratio`: width over height of the video. */
 export function picture(name, ratio) {
-	const input = make("input", { type: "file", accept: "image/png,image/jpeg,image/webp", className: "unseen", required: true });
+	const input = make("input", { ...PICTURE, className: "unseen", required: true });
 	const shown = make("img", { alt: "", hidden: true });
 	const idle = make("span.idle", make("strong", "Drop, paste or choose a picture"), "png, jpeg or webp");
 	const zone = make("label.drop", idle, shown);

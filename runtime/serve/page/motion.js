@@ -12,11 +12,13 @@ const worth = (reference) => Object.entries({ probability: "moves as asked", sco
 const origin = ({ source, dataset, metadata, start, duration }) => [source, dataset, start != null && `${start} to ${start + duration} s`,
 	...Object.entries(metadata ?? {}).map((one) => one.join(": "))].filter(Boolean).join("\n");
 
+export const film = (path, options, tag = "video") =>
+	make(tag, { src: local(path), muted: true, playsInline: true, preload: "auto", ...options });
+
 /** A clip that moves (when it is told to, for those who want no motion), with its score. */
 export function clip(reference, box) {
 	const link = reference.links?.preview, idle = make("span.idle", "no preview");
-	const moving = { muted: true, loop: true, playsInline: true, autoplay: !still, controls: still, preload: "auto" };
-	const video = link && make("video", { src: local(link), ...moving });
+	const video = link && film(link, { loop: true, autoplay: !still, controls: still });
 	if (video) video.onerror = () => video.replaceWith(idle);
 	return make(box ? "label" : "div", { className: "clip", title: origin(reference), data: { clip: reference.id } },
 		make("span.moving", video || idle, box,

@@ -44,7 +44,8 @@ def events_answer(
     request: Request, live: Live | None, watch: Callable[[int], AsyncIterator[Live]], now: Callable[[], JobRow | None],
     shown: Callable[[JobRow], dict[str, Any]],
 ) -> Response:  # fmt: skip
-    """Server-sent events: a job as it is, whenever it changed, and `done` (or `stopping`) in the end.
+    """Server-sent events: a job as it is, whenever it changed, `preview` with the step of a new one and its address, and `done`
+    (or `stopping`) in the end.
 
     live: the job, None if it is over; watch: its changes behind the one of a number (`Last-Event-ID`); now: its row then, None
     where it was deleted meanwhile.
@@ -54,12 +55,12 @@ def events_answer(
     if live is not None and after > live.sequence:
         after = -1  # of a server before this one
 
-    def said(event: str, number: int, row: JobRow) -> str:
-        return f"id: {number}\nevent: {event}\ndata: {json.dumps(shown(row))}\n\n"
+    def said(event: str, number: int, what: dict[str, Any]) -> str:
+        return f"id: {number}\nevent: {event}\ndata: {json.dumps(what)}\n\n"
 
     async def events() -> AsyncIterator[str]:
         news = watch(after).__aiter__()
-        number, upcoming = max(0, after), None
+        number, upcoming, seen = max(0, after), None, None
         try:
             while True:
                 upcoming = upcoming or asyncio.ensure_future(anext(news, None))
@@ -72,12 +73,16 @@ def events_answer(
                     break
                 number = live.sequence
                 if not live.row.over:
-                    yield said("progress", number, live.row)
+                    job, look = shown(live.row), live.preview
+                    yield said("progress", number, job)
+                    if look is not None and look is not seen:
+                        seen, link = look, job["motionrt"]["links"]["preview"]
+                        yield said("preview", number, {"id": live.row.id, "step": look[0], "link": link})
         finally:
             if upcoming is not None:
                 upcoming.cancel()
         if (row := now()) is not None:
-            yield said("done" if row.over else "stopping", number + 1, row)
+            yield said("done" if row.over else "stopping", number + 1, shown(row))
 
     return StreamingResponse(events(), media_type="text/event-stream", headers=NO_STORE | {"x-accel-buffering": "no"})
 

@@ -53,7 +53,7 @@ def _progress(row: JobRow, live: Live | None, dispatcher: Dispatcher) -> dict[st
     else:
         where = {
             "stage": progress.stage, "step": progress.step, "queue_position": None, "references": progress.references or [],
-            "worker": live.worker.number,
+            "worker": live.worker.number, "preview": None if live.preview is None else live.preview[0],
         }  # fmt: skip
     return where | {"steps": steps, "eta_seconds": None if left is None else round(left, 3)}
 
@@ -71,6 +71,11 @@ def not_found() -> Refused:
 
 def expired() -> Refused:
     return Refused(404, "video_expired", "the job expired and its files were removed.")
+
+
+def no_preview() -> Refused:
+    text = "there is nothing to see of the job yet, it is over, or its model has no previews (`motionrt preview calibrate`)."
+    return Refused(404, "no_preview", text)
 
 
 def not_ready(row: JobRow) -> Refused:

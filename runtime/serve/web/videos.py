@@ -23,7 +23,7 @@ from motionrt.runtime.serve.messages import PRIORITIES, Written
 from motionrt.runtime.serve.tracing import PARENT, parent_of
 from motionrt.runtime.serve.web.answers import NO_STORE, check_disk, check_open, events_answer, file_answer, full, waited
 from motionrt.runtime.serve.web.form import Fields, FormLimits, Upload, read_fields
-from motionrt.runtime.serve.web.protocol import VARIANTS, expired, not_found, not_ready, poll_after, video
+from motionrt.runtime.serve.web.protocol import VARIANTS, expired, no_preview, not_found, not_ready, poll_after, video
 from motionrt.runtime.serve.web.refusal import Refused, named, quoted
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class Videos:
             Route("/videos/{video}", self.delete, methods=["DELETE"]),
             Route("/videos/{video}/content", self.content, methods=["GET"]),
             Route("/videos/{video}/input", self.input, methods=["GET"]),
+            Route("/videos/{video}/preview", self.preview, methods=["GET"]),
             Route("/videos/{video}/events", self.events, methods=["GET"]),
             Route("/videos/{video}/record", self.record, methods=["GET"]),
             Route("/videos/{video}/cancel", self.cancel, methods=["POST"]),
@@ -261,6 +262,15 @@ class Videos:
             request, dispatcher.jobs.get(row.id), lambda after: dispatcher.watch(row.id, after), now,
             lambda row: shown(video(row, dispatcher), key),
         )  # fmt: skip
+
+    async def preview(self, request: Request) -> Response:
+        """The last look at a job that runs: a small animated webp."""
+        key = self.server.key(request, "read", signed=True)
+        live = self.server.dispatcher.jobs.get(self._row(request.path_params["video"], key).id)
+        if live is None or live.preview is None:
+            raise no_preview()
+        step, picture = live.preview
+        return Response(picture, media_type="image/webp", headers=NO_STORE | {"x-motionrt-step": str(step)})
 
     async def content(self, request: Request) -> Response:
         key, query = self.server.key(request, "read", signed=True), request.query_params

@@ -36,12 +36,13 @@ from motionrt.runtime.serve.jobs.fair import Fair
 from motionrt.runtime.serve.messages import Ask, Ended, FromWorker, Opening, Order, Progress, Run
 from motionrt.runtime.serve.work.order import OUTPUTS, Asked, read_order, read_search
 from motionrt.runtime.serve.work.timing import Timing
-from motionrt.runtime.serve.work.written import sha256_of_frames, write_all, write_preview
+from motionrt.runtime.serve.work.written import animated, sha256_of_frames, write_all, write_preview
 
 _log = logging.getLogger(__name__)
 PAYS = 1.1  # how many times as long jobs must take alone for a batch of them to be run
 _STAGES = ("starting", "retrieving", "conditioning", "denoising", "decoding", "encoding")
 _QUIET = 0.04  # seconds between two reports of one job's steps
+_SHARE = 0.05  # of a job's time that looks at it may take
 
 
 @dataclass(eq=False)
@@ -72,6 +73,8 @@ class _Running:
     step: int = 0
     stage: str = "starting"
     told: float = 0.0
+    look: float = 0.0  # when the next one is due
+    seen: int = 0
     fraction: float = 0.0
     batch: int = 1
     writing: bool = False
@@ -92,6 +95,7 @@ class Engine:
     def __init__(self, opening: Opening, tell: Callable[[FromWorker], None]) -> None:
         """Raises what `MotionPipeline.from_bundle` and `MotionMemory.open` raise; InputError for a memory of no bundle."""
         self._tell, self._fair, self._lock = tell, Fair(), threading.Lock()
+        self._every = opening.preview
         self._running: dict[str, _Running] = {}
         self._owner: dict[int, _Running] = {}  # by the id of a job
         self._early: set[str] = set()  # cancelled before they were entered
@@ -323,8 +327,27 @@ class Engine:
         references = [told(one, running.asked.memory or "") for one in jobs[0].references] if first else None
         self._tell(Progress(
             job=running.run.job, stage=stage, step=step, steps=running.steps, done=running.fraction, left=left,
-            used=running.used, references=references or None,
+            used=running.used, references=references or None, preview=self._look(running),
         ))  # fmt: skip
+
+    def _look(self, running: _Running) -> bytes | None:
+        """What the video of a job's first seed will be, where its bundle can show it, a step was run since the last look, and
+        that is long enough ago. No fault of it ends a job."""
+        job, start, last = running.jobs[0], time.monotonic(), running.stage == "decoding"
+        step, output = len(job.step_seconds), running.model.pipeline.bundle.manifest.output
+        if not self._every or step == running.seen or not last and start < running.look:
+            return None
+        running.seen, shown = step, None
+        try:
+            if (pictures := job.preview()) is not None:
+                shown = animated(pictures, output.frames / output.fps)
+        except Exception:
+            _log.exception("a preview could not be made")
+            running.look = float("inf")  # nor will the next
+        else:
+            end = time.monotonic()
+            running.look = end + max(self._every, (end - start) / _SHARE)
+        return shown
 
     def _write(self, running: _Running) -> None:
         """Write what a job gave, and say that it is over; in the writer's thread."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from motionrt.runtime.serve.messages import Written
 from motionrt.runtime.serve.work.order import OUTPUTS
 
 _PREVIEW = 192  # pixels of the longer side
+_SEEN = 96  # the same of a look at a job that runs, at least
 _hashes = FileHashes()  # of the files of clips, so that each is read once
 
 
@@ -60,6 +62,15 @@ def write_all(folder: Path, results: Sequence[Result], output: str) -> list[Writ
         for path, kind, form in made:
             written.append(Written(path.name, f"{kind}-{place}", form, path.stat().st_size, sha256_of(path)))
     return written
+
+
+def animated(pictures: NDArray[np.uint8], seconds: float) -> bytes:
+    """Small pictures [F, h, w, 3] as a looping webp that lasts `seconds`, each pixel a square of them until it can be seen."""
+    times = -(-_SEEN // max(pictures.shape[1:3]))
+    large = [Image.fromarray(one) for one in pictures.repeat(times, 1).repeat(times, 2)]
+    buffer, each = io.BytesIO(), max(1, round(1000 * seconds / len(large)))
+    large[0].save(buffer, "WEBP", save_all=True, append_images=large[1:], duration=each, loop=0, quality=80, method=0)
+    return buffer.getvalue()
 
 
 def write_preview(bundle: Bundle, folder: Path, reference: Reference, previews: Path) -> str:

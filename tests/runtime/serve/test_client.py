@@ -213,6 +213,13 @@ def test_events_go_on_where_the_stream_breaks(scripted: Scripted) -> None:
     assert asked == ["/events", "?wait=2", "/events", "/events"]
 
 
+def test_events_of_previews_are_passed_over(scripted: Scripted) -> None:
+    look = b'id: 1\nevent: preview\ndata: {"id": "a", "step": 3, "link": "/v1"}\n\n'
+    whole = b"".join(b"id: 1\nevent: progress\ndata: " + json.dumps(job).encode() + b"\n\n" for job in (GOING, DONE))
+    scripted.answers = [reply(look + whole, Content_Type="text/event-stream")]
+    assert list(Client(scripted.url).events("a")) == [GOING, DONE]
+
+
 def test_events_are_polled_where_no_stream_comes_through(scripted: Scripted) -> None:
     page = reply(b"<html>", Content_Type="text/html")
     scripted.answers = [page, reply(GOING), page, hang_up, reply(DONE)]

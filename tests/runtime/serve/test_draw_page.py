@@ -102,7 +102,9 @@ def test_a_field_is_a_file_and_comes_again(drawing: Served, browser: Browser, pi
         choose(page, picture)
         page.locator("#more summary").click()
         page.get_by_label("Field", exact=True).set_input_files(path)
+        there = len(drawing.call("GET", "/v1/videos").json["data"])
         page.get_by_role("button", name="Make the video").click()
+        expect(page.locator("#jobs li")).to_have_count(there + 1)  # not the videos of a test before
         expect(page.locator("#shown figure video")).to_have_count(2)
         told = last(drawing)["motionrt"]
         assert told["files"] == ["image", "field"]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from serving import Served, serving
 
 from motionrt.runtime.errors import InputError
@@ -176,6 +177,32 @@ def test_a_newcomers_path(fresh: Served, browser: Browser) -> None:
         expect(page.locator("#shown figure video")).to_have_count(1)
         again = fresh.call("GET", "/v1/videos").json["data"][0]["motionrt"]
         assert again["frames_sha256"] == job["motionrt"]["frames_sha256"]
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_a_preview_takes_the_place_of_the_still_and_nothing_jumps(fresh: Served, browser: Browser, tmp_path: Path) -> None:
+    wide = tmp_path / "wide.png"
+    Image.new("RGB", (90, 30), "red").save(wide)
+    with opened(browser, fresh.url) as page:
+        fill(page)
+        page.get_by_label(re.compile("^Image")).set_input_files(wide)  # not of the video's shape
+        setting(page, "Steps", "50")
+        page.get_by_label("Videos", exact=True).select_option("8")
+        make(page)
+        shown = page.locator("#shown figure img")
+        expect(shown).to_have_attribute("alt", "")
+        before = shown.bounding_box()
+        expect(shown).to_have_attribute("alt", re.compile(r"^Preview, step \d+$"))
+        first = shown.get_attribute("alt")
+        size = "image => image.decode().then(() => [image.naturalWidth, image.naturalHeight])"
+        assert shown.evaluate(size) == [96, 96] and shown.bounding_box() == before
+        expect(page.locator("#jobs li").first.locator("img")).to_have_attribute("alt", re.compile("^Preview, step"))
+        expect(shown).not_to_have_attribute("alt", first or "")
+        expect(shown).to_have_attribute("alt", re.compile("^Preview, step"))
+        page.locator("#shown").get_by_role("button", name="Cancel").click()
+        expect(page.locator("#shown .error")).to_have_text("You stopped it.")
+        expect(page.locator("img[alt^=Preview]")).to_have_count(0)
 
 
 @pytest.mark.browser

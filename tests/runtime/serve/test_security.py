@@ -218,7 +218,7 @@ def test_paths(served: Served, picture: Path, tmp_path: Path) -> None:
         served.until(video["id"], "completed")
     assert {path for path in folder.parent.rglob("*") if folder not in path.parents} == before
     for name in ("../../keys", "..%2f..%2fkeys", "%2e%2e", "video_%00", "video_' OR 1=1 --", "a" * 5000):
-        for rest in ("", "/content", "/input", "/events", "/record"):
+        for rest in ("", "/content", "/input", "/preview", "/events", "/record"):
             line = f"GET /v1/videos/{name.replace(' ', '%20')}{rest} HTTP/1.1"
             assert raw(served, f"{line}\r\nhost: a\r\nconnection: close\r\n\r\n".encode())[9:12] in (b"404", b"400")
     for field in ("output_path", "save_to", "input_reference_path"):
@@ -234,7 +234,7 @@ def test_paths(served: Served, picture: Path, tmp_path: Path) -> None:
 def test_whose_job(users: Users, picture: Path) -> None:
     alice, bob, root = users["alice"], users["bob"], users["root"]
     job = alice.until(alice.create(picture, steps=2)["id"], "completed")["id"]
-    looks = ("", "?wait=1", "/content", "/input", "/events", "/record")
+    looks = ("", "?wait=1", "/content", "/input", "/preview", "/events", "/record")
     for method, rest in [*(("GET", rest) for rest in looks), ("DELETE", ""), ("POST", "/cancel")]:
         assert bob.call(method, f"/v1/videos/{job}{rest}").status == 404, rest
     assert bob.call("POST", f"/v1/videos/{job}/remix", body={"prompt": "mine"}).status == 404
