@@ -34,6 +34,7 @@ from motionrt.export.engines.profiles import profiles_of
 from motionrt.runtime.backends.onnx_weights import package_weights
 from motionrt.runtime.backends.tensorrt.engine_file import Profile, Span
 from motionrt.runtime.bundle.bundle import Bundle
+from motionrt.runtime.dtypes import DTYPES
 
 QUESTION = "bench_build"
 TARGETS = ("sm_89", "sm_120")
@@ -145,6 +146,9 @@ def measure(model: str, name: str, graph: Graph, dtype: str) -> dict[str, Any]:
             "profiles": [{key: asdict(span) for key, span in profile.items()} for profile in profiles],
             "operators": operators,
             "onnx": "graph.onnx",
+            "once": name != "step",
+            "full": dtype == "float32",
+            "dtypes": {kind.tensorrt: kind.name for kind in DTYPES.values() if kind.tensorrt},
         }
         result = run_builder(name, job, place)
     finally:
