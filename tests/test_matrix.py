@@ -201,7 +201,8 @@ def from_files_to_a_video(made: Cell, run: Run, graphs: Path) -> None:
     bundle = Bundle.open(made.bundle)
     assert {port.dtype for spec in bundle.graphs.values() for port in (*spec.inputs, *spec.outputs)} <= {"float32", "int64"}
     # DynamiCrafter's `fs` is of the request: what reads it and the timestep is made for all steps once a request
-    assert set(bundle.programs) == {"schedule", "request", "step"} | ({"timeline"} if model == CRAFTER else set())
+    programs = {"schedule", "request", "step", "step_extrapolated"} | ({"timeline"} if model == CRAFTER else set())
+    assert set(bundle.programs) == programs
     for name in ("motion", "cama", "step", "decode"):  # weights as they came; only what was computed from them is float32
         with safe_open(made.bundle / "graphs" / f"{name}.safetensors", framework="pt") as file:
             sizes: dict[str, int] = {}

@@ -110,13 +110,14 @@ def test_the_row_tells_memory_stages_graphs_and_counts(scripts: tuple[Any, Any],
     full, row = scripts[0], world[1]
     assert [stage["stage"] for stage in row["stages"]] == [
         "open and check files", "unconditional tokens", "text", "motion", "appearance", "cama", "encode", "decode", "partition",
-        "schedule", "request", "step", "inspect",
+        "schedule", "request", "step", "partition", "step_extrapolated", "inspect",
     ]  # fmt: skip
     assert row["peak_anonymous_mb"] == max(stage["peak_mb"] for stage in row["stages"]) > 100
     assert row["ru_maxrss_mb"] >= row["peak_anonymous_mb"] * 0.99
     graphs = row["graphs"]
     assert set(graphs) == {
-        "text", "text_query", "motion", "appearance", "cama", "encode", "decode", "schedule", "request", "step"
+        "text", "text_query", "motion", "appearance", "cama", "encode", "decode", "schedule", "request", "step",
+        "step_extrapolated",
     }  # fmt: skip
     for name, graph in graphs.items():
         inferred = graph["inner_values_inferred"]

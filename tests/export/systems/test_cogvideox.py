@@ -223,7 +223,7 @@ def test_manifest_says_what_the_system_is(run: Any) -> None:
     sizes = {port.dims[0].name for spec in batched for port in (*spec.inputs, *spec.outputs)}
     assert sizes == {"batch", "2*batch"}  # guidance needs two rows of a request, which lie together
     assert [(port.name, str(port.dims[0])) for port in run.bundle.graph("schedule").inputs] == [("timestep", "steps 1-1000")]
-    assert set(run.bundle.programs) == {"schedule", "request", "step"}
+    assert set(run.bundle.programs) == {"schedule", "request", "step", "step_extrapolated"}
 
 
 def test_fingerprint_of_the_memory_follows_the_encoders_and_nothing_else(
