@@ -27,13 +27,14 @@ from motionrt.runtime.bundle.manifest import Approximation, ImageInput, TextInpu
 from motionrt.runtime.errors import BundleError, InputError, MediaError, shown
 from motionrt.runtime.files import here, replacing, sha256_of
 from motionrt.runtime.indexing.encoders import cut
+from motionrt.runtime.job import to_frames
 from motionrt.runtime.memory.memory import MotionMemory, Reference
 from motionrt.runtime.memory.search import Search
 from motionrt.runtime.pipeline import MotionPipeline, Request
 from motionrt.runtime.schedules import extrapolated, pattern, patterns
 
-EQUAL = 61.14  # dB of frames that are equal: those of an error of 0.05, squared, a value
-_LEAST_ERROR = 0.05
+_LEAST_ERROR = 0.05  # mean square of a value, of 255 levels: equal frames count as if they differed by that
+EQUAL = round(10 * math.log10(255**2 / _LEAST_ERROR), 2)  # dB of frames that are equal
 _TRIED = "calibrated"  # the name of a schedule while it is tried
 _LISTED = 'Give a list of objects with inputs of the bundle, such as [{"image": "star.png", "prompt": "a star turns"}]'
 Say = Callable[[str], object]
@@ -138,8 +139,7 @@ def requests_of(bundle: Bundle, memory: MotionMemory, clips: Sequence[int]) -> l
         inputs: dict[str, Any] = dict.fromkeys(texts, clip.caption)
         if stills:
             video = cut(spec, _file_of(clip, memory), clip.start, None).video
-            picture = np.clip(np.rint((video[0].transpose(1, 2, 0) + 1) * 127.5), 0, 255).astype(np.uint8)
-            inputs |= dict.fromkeys(stills, np.ascontiguousarray(picture))
+            inputs |= dict.fromkeys(stills, to_frames(video[None, :1])[0])
         made.append(Request(inputs, seed, search=Search(exclude_source=[clip.source])))
     return made
 

@@ -28,7 +28,7 @@ MAY_KNOW = {
     "pipeline": "errors arguments files bundle media backends memory loop job",
     "scheduler": "errors arguments bundle loop job pipeline",
     "schedules": "errors bundle",
-    "calibrate": "errors files bundle memory indexing pipeline schedules",
+    "calibrate": "errors files bundle job memory indexing pipeline schedules",
     "preview": "errors bundle pipeline job calibrate",
     "serve": "errors files noise bundle media backends memory indexing job pipeline scheduler",
 }  # fmt: skip

@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 
 from motionrt.benchmarks import harness
 from motionrt.benchmarks.approximate.bench_quality import build_forms, schedules, with_forms
-from motionrt.benchmarks.approximate.recipes import RECIPES
+from motionrt.benchmarks.approximate.recipes import RECIPES, told_of
 from motionrt.benchmarks.pipeline import DEMO
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.calibrate import Found, extrapolating, with_schedule
 from motionrt.runtime.errors import MotionRTError
 from motionrt.runtime.pipeline import MotionPipeline, Request
-from motionrt.runtime.schedules import pattern
+from motionrt.runtime.schedules import extrapolated
 
 Floats = NDArray[np.float32]
 Ways = dict[str, tuple[harness.Candidate, dict[str, Any]]]  # by name: what is timed, and what its rows say of it
@@ -52,13 +52,13 @@ def ours(
         except MotionRTError as error:
             print(f"{recipe.name}: not run: {error}")
             continue
-        loop, told = extrapolating(pipeline.bundle), {"network_runs": steps, "pattern": pattern((True,) * steps)}
+        loop, told = extrapolating(pipeline.bundle), told_of((True,) * steps)
         solver = pipeline.bundle.manifest.loops[loop].default[0]
         if recipe.budget is not None:
             one = found[recipe.budget]
             rows = moved(pipeline, loop, one, steps)
             pipeline.bundle = with_schedule(pipeline.bundle, loop, "recipe", rows)
-            told, solver = {"network_runs": sum(one.runs), "pattern": pattern(one.runs)}, "recipe"
+            told, solver = told_of(one.runs), "recipe"
 
         def call(pipeline: MotionPipeline = pipeline, solver: str = solver) -> dict[str, NDArray[Any]]:
             return {"frames": pipeline(**asked, solver=solver, steps=steps).frames}
@@ -69,8 +69,6 @@ def ours(
 
 def moved(pipeline: MotionPipeline, loop: str, found: Found, steps: int) -> Floats:
     """The pattern of a schedule that was found on the demo, in the rows of this bundle's own solver."""
-    from motionrt.runtime.schedules import extrapolated
-
     spec = pipeline.bundle.manifest.loops[loop]
     return extrapolated(spec, pipeline.bundle.schedule(loop, spec.default[0], steps).rows, found.runs)
 
@@ -121,7 +119,7 @@ def rivals(model: Any, steps: int, options: argparse.Namespace) -> Ways:
             return {"latents": latents}
 
         call(rows=rows[:2])  # what a step gave is compiled for once more
-        ways[name] = call, {"network_runs": steps, "pattern": pattern((True,) * steps), "computed_by": f"torch {name}"}
+        ways[name] = call, {**told_of((True,) * steps), "computed_by": f"torch {name}"}
     return ways
 
 

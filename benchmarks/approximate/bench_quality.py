@@ -24,13 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motionrt.benchmarks import harness
-from motionrt.benchmarks.approximate.recipes import RECIPES, Recipe
+from motionrt.benchmarks.approximate.recipes import RECIPES, Recipe, told_of
 from motionrt.benchmarks.pipeline import DEMO
 from motionrt.runtime.calibrate import Found, calibrate, decibels, extrapolating, requests_of, some_clips, with_schedule
 from motionrt.runtime.errors import InputError, MotionRTError
 from motionrt.runtime.memory.memory import MotionMemory
 from motionrt.runtime.pipeline import MotionPipeline
-from motionrt.runtime.schedules import pattern
 
 Frames = NDArray[np.uint8]
 Exact = tuple[list[Frames], NDArray[np.float64]]  # what the exact loop makes of a split's targets, and their scores
@@ -119,12 +118,12 @@ def measure(options: argparse.Namespace, bundle: Path, steps: int) -> None:
             try:
                 with recipe.opened(bundle, DEMO / judge.split.memory, 1) as pipeline:
                     loop = extrapolating(pipeline.bundle)
-                    told: dict[str, Any] = {"network_runs": steps, "pattern": pattern((True,) * steps)}
+                    told = told_of((True,) * steps)
                     solver = pipeline.bundle.manifest.loops[loop].default[0]
                     if recipe.budget is not None:
                         one = found[recipe.budget]
                         pipeline.bundle = with_schedule(pipeline.bundle, loop, "recipe", one.rows)
-                        told, solver = {"network_runs": sum(one.runs), "pattern": pattern(one.runs)}, "recipe"
+                        told, solver = told_of(one.runs), "recipe"
                     frames, label = judge.frames(pipeline, solver, steps), pipeline.backend.label
             except MotionRTError as error:
                 print(f"{recipe.name}: not run: {error}")

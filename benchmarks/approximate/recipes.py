@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from motionrt.runtime.pipeline import MotionPipeline
+from motionrt.runtime.schedules import pattern
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class Recipe:
         """A pipeline that computes in this recipe's numerics."""
         options: dict[str, Any] = {} if self.backend is None else {"backend": self.backend, "precision": self.precision}
         return MotionPipeline.from_bundle(bundle, memory, threads=threads, **options)
+
+
+def told_of(runs: Sequence[bool]) -> dict[str, Any]:
+    """What a row says of which steps run the network."""
+    return {"network_runs": sum(runs), "pattern": pattern(runs)}
 
 
 NUMERICS = ((None, None), ("onnxruntime", "int8"), ("openvino", "bfloat16"), ("openvino", "int8"))

@@ -24,6 +24,7 @@ from motionrt.export.checkpoints.sources import AS_STORED, Keeping
 from motionrt.export.checkpoints.text_query import SentenceEncoder
 from motionrt.export.compiler.weightless import meta
 from motionrt.export.onnx.from_torch import Range
+from motionrt.export.systems.cogvideox_step import ENDINGS
 from motionrt.export.systems.decoding import Decoding
 from motionrt.export.systems.extrapolated import HISTORY, KEPT, NAME, extrapolated_step
 from motionrt.export.systems.fusion import RULES, Fusion
@@ -79,9 +80,8 @@ class Sources(Keeping):
     fusion: str = CAMA
 
     def __post_init__(self) -> None:
-        endings = ("x0", "released")
         self.check(
-            target_range=("correct", "released"), positions=("released", "learned"), ending=endings, fusion=(CAMA, *RULES)
+            target_range=("correct", "released"), positions=("released", "learned"), ending=ENDINGS, fusion=(CAMA, *RULES)
         )
         if self.fusion == CAMA and self.dinov2 is None:
             raise CheckpointError("dinov2 is None, and CAMA reads what it sees. Give its folder, or choose another fusion.")

@@ -15,10 +15,10 @@ from motionrt.runtime.backends.kinds import GPU_BUILD, ONNXRUNTIME, PROVIDERS
 from motionrt.runtime.backends.machine import check_threads
 from motionrt.runtime.backends.onnx_form import OnnxForm, find_form, quantised_form
 from motionrt.runtime.backends.onnx_weights import package_weights
-from motionrt.runtime.backends.seam import ROOM, Array, Checked, DeviceValue, Executor, first_line, out_of_memory
+from motionrt.runtime.backends.seam import ROOM, Array, Checked, DeviceValue, Executor, check_ports, first_line, out_of_memory
 from motionrt.runtime.bundle.bundle import Bundle, Port
 from motionrt.runtime.dtypes import DTYPES, PORTS, QUANTISED
-from motionrt.runtime.errors import BackendError, BundleError, InputError
+from motionrt.runtime.errors import BackendError, InputError
 
 _NO_FALLBACK = "session.disable_cpu_ep_fallback"
 
@@ -115,15 +115,8 @@ class OnnxRuntimeBackend:
                 f"ONNX Runtime {onnxruntime.__version__} could not start {self._wanted[0]} for graph '{name}' and would have "
                 f"run on {', '.join(session.get_providers())}. Install its CUDA and cuDNN, or use --device cpu."
             )
+        check_ports(spec, *([port.name for port in ports] for ports in (session.get_inputs(), session.get_outputs())))
         outputs = [port.name for port in spec.outputs]
-        declared = {port.name for port in spec.inputs}, set(outputs)
-        found = {port.name for port in session.get_inputs()}, {port.name for port in session.get_outputs()}
-        if declared != found:
-            raise BundleError(
-                f"graph '{name}' has inputs {sorted(found[0])} and outputs {sorted(found[1])}; bundle.json declares "
-                f"{sorted(declared[0])} and {sorted(declared[1])}. Export the bundle again."
-            )
-
         if self.device == "cpu":
             return Checked(spec, OrtExecutor(session, outputs))
         return Checked(spec, BoundExecutor(session, outputs, OrtDevice("cuda", self._index)))

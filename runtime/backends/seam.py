@@ -19,14 +19,14 @@ kept: no later run writes into them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from motionrt.runtime.bundle.bundle import Bundle, GraphSpec, Port
-from motionrt.runtime.errors import BackendError, InputError, MotionRTError
+from motionrt.runtime.errors import BackendError, BundleError, InputError, MotionRTError
 
 Array = NDArray[Any]
 Graph = Callable[[Mapping[str, Array]], dict[str, Array]]  # host arrays in and out: what a `Checked` is, called
@@ -177,6 +177,17 @@ class Checked:
                 f"{self.spec.name} input `{name}` has {bad} NaN or infinite values of {value.size}; all must be finite. "
                 "If you did not give them, numbers of the request are too large to compute with: lower guidance and scales."
             )
+
+
+def check_ports(spec: GraphSpec, inputs: Iterable[str], outputs: Iterable[str]) -> None:
+    """`BundleError` unless a graph that was read has the inputs and outputs that bundle.json declares."""
+    declared = {port.name for port in spec.inputs}, {port.name for port in spec.outputs}
+    found = set(inputs), set(outputs)
+    if declared != found:
+        raise BundleError(
+            f"graph '{spec.name}' has inputs {sorted(found[0])} and outputs {sorted(found[1])}; bundle.json declares "
+            f"{sorted(declared[0])} and {sorted(declared[1])}. Export the bundle again."
+        )
 
 
 class Backend(Protocol):

@@ -21,7 +21,7 @@ from motionrt.runtime.backends.openvino.cache import cache_folder, compile_cache
 from motionrt.runtime.backends.openvino.graph import Source, read_source
 from motionrt.runtime.backends.openvino.library import load_library, said
 from motionrt.runtime.backends.openvino.proof import EXACT, LARGEST, ROUNDED, ProvenExecutor
-from motionrt.runtime.backends.seam import ROOM, Checked, Executor, first_line, out_of_memory
+from motionrt.runtime.backends.seam import ROOM, Checked, Executor, check_ports, first_line, out_of_memory
 from motionrt.runtime.bundle.bundle import Bundle, GraphSpec
 from motionrt.runtime.errors import BackendError, BundleError, InputError, shown
 
@@ -86,7 +86,7 @@ class OpenVinoBackend:
         try:
             inside = None if spec.weights is None or form is not None else package_file(spec, bundle.path)
             source = read_source(path, name, inside)
-            _check_ports(spec, source)
+            check_ports(spec, source.inputs, source.outputs)
             precision = self.computes_in(bundle, name)
             folder = self._folder(bundle.path, spec, form, precision)
             compiled = compile_cached(lambda place: self.compile(source, precision, place), folder, bundle.path)
@@ -175,13 +175,3 @@ def _library() -> Any:
         if out_of_memory(error):
             raise BackendError(f"too little memory to load OpenVINO ({first_line(error)}). Free some.") from None
         raise OPENVINO.missing() from None
-
-
-def _check_ports(spec: GraphSpec, source: Source) -> None:
-    declared = {port.name for port in spec.inputs}, {port.name for port in spec.outputs}
-    found = set(source.inputs), set(source.outputs)
-    if declared != found:
-        raise BundleError(
-            f"graph '{spec.name}' has inputs {sorted(found[0])} and outputs {sorted(found[1])}; bundle.json declares "
-            f"{sorted(declared[0])} and {sorted(declared[1])}. Export the bundle again."
-        )
