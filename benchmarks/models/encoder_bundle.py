@@ -25,8 +25,9 @@ from motionrt.export.checkpoints.motionrag_files import SosToken, open_motionrag
 from motionrt.export.checkpoints.text_query import packaged_encoder
 from motionrt.export.exporter import export_system
 from motionrt.export.systems.decoding import Decoding
+from motionrt.export.systems.extrapolated import FRAMES
 from motionrt.export.systems.motionrag_system import Base, Sources, motionrag_networks, motionrag_system
-from motionrt.export.systems.system import Graph, Network, System
+from motionrt.export.systems.system import Array, Graph, Network, System
 from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.indexing.clips import ClipEncoders, index_clips
@@ -82,10 +83,10 @@ def drawn_system(folder: Path, sizes: Sizes) -> System:
     files = open_motionrag(folder / "rag", BLOCK, overlay=False, sos=sos)
     sources = Sources(folder, folder / "rag", folder / "videomae", folder / "dinov2", dtype="float32", sos=sos)
     networks = motionrag_networks(sources, files, sizes.frames, sizes.picture)
-    nothing = Network(torch.nn.Identity())
-    graph = Graph(nothing, {}, ())
+    nothing = Network(torch.nn.Identity())  # in the place of what is taken out again
+    graph, read = Graph(nothing, {}, ()), dict.fromkeys((*FRAMES, "coefficients"), Array(("batch",)))
     base = Base(
-        "full-encoders", (sizes.frames, *sizes.picture), FPS, graph, Decoding({"decode": graph}), nothing, {}, {},
+        "full-encoders", (sizes.frames, *sizes.picture), FPS, graph, Decoding({"decode": graph}), nothing, {}, read,
         {"none": {1: np.zeros((1, 9), np.float32)}},
     )  # fmt: skip
     whole = motionrag_system(

@@ -28,14 +28,13 @@ from motionrt.export.engines.process import Event, Listener, run_builder
 from motionrt.export.engines.profiles import Sizes, check_names, profiles_of
 from motionrt.export.engines.quantised import NothingToQuantise, static
 from motionrt.kernels.tensorrt_plugin import DOMAIN, NAMES, available
+from motionrt.runtime.backends.onnx_weights import package_weights
+from motionrt.runtime.backends.tensorrt.engine_file import KERNELS, EngineFile, EnginePort, engine_folder
+from motionrt.runtime.backends.tensorrt.estimate import Estimate, estimate
 from motionrt.runtime.bundle.bundle import Bundle, GraphSpec
 from motionrt.runtime.dtypes import DTYPES
-from motionrt.runtime.backends.tensorrt.estimate import Estimate, estimate
-from motionrt.runtime.backends.tensorrt.engine_file import KERNELS, EngineFile, EnginePort, engine_folder
 from motionrt.runtime.errors import EngineError, InputError
-from motionrt.runtime.files import sha256_of
-from motionrt.runtime.backends.onnx_weights import package_weights
-from motionrt.runtime.files import replacing
+from motionrt.runtime.files import replacing, sha256_of
 
 RECIPE = ("from_onnx", "graph", "profiles", "precision")  # what decides an engine's bytes
 KERNEL_RECIPE = ("tensorrt_plugin", "aot", "artefacts", "motion_cross_attention_triton", "tiles")  # of a plugin's engine also

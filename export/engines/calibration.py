@@ -15,7 +15,6 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +34,9 @@ from motionrt.runtime.backends.sidecar import Sidecar
 from motionrt.runtime.backends.tensorrt.engine_file import Span
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.calibrate import decibels, requests_of, some_clips
-from motionrt.runtime.bundle.manifest import ImageInput, TextInput
-from motionrt.runtime.errors import EngineError, InputError, MediaError
-from motionrt.runtime.files import here, replacing
-from motionrt.runtime.indexing.encoders import cut
-from motionrt.runtime.memory.memory import MotionMemory, Reference
+from motionrt.runtime.errors import EngineError, InputError
+from motionrt.runtime.files import replacing
+from motionrt.runtime.memory.memory import MotionMemory
 from motionrt.runtime.pipeline import MotionPipeline, Request
 
 PERCENTILE = 99.9  # of the absolute values of one activation in one call; on the demo 3 dB better than the largest
@@ -133,8 +130,8 @@ def measure_scales(
         spec = bundle.graph(name)
         made[name] = Scales(
             folder=bundle.path / "engines" / FOLDER, graph=name, dtype="float32", motionrt=motionrt.__version__,
-            onnx_sha256=spec.sha256, weights_sha256=spec.weights_sha256, recipe_sha256=_recipe(), amax=amax, top=top, clips=clips,
-            memory="" if memory is None else memory.digest(), percentile=PERCENTILE,
+            onnx_sha256=spec.sha256, weights_sha256=spec.weights_sha256, recipe_sha256=_recipe(), amax=amax, top=top,
+            clips=clips, memory="" if memory is None else memory.digest(), percentile=PERCENTILE,
         )  # fmt: skip
         made[name].folder.mkdir(parents=True, exist_ok=True)
         with replacing(made[name].folder / f"{name}.scales", EngineError) as temporary:

@@ -13,11 +13,11 @@ import onnx.defs
 import onnx_ir as ir
 
 from motionrt.export.engines.from_onnx import LIBRARIES
-from motionrt.runtime.dtypes import QUANTISED, WEIGHTS
-from motionrt.runtime.backends.tensorrt.estimate import Estimate, available_memory, mib
-from motionrt.runtime.backends.tensorrt.engine_file import FLAVORS, sorted_targets
-from motionrt.runtime.errors import BackendError, EngineError, InputError
 from motionrt.runtime.backends.machine import find_gpus
+from motionrt.runtime.backends.tensorrt.engine_file import FLAVORS, sorted_targets
+from motionrt.runtime.backends.tensorrt.estimate import Estimate, available_memory, mib
+from motionrt.runtime.dtypes import QUANTISED, WEIGHTS
+from motionrt.runtime.errors import BackendError, EngineError, InputError
 
 BFLOAT16_FROM = 80  # compute capability 8.0: Ampere
 FLOAT8_FROM = 89  # 8.9: Ada

@@ -1,7 +1,7 @@
 """A float32 ONNX graph as a float16 or bfloat16 one with explicit casts, for whoever takes precision from the ONNX.
 
-The rules are those of runtime/backends/precision.py. Graph inputs and outputs keep their dtypes, so that whoever calls the graph cannot
-tell. Same graph, same result, byte for byte.
+The rules are those of runtime/backends/precision.py. Graph inputs and outputs keep their dtypes, so that whoever calls the
+graph cannot tell. Same graph, same result, byte for byte.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from motionrt.runtime.dtypes import DTYPES
 from motionrt.runtime.backends.precision import Op, low_ops
+from motionrt.runtime.dtypes import DTYPES
 
 LOW = {name: ir.DataType(DTYPES[name].onnx) for name in ("float16", "bfloat16")}
 FULL = ir.DataType.FLOAT

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 
 from motionrt.runtime.backends.tensorrt.engine_file import Profile, Span
-from motionrt.runtime.errors import InputError
 from motionrt.runtime.bundle.manifest import Dim, GraphSpec
+from motionrt.runtime.errors import InputError
 
 BATCH = "batch"  # the one size that a deployment chooses once; others follow the request
 Sizes = Mapping[str, tuple[int, int, int]]

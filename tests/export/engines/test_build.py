@@ -24,18 +24,16 @@ import pytest
 from onnx import TensorProto, helper
 
 from motionrt.export.engines import build as engine_build
-
 from motionrt.export.engines import checks as engine_checks
-
 from motionrt.export.engines import from_onnx as engine_from_onnx
 from motionrt.export.engines.build import Built, Options, build_engines, locked, recipe_sha256
 from motionrt.export.engines.checks import check_request, check_room, load_library, scan_operators
 from motionrt.export.engines.graph import OURS
 from motionrt.export.engines.process import Event, run_builder
 from motionrt.export.engines.profiles import parse_profile, profiles_of
-from motionrt.runtime.bundle.bundle import Bundle
-from motionrt.runtime.backends.tensorrt.estimate import estimate
 from motionrt.runtime.backends.tensorrt.engine_file import EngineFile, EnginePort, Span, engine_folder
+from motionrt.runtime.backends.tensorrt.estimate import estimate
+from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.errors import BackendError, EngineError, InputError
 from motionrt.runtime.files import sealed, sha256_of
 
@@ -112,7 +110,8 @@ def test_second_build_gives_the_same_bytes(sets: Sets, name: str, dtype: str) ->
 
 @pytest.mark.slow
 def test_precision_reaches_the_engine(sets: Sets) -> None:
-    for name in GRAPHS:
+    """Of every graph that has weights."""
+    for name in set(GRAPHS) - {"step_extrapolated"}:
         assert sets["float16", 0][name].file.engine_sha256 != sets["bfloat16", 0][name].file.engine_sha256
 
 
@@ -173,7 +172,7 @@ def test_unchanged_engines_are_not_built_again(sets: Sets) -> None:
 @pytest.mark.parametrize("what", ["recipe", "profile", "library", "content", "sidecar"])
 def test_changed_identity_builds_again(bundle: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     file, options = small(bundle).file, {}
-    compiled = file.folder / f"encode-NVIDIA_L4-580.1-{file.engine_sha256[:12]}.rtxcache"  # see runtime/backends/tensorrt/runtime_cache.py
+    compiled = file.folder / f"encode-NVIDIA_L4-580.1-{file.engine_sha256[:12]}.rtxcache"  # see tensorrt/runtime_cache.py
     compiled.write_bytes(b"kernels")
     if what == "recipe":
         monkeypatch.setattr(engine_build, "recipe_sha256", lambda kernel: "0" * 64)

@@ -1,7 +1,7 @@
 """A step that differentiates as an engine is built of it: its islands, its numbers in float16 and bfloat16, and the build.
 
-The model is a small MotionClone with random weights. References and yardstick are those of test_precision.py: the float32 graph,
-and the same graph with every result rounded.
+The model is a small MotionClone with random weights. References and yardstick are those of test_precision.py: the float32
+graph, and the same graph with every result rounded.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """fp16 and bf16 graphs of the demo bundle: where the islands are, and that their numbers are no worse than those of eager mode.
 
 The reference is the bundle's fp32 graph in ONNX Runtime. The yardstick is the same graph with every result rounded to the low
-precision, which is what eager execution in that dtype computes; see tests/helpers/rounded_graph.py for how both are run on a CPU.
+precision, which is what eager execution in that dtype computes; see tests/helpers/rounded_graph.py for how both run on a CPU.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from by_path import load_by_path
 from onnx import TensorProto, helper, numpy_helper
 
 from motionrt.export.engines.graph import count_attentions, engine_graph, fuse_attention, save
-from motionrt.export.engines.profiles import profiles_of
 from motionrt.export.engines.precision import to_precision
-from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from motionrt.runtime.bundle.bundle import Bundle
-from by_path import load_by_path
-from motionrt.runtime.backends.tensorrt.engine_file import Span
+from motionrt.export.engines.profiles import profiles_of
 from motionrt.runtime.backends.onnx_weights import package_weights
+from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from motionrt.runtime.backends.precision import FULL, HEAVY
+from motionrt.runtime.backends.tensorrt.engine_file import Span
+from motionrt.runtime.bundle.bundle import Bundle
 
 ROOT = Path(__file__).resolve().parents[3]
 BUNDLE = Bundle.open(ROOT / "demo/bundle")

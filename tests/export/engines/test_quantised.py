@@ -18,8 +18,14 @@ from onnx import TensorProto, helper, numpy_helper
 from motionrt.export.engines.calibration import form_graph, tops_of
 from motionrt.export.engines.graph import engine_graph, save
 from motionrt.export.engines.quantised import (
-    LEAST_SIDE, NothingToQuantise, channel_scales, codes_of, dynamic, products, static,
-)  # fmt: skip
+    LEAST_SIDE,
+    NothingToQuantise,
+    channel_scales,
+    codes_of,
+    dynamic,
+    products,
+    static,
+)
 from motionrt.runtime.backends.tensorrt.engine_file import Span
 from motionrt.runtime.bundle.bundle import Bundle
 

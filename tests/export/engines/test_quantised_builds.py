@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from motionrt.export.engines import calibration
 from motionrt.export.engines.build import Options, build_engines
 from motionrt.export.engines.calibration import Scales
 from motionrt.export.engines.onnx_forms import build_forms

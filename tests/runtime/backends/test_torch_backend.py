@@ -247,7 +247,7 @@ def test_weights_are_those_of_the_onnx_graph(demo_bundle: Path) -> None:
 def test_programs_take_every_declared_size(demo_bundle: Path) -> None:
     bundle = Bundle.open(demo_bundle)
     rng = np.random.default_rng(0)
-    assert list(bundle.programs) == ["schedule", "request", "step"]
+    assert list(bundle.programs) == ["schedule", "request", "step", "step_extrapolated"]
     for name in bundle.programs:
         spec = bundle.graph(name)
         ours, theirs = TorchBackend().load(bundle, name), OnnxRuntimeBackend(1).load(bundle, name)
