@@ -252,6 +252,7 @@ def _openings(settings: Settings) -> list[Opening]:
     one = Opening(
         bundles=paths, memories=memories, run_options=dict(settings.run_options), low_memory=settings.low_memory,
         batch=settings.batch, inexact=settings.batch_rounding, self_test=settings.self_test, preview=settings.preview,
+        replicas=settings.replicas,
     )  # fmt: skip
     if settings.devices:
         from msgspec.structs import replace as other

@@ -18,7 +18,7 @@ class Opening(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker opens: bundles and memories by name (absolute paths), and the fields of `RunOptions` for its device.
 
     batch: most jobs in one call; inexact: also where a batch rounds differently. self_test: a generation before it is ready.
-    preview: seconds between two looks at a job that runs; 0: none.
+    preview: seconds between two looks at a job that runs; 0: none. replicas: URL of those that make the videos in its place.
     """
 
     bundles: dict[str, str]
@@ -29,6 +29,7 @@ class Opening(msgspec.Struct, frozen=True, kw_only=True):
     inexact: bool = False
     self_test: bool = True
     preview: float = 0.5
+    replicas: str = ""
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
@@ -136,6 +137,17 @@ class Broken(msgspec.Struct, tag=True, frozen=True):
     """The worker cannot open what it should, and leaves."""
 
     message: str
+
+
+# --- to a replica, which answers with `Progress` and `Ended`, a line each (replicas/)
+
+
+class Sent(msgspec.Struct, frozen=True, kw_only=True):
+    """A job with the bytes of its uploads by field, in MessagePack. digest: SHA-256 of the server's own `bundle.json`."""
+
+    run: Run
+    files: dict[str, bytes]
+    digest: str
 
 
 # --- to and from the process that adds a clip to a memory (adding.py)

@@ -22,7 +22,8 @@ class Settings:
     clips: bytes of a request that brings a clip for a memory; decoding: bytes of memory that reading it may take.
     proxies: addresses and networks (10.0.0.0/8) whose connections are those of many clients, and are not counted.
     examples: pictures by prompt, which the page offers to begin with. preview: seconds between two previews of a job that runs,
-    of bundles that have them; 0: none.
+    of bundles that have them; 0: none. replicas: URL of replicas in Ray Serve, to which each of `workers` sends a job at a
+    time; "": workers make the videos themselves.
     """
 
     bundles: Mapping[str, Path]
@@ -31,6 +32,7 @@ class Settings:
     run_options: Mapping[str, Any] = field(default_factory=dict)
     devices: tuple[str, ...] = ()
     workers: int = 1
+    replicas: str = ""
     low_memory: bool = False
     batch: int = 1
     batch_rounding: bool = False
@@ -71,3 +73,10 @@ class Settings:
                 raise InputError(f"the name {name!r} is not one; allowed are up to 64 letters, digits and . _ -")
         if self.devices and self.workers not in (1, len(self.devices)):
             raise InputError(f"{self.workers} workers for {len(self.devices)} devices; each device has one.")
+        if self.replicas and not self.replicas.startswith(("http://", "https://")):
+            raise InputError(f"replicas is {self.replicas!r}; it must be a URL, such as http://127.0.0.1:8000.")
+        if self.replicas and (self.devices or self.batch > 1 or not self.workers):
+            raise InputError(
+                "replicas have devices and batches of their own; leave these out. workers is how many jobs are sent at once: 1"
+                " or more."
+            )

@@ -37,6 +37,9 @@ def serve(
         int, typer.Option(min=0, help="Worker processes; 0: a thread of the server, for the smallest machines.")
     ] = 1,
     devices: Annotated[str | None, typer.Option(help="A worker for each: cuda:0,cuda:1.")] = None,
+    replicas: Annotated[
+        str, typer.Option(metavar="URL", help="Have replicas in Ray Serve make the videos; --workers: how many at once.")
+    ] = "",
     allow_host: Annotated[
         list[str] | None, typer.Option(help="Host name that clients may use; again for more. With keys: any if not given.")
     ] = None,
@@ -89,12 +92,12 @@ def serve(
     from motionrt.runtime.serve.settings import Settings
 
     settings = Settings(
-        bundles=_named(bundle, "bundle"), memories=_named(memory or [], "memory"), store=store.absolute(),
+        bundles=named(bundle, "bundle"), memories=named(memory or [], "memory"), store=store.absolute(),
         run_options=asdict(run_options), devices=tuple(devices.split(",")) if devices else (), workers=workers,
-        low_memory=low_memory, batch=batch, batch_rounding=batch_rounding, self_test=not no_self_test, preview=preview,
-        keys=None if keys is None else keys.absolute(), lifetime=lifetime * 3600, queue=queue, storage=int(storage * 2**30),
-        drain=drain, page=not no_page, hosts=tuple(allow_host or ()), origins=tuple(cors_origin or ()),
-        proxies=tuple(proxy or ()), log_prompts=log_prompts,
+        replicas=replicas, low_memory=low_memory, batch=batch, batch_rounding=batch_rounding, self_test=not no_self_test,
+        preview=preview, keys=None if keys is None else keys.absolute(), lifetime=lifetime * 3600, queue=queue,
+        storage=int(storage * 2**30), drain=drain, page=not no_page, hosts=tuple(allow_host or ()),
+        origins=tuple(cors_origin or ()), proxies=tuple(proxy or ()), log_prompts=log_prompts,
         examples=_examples(example or []),
     )  # fmt: skip
     run(settings, host, port, ssl_certfile, ssl_keyfile, echo)
@@ -153,7 +156,7 @@ def _examples(given: list[str]) -> dict[str, Path]:
     return {prompt.strip(): Path(path) for prompt, _, path in split}
 
 
-def _named(given: list[str], what: str) -> dict[str, Path]:
+def named(given: list[str], what: str) -> dict[str, Path]:
     """`NAME=DIRECTORY` or `DIRECTORY`, named by its folder, as a mapping."""
     found: dict[str, Path] = {}
     for text in given:

@@ -37,6 +37,7 @@ class Dispatcher:
         self.draining = False
         self.together = 1 if any(opening.low_memory for opening in openings) else together
         self.batch = max(opening.batch for opening in openings)
+        self.alone = any(opening.replicas for opening in openings)  # a replica has one job; more would wait there, not here
         self.workers = [Worker(i, opening, self._heard, self._gone, thread) for i, opening in enumerate(openings)]
         self._fair = Fair()
         self._looking: asyncio.Task[None] | None = None
@@ -126,7 +127,7 @@ class Dispatcher:
         """Whether a worker that has the jobs `here` may be given one more: a few of different keys take turns, and of one key
         only as many as may share a batch. Jobs of a lower priority do not count: they wait whenever a better one is there.
         One that was there when a worker was lost is run alone: if it was the cause, it takes nobody with it again."""
-        if here and (live.row.attempt or any(one.row.attempt > 1 for one in here)):
+        if here and (self.alone or live.row.attempt or any(one.row.attempt > 1 for one in here)):
             return False
         others = [one for one in here if one.priority >= live.priority]
         shares = {one.share for one in others} | {live.share}

@@ -57,7 +57,7 @@ class _Model:
 
 
 @dataclass(eq=False)
-class _Running:
+class Running:
     """An order on its way: a job for each seed, once they differ."""
 
     run: Run
@@ -96,8 +96,8 @@ class Engine:
         """Raises what `MotionPipeline.from_bundle` and `MotionMemory.open` raise; InputError for a memory of no bundle."""
         self._tell, self._fair, self._lock = tell, Fair(), threading.Lock()
         self._every = opening.preview
-        self._running: dict[str, _Running] = {}
-        self._owner: dict[int, _Running] = {}  # by the id of a job
+        self._running: dict[str, Running] = {}
+        self._owner: dict[int, Running] = {}  # by the id of a job
         self._early: set[str] = set()  # cancelled before they were entered
         self._writer = ThreadPoolExecutor(1, "motionrt-write")
         self.memories = {name: MotionMemory.open(path, readonly=True) for name, path in opening.memories.items()}
@@ -206,7 +206,7 @@ class Engine:
         """Whether there is a call to run."""
         return any(not running.writing for running in [*self._running.values()])
 
-    def prepare(self, run: Run) -> _Running | None:
+    def prepare(self, run: Run) -> Running | None:
         """Read an order, its pictures too, for `enter`; what is wrong with it ends it (`Ended`). Any thread may call it."""
         try:
             model = self.models.get(run.order.model)
@@ -221,19 +221,22 @@ class Engine:
             why["message"] = _by_field(why["message"], run.order)
             self._tell(Ended(job=run.job, outcome="failed", error=why))
             return None
-        return _Running(run, model, asked, [job], calls, digest, steps=_steps(model.pipeline.bundle, calls))
+        return Running(run, model, asked, [job], calls, digest, steps=_steps(model.pipeline.bundle, calls))
 
-    def enter(self, running: _Running) -> None:
+    def enter(self, running: Running) -> None:
         """Let a job take its turns from now on."""
         if running.run.job in self._early:
             self._early.discard(running.run.job)
             self._tell(Ended(job=running.run.job, outcome="cancelled"))
             return
         self._running[running.run.job] = running
+        self._begin(running)
+
+    def _begin(self, running: Running) -> None:
         self._add(running, running.jobs[0])
         self._went_on(running)  # to its first call: that may fail already, or be one that the seed changes
 
-    def _add(self, running: _Running, job: Job) -> None:
+    def _add(self, running: Running, job: Job) -> None:
         self._owner[id(job)] = running
         running.model.scheduler.add(job)
 
@@ -250,7 +253,7 @@ class Engine:
         self._leave(running)
         self._tell(Ended(job=name, outcome="cancelled", used=running.used))
 
-    def _leave(self, running: _Running) -> None:
+    def _leave(self, running: Running) -> None:
         self._running.pop(running.run.job, None)
         for job in running.jobs:
             running.model.scheduler.abort(job)
@@ -282,7 +285,7 @@ class Engine:
         for owner in [running] if not touched else touched:
             self._went_on(owner)
 
-    def _went_on(self, running: _Running) -> None:
+    def _went_on(self, running: Running) -> None:
         for job in running.jobs:
             running.model.scheduler.waiting(job)  # on to its next call
         failed = next((job for job in running.jobs if job.failure is not None), None)
@@ -304,7 +307,7 @@ class Engine:
             return
         self._report(running)
 
-    def _report(self, running: _Running, force: bool = False) -> None:
+    def _report(self, running: Running, force: bool = False) -> None:
         """Say where a job is; of steps no more often than anyone can look."""
         jobs, model = running.jobs, running.model
         behind = min(jobs, key=lambda job: len(job.step_seconds))
@@ -330,7 +333,7 @@ class Engine:
             used=running.used, references=references or None, preview=self._look(running),
         ))  # fmt: skip
 
-    def _look(self, running: _Running) -> bytes | None:
+    def _look(self, running: Running) -> bytes | None:
         """What the video of a job's first seed will be, where its bundle can show it, a step was run since the last look, and
         that is long enough ago. No fault of it ends a job."""
         job, start, last = running.jobs[0], time.monotonic(), running.stage == "decoding"
@@ -349,7 +352,7 @@ class Engine:
             running.look = end + max(self._every, (end - start) / _SHARE)
         return shown
 
-    def _write(self, running: _Running) -> None:
+    def _write(self, running: Running) -> None:
         """Write what a job gave, and say that it is over; in the writer's thread."""
         start, run, asked = time.perf_counter(), running.run, running.asked
         pipeline, name = running.model.pipeline, run.job
@@ -376,10 +379,14 @@ class Engine:
             ended = Ended(job=name, outcome="completed", result=told_, files=files, used=running.used)
         except Exception as error:
             ended = Ended(job=name, outcome="failed", error=failure(error), used=running.used)
+        self._over(running, ended)
+
+    def _over(self, running: Running, ended: Ended) -> None:
+        """Say that a job is over that was no more between two calls."""
         with self._lock:
             if running.cancelled:
-                ended = Ended(job=name, outcome="cancelled", used=running.used)
-            self._running.pop(name, None)
+                ended = Ended(job=ended.job, outcome="cancelled", used=running.used)
+            self._running.pop(ended.job, None)
         self._tell(ended)
 
 
