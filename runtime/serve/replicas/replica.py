@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import secrets
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,10 +41,11 @@ class _Job:
 
 class Replica:
     """openings: what to open for each bundle, by name, as the fields of `Opening`. One bundle is open at a time: the first one
-    after `reconfigure`, later that of the job that came last."""
+    after `reconfigure`, later that of the job that came last. name: what the jobs that it made say it was made by."""
 
     def __init__(self, openings: Mapping[str, Mapping[str, Any]]) -> None:
         self._openings = {name: msgspec.convert(dict(fields), Opening) for name, fields in openings.items()}
+        self.name = secrets.token_hex(4)
         self._worker: Worker | None = None
         self._ready: asyncio.Future[Worker]
         self._jobs: dict[str, _Job] = {}
@@ -123,6 +125,8 @@ class Replica:
                     continue
                 if said is None:
                     raise MotionRTError(f"the worker of '{model}' died; its log says why.")
+                if isinstance(said, Ended):
+                    said.result["replica"] = self.name
                 yield _line(said)
             for file in said.files:
                 with open(folder / file.name, "rb") as opened:
