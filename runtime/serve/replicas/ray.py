@@ -6,6 +6,7 @@ Only Ray imports this module, and `motionrt deploy ray --run`: it needs the extr
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,4 +38,5 @@ def run(config: Path) -> None:
     from ray.serve.scripts import cli
 
     ray.init(include_dashboard=False, namespace="serve")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: Ray's own prints a stack
     cli(["run", str(config)])

@@ -57,7 +57,8 @@ def test_a_range_of_replicas_is_what_ray_scales_in(run: Run, fake_bundle: Path, 
     scaling = ("--replicas", "0-8", "--autoscaling", "downscale_delay_s=60", "--autoscaling", "aggregation_function=max")
     (app,) = config(run, tmp_path / "ray.yaml", "-b", fake_bundle, *scaling)["applications"]
     assert app["deployments"][0]["autoscaling_config"] == {
-        "min_replicas": 0, "max_replicas": 8, "target_ongoing_requests": 1, "downscale_delay_s": 60, "aggregation_function": "max"
+        "min_replicas": 0, "max_replicas": 8, "target_ongoing_requests": 1,
+        "downscale_delay_s": 60, "aggregation_function": "max",
     }  # fmt: skip
 
 
@@ -72,7 +73,7 @@ def test_a_range_of_replicas_is_what_ray_scales_in(run: Run, fake_bundle: Path, 
     ids=str,
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused_and_nothing_written(
-    run: Run, fake_bundle: Path, tmp_path: Path, options: tuple[str, ...], why: str, monkeypatch: pytest.MonkeyPatch
+    run: Run, fake_bundle: Path, tmp_path: Path, options: tuple[str, ...], why: str
 ) -> None:
     status, _, err = run("deploy", "ray", "-b", fake_bundle, "-o", tmp_path / "ray.yaml", *options)
     assert status == 2 and why in " ".join(err.split()) and not (tmp_path / "ray.yaml").exists()
