@@ -21,7 +21,8 @@ class RayHere:
     """
 
     def __init__(
-        self, folder: Path, bundle: Path, memory: Path | None = None, options: Sequence[str] = (), *, env: Mapping[str, str] = {},
+        self, folder: Path, bundle: Path, memory: Path | None = None, options: Sequence[str] = (), *,
+        env: Mapping[str, str] = {},
     ) -> None:  # fmt: skip
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
