@@ -30,7 +30,7 @@ class RayHere:
         self.url, self.log = f"http://127.0.0.1:{port}", folder / "ray.log"
         words = [f"--bundle={bundle}", f"--port={port}", f"--out={folder / 'ray.yaml'}", "--run", *options]
         words += [] if memory is None else [f"--memory={memory}"]
-        command, env = [MOTIONRT, "deploy", "ray", *words], {**os.environ, **env}
+        command, env = [str(MOTIONRT), "deploy", "ray", *words], {**os.environ, **env}
         with self.log.open("wb") as file:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env)
 
