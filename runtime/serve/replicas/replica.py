@@ -19,7 +19,7 @@ from typing import Any, cast
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
-from starlette.types import Send
+from starlette.types import Receive, Send
 
 from motionrt.runtime.errors import MotionRTError
 from motionrt.runtime.serve.jobs.workers import Worker
@@ -141,6 +141,10 @@ class Replica:
 
 class _Closed(StreamingResponse):
     """A stream that is closed whenever it is not sent any further."""
+
+    async def listen_for_disconnect(self, receive: Receive) -> None:
+        with contextlib.suppress(Exception):  # Ray says it so
+            await super().listen_for_disconnect(receive)
 
     async def stream_response(self, send: Send) -> None:
         async with contextlib.aclosing(cast(Any, self.body_iterator)):
