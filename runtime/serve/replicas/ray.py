@@ -37,6 +37,6 @@ def run(config: Path) -> None:
     import ray
     from ray.serve.scripts import cli
 
-    ray.init(include_dashboard=False, namespace="serve")
+    ray.init("local", include_dashboard=False, namespace="serve")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: Ray's own prints a stack
     cli(["run", str(config)])
