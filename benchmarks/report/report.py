@@ -88,6 +88,12 @@ SECTIONS = (
         serving.soak, "benchmarks/serving/bench_serve_soak.py",
     ),
     Section(
+        "Serving: replicas",
+        "Jobs that are ordered at once, made by workers of the server and by replicas in Ray Serve on the same machine, one "
+        "thread each; and the same with a replica killed while two are at work.",
+        serving.replicas, "benchmarks/serving/bench_replicas.py",
+    ),
+    Section(
         "Scaling",
         "How a step's cost grows, and what was fitted to it: four blocks at the width of cogvideox-mid, with adapters (`ours`) "
         "and without. K does not reach the step: it is the demo's CAMA.",

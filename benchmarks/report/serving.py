@@ -1,4 +1,4 @@
-"""What a server adds to a job, and what it outlives, from the rows of bench_serve and bench_serve_soak."""
+"""What a server adds to a job, what it outlives and what replicas bring it: rows of bench_serve, _serve_soak and _replicas."""
 
 from __future__ import annotations
 
@@ -58,6 +58,23 @@ def soak(report: Report) -> list[str]:
             parts += [f"### {name}", "", f"{minutes:.0f} minutes of clients of two keys ({clients}), then aborts alone:", ""]
             parts += [*text.table(["", "found", "allowed"], list(_found(row))), "", text.source([row]), ""]
     return parts + report.unclean("bench_serve_soak", "model")
+
+
+def replicas(report: Report) -> list[str]:
+    """How fast workers and replicas make so many jobs, and what became of those whose replica was killed."""
+    parts: list[str] = []
+    for name, rows in groups(report.rows("bench_replicas"), "model").items():
+        head = ["", "", "p50 ms", "p95", "n", "videos a second", "times one", "jobs lost", "begun again"]
+        body = [
+            [str(row.get("what")), str(row.get("backend"))]
+            + [text.number(row.get(key)) for key in ("p50_ms", "p95_ms", "n", "jobs_per_second")]
+            + [text.ratio(row.get("over_one"))]
+            + [text.number(row.get(key)) for key in ("lost", "begun_again")]
+            for row in rows
+        ]
+        says = f"{rows[0].get('jobs')} jobs of {rows[0].get('steps')} steps, from the first order to the last video"
+        parts += [f"### {name}", "", f"{says}:", "", *text.table(head, body), "", text.source(rows), ""]
+    return parts + report.unclean("bench_replicas", "model")
 
 
 def _found(row: Row) -> Iterator[list[str]]:

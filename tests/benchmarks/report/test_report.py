@@ -250,3 +250,12 @@ def test_serving_rows_become_tables_two_figures_and_a_list(tmp_path: Path) -> No
     assert "| jobs lost | 0 | 0 |" in body and "| jobs that failed, and why | storage_full 3 |" in body
     assert "| wait of the quiet key | p50 9.00 ms, p95 20.0 ms, n 70 | p95 below two jobs: 250 ms |" in body
     assert "| disk filled to the last byte | not run: no tmpfs here |" in body
+    about = {"jobs": 8, "steps": 50}
+    write(
+        tmp_path, "bench_replicas", timing("replicas-1", 4000.0, what="jobs", jobs_per_second=2.0, **about),
+        timing("replicas-2", 2000.0, what="jobs", jobs_per_second=4.0, over_one=[2.0, 1.9, 2.1], **about),
+        timing("replicas-2", 5000.0, what="kill", lost=0, begun_again=5, **about),
+    )  # fmt: skip
+    body = section(report.page(tmp_path)[0], "Serving: replicas")
+    assert "8 jobs of 50 steps" in body and "| kill | replicas-2 | 5,000 | 5,001 | 30 | - | - | 0 | 5 |" in body
+    assert "| jobs | replicas-2 | 2,000 | 2,001 | 30 | 4.00 | 2.00 [1.90, 2.10] | - | - |" in body
