@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 import yaml
+
+from motionrt.runtime.cli.main import app
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -24,15 +28,15 @@ def test_each_bundle_has_its_replicas_and_the_memories_that_were_made_for_it(
     bundles = ("-b", f"a={fake_bundle}", "-b", f"b={guided_bundle}", "-m", f"x={fake_memory}", "-m", f"y={guided_memory}")
     told = config(run, tmp_path / "ray.yaml", *bundles, "--replicas", 2, "--threads", 3, "--port", 8100)
     assert told["http_options"] == {"host": "127.0.0.1", "port": 8100}
-    for name, bundle, memories, app in zip(
+    for name, bundle, memories, one in zip(
         "ab", (fake_bundle, guided_bundle), ({"x": str(fake_memory)}, {"y": str(guided_memory)}), told["applications"],
         strict=True,
     ):  # fmt: skip
-        assert (app["name"], app["route_prefix"]) == (name, f"/{name}")
-        opening = app["args"][name]
+        assert (one["name"], one["route_prefix"]) == (name, f"/{name}")
+        opening = one["args"][name]
         assert opening["bundles"] == {name: str(bundle)} and opening["memories"] == memories
         assert opening["run_options"]["threads"] == 3
-        (replicas,) = app["deployments"]
+        (replicas,) = one["deployments"]
         assert replicas["num_replicas"] == 2 and replicas["max_ongoing_requests"] == 1
         assert replicas["ray_actor_options"] == {"num_cpus": 3}
 
@@ -82,3 +86,15 @@ def test_what_makes_no_sense_is_refused_and_nothing_written(
 def test_a_memory_of_no_bundle_is_refused(run: Run, fake_bundle: Path, guided_memory: Path, tmp_path: Path) -> None:
     status, _, err = run("deploy", "ray", "-b", fake_bundle, "-m", guided_memory, "-o", tmp_path / "ray.yaml")
     assert status == 2 and "was made for none of the bundles" in " ".join(err.split())
+
+
+def test_the_page_types_what_there_is() -> None:
+    """Every `motionrt` line of docs/ray.md is parsed by its command; tests/runtime/serve/test_ray.py runs such lines."""
+    page = (Path(__file__).resolve().parents[3] / "docs" / "ray.md").read_text()
+    lines = [shlex.split(line, comments=True) for line in page.splitlines() if line.startswith("    motionrt ")]
+    assert [line[1] for line in lines] == ["deploy", "serve", "deploy"]
+    for _, *words in lines:
+        command: Any = typer.main.get_command(app)
+        while hasattr(command, "commands"):
+            command = command.commands[words.pop(0)]
+        command.make_context(command.name, words)  # an option that there is not ends it
