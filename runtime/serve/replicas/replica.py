@@ -53,13 +53,20 @@ class Replica:
 
     async def reconfigure(self, config: object) -> None:
         """Called before the first job. Raises `MotionRTError` where the first bundle cannot be opened."""
-        await self.opened(next(iter(self._openings)))
-        await self._ready
+        await self._at_work(next(iter(self._openings)))
+
+    async def _at_work(self, name: str) -> Worker:
+        """The worker that has a bundle open, once it takes jobs."""
+        await self.opened(name)
+        return await self._ready
 
     async def opened(self, name: str) -> None:
-        """Let the worker of a bundle take the place of the one before; `_ready` says when it can be given jobs."""
+        """Let the worker of a bundle take the place of one that has another open."""
         if self._worker is not None:
+            if name in self._worker.opening.bundles:
+                return
             await self._worker.stop()
+            self._lose_jobs()
         self._ready = asyncio.get_running_loop().create_future()
         self._worker = Worker(0, self._openings[name], self._heard, self._gone, thread=True)
         self._worker.start()
@@ -81,14 +88,17 @@ class Replica:
 
     def _gone(self, worker: Worker) -> None:
         self._ready = asyncio.get_running_loop().create_future()
+        self._lose_jobs()
+
+    def _lose_jobs(self) -> None:
         for name in [*self._jobs]:
             self._tell(name, None)
 
     def _tell(self, name: str, said: Progress | Ended | None) -> None:
-        job = self._jobs[name]
-        job.said.put_nowait(said)
-        job.over = job.over or not isinstance(said, Progress)
-        self._let_go(name)
+        if (job := self._jobs.get(name)) is not None:
+            job.said.put_nowait(said)
+            job.over = job.over or not isinstance(said, Progress)
+            self._let_go(name)
 
     def _let_go(self, name: str) -> None:
         if self._jobs[name].over and self._jobs[name].left:
@@ -105,8 +115,10 @@ class Replica:
         model, name = asked.run.order.model, next(self._names)
         worker: Worker | None = None
         if model in self._openings:
-            await self.opened(model)
-            worker = await self._ready
+            opening = asyncio.ensure_future(self._at_work(model))
+            while not (await asyncio.wait({opening}, timeout=BEAT))[0]:
+                yield b"\n"
+            worker = opening.result()
         if worker is None or worker.models[model]["bundle_digest"] != asked.digest:
             text = f"the replicas have no bundle '{model}' that is the server's; deploy that one."
             yield _line(Ended(job=name, outcome="failed", error={"code": "other_bundle", "message": text}))

@@ -22,8 +22,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from motionrt.runtime.errors import BackendError, InputError, MotionRTError
+from motionrt.runtime.files import sha256_of
 from motionrt.runtime.pipeline import MotionPipeline
 from motionrt.runtime.serve.messages import Ended, Opening, Order, Progress, Run, Sent
+from motionrt.runtime.serve.replicas import replica as replicas
 from motionrt.runtime.serve.replicas.relay import Relay
 from motionrt.runtime.serve.replicas.replica import Replica
 from motionrt.runtime.serve.settings import Settings
@@ -83,9 +85,9 @@ def at_url(replica: Replica, name: str) -> Iterator[str]:
         thread.join(30)
 
 
-def opening(bundle: Path, memory: Path | None = None) -> dict[str, Any]:
+def opening(bundle: Path, memory: Path | None = None, name: str = "fake") -> dict[str, Any]:
     memories = {} if memory is None else {"memory": str(memory)}
-    return {"fake": {"bundles": {"fake": str(bundle)}, "memories": memories, "run_options": {"threads": 1}}}
+    return {name: {"bundles": {name: str(bundle)}, "memories": memories, "run_options": {"threads": 1}}}
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +176,33 @@ def test_a_replica_of_another_bundle_makes_nothing(replica: Watched) -> None:
 
     first, last = asyncio.run(lines())
     assert first == b"\n" and json.loads(last)["error"]["code"] == "other_bundle"
+
+
+def test_a_replica_of_several_bundles_opens_the_one_that_a_job_wants(
+    fake_bundle: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says that it is alive while a bundle is being opened: a large one takes longer than a server waits for a word."""
+    monkeypatch.setattr(replicas, "BEAT", 0.001)
+    asks = {"prompt": "a ball", "motion_scale": 0}
+
+    async def run() -> None:
+        several = Replica({name: opening(fake_bundle, name=name)[name] for name in "ab"})
+        await several.reconfigure({})
+        for name in "aba":
+            order = Order(model=name, fields=asks)
+            sent = Sent(
+                run=Run(job="one", order=order, folder=""), files={"input_reference": picture.read_bytes()},
+                digest=sha256_of(fake_bundle / "bundle.json"),
+            )  # fmt: skip
+            before = several._worker
+            lines = [piece async for piece in several.carry(encode(sent))]
+            assert any(b'"completed"' in line for line in lines)
+            assert several._worker is not None and [*several._worker.opening.bundles] == [name]
+            if before is not several._worker:
+                assert lines[:2] == [b"\n", b"\n"]
+        await several._worker.stop()
+
+    asyncio.run(run())
 
 
 def test_a_bundle_that_cannot_be_opened_is_said(tmp_path: Path) -> None:
