@@ -103,7 +103,8 @@ class Relay(Engine):
         body = msgspec.msgpack.encode(Sent(run=running.run, files=files, digest=running.model.digest))
         while not sending.left.is_set():
             with contextlib.closing(self._connection()) as connection:
-                if (answer := _begun(connection, sending, f"/{quote(order.model)}", order.model, body)) is not None:
+                path = f"{urlsplit(self._url).path}/{quote(order.model)}"
+                if (answer := _begun(connection, sending, path, order.model, body)) is not None:
                     return self._read(running, answer)
             sending.left.wait(_AGAIN)
         raise _Lost
