@@ -75,7 +75,9 @@ def test_jobs_are_spread_over_replicas_that_come_and_go_with_them(served: Served
     start = time.monotonic()
     while len(by) < 2:  # the second one is started, and takes some
         assert time.monotonic() < start + 60
-        by |= {job["motionrt"]["replica"] for job in ended(served, [served.create(STILL, steps=50)["id"] for _ in range(4)])}
+        found = ended(served, [served.create(STILL, steps=50)["id"] for _ in range(4)])
+        by |= {job["motionrt"]["replica"] for job in found}
+        assert {job["motionrt"]["attempt"] for job in found} == {1}
     (again,) = ended(served, [served.create(STILL, seed=1)["id"]])
     assert again["motionrt"]["frames_sha256"] == digest  # whoever makes it
     until(lambda: len(ray.replicas()) == 1)  # nothing to do

@@ -19,7 +19,7 @@ from serving import Served, serving
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
 from motionrt.runtime.errors import BackendError, InputError, MotionRTError
 from motionrt.runtime.files import sha256_of
@@ -71,15 +71,14 @@ def at_url(replica: Replica, name: str) -> Iterator[str]:
         assert replica._worker is not None
         await replica._worker.stop()
 
-    app = Starlette(
-        routes=[Route("/-/routes", routes), Route(f"/{name}", replica.__call__, methods=["POST"])], lifespan=lifespan
-    )
+    inner = [Route("/-/routes", routes), Route(f"/{name}", replica.__call__, methods=["POST"])]
+    app = Starlette(routes=[Mount("/ray", routes=inner)], lifespan=lifespan)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none", timeout_graceful_shutdown=1))
     sock = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([sock],))
     thread.start()
     try:
-        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}/ray"
     finally:
         server.should_exit = True
         thread.join(30)
