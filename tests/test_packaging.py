@@ -188,6 +188,7 @@ def test_installed_commands_need_no_repository(
         ["generate", "-b", bundle, "-m", "m", "-i", "still.png", "-p", "a ball", "-o", "out.mp4", "-k", "1"],
         ["bench", bundle, "-m", "m", "-n", "1"],
         ["inspect", bundle],
+        ["deploy", "triton", "-b", bundle, "-m", "m", "-o", "repository"],
         ["doctor", bundle],
         ["keys", "create", "keys.json", "a"],
         ["keys", "list", "keys.json"],

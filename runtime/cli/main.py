@@ -26,6 +26,7 @@ from motionrt.runtime.cli.common import (
     with_run_options,
     with_search_options,
 )  # fmt: skip
+from motionrt.runtime.cli.deploy import deploy_app
 from motionrt.runtime.cli.doctor import doctor
 from motionrt.runtime.cli.memory import memory_app
 from motionrt.runtime.cli.places import check_output, video_size
@@ -54,6 +55,7 @@ app.add_typer(schedule_app, name="schedule")
 app.add_typer(preview_app, name="preview")
 app.add_typer(keys_app, name="keys")
 app.add_typer(client_app, name="client")
+app.add_typer(deploy_app, name="deploy")
 
 
 def _print_version(wanted: bool) -> None:
