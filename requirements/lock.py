@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 PURPOSE = {
     "runtime": "# The run side: no PyTorch.\n",
     "dev": "# The build side, the tests and the checks, on top of the run side.\n-r runtime.txt\n",
-    "triton": "# The run side inside of Triton Inference Server, and a client of it. Not with dev.txt: they differ in protobuf.\n",
+    "triton": "# The run side in Triton Inference Server, and a client of it. Not with dev.txt: they differ in protobuf.\n",
 }
 
 

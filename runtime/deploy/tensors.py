@@ -70,7 +70,7 @@ def inputs_of(manifest: Manifest) -> list[Tensor]:
     tensors += [Tensor(name, kind, (1,), True) for name, kind in every.items()]
     names = [tensor.name for tensor in tensors]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise BundleError(f"bundle '{manifest.name}' has an input {min(twice)!r}, which is a name of every Triton model of ours.")
+        raise BundleError(f"bundle '{manifest.name}' has an input {min(twice)!r}, a name that each of our Triton models has.")
     return tensors
 
 

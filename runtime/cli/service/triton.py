@@ -15,7 +15,7 @@ from motionrt.runtime.cli.terminal import echo
 @with_run_options
 def triton(
     bundle: BundlePath,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Model repository: the model is a folder in it, named as the bundle.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Model repository, in which the bundle's name is the model's.")],
     memory: Annotated[Path | None, typer.Option("--memory", "-m", help="Motion memory directory.")] = None,
     devices: Annotated[
         str | None, typer.Option(help="GPUs that each have an instance: cuda:0,cuda:1; the CPU if not given.")
