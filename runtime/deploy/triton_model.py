@@ -66,20 +66,21 @@ class TritonPythonModel:
         for call in job:
             if request.is_cancelled():
                 job.close()
+                pb.Logger.log_info(f"cancelled after {len(job.step_seconds)} of {steps} steps")
                 error = pb.TritonError("the client does not want the video any more.", pb.TritonError.CANCELLED)
                 sender.send(pb.InferenceResponse(error=error), flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
                 return
             progress = np.array([min(1.0, len(job.step_seconds) / steps) if steps else 0.0], np.float32)
             sender.send(pb.InferenceResponse([_strings("stage", call.graph), pb.Tensor("progress", progress)]))
         result = self.pipeline.result(job)
-        shape = [pb.Tensor("fps", np.array([result.fps], np.float32)), _strings("about", json.dumps(_about(result)))]
+        made = [pb.Tensor("fps", np.array([result.fps], np.float32)), _strings("about", json.dumps(_about(result)))]
         if result.field is not None:
-            shape.append(pb.Tensor("field", result.field))
+            made.append(pb.Tensor("field", result.field))
         if output == "frames":
-            shape.append(pb.Tensor("frames", result.frames))
+            made.append(pb.Tensor("frames", result.frames))
         else:
-            shape.append(_strings("video", _mp4(result) if output == "mp4" else base64.b64encode(_mp4(result))))
-        sender.send(pb.InferenceResponse(shape), flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            made.append(_strings("video", _mp4(result) if output == "mp4" else base64.b64encode(_mp4(result))))
+        sender.send(pb.InferenceResponse(made), flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
 def _told(error: Exception) -> Any:
