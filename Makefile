@@ -37,7 +37,7 @@ PYTEST := OMP_NUM_THREADS=1 .venv-dev/bin/pytest -n 2 --dist loadfile --no-loads
 test: .venv-dev/.installed
 	$(PYTEST) -m "not slow"
 
-test-slow: .venv-dev/.installed .venv-triton/.installed
+test-slow: .venv-dev/.installed .venv-kubernetes/.installed .venv-triton/.installed
 	$(PYTEST) -m slow --durations 25
 
 lint: .venv-dev/.installed
@@ -74,12 +74,20 @@ report: .venv-dev/.installed
 	.venv-triton/bin/python $(INSTALL) --no-deps -e .
 	touch $@
 
+# The schemas that the manifests of deploy/ are checked against. KServe's SDK is there for its classes alone.
+.venv-kubernetes/.installed: requirements/kubernetes.txt requirements/kserve.txt
+	$(PYTHON) -m venv --clear .venv-kubernetes
+	.venv-kubernetes/bin/python $(INSTALL) -r requirements/kubernetes.txt
+	.venv-kubernetes/bin/python $(INSTALL) --no-deps -r requirements/kserve.txt
+	touch $@
+
 # Resolves without installing. PyTorch is named exactly: anything looser may choose another build.
 lock:
 	$(PYTHON) requirements/lock.py runtime '.[cpu,serve]'
 	$(PYTHON) requirements/lock.py dev '.[cpu,export,flow,openvino,otel,rtx,serve,dev]' torch==$(TORCH)
 	$(PYTHON) requirements/lock.py triton '.[cpu]' 'tritonclient[grpc]>=2.73'
+	$(PYTHON) requirements/lock.py kubernetes kubernetes-validate six urllib3
 
 clean:
-	rm -rf .venv .venv-dev .venv-triton build dist out motionrt.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-dev .venv-kubernetes .venv-triton build dist out motionrt.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find benchmarks demo export kernels runtime src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -23,6 +23,7 @@ PURPOSE = {
     "runtime": "# The run side: no PyTorch.\n",
     "dev": "# The build side, the tests and the checks, on top of the run side.\n-r runtime.txt\n",
     "triton": "# The run side in Triton Inference Server, and a client of it. Not with dev.txt: they differ in protobuf.\n",
+    "kubernetes": "# What manifests are checked with: the schemas of Kubernetes, and what the classes of kserve.txt import.\n",
 }
 
 

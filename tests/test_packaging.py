@@ -271,7 +271,9 @@ def names(requirements: list[str]) -> set[str]:
 
 def test_locks_pin_what_the_project_asks_for() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
-    runtime, dev = pinned("runtime"), pinned("dev")
+    runtime, dev, triton = pinned("runtime"), pinned("dev"), pinned("triton")
+    assert names(PROJECT["project"]["dependencies"] + extras["cpu"]) | {"tritonclient"} <= triton.keys()
+    assert {name for name in triton.keys() & runtime.keys() if triton[name] != runtime[name]} <= {"protobuf"}
     assert names(PROJECT["project"]["dependencies"] + extras["cpu"] + extras["serve"]) <= runtime.keys()
     assert names(extras["export"] + extras["torch"] + extras["rtx"] + extras["flow"] + extras["dev"]) <= dev.keys()
     assert not runtime.keys() & dev.keys(), "dev.txt includes runtime.txt: a package in both could differ"

@@ -1,5 +1,7 @@
 """A real Triton Inference Server on the CPU: the binary that the wheel nvidia-pytriton carries (make .venv-triton/.installed).
 
+    .venv-triton/bin/python tests/helpers/tritonserver.py out/repository      # ports 8000 and 8001, until Ctrl-C
+
 What it takes, besides the wheel: the part of the Python backend that holds the interpreter lies in the folder of the backend,
 in the version of that interpreter; `PATH` begins with the environment, by which the interpreter finds its packages
 (`PYTHONPATH` is not read); and `LD_LIBRARY_PATH` has the interpreter's own library. That backend is of 2024 and takes NumPy 1
@@ -10,9 +12,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import sysconfig
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -46,8 +51,9 @@ class Running:
 
 
 @contextmanager
-def triton(repository: Path, folder: Path) -> Iterator[Running]:
-    """A server of `repository`, ready; `folder`: empty, for its backends. It is ended by SIGTERM, else by SIGKILL."""
+def triton(repository: Path, folder: Path, ports: tuple[int, int] | None = None) -> Iterator[Running]:
+    """A server of `repository`, ready; `folder`: empty, for its backends; `ports`: of HTTP and gRPC, free ones if not given. It
+    is ended by SIGTERM, else by SIGKILL."""
     version = sysconfig.get_python_version()
     (packages,) = ENVIRONMENT.glob("lib/python*/site-packages")
     server, backend = packages / "pytriton/tritonserver", folder / "backends/python"
@@ -59,7 +65,7 @@ def triton(repository: Path, folder: Path) -> Iterator[Running]:
     environment = {
         **os.environ, "PATH": f"{ENVIRONMENT / 'bin'}:{os.environ['PATH']}", "LD_LIBRARY_PATH": ":".join(libraries),
     }  # fmt: skip
-    http, grpc = _free_port(), _free_port()
+    http, grpc = ports or (_free_port(), _free_port())
     command = [
         str(server / "bin/tritonserver"), f"--model-repository={repository}", f"--backend-directory={folder / 'backends'}",
         "--http-address=127.0.0.1", f"--http-port={http}", "--grpc-address=127.0.0.1", f"--grpc-port={grpc}",
@@ -112,3 +118,9 @@ def _free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as place, triton(Path(sys.argv[1]), Path(place), (8000, 8001)) as server:
+        print(f"ready: HTTP at {server.http}, gRPC at {server.grpc}", flush=True)
+        signal.sigwait({signal.SIGINT, signal.SIGTERM})

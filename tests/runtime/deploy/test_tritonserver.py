@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -44,6 +46,29 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, 
     assert not ended.value.code
     with triton(folder / "repository", folder) as running:
         yield running, folder / "repository/demo"
+
+
+def test_the_page_works_as_it_is_typed(server: tuple[Running, Path], tmp_path: Path) -> None:
+    """Every block of docs/triton.md, in order; this server in place of the one that a reader starts."""
+    running, _ = server
+    (tmp_path / "demo").symlink_to(ROOT / "demo")
+    (tmp_path / "out").mkdir()
+    page = (ROOT / "docs/triton.md").read_text()
+    page = page.replace("localhost:8000", running.http).replace("localhost:8001", running.grpc)
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert [language for language, _ in blocks] == ["bash", "bash", "python"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    said = ""
+    for language, block in blocks:
+        shell = ["bash", "-euo", "pipefail", "-c", block]
+        command = shell if language == "bash" else [str(ENVIRONMENT / "bin/python"), "-P", "-c", block]
+        done = subprocess.run(
+            command, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        said += done.stdout
+    assert (tmp_path / "out/repository/demo/config.pbtxt").is_file() and "[b'step'] [0.5]" in said and "(17, 64, 64, 3)" in said
+    assert decode_clip(tmp_path / "out/triton.mp4", 17, 64, 64, 8.0).video.shape == (17, 3, 64, 64)
 
 
 def get(url: str) -> Any:
