@@ -85,7 +85,7 @@ report: .venv-dev/.installed
 lock:
 	$(PYTHON) requirements/lock.py runtime '.[cpu,serve]'
 	$(PYTHON) requirements/lock.py dev '.[cpu,export,flow,openvino,otel,rtx,serve,dev]' torch==$(TORCH)
-	$(PYTHON) requirements/lock.py triton '.[cpu]' 'tritonclient[grpc]>=2.73'
+	$(PYTHON) requirements/lock.py triton '.[cpu,serve]' 'tritonclient[grpc]>=2.73' $$(grep == requirements/runtime.txt | grep -v ^protobuf=)
 	$(PYTHON) requirements/lock.py kubernetes kubernetes-validate six urllib3
 
 clean:

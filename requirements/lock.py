@@ -2,7 +2,7 @@
 
     python requirements/lock.py runtime '.[cpu,serve]'
     python requirements/lock.py dev '.[cpu,export,flow,openvino,otel,rtx,serve,dev]' torch==2.13.0
-    python requirements/lock.py triton '.[cpu]' 'tritonclient[grpc]>=2.73'
+    python requirements/lock.py kubernetes kubernetes-validate six urllib3        # see the Makefile for all
 
 Nothing is installed: pip's dry run reports its choice. `dev` lists only what `runtime` does not, and keeps
 its versions.
