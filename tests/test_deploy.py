@@ -307,6 +307,8 @@ def test_kserve_s_service_is_of_its_runtime() -> None:
     assert model["runtime"] == runtime["metadata"]["name"] and container["name"] == "kserve-container"
     assert model["modelFormat"]["name"] in [one["name"] for one in runtime["spec"]["supportedModelFormats"]]
     assert model["protocolVersion"] in runtime["spec"]["protocolVersions"]
+    claim = one_of(items, "PersistentVolumeClaim")["metadata"]["name"]
+    assert model["storageUri"] == f"pvc://{claim}/repository"
     assert "--model-repository=/mnt/models" in container["args"]  # where KServe puts what storageUri names
     (port,) = container["ports"]
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
@@ -338,7 +340,7 @@ def test_manifests_fit_the_schemas_of_kubernetes_and_kserve(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     ours = {name: faults for name, faults in found.items() if not name.startswith("wrong-")}
-    assert len(ours) == 7 and not any(ours.values()), ours
+    assert len(ours) == 8 and not any(ours.values()), ours
     wrong = {name: faults for name, faults in found.items() if name.startswith("wrong-") and faults}
     assert [" ".join(name.split()[:2]) for name in wrong] == [
         "wrong-kserve-pod.yaml ServingRuntime", "wrong-kserve.yaml InferenceService", "wrong-kubernetes.yaml Deployment",

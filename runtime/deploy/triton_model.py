@@ -7,6 +7,7 @@ calls of graphs it says how far it is, and looks whether it is still wanted: a c
 from __future__ import annotations
 
 import base64
+import importlib
 import json
 import logging
 import tempfile
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import triton_python_backend_utils as pb  # type: ignore[import-not-found]  # only Triton has it
 
 from motionrt.runtime.backends.auto import backend_for
 from motionrt.runtime.backends.open import RunOptions
@@ -35,6 +35,7 @@ class TritonPythonModel:
     def initialize(self, args: Mapping[str, str]) -> None:
         """Open the bundle and the memory that the model's parameters name, and load all that a request needs. Raises
         `MotionRTError`: Triton then says why the model is not there."""
+        self.pb: Any = importlib.import_module("triton_python_backend_utils")  # only Triton has it
         parameters = {name: one["string_value"] for name, one in json.loads(args["model_config"])["parameters"].items()}
         options = RunOptions(**json.loads(parameters["options"]))
         if args["model_instance_kind"] == "GPU":
@@ -48,53 +49,56 @@ class TritonPythonModel:
     def execute(self, requests: Sequence[Any]) -> None:
         """Answer each request through its own sender; what goes wrong with one is its answer."""
         for request in requests:
-            sender = request.get_response_sender()
+            sender, final = request.get_response_sender(), self.pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL
             try:
-                self._answer(request, sender)
+                last = self._answer(request, sender)
             except Exception as error:
-                sender.send(pb.InferenceResponse(error=_told(error)), flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                last = self.pb.InferenceResponse(error=self._told(error))
+            sender.send(last, flags=final)
 
     def finalize(self) -> None:
         """Close what was opened."""
         self.pipeline.close()
 
-    def _answer(self, request: Any, sender: Any) -> None:
-        given = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-        asked, output = request_of(self.pipeline, given)
+    def _answer(self, request: Any, sender: Any) -> Any:
+        """Say how far it is after each call; the last answer."""
+        asked, output = request_of(self.pipeline, {tensor.name(): tensor.as_numpy() for tensor in request.inputs()})
         job, bundle = self.pipeline.start(asked), self.pipeline.bundle
         steps = sum(count for graph, count in job.calls().items() if bundle.in_loop(graph))
         for call in job:
             if request.is_cancelled():
                 job.close()
-                pb.Logger.log_info(f"cancelled after {len(job.step_seconds)} of {steps} steps")
-                error = pb.TritonError("the client does not want the video any more.", pb.TritonError.CANCELLED)
-                sender.send(pb.InferenceResponse(error=error), flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-                return
+                self.pb.Logger.log_info(f"cancelled after {len(job.step_seconds)} of {steps} steps")
+                error = self.pb.TritonError("the client does not want the video any more.", self.pb.TritonError.CANCELLED)
+                return self.pb.InferenceResponse(error=error)
             progress = np.array([min(1.0, len(job.step_seconds) / steps) if steps else 0.0], np.float32)
-            sender.send(pb.InferenceResponse([_strings("stage", call.graph), pb.Tensor("progress", progress)]))
+            sender.send(self._response(stage=call.graph, progress=progress))
         result = self.pipeline.result(job)
-        made = [pb.Tensor("fps", np.array([result.fps], np.float32)), _strings("about", json.dumps(_about(result)))]
-        if result.field is not None:
-            made.append(pb.Tensor("field", result.field))
+        values: dict[str, Any] = {"fps": np.array([result.fps], np.float32), "about": json.dumps(_about(result))}
         if output == "frames":
-            made.append(pb.Tensor("frames", result.frames))
+            values["frames"] = result.frames
         else:
-            made.append(_strings("video", _mp4(result) if output == "mp4" else base64.b64encode(_mp4(result))))
-        sender.send(pb.InferenceResponse(made), flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            values["video"] = base64.b64encode(_mp4(result)) if output == "base64" else _mp4(result)
+        return self._response(**values, field=result.field)
 
+    def _response(self, **values: Any) -> Any:
+        """Arrays, texts and bytes as an answer; without those that are None."""
+        tensors = []
+        for name, value in values.items():
+            if isinstance(value, str | bytes):
+                value = np.array([value.encode() if isinstance(value, str) else value], np.object_)
+            if value is not None:
+                tensors.append(self.pb.Tensor(name, value))
+        return self.pb.InferenceResponse(tensors)
 
-def _told(error: Exception) -> Any:
-    """What a client is told of an error: our own words; of what is nobody's but ours no more than its kind."""
-    if isinstance(error, InputError | MediaError):
-        return pb.TritonError(str(error), pb.TritonError.INVALID_ARG)
-    if isinstance(error, MotionRTError):
-        return pb.TritonError(str(error), pb.TritonError.INTERNAL)
-    _log.error("a request failed", exc_info=error)
-    return pb.TritonError(f"a fault of the model ({type(error).__name__}); its log says more.", pb.TritonError.INTERNAL)
-
-
-def _strings(name: str, value: str | bytes) -> Any:
-    return pb.Tensor(name, np.array([value.encode() if isinstance(value, str) else value], np.object_))
+    def _told(self, error: Exception) -> Any:
+        """What a client is told of an error: our own words; of what is nobody's but ours no more than its kind."""
+        if isinstance(error, MotionRTError):
+            theirs = isinstance(error, InputError | MediaError)
+            return self.pb.TritonError(str(error), self.pb.TritonError.INVALID_ARG if theirs else self.pb.TritonError.INTERNAL)
+        _log.error("a request failed", exc_info=error)
+        text = f"a fault of the model ({type(error).__name__}); its log says more."
+        return self.pb.TritonError(text, self.pb.TritonError.INTERNAL)
 
 
 def _mp4(result: Result) -> bytes:

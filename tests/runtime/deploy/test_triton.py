@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib
 import io
 import json
 import re
@@ -23,6 +22,7 @@ from PIL import Image
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.deploy.tensors import inputs_of, request_of
 from motionrt.runtime.deploy.triton import write_repository
+from motionrt.runtime.deploy.triton_model import TritonPythonModel
 from motionrt.runtime.errors import BundleError, InputError, MediaError, MemoryStoreError
 from motionrt.runtime.pipeline import MotionPipeline
 
@@ -178,13 +178,11 @@ def test_a_search_is_narrowed_by_json_and_by_nothing_else(fake_bundle: Path) -> 
 
 
 @pytest.fixture
-def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def triton(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The stand-in, under the name of what it stands for."""
     module = load_by_path(HELPERS / "fake_triton.py")
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", module)
-    monkeypatch.delitem(sys.modules, "motionrt.runtime.deploy.triton_model", raising=False)
-    yield module
-    sys.modules.pop("motionrt.runtime.deploy.triton_model", None)
+    return module
 
 
 @pytest.fixture
@@ -192,7 +190,7 @@ def model(triton: ModuleType, fake_bundle: Path, fake_memory: Path) -> Iterator[
     """The model, opened as Triton opens it."""
     places = {"bundle": str(fake_bundle), "memory": str(fake_memory), "options": '{"threads": 1}'}
     config = {"parameters": {name: {"string_value": value} for name, value in places.items()}}
-    made = importlib.import_module("motionrt.runtime.deploy.triton_model").TritonPythonModel()
+    made = TritonPythonModel()
     kind = {"model_instance_kind": "CPU", "model_instance_device_id": "0"}
     made.initialize({"model_config": json.dumps(config), "model_repository": "/nowhere", **kind})
     yield made
