@@ -1,4 +1,4 @@
-"""benchmarks/questions/bench_branches.py at toy size: three forms of a guided step, which must agree before they are timed."""
+"""benchmarks/guided/bench_branches.py at toy size: three forms of a guided step, which must agree before they are timed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from motionrt.benchmarks import harness
-from motionrt.benchmarks.questions import bench_branches
+from motionrt.benchmarks.guided import bench_branches
 
 pytestmark = pytest.mark.slow
 ARGUMENTS = ["bench_branches.py", "--size", "toy", "--rounds", "2", "--warmups", "0", "--threads", "1", "--results"]

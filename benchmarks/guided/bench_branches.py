@@ -1,7 +1,7 @@
 """What does one request gain from a device for each branch of its guidance? CogVideoX's step in PyTorch, random weights.
 
-    .venv-dev/bin/python benchmarks/questions/bench_branches.py --size mid --devices cpu cpu
-    .venv-dev/bin/python benchmarks/questions/bench_branches.py --size full --dtype bfloat16 --devices cuda:0 cuda:1
+    .venv-dev/bin/python benchmarks/guided/bench_branches.py --size mid --devices cpu cpu
+    .venv-dev/bin/python benchmarks/guided/bench_branches.py --size full --dtype bfloat16 --devices cuda:0 cuda:1
 
 Candidates: `pair`, the step as bundles have it, both branches a batch of two on the first device; `in turn`, a call for each
 branch there; `side by side`, each on a device of its own, in a thread of its own, the other one's latents and output taken
