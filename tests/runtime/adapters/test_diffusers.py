@@ -121,6 +121,7 @@ def test_what_cannot_be_had_is_refused(pipe: DiffusersPipeline, still: Still, as
         pipe(**{"image": still, "prompt": "the star", **asked})
 
 
+@pytest.mark.slow  # it imports two pipelines, and transformers with them
 @pytest.mark.parametrize("name", ["CogVideoXImageToVideoPipeline", "StableVideoDiffusionPipeline"])
 def test_every_argument_of_diffusers_is_taken_or_refused(name: str) -> None:
     diffusers = pytest.importorskip("diffusers")
