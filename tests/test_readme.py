@@ -143,7 +143,7 @@ def test_readme_targets_exist_in_the_makefile() -> None:
     assert wanted and {name for name in wanted if not re.search(rf"^{name}:", makefile, re.MULTILINE)} == set()
 
 
-@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("page", [*PAGES, "docs/comfyui.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_page_links_lead_somewhere(page: str) -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text(encoding="utf-8"))
     assert [link for link in links if not ((ROOT / page).parent / link).is_file()] == []

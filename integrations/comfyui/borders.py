@@ -26,8 +26,8 @@ _LARGEST = 512  # pixels of the longer side of a look at a video while it is mad
 
 def pixels_of_image(image: torch.Tensor) -> NDArray[np.uint8]:
     """The first picture of an IMAGE `[B, H, W, C]`, or the first plane of a MASK `[B, H, W]`, as uint8 without B."""
-    first = image[0].detach().cpu().numpy()
-    return np.clip(np.rint(first * 255), 0, 255).astype(np.uint8)
+    pixels: NDArray[np.uint8] = np.clip(np.rint(image[0].detach().cpu().numpy() * 255), 0, 255).astype(np.uint8)
+    return pixels
 
 
 def image_of_pixels(pixels: NDArray[np.uint8]) -> torch.Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import io as bytesio
 import json
+import os
 import tempfile
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,10 @@ class Remote(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        key = "Left empty: MOTIONRT_API_KEY of ComfyUI's environment. What is typed here is saved in workflows and pictures."
+        key = (
+            "Saved in workflows, and in files that carry them. Left empty it is MOTIONRT_API_KEY of ComfyUI's environment, for"
+            " the server of MOTIONRT_SERVER and for this machine alone."
+        )
         fields = 'What else the server\'s bundle takes, as JSON: {"motion_scale": 0.8, "references": 2}.'
         return io.Schema(
             node_id="MotionRTRemote", display_name="MotionRT Remote", category=CATEGORY,
@@ -112,7 +116,7 @@ class Remote(io.ComfyNode):
     def execute(
         cls, server: str, prompt: str, seed: int, steps: int, key: str = "", fields: str = "", image: Any = None
     ) -> io.NodeOutput:
-        client = Client(server, key or None)
+        client = Client(server, key or (None if server.rstrip("/") in _own() else ""))
         still = None if image is None else _png(pixels_of_image(image))
         watched = Watched(100)
         job = client.create(prompt, still, seed=seed, steps=steps or None, **_fields(fields))
@@ -127,7 +131,7 @@ class Remote(io.ComfyNode):
         client.wait(job["id"])  # says why, where it failed
         with tempfile.TemporaryDirectory(prefix="motionrt-") as folder:
             data = client.content(job["id"], Path(folder) / "video.mp4").read_bytes()
-        video = InputImpl.VideoFromFile(bytesio.BytesIO(data))
+        video = InputImpl.VideoFromFile(BytesIO(data))
         parts = video.get_components()
         lines = [f"{clip['score'] or 0:.3f}  {clip['caption']}" for clip in job["motionrt"]["references"]]
         return io.NodeOutput(parts.images, video, float(parts.frame_rate), "\n".join(lines))
@@ -140,6 +144,11 @@ class MotionRT(ComfyExtension):
 
 async def comfy_entrypoint() -> MotionRT:
     return MotionRT()
+
+
+def _own() -> set[str]:
+    """Servers that the environment's key is for: a workflow of somebody else may name any."""
+    return {SERVER, os.environ.get("MOTIONRT_SERVER", SERVER).rstrip("/")}
 
 
 def _names(memory: str, more: str) -> list[str]:
@@ -165,7 +174,7 @@ def _fields(text: str) -> dict[str, Any]:
 
 
 def _png(pixels: NDArray[np.uint8]) -> bytes:
-    buffer = bytesio.BytesIO()
+    buffer = BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
 

@@ -84,7 +84,7 @@ class Comfy:
     """ComfyUI with its folders in `folder`."""
 
     def __init__(self, folder: Path) -> None:
-        for name in ("models", "input", "output", "temp"):
+        for name in ("models", "input", "output", "temp", "custom_nodes"):
             (folder / name).mkdir()
         self.folder, self.stop_after, self._cache = folder, -1, dict[str, tuple[Any, ...]]()
         self.ran: list[str] = []  # the nodes that were executed

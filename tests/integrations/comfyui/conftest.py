@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-import shutil
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,18 +15,19 @@ NODES = ROOT / "integrations/comfyui"
 @pytest.fixture
 def comfy(tmp_path: Path) -> Iterator[Comfy]:
     """ComfyUI's stand-in with empty folders and without our nodes: `comfy.load(NODES)`."""
-    (tmp_path / "comfy").mkdir()
-    with Comfy(tmp_path / "comfy").installed() as made:
+    (tmp_path / "ComfyUI").mkdir()
+    with Comfy(tmp_path / "ComfyUI").installed() as made:
         yield made
 
 
 @pytest.fixture
 def demo(comfy: Comfy) -> Comfy:
-    """The same as docs/comfyui.md sets it up: a link to the demo, pictures, and our nodes."""
-    home = comfy.folder / "models/motionrt"
-    home.mkdir()
-    (home / "demo").symlink_to(ROOT / "demo")
-    for picture in ("demo/inputs/red_star.png", "demo/motion_i2v/inputs/star_circles.png"):
-        shutil.copy(ROOT / picture, comfy.folder / "input")
-    comfy.load(NODES)
+    """The same, set up by the commands of docs/comfyui.md, but for those that install and start it."""
+    page = (ROOT / "docs/comfyui.md").read_text()
+    lines = page.split("```bash\n")[1].split("```")[0].splitlines()
+    typed = [line for line in lines if line.startswith(("ln ", "mkdir ", "cp "))]
+    assert len(typed) == len(lines) - 2 and len(lines) <= 10
+    home = {"HOME": str(comfy.folder.parent)}
+    subprocess.run(["bash", "-euc", "\n".join(typed)], check=True, cwd=ROOT, env={**os.environ, **home})
+    comfy.load(comfy.folder / "custom_nodes/motionrt")
     return comfy

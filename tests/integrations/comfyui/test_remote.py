@@ -90,7 +90,7 @@ def test_a_job_that_fails_says_why(comfy: Comfy, handler: type[Server]) -> None:
             run(comfy, server.url, fields="[")
 
 
-def test_the_key_is_that_of_the_environment_unless_one_is_typed(
+def test_the_environments_key_goes_to_its_own_server_alone(
     comfy: Comfy, handler: type[Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     comfy.load(NODES)
@@ -104,8 +104,9 @@ def test_the_key_is_that_of_the_environment_unless_one_is_typed(
     monkeypatch.setattr(handler, "do_GET", noting)
     monkeypatch.setenv("MOTIONRT_API_KEY", "mine")
     with Answering(handler) as server:
-        run(comfy, server.url)
-        assert {*keys} == {"Bearer mine"}
-        keys.clear()
-        run(comfy, server.url, key="typed")
-        assert {*keys} == {"Bearer typed"}
+        tried = [("http://mine:1", "", None), (f"{server.url}/", "", "mine"), ("http://mine:1", "typed", "typed")]
+        for own, key, sent in tried:
+            monkeypatch.setenv("MOTIONRT_SERVER", own)
+            keys.clear()
+            run(comfy, server.url, key=key)
+            assert {*keys} == {sent and f"Bearer {sent}"}
