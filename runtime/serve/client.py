@@ -42,8 +42,8 @@ class ServerError(Exception):
 
 
 class Client:
-    """See the module. key: "" sends none, whatever the environment says; timeout: seconds without a byte from the server, not of
-    a whole call; tries: of one call, at most; patience: seconds that `events` and `wait` go on while the server cannot be
+    """See the module. key: "" sends none, whatever the environment says; timeout: seconds without a byte from the server, not
+    of a whole call; tries: of one call, at most; patience: seconds that `events` and `wait` go on while the server cannot be
     reached, as when it is started anew."""
 
     def __init__(self, server: str | None = None, key: str | None = None, *, timeout: float = 60, tries: int = 4) -> None:
