@@ -26,7 +26,8 @@ _LARGEST = 512  # pixels of the longer side of a look at a video while it is mad
 
 def pixels_of_image(image: torch.Tensor) -> NDArray[np.uint8]:
     """The first picture of an IMAGE `[B, H, W, C]`, or the first plane of a MASK `[B, H, W]`, as uint8 without B."""
-    pixels: NDArray[np.uint8] = np.clip(np.rint(image[0].detach().cpu().numpy() * 255), 0, 255).astype(np.uint8)
+    levels = image[0].detach().cpu().float() * 255  # it may be of 16 bits
+    pixels: NDArray[np.uint8] = np.clip(np.rint(levels.numpy()), 0, 255).astype(np.uint8)
     return pixels
 
 

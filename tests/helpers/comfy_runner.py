@@ -56,12 +56,14 @@ def core(folder: Path) -> dict[str, type[ComfyNode]]:
     class SaveVideo(ComfyNode):
         @classmethod
         def define_schema(cls) -> Schema:
-            auto = [io.Combo.Input(name, options=["auto", other]) for name, other in (("format", "mp4"), ("codec", "h264"))]
+            # `codec` until 2026, then `format.codec`: each ignores the other.
+            combos = {"format": "mp4", "codec": "h264", "format.codec": "h264"}
+            auto = [io.Combo.Input(name, options=["auto", other], optional="." in name) for name, other in combos.items()]
             prefix = io.String.Input("filename_prefix", default="video/ComfyUI")
             return Schema("SaveVideo", inputs=[io.Video.Input("video"), prefix, *auto], is_output_node=True)
 
         @classmethod
-        def execute(cls, video: Any, filename_prefix: str, format: str, codec: str) -> NodeOutput:
+        def execute(cls, video: Any, filename_prefix: str, **auto: str) -> NodeOutput:
             path = folder / "output" / f"{filename_prefix}_00001_.mp4"
             path.parent.mkdir(parents=True, exist_ok=True)
             video.save_to(str(path))
