@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from comfy_runner import Comfy
+from comfy_stand_in import ProgressBar
 from serving import serving
 
 from motionrt import MotionPipeline
@@ -66,6 +67,7 @@ def test_image_to_video(demo: Comfy) -> None:
     frames, _, fps, references = gave["4"]
     assert frames.shape == (17, 64, 64, 3) and fps == 8 and references.count("bounces in place") == 4
     assert gave["5"][0].shape == (17, 64, 4 * 64, 3)
+    assert any(pictured for _, _, pictured in ProgressBar.shown)  # the demo's preview is calibrated
     assert read_clip(gave["6"][0], 17, 64, 64, 8).shape == (17, 3, 64, 64)
 
 
