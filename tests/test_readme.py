@@ -20,7 +20,7 @@ from serving import serving
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 # In this order, in one folder.
-PAGES = ("README.md", "docs/jobs-over-http.md", "docs/bring-your-own-videos.md", "docs/openvino.md")
+PAGES = ("README.md", "docs/jobs-over-http.md", "docs/bring-your-own-videos.md", "docs/openvino.md", "docs/diffusers.md")
 EXCLUDED = "<!-- not run by tests:"
 SETS_UP = re.compile(r"(make [a-z]+|pip install .*|git clone .*|cd .*|\. \.venv/bin/activate)")
 
@@ -143,7 +143,7 @@ def test_readme_targets_exist_in_the_makefile() -> None:
     assert wanted and {name for name in wanted if not re.search(rf"^{name}:", makefile, re.MULTILINE)} == set()
 
 
-@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("page", [*PAGES, "docs/comfyui.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_page_links_lead_somewhere(page: str) -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text(encoding="utf-8"))
     assert [link for link in links if not ((ROOT / page).parent / link).is_file()] == []
