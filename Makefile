@@ -90,4 +90,4 @@ lock:
 
 clean:
 	rm -rf .venv .venv-dev .venv-kubernetes .venv-triton build dist out motionrt.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find benchmarks demo export kernels runtime src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find benchmarks demo export integrations kernels runtime src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -31,6 +31,7 @@ MAY_KNOW = {
     "calibrate": "errors files bundle job memory indexing pipeline schedules",
     "preview": "errors bundle pipeline job calibrate",
     "deploy": "errors files bundle media backends memory pipeline",
+    "adapters": "errors arguments job noise pipeline",
     "serve": "errors files noise bundle media backends memory indexing job pipeline scheduler",
 }  # fmt: skip
 HOPS = ["generate", "Job.__next__", "MotionPipeline.run", "Checked.run", "execute"]

@@ -20,8 +20,8 @@ from serving import serving
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 # In this order, in one folder.
-PAGES = ("README.md", "docs/jobs-over-http.md", "docs/bring-your-own-videos.md", "docs/openvino.md")
-LINKED = ("kubernetes", "scale", "triton")  # pages with links, whose blocks run elsewhere or which have none
+PAGES = ("README.md", "docs/jobs-over-http.md", "docs/bring-your-own-videos.md", "docs/openvino.md", "docs/diffusers.md")
+LINKED = ("comfyui", "kubernetes", "scale", "triton")  # pages with links, whose blocks run elsewhere or which have none
 EXCLUDED = "<!-- not run by tests:"
 SETS_UP = re.compile(r"(make [a-z]+|pip install .*|git clone .*|cd .*|\. \.venv/bin/activate)")
 
