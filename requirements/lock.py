@@ -1,9 +1,10 @@
-"""Write requirements/runtime.txt or requirements/dev.txt: what pip resolves for this project, pinned.
+"""Write requirements/runtime.txt, dev.txt or docs.txt: what pip resolves for this project, pinned.
 
     python requirements/lock.py runtime '.[cpu,serve]'
     python requirements/lock.py dev '.[cpu,export,flow,openvino,otel,rtx,serve,dev]' torch==2.13.0
+    python requirements/lock.py docs '.[cpu,serve]' mkdocs-material 'mkdocstrings[python]' ruff build twine cyclonedx-bom pip-audit
 
-Nothing is installed: pip's dry run reports its choice. `dev` lists only what `runtime` does not, and keeps
+Nothing is installed: pip's dry run reports its choice. The others list only what `runtime` does not, and keep
 its versions.
 """
 
@@ -21,6 +22,7 @@ HERE = Path(__file__).resolve().parent
 PURPOSE = {
     "runtime": "# The run side: no PyTorch.\n",
     "dev": "# The build side, the tests and the checks, on top of the run side.\n-r runtime.txt\n",
+    "docs": "# The site and what a release is checked with, on top of the run side.\n-r runtime.txt\n",
 }
 
 
@@ -46,10 +48,10 @@ def resolve(requirements: list[str]) -> dict[str, str]:
 def main(arguments: list[str]) -> None:
     """Resolve and write one file beside its place, then rename it into place."""
     if len(arguments) < 2 or arguments[0] not in PURPOSE:
-        raise SystemExit("usage: python requirements/lock.py runtime|dev REQUIREMENT...")
+        raise SystemExit(f"usage: python requirements/lock.py {'|'.join(PURPOSE)} REQUIREMENT...")
     name, requirements = arguments[0], arguments[1:]
     base: dict[str, str] = {}
-    if name == "dev":
+    if name != "runtime":
         lines = (HERE / "runtime.txt").read_text().splitlines()
         base = dict(line.split("==", 1) for line in lines if "==" in line)
         requirements += [f"{package}=={version}" for package, version in base.items()]

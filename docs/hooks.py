@@ -1,0 +1,58 @@
+"""What the site has beside docs/*.md: pages of the repository's root, files that pages link to, references made from the code.
+
+The site has one folder. So a link of a page to `../NAME`, and one of README.md to `docs/NAME`, leads to `NAME` there.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import motionrt
+import typer
+from mkdocs.structure.files import File, Files
+from motionrt.runtime.cli.main import app, register
+from typer.cli import get_docs_for_click
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+EXAMPLES = re.compile(r"^(\w[^\n]*:)\n((?:  \S[^\n]*\n)+)", re.MULTILINE)
+IMPORT = re.compile(r"^from (motionrt[\w.]*) import (.+?)(?:  #.*)?$", re.MULTILINE)
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages and files that do not lie in docs/."""
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
+    every = [*texts.values(), *(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))]
+    texts |= {"cli.md": commands(), "api.md": names("\n".join(every))}
+    for name, text in texts.items():
+        files.append(File.generated(config, name, content=text))
+    for name in sorted({name for text in every for name in re.findall(r"\]\(\.\./([^)#]+)", text)} - {*PAGES}):
+        files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Links as they are in the one folder of the site."""
+    return re.sub(r"\]\(docs/" if page.file.src_uri in PAGES else r"\]\(\.\./", "](", markdown)
+
+
+def commands() -> str:
+    """Every command with its options, as Typer tells them; examples as blocks."""
+    register()
+    command = typer.main.get_command(app)
+    text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="motionrt", title="Commands")
+    return EXAMPLES.sub(lambda found: f"{found[1]}\n\n```console\n{re.sub('(?m)^  ', '$ ', found[2])}```\n", text)
+
+
+def names(pages: str) -> str:
+    """What `motionrt` exports, and what else the pages import from it, from the docstrings."""
+    public = {name: f"{module}.{name}" for name, module in motionrt._HOME.items()}
+    for module, found in IMPORT.findall(pages):
+        public |= {name: f"{module}.{name}" for name in found.split(", ") if module != "motionrt"}
+    lines = ["# Python names", "What `motionrt` exports, what else these pages import, and the errors.", "## From `motionrt`"]
+    lines += [f"::: {public.pop(name)}" for name in motionrt._HOME]
+    lines += ["## From its modules", *(f"::: {path}" for path in public.values())]
+    lines += ["## Errors", "::: motionrt.runtime.errors", "    options: {show_root_heading: false, show_root_toc_entry: false}"]
+    return "\n\n".join(lines).replace("errors\n\n    options", "errors\n    options") + "\n"
