@@ -9,11 +9,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import motionrt
 import typer
 from mkdocs.structure.files import File, Files
-from motionrt.runtime.cli.main import app, register
 from typer.cli import get_docs_for_click
+
+import motionrt
+from motionrt.runtime.cli.main import app, register
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")

@@ -2,7 +2,7 @@
 
     python requirements/lock.py runtime '.[cpu,serve]'
     python requirements/lock.py dev '.[cpu,export,flow,openvino,otel,rtx,serve,dev]' torch==2.13.0
-    python requirements/lock.py docs '.[cpu,serve]' mkdocs-material 'mkdocstrings[python]' ruff build twine cyclonedx-bom pip-audit
+    python requirements/lock.py docs '.[cpu,serve]' mkdocs-material ...                 # the whole line is in the Makefile
 
 Nothing is installed: pip's dry run reports its choice. The others list only what `runtime` does not, and keep
 its versions.
