@@ -18,6 +18,7 @@ from motionrt.runtime.cli.main import app, register
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+SHORTENED = re.compile(r"^\*\*Commands\*\*:\n\n(?:\* [^\n]*\n)+\n", re.MULTILINE)
 EXAMPLES = re.compile(r"^(\w[^\n]*:)\n((?:  \S[^\n]*\n)+)", re.MULTILINE)
 IMPORT = re.compile(r"^from (motionrt[\w.]*) import (.+?)(?:  #.*)?$", re.MULTILINE)
 
@@ -40,10 +41,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def commands() -> str:
-    """Every command with its options, as Typer tells them; examples as blocks."""
+    """Every command with its options, as Typer tells them, without its lists of shortened sentences; examples as blocks."""
     register()
     command = typer.main.get_command(app)
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="motionrt", title="Commands")
+    text = SHORTENED.sub("", text).replace("\b\n", "")  # click's mark of lines that are not to be wrapped
     return EXAMPLES.sub(lambda found: f"{found[1]}\n\n```console\n{re.sub('(?m)^  ', '$ ', found[2])}```\n", text)
 
 
@@ -55,5 +57,5 @@ def names(pages: str) -> str:
     lines = ["# Python names", "What `motionrt` exports, what else these pages import, and the errors.", "## From `motionrt`"]
     lines += [f"::: {public.pop(name)}" for name in motionrt._HOME]
     lines += ["## From its modules", *(f"::: {path}" for path in public.values())]
-    lines += ["## Errors", "::: motionrt.runtime.errors", "    options: {show_root_heading: false, show_root_toc_entry: false}"]
+    lines += ["## Errors", "::: motionrt.runtime.errors", "    options: {filters: ['^[A-Z]'], show_root_heading: false, show_root_toc_entry: false}"]
     return "\n\n".join(lines).replace("errors\n\n    options", "errors\n    options") + "\n"
