@@ -22,6 +22,27 @@ SHORTENED = re.compile(r"^\*\*Commands\*\*:\n\n(?:\* [^\n]*\n)+\n", re.MULTILINE
 EXAMPLES = re.compile(r"^(\w[^\n]*:)\n((?:  \S[^\n]*\n)+)", re.MULTILINE)
 IMPORT = re.compile(r"^from (motionrt[\w.]*) import (.+?)(?:  #.*)?$", re.MULTILINE)
 
+NAMES = """# Python names
+
+What `motionrt` exports, what else these pages import, and the errors.
+
+## From `motionrt`
+
+{ours}
+
+## From its modules
+
+{others}
+
+## Errors
+
+::: motionrt.runtime.errors
+    options:
+      filters: ["^[A-Z]"]
+      show_root_heading: false
+      show_root_toc_entry: false
+"""
+
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages and files that do not lie in docs/."""
@@ -54,8 +75,5 @@ def names(pages: str) -> str:
     public = {name: f"{module}.{name}" for name, module in motionrt._HOME.items()}
     for module, found in IMPORT.findall(pages):
         public |= {name: f"{module}.{name}" for name in found.split(", ") if module != "motionrt"}
-    lines = ["# Python names", "What `motionrt` exports, what else these pages import, and the errors.", "## From `motionrt`"]
-    lines += [f"::: {public.pop(name)}" for name in motionrt._HOME]
-    lines += ["## From its modules", *(f"::: {path}" for path in public.values())]
-    lines += ["## Errors", "::: motionrt.runtime.errors", "    options: {filters: ['^[A-Z]'], show_root_heading: false, show_root_toc_entry: false}"]
-    return "\n\n".join(lines).replace("errors\n\n    options", "errors\n    options") + "\n"
+    ours, others = ("\n\n".join(f"::: {public[name]}" for name in public if (name in motionrt._HOME) == own) for own in (True, False))
+    return NAMES.format(ours=ours, others=others)
