@@ -75,5 +75,6 @@ def names(pages: str) -> str:
     public = {name: f"{module}.{name}" for name, module in motionrt._HOME.items()}
     for module, found in IMPORT.findall(pages):
         public |= {name: f"{module}.{name}" for name in found.split(", ") if module != "motionrt"}
-    ours, others = ("\n\n".join(f"::: {public[name]}" for name in public if (name in motionrt._HOME) == own) for own in (True, False))
-    return NAMES.format(ours=ours, others=others)
+    listed = {name: f"::: {path}" for name, path in public.items()}
+    ours = [listed.pop(name) for name in motionrt._HOME]
+    return NAMES.format(ours="\n\n".join(ours), others="\n\n".join(listed.values()))

@@ -46,11 +46,11 @@ def not_accounted_for(markdown: str, page: str, run_by: dict[str, str], indented
         if block.excluded and not REASON.fullmatch(above(markdown, block.line)):
             wrong.append(f"{page} line {block.line}: say why no test runs it: <!-- not run by tests: REASON -->")
         if block.language in ("bash", "sh", "python", "console") and not block.excluded and page not in run_by:
-            wrong.append(f"{page} line {block.line}: add the page to a test that runs it (RUN_BY), or a comment with the reason")
+            wrong.append(f"{page} line {block.line}: name the page in RUN_BY, or say why no test runs it")
     fenced = re.sub(r"^```.*?^```", lambda found: "\n" * found[0].count("\n"), markdown, flags=re.MULTILINE | re.DOTALL)
     for number, line in enumerate(fenced.splitlines(), 1):
         if COMMAND.match(line) and page not in indented:
-            wrong.append(f"{page} line {number}: commands are fenced blocks, so that a test runs them or a comment says why not")
+            wrong.append(f"{page} line {number}: make it a fenced block, so that a test or a comment goes with it")
     return wrong
 
 
