@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from house import picture
 from mkdocs.structure.files import File, Files
 from typer.cli import get_docs_for_click
 
@@ -18,6 +19,7 @@ from motionrt.runtime.cli.main import app, register
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+HOUSE = re.compile(r"\n## The house\n.*?\n```.*?\n```\n", re.DOTALL)
 SHORTENED = re.compile(r"^\*\*Commands\*\*:\n\n(?:\* [^\n]*\n)+\n", re.MULTILINE)
 EXAMPLES = re.compile(r"^(\w[^\n]*:)\n((?:  \S[^\n]*\n)+)", re.MULTILINE)
 IMPORT = re.compile(r"^from (motionrt[\w.]*) import (.+?)(?:  #.*)?$", re.MULTILINE)
@@ -58,6 +60,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links as they are in the one folder of the site."""
+    if page.file.src_uri == "CONTRIBUTING.md":  # below the list of the house, whose lines stay in the page
+        markdown = HOUSE.sub(lambda found: f"{found[0]}\n{picture()}\n", markdown)
     return re.sub(r"\]\(docs/" if page.file.src_uri in PAGES else r"\]\(\.\./", "](", markdown)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import typer
 from browsing import chromium
+from by_path import load_by_path
 
 import motionrt
 from motionrt.runtime.cli.main import app, register
@@ -72,6 +73,15 @@ def test_every_public_name_is_described(site: Path) -> None:
         assert f'id="{motionrt._HOME[name]}.{name}"' in page
     assert 'id="motionrt.runtime.memory.memory.MotionMemory.search"' in page  # of the class above it
     assert 'id="motionrt.runtime.errors.Cancelled"' in page
+
+
+def test_the_house_is_drawn_from_the_table_of_its_test(site: Path) -> None:
+    """Every folder, and every line goes down."""
+    house = re.search(r'<svg class="house".*?</svg>', (site / "CONTRIBUTING.html").read_text(), re.DOTALL)
+    assert house is not None
+    assert set(re.findall(r">(\w+)</text>", house[0])) == set(load_by_path(ROOT / "tests/test_house.py").MAY_KNOW)
+    lines = re.findall(r'd="M\S+ (\S+) Q\S+ \S+ \S+ (\S+)"', house[0])
+    assert len(lines) > 20 and all(float(end) > float(start) for start, end in lines)
 
 
 def test_a_link_to_nothing_ends_the_build(tmp_path: Path) -> None:
