@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 readme = load_by_path(ROOT / "tests/test_readme.py")
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 RUN_BY = {**dict.fromkeys(readme.PAGES, "tests/test_readme.py"), "docs/models.md": "tests/test_models_page.py"}
-# Commands that are no fenced block, by page: why no test runs them.
+# Pages with commands that are no fenced blocks: the test that runs them, or why none does.
 INDENTED = {"README.md": "benchmarks that keep rows; tests/benchmarks runs them small"}
 REASON = re.compile(r"<!-- not run by tests: \S.{10,} -->")
 COMMAND = re.compile(r" {4}(\w+=\S+ )*(motionrt|make|pip|python3?|docker|curl|sudo|\S*\.venv\S*|\S+\.py|\S+\.sh)( |$)")
