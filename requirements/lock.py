@@ -4,7 +4,7 @@
     python requirements/lock.py dev '.[cpu,export,flow,openvino,otel,rtx,serve,dev]' torch==2.13.0
     python requirements/lock.py kubernetes kubernetes-validate six urllib3        # see the Makefile for all
 
-Nothing is installed: pip's dry run reports its choice. `dev` lists only what `runtime` does not, and keeps
+Nothing is installed: pip's dry run reports its choice. The others list only what `runtime` does not, and keep
 its versions.
 """
 
@@ -22,6 +22,7 @@ HERE = Path(__file__).resolve().parent
 PURPOSE = {
     "runtime": "# The run side: no PyTorch.\n",
     "dev": "# The build side, the tests and the checks, on top of the run side.\n-r runtime.txt\n",
+    "docs": "# The site and what a release is checked with, on top of the run side.\n-r runtime.txt\n",
     "triton": "# The run side in Triton Inference Server, and a client of it. Not with dev.txt: they differ in protobuf.\n",
     "kubernetes": "# What manifests are checked with: the schemas of Kubernetes, and what the classes of kserve.txt import.\n",
 }
@@ -52,7 +53,7 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(f"usage: python requirements/lock.py {'|'.join(PURPOSE)} REQUIREMENT...")
     name, requirements = arguments[0], arguments[1:]
     base: dict[str, str] = {}
-    if name == "dev":
+    if name != "runtime":
         lines = (HERE / "runtime.txt").read_text().splitlines()
         base = dict(line.split("==", 1) for line in lines if "==" in line)
         requirements += [f"{package}=={version}" for package, version in base.items()]
