@@ -1,10 +1,10 @@
-"""Write requirements/NAME.txt: what pip resolves for this project, pinned.
+"""Write one of requirements/*.txt: what pip resolves for this project, pinned.
 
     python requirements/lock.py runtime '.[cpu,serve]'
     python requirements/lock.py dev '.[cpu,export,flow,openvino,otel,rtx,serve,dev]' torch==2.13.0
-    python requirements/lock.py ray '.[cpu,serve,ray]'
+    python requirements/lock.py kubernetes kubernetes-validate six urllib3        # see the Makefile for all
 
-Nothing is installed: pip's dry run reports its choice. Others than `runtime` list only what it does not, and keep
+Nothing is installed: pip's dry run reports its choice. The others list only what `runtime` does not, and keep
 its versions.
 """
 
@@ -23,6 +23,9 @@ PURPOSE = {
     "runtime": "# The run side: no PyTorch.\n",
     "dev": "# The build side, the tests and the checks, on top of the run side.\n-r runtime.txt\n",
     "ray": "# Replicas in Ray Serve, on top of the run side: no PyTorch.\n-r runtime.txt\n",
+    "docs": "# The site and what a release is checked with, on top of the run side.\n-r runtime.txt\n",
+    "triton": "# The run side in Triton Inference Server, and a client of it. Not with dev.txt: they differ in protobuf.\n",
+    "kubernetes": "# What manifests are checked with: the schemas of Kubernetes, and what the classes of kserve.txt import.\n",
 }
 
 

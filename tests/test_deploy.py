@@ -6,6 +6,7 @@ import configparser
 import json
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -31,7 +32,7 @@ DEPLOY = ROOT / "deploy"
 DOCKERFILES = ("Dockerfile", "Dockerfile.cuda")
 FILES = {
     *DOCKERFILES, "compose.yaml", "prometheus.yaml", "alerts.yaml", "grafana-dashboard.json", "motionrt.service", "nginx.conf",
-    "Caddyfile",
+    "Caddyfile", "kubernetes.yaml", "kserve.yaml",
 }  # fmt: skip
 SUFFIX = {"counter": "_total", "gauge": "", "histogram": ""}
 
@@ -42,6 +43,15 @@ def text(name: str) -> str:
 
 def read(name: str) -> Any:
     return yaml.safe_load(text(name)) if name.endswith(".yaml") else json.loads(text(name))
+
+
+def manifests(name: str) -> list[Any]:
+    return list(yaml.safe_load_all(text(name)))
+
+
+def one_of(items: list[Any], kind: str) -> Any:
+    (found,) = (item for item in items if item["kind"] == kind)
+    return found
 
 
 def test_every_file_of_the_folder_is_tested_here() -> None:
@@ -55,11 +65,13 @@ def lines(name: str) -> Iterator[list[str]]:
     """Every command line of `motionrt` in a file: in its comments, in ExecStart, in `command`."""
     plain = re.sub(r"\\\n(#\s*)?", " ", text(name))
     for line in plain.splitlines():
-        found = re.search(r"(?:\bmotionrt(?::cpu|:cuda)?|\bserver) +((?:serve|keys) .*)", line)
+        found = re.search(r"(?:\bmotionrt(?::cpu|:cuda)?|\bserver) +((?:serve|keys|deploy) .*)", line)
         if found is not None and "docker build" not in line and line.lstrip().startswith(("#", "ExecStart")):
             yield shlex.split(found[1].partition(" > ")[0].partition(" && ")[0])
     if name == "compose.yaml":
         yield read(name)["services"]["server"]["command"]
+    if name == "kubernetes.yaml":
+        yield one_of(manifests(name), "Deployment")["spec"]["template"]["spec"]["containers"][0]["args"]
     if name in DOCKERFILES:
         yield next(json.loads(arguments) for word, arguments in instructions(name) if word == "CMD")
 
@@ -241,6 +253,98 @@ def test_the_dashboard_shows_every_metric_and_no_other(series: set[str]) -> None
     assert own == {re.sub(r"_(bucket|sum|count|total)$", "", name) for name in shown if name.startswith("motionrt_")}
     (variable,) = dashboard["templating"]["list"]
     assert set(re.findall(r"\$(\w+)", json.dumps(dashboard))) <= {variable["name"], "__rate_interval", "__all"}
+
+
+# --- Kubernetes
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "user"), [("kubernetes.yaml", "Pod", 10001), ("kubernetes.yaml", "Deployment", 10001),
+                               ("kserve.yaml", "ServingRuntime", 1000)],
+)  # fmt: skip
+def test_pods_run_as_nobody_and_write_to_their_volumes_alone(name: str, kind: str, user: int) -> None:
+    spec = one_of(manifests(name), kind)["spec"]
+    spec = spec["template"]["spec"] if kind == "Deployment" else spec
+    (container,) = spec["containers"]
+    bounds = {**spec.get("securityContext", {}), **container["securityContext"]}
+    assert bounds["runAsNonRoot"] is True and bounds["runAsUser"] == user and bounds["readOnlyRootFilesystem"] is True
+    assert bounds["allowPrivilegeEscalation"] is False and bounds["capabilities"] == {"drop": ["ALL"]}
+    assert bounds["seccompProfile"] == {"type": "RuntimeDefault"} and container["resources"]["limits"]["memory"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in spec["volumes"]}
+    if name == "kubernetes.yaml":
+        assert spec["automountServiceAccountToken"] is False
+        assert any(word == "USER" and value == f"{user}:{bounds['runAsGroup']}" for word, value in instructions("Dockerfile"))
+
+
+def test_the_deployment_is_probed_reached_and_ended_as_the_server_says() -> None:
+    items = manifests("kubernetes.yaml")
+    deployment = one_of(items, "Deployment")["spec"]
+    pod = deployment["template"]["spec"]
+    (container,) = pod["containers"]
+    given = dict(part.removeprefix("--").split("=", 1) for part in container["args"][1:])
+    source = (ROOT / "runtime/serve/app.py").read_text()
+    for probe in ("startup", "ready", "live"):
+        asked = container[{"startup": "startupProbe", "ready": "readinessProbe", "live": "livenessProbe"}[probe]]["httpGet"]
+        assert asked == {"path": f"/health/{probe}", "port": "http"} and f'"/health/{probe}"' in source
+    assert container["ports"] == [{"name": "http", "containerPort": options("serve")["--port"]}]
+    assert pod["terminationGracePeriodSeconds"] > float(given["drain"]) and given["host"] == "0.0.0.0"
+    mounts = {mount["mountPath"]: mount.get("readOnly", False) for mount in container["volumeMounts"]}
+    for name, only_read in {"bundle": True, "memory": True, "keys": True, "store": False}.items():
+        assert mounts[f"/{given[name].split('/')[1]}"] is only_read, name
+    assert deployment["replicas"] == 1 and deployment["strategy"] == {"type": "Recreate"}  # the store has one owner
+    service = one_of(items, "Service")["spec"]
+    labels = deployment["template"]["metadata"]["labels"]
+    assert service["selector"] == labels == deployment["selector"]["matchLabels"]
+    assert service["ports"][0]["targetPort"] == "http"
+    claims = {volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"] if "persistentVolumeClaim" in volume}
+    assert claims == {item["metadata"]["name"] for item in items if item["kind"] == "PersistentVolumeClaim"}
+
+
+def test_kserve_s_service_is_of_its_runtime() -> None:
+    items = manifests("kserve.yaml")
+    runtime, service = one_of(items, "ServingRuntime"), one_of(items, "InferenceService")
+    model, (container,) = service["spec"]["predictor"]["model"], runtime["spec"]["containers"]
+    assert model["runtime"] == runtime["metadata"]["name"] and container["name"] == "kserve-container"
+    assert model["modelFormat"]["name"] in [one["name"] for one in runtime["spec"]["supportedModelFormats"]]
+    assert model["protocolVersion"] in runtime["spec"]["protocolVersions"]
+    claim = one_of(items, "PersistentVolumeClaim")["metadata"]["name"]
+    assert model["storageUri"] == f"pvc://{claim}/repository"
+    assert "--model-repository=/mnt/models" in container["args"]  # where KServe puts what storageUri names
+    (port,) = container["ports"]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"]["port"] == port["containerPort"]
+    assert f"--http-port={port['containerPort']}" in container["args"]
+
+
+SCHEMAS = ROOT / ".venv-kubernetes"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (SCHEMAS / ".installed").exists(), reason="their schemas are not installed: make .venv-kubernetes/.installed"
+)
+def test_manifests_fit_the_schemas_of_kubernetes_and_kserve(tmp_path: Path) -> None:
+    """And a change in each that does not fit is noticed, wherever it is."""
+    changes = {
+        "kubernetes.yaml": ("containerPort: 8420", 'containerPort: "8420"'),
+        "kserve.yaml": ("      runtime: ", "      runTime: "),
+        "kserve-pod.yaml": ("readOnlyRootFilesystem", "readonlyRootFilesystem"),
+    }  # fmt: skip
+    for name, (before, after) in changes.items():
+        good = text(name.replace("-pod", ""))
+        assert good.count(before) == 1
+        (tmp_path / f"wrong-{name}").write_text(good.replace(before, after))
+    paths = [DEPLOY / "kubernetes.yaml", DEPLOY / "kserve.yaml", *sorted(tmp_path.iterdir())]
+    command = [SCHEMAS / "bin/python", "-P", ROOT / "tests/helpers/kubernetes_schemas.py", *paths]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    ours = {name: faults for name, faults in found.items() if not name.startswith("wrong-")}
+    assert len(ours) == 8 and not any(ours.values()), ours
+    wrong = {name: faults for name, faults in found.items() if name.startswith("wrong-") and faults}
+    assert [" ".join(name.split()[:2]) for name in wrong] == [
+        "wrong-kserve-pod.yaml ServingRuntime", "wrong-kserve.yaml InferenceService", "wrong-kubernetes.yaml Deployment",
+    ]  # fmt: skip
 
 
 # --- systemd, nginx, Caddy

@@ -30,6 +30,8 @@ MAY_KNOW = {
     "schedules": "errors bundle",
     "calibrate": "errors files bundle job memory indexing pipeline schedules",
     "preview": "errors bundle pipeline job calibrate",
+    "deploy": "errors files bundle media backends memory pipeline",
+    "adapters": "errors arguments job noise pipeline",
     "serve": "errors files noise bundle media backends memory indexing job pipeline scheduler",
 }  # fmt: skip
 HOPS = ["generate", "Job.__next__", "MotionPipeline.run", "Checked.run", "execute"]

@@ -189,6 +189,7 @@ def test_installed_commands_need_no_repository(
         ["generate", "-b", bundle, "-m", "m", "-i", "still.png", "-p", "a ball", "-o", "out.mp4", "-k", "1"],
         ["bench", bundle, "-m", "m", "-n", "1"],
         ["inspect", bundle],
+        ["deploy", "triton", "-b", bundle, "-m", "m", "-o", "repository"],
         ["doctor", bundle],
         ["keys", "create", "keys.json", "a"],
         ["keys", "list", "keys.json"],
@@ -272,7 +273,9 @@ def names(requirements: list[str]) -> set[str]:
 
 def test_locks_pin_what_the_project_asks_for() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
-    runtime, dev = pinned("runtime"), pinned("dev")
+    runtime, dev, triton = pinned("runtime"), pinned("dev"), pinned("triton")
+    assert names(PROJECT["project"]["dependencies"] + extras["cpu"]) | {"tritonclient"} <= triton.keys()
+    assert {name for name in triton.keys() & runtime.keys() if triton[name] != runtime[name]} <= {"protobuf"}
     assert names(PROJECT["project"]["dependencies"] + extras["cpu"] + extras["serve"]) <= runtime.keys()
     assert names(extras["export"] + extras["torch"] + extras["rtx"] + extras["flow"] + extras["dev"]) <= dev.keys()
     assert "ray" in pinned("ray") and "ray" not in dev, "half a gigabyte, in an environment of its own"

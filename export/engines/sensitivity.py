@@ -18,7 +18,7 @@ from motionrt.export.engines.calibration import form_graph
 from motionrt.export.engines.graph import save
 from motionrt.export.engines.process import Event, Listener
 from motionrt.export.engines.quantised import products
-from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from motionrt.runtime.backends.onnxruntime import AS_WRITTEN, OnnxRuntimeBackend
 from motionrt.runtime.backends.seam import fetch
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.calibrate import requests_of, some_clips
@@ -74,6 +74,7 @@ def _outputs(model: ir.Model, calls: Calls) -> list[list[Any]]:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    options.add_session_config_entry(*AS_WRITTEN)
     names = [str(value.name) for value in model.graph.outputs]
     with tempfile.TemporaryDirectory(prefix="motionrt-sensitivity-") as folder:
         save(model, Path(folder) / "graph.onnx")

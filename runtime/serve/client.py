@@ -42,14 +42,15 @@ class ServerError(Exception):
 
 
 class Client:
-    """See the module. timeout: seconds without a byte from the server, not of a whole call; tries: of one call, at most;
-    patience: seconds that `events` and `wait` go on while the server cannot be reached, as when it is started anew."""
+    """See the module. key: "" sends none, whatever the environment says; timeout: seconds without a byte from the server, not
+    of a whole call; tries: of one call, at most; patience: seconds that `events` and `wait` go on while the server cannot be
+    reached, as when it is started anew."""
 
     def __init__(self, server: str | None = None, key: str | None = None, *, timeout: float = 60, tries: int = 4) -> None:
         self.server = (server or os.environ.get("MOTIONRT_SERVER") or SERVER).rstrip("/")
         if not self.server.startswith(("http://", "https://")):
             raise ServerError(0, "invalid_server", f"the server is {self.server!r}; it must begin with http:// or https://.")
-        self._key = key or os.environ.get("MOTIONRT_API_KEY")
+        self._key = os.environ.get("MOTIONRT_API_KEY") if key is None else key
         self.timeout, self.tries, self.patience = timeout, max(1, tries), 120.0
 
     def create(self, prompt: str | None = None, image: str | Path | bytes | None = None, **fields: Any) -> dict[str, Any]:

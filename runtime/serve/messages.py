@@ -158,6 +158,7 @@ ADDING = ("opening", "reading", "encoding")  # its stages
 class Adding(msgspec.Struct, frozen=True, kw_only=True):
     """A clip to add: paths of the memory, of a bundle that it was made for and of the video; the rest as in `Item`.
 
+    describe: what it is for `index_clips`; a clip that has no caption gets one by its motion.
     decoding: bytes of memory that reading the video may take. threads: of the graphs; None: all cores.
     """
 
@@ -165,7 +166,8 @@ class Adding(msgspec.Struct, frozen=True, kw_only=True):
     bundle: str
     video: str
     sha256: str
-    caption: str
+    caption: str = ""
+    describe: bool = False
     start: float | None = None
     end: float | None = None
     span: str = "start"

@@ -8,6 +8,7 @@ TYPE_CHECKING = False  # not of `typing`, which takes milliseconds in which Ctrl
 if TYPE_CHECKING:
     from typing import Any
 
+    from motionrt.runtime.adapters.diffusers import DiffusersPipeline
     from motionrt.runtime.errors import MotionRTError
     from motionrt.runtime.memory.memory import MotionMemory
     from motionrt.runtime.pipeline import MotionPipeline, Result
@@ -19,9 +20,10 @@ for _name in ("ORT_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
     os.environ.setdefault(_name, "1")
 
 __version__ = "0.1.0"
-__all__ = ["MotionMemory", "MotionPipeline", "MotionRTError", "Result", "__version__"]
+__all__ = ["DiffusersPipeline", "MotionMemory", "MotionPipeline", "MotionRTError", "Result", "__version__"]
 
 _HOME = {
+    "DiffusersPipeline": "motionrt.runtime.adapters.diffusers",
     "MotionMemory": "motionrt.runtime.memory.memory",
     "MotionPipeline": "motionrt.runtime.pipeline",
     "Result": "motionrt.runtime.pipeline",

@@ -69,9 +69,10 @@ export class Motion {
 		this.draw();
 	}
 
-	/** The clips that are kept, by id. */
+	/** The clips that are kept, by id; else those that the server would take. */
 	get ticked() {
-		return this.chosen ?? new Map(this.found.slice(0, this.limits.default).map((one) => [one.id, one]));
+		const likely = this.found.filter((one) => !(one.probability < this.limits.probable));
+		return this.chosen ?? new Map(likely.slice(0, this.limits.default).map((one) => [one.id, one]));
 	}
 
 	draw() {
@@ -88,7 +89,8 @@ export class Motion {
 		if (this.chosen) return `You keep ${number} of at most ${this.limits.max}.`;
 		const { clips } = this.memories.find((one) => one.id === $("memory").value);
 		if (!this.by) return "Say what happens: clips that move like it appear here.";
-		return number ? `The ${number} best of ${clips} clips are used. Untick what does not fit.` : "There is nothing like it.";
+		if (number) return `The ${number} best of ${clips} clips are used. Untick what does not fit.`;
+		return `There is nothing like it.${this.found[0] ? " Tick what fits nevertheless." : ""}`;
 	}
 
 	card(reference) {
@@ -107,12 +109,11 @@ export class Motion {
 		if (this.none) return {};
 		const other = $("words").value.trim(), memory = this.memories.length > 1 && { memory: $("memory").value };
 		if (other && this.by !== other) await this.search();
-		if (this.chosen?.size === 0) {
-			if (this.canBeOff) return { off: true };
-			throw new Error(this.summary(0));
-		}
-		if (this.chosen || (other && this.found.length)) return { ...memory, references: JSON.stringify([...this.ticked.keys()]) };
-		return { ...memory };
+		if (!this.chosen && !(other && this.found.length)) return { ...memory };
+		const ids = [...this.ticked.keys()];
+		if (ids.length) return { ...memory, references: JSON.stringify(ids) };
+		if (this.canBeOff) return { off: true };
+		throw new Error(this.summary(0));
 	}
 
 	/** As a job had it. */

@@ -23,6 +23,7 @@ from motionrt.runtime.backends.seam import Graph
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.errors import MediaError
 from motionrt.runtime.indexing.clips import index_clips
+from motionrt.runtime.indexing.describe import CAPTIONED
 from motionrt.runtime.indexing.encoders import ClipEncoders
 from motionrt.runtime.indexing.sources import Item
 from motionrt.runtime.media.limits import Limits
@@ -58,16 +59,17 @@ def add(task: Adding, tell: Callable[[str], None]) -> Said:
 
             check_video(video)
             item = Item(video, task.caption, task.start, task.end, task.dataset, task.metadata)
-            limits = Limits(pixels=PIXELS, seconds=LONGEST, memory=task.decoding)
-            report = index_clips(memory, ClipEncoders.of(bundle, load), [item], span=task.span, limits=limits)
+            limits, encoders = Limits(pixels=PIXELS, seconds=LONGEST, memory=task.decoding), ClipEncoders.of(bundle, load)
+            report = index_clips(memory, encoders, [item], span=task.span, describe=task.describe, limits=limits)
         if report.failed:
             return Said(error={"code": "invalid_clip", "message": report.failed[0][1].replace(task.video, "video")})
-        clips = memory.get(memory.find(task.sha256, caption=task.caption))
+        clips = memory.get(memory.find(task.sha256, caption=task.caption or None))
         # Its own from a try that was cut short counts as added too.
         if (own := next((clip for clip in clips if clip.source == task.video), None)) is not None:
             return Said(clip=own.id, added=True)
         start = span_start(video, task.span, spec.clip.frames / spec.clip.fps, task.start, task.end)
-        return Said(clip=next(clip.id for clip in clips if clip.start == start))
+        there = [clip for clip in clips if clip.start == start]
+        return Said(clip=max(there, key=lambda clip: CAPTIONED.items() <= clip.metadata.items()).id)
 
 
 def check_video(path: Path) -> None:

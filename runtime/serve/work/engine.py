@@ -29,7 +29,7 @@ from motionrt.runtime.errors import BackendError, InputError, MediaError, Memory
 from motionrt.runtime.files import sha256_of
 from motionrt.runtime.job import Job, Request
 from motionrt.runtime.memory.memory import MotionMemory, Reference
-from motionrt.runtime.memory.search import WORTH
+from motionrt.runtime.memory.search import PROBABLE, WORTH
 from motionrt.runtime.pipeline import MotionPipeline
 from motionrt.runtime.scheduler import Scheduler
 from motionrt.runtime.serve.jobs.fair import Fair
@@ -476,7 +476,9 @@ def _described(model: _Model) -> dict[str, Any]:
             "default": list(manifest.loops[name].default),
         } for name in loops},
         "memories": model.memories,
-        "references": None if memory is None else {"default": memory.default, "max": memory.max},
+        "references": memory and {
+            "default": memory.default, "max": memory.max, "probable": PROBABLE if manifest.optional else 0.0,
+        },
         "motion_off": manifest.off,
         "backend": model.pipeline.backend.label, "bundle_digest": model.digest,
     }  # fmt: skip

@@ -23,6 +23,7 @@ from motionrt.runtime.bundle.manifest import (
 from motionrt.runtime.errors import InputError, shown
 from motionrt.runtime.job import Request
 from motionrt.runtime.media.drawn import is_array
+from motionrt.runtime.media.flow import check_flow
 from motionrt.runtime.media.pictures import open_picture
 from motionrt.runtime.media.video import SPANS
 from motionrt.runtime.memory.search import Search
@@ -147,8 +148,10 @@ def read_clip(fields: Mapping[str, Any]) -> dict[str, Any]:
     taken = {name: value for name, read in _CLIP.items() if (value := _take(given, name, read)) is not None}
     if given:
         raise InputError(f"{next(iter(given))} is no field of a clip; it takes video, {', '.join(_CLIP)}.")
-    if not taken.get("caption", "").strip():
-        raise InputError("caption is missing: say in a few words what moves and how.")
+    if taken.get("describe"):
+        check_flow("A clip that comes over HTTP", "Say what moves and how, as `caption`, and leave out `describe`")
+    elif not taken.get("caption", "").strip():
+        raise InputError("caption is missing: say in a few words what moves and how, or ask for `describe`.")
     if taken.get("span", "start") not in SPANS:
         raise InputError(f"span is {shown(taken['span'])}; allowed are {', '.join(SPANS)}.")
     start, end = taken.get("start", 0.0), taken.get("end", 1e6)
@@ -273,6 +276,6 @@ _SEARCH: dict[str, Callable[[str, Any], Any]] = {
     "looks": _flag, "without_damaged": _flag,
 }  # fmt: skip
 _CLIP: dict[str, Callable[[str, Any], Any]] = {
-    "caption": _text, "start": _number, "end": _number, "span": _text, "dataset": _text, "metadata": _texts,
+    "caption": _text, "start": _number, "end": _number, "span": _text, "dataset": _text, "metadata": _texts, "describe": _flag,
 }  # fmt: skip
 _OTHERS = ("seed", "n", *_OPTIONS, *_SEARCH, "memory", "output", "size", "seconds")

@@ -26,11 +26,12 @@ from motionrt.export.engines.quantised import (
     products,
     static,
 )
+from motionrt.runtime.backends.onnxruntime import AS_WRITTEN
 from motionrt.runtime.backends.tensorrt.engine_file import Span
 from motionrt.runtime.bundle.bundle import Bundle
 
 BUNDLE = Bundle.open(Path(__file__).resolve().parents[3] / "demo/bundle")
-DYNAMIC_BOUND = 1.5e-2  # relative L2 of a step's outputs; 1.2e-2 was measured
+DYNAMIC_BOUND = 2.5e-2  # relative L2 of a step's outputs; 1.9e-2 was measured
 STATIC_BOUND = 4e-2  # of scales that are not fitted to the noise it is tried on
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -40,6 +41,7 @@ def run(model: ir.Model, path: Path, feed: Arrays) -> Arrays:
     save(model, path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 4
+    options.add_session_config_entry(*AS_WRITTEN)
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return dict(zip([port.name for port in session.get_outputs()], session.run(None, feed), strict=True))
 
@@ -168,20 +170,30 @@ def test_weights_of_any_dtype_form_and_odd_size(width: int, gemm: bool, dtype: i
         assert quantise(model) == 1
         got = run(model, tmp_path / "ours.onnx", feed)
         assert all(np.isfinite(value).all() for value in got.values())
-        assert 0 < far(want, got) < 2e-2, name
+        assert 0 < far(want, got) < 2.5e-2, name
+
+
+def test_no_processor_saturates_what_is_measured(tmp_path: Path) -> None:
+    """All of a row at the top: in 8 bits two of its products leave the 16 bits of x86 without VNNI, and come out at half."""
+    weights = [np.ones((64, 64), np.float32) / 64] * 3
+    feed = {"x": np.ones((2, 32, 64), np.float32)}
+    want = run(made(weights), tmp_path / "exact.onnx", feed)
+    model = made(weights)
+    assert dynamic(model) == 1
+    assert far(want, run(model, tmp_path / "ours.onnx", feed)) < 1e-3
 
 
 def test_a_channel_of_zeros_has_scale_one_and_codes_never_leave_the_grid() -> None:
     weight = random(64, 3)
     weight[:, 0], weight[:, 1] = 0, 3e-12
-    for kind, top in (("int8", 127), ("fp8", 448)):
+    for kind, top, share in (("int8", 127, 0.01), ("int7", 64, 0.02), ("fp8", 448, 0.07)):
         for dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
             scales = channel_scales(weight, kind, dtype)
             assert scales[0] == 1 and (scales > 0).all()
             codes = codes_of(weight, scales, kind).astype(np.float32)
             assert np.abs(codes).max() <= top and not codes[:, 0].any()
             error = np.abs(codes * scales - weight)[:, 2].max()
-            assert error <= np.abs(weight[:, 2]).max() * (0.01 if kind == "int8" else 0.07)
+            assert error <= np.abs(weight[:, 2]).max() * share
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,23 @@ def test_what_was_added_before_a_kill_is_added_once(memory: Path, tmp_path: Path
     assert moved == Said(clip=194, added=True) and len(clips(memory)) == 194
 
 
+def test_a_clip_without_a_caption_gets_one_by_its_motion_once(memory: Path, tmp_path: Path) -> None:
+    first = add(memory, VIDEO, caption="", describe=True)
+    assert first == Said(clip=193, added=True) == add(memory, VIDEO, caption="", describe=True)
+    other, third = tmp_path / "same bytes.mp4", tmp_path / "once more.mp4"
+    for path in (other, third):
+        shutil.copyfile(VIDEO, path)
+    with MotionMemory.open(memory, readonly=True) as opened:
+        (clip,) = opened.get([193])
+    assert clip.metadata["captioned"] == "by motion" and clip.metadata["motion"] in clip.caption
+    assert add(memory, other, describe=True) == Said(clip=194, added=True)  # it has one of its own, and is described besides
+    assert add(memory, third, caption="", describe=True) == Said(clip=193, added=False)
+    with MotionMemory.open(memory, readonly=True) as opened:
+        (own,) = opened.get([194])
+    assert own.caption == "a heron stands up" and own.metadata.get("captioned") is None
+    assert {name: own.metadata[name] for name in ("motion", "path", "camera", "strength")}.items() <= clip.metadata.items()
+
+
 @pytest.mark.parametrize("head", ["#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{}\n", "ffconcat version 1.0\nfile {}\n"])
 @pytest.mark.parametrize("name", ["a.mp4", "a.m3u8"])
 def test_check_video_follows_nothing_that_a_file_names(tmp_path: Path, head: str, name: str) -> None:

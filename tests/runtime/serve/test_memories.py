@@ -307,7 +307,7 @@ def test_what_is_no_video_is_refused_and_nothing_is_fetched(curated: Curated, pi
     ("form", "says"),
     [
         ({}, "caption is missing"), ({"caption": " "}, "caption is missing"), ({"caption": "a", "start": "x"}, "start is 'x'"),
-        ({"caption": "a", "start": "nan"}, "start is nan"),
+        ({"caption": "a", "start": "nan"}, "start is nan"), ({"describe": "maybe"}, "describe is 'maybe'"),
         ({"caption": "a", "start": "2", "end": "1"}, "start is 2 and end 1"),
         ({"caption": "a", "span": "end"}, "span is 'end'"), ({"caption": "a", "path": "/etc/passwd"}, "path is no field"),
         ({"caption": "a", "metadata": "[]"}, "metadata is []"), ({"caption": "a", "metadata": '{"a": 1}'}, "metadata is"),

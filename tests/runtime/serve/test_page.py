@@ -27,7 +27,7 @@ PROMPT = "a red star bounces in place"
 def test_the_page_is_small_and_each_file_is_sent() -> None:
     folder = DEMO.parent / "runtime" / "serve" / "page"
     assert {path.name for path in folder.iterdir() if path.suffix not in (".py", "") and path.is_file()} == set(FILES)
-    assert sum((folder / name).stat().st_size for name in FILES) < 49 << 10
+    assert sum((folder / name).stat().st_size for name in FILES) < 50 << 10
     sources = "".join((folder / name).read_text() for name in FILES)
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|style=|https?://(?!www\.w3\.org)", sources)
 
@@ -297,6 +297,28 @@ def test_what_is_wrong_is_said_where_it_is(fresh: Served, browser: Browser, tmp_
         make(page)
         expect(page.locator("#shown figure strong", has_text="Motion off")).to_be_visible()
         assert fresh.call("GET", "/v1/videos").json["data"][0]["motionrt"]["request"]["motion_scale"] == 0
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_clips_that_are_not_likely_are_not_ticked_and_not_used(fresh: Served, browser: Browser) -> None:
+    with opened(browser, fresh.url) as page:
+        fill(page, "a recipe for soup")
+        clips = page.locator("#clips").get_by_role("checkbox")
+        expect(page.locator("#found")).to_have_text("There is nothing like it. Tick what fits nevertheless.")
+        assert not any(clip.is_checked() for clip in clips.all())
+        make(page)
+        expect(page.locator("#shown figure video")).to_be_visible()
+        assert fresh.call("GET", "/v1/videos").json["data"][0]["motionrt"]["references"] == []
+        page.get_by_label("Search the memory", exact=True).fill("another recipe for soup")  # for the clips alone
+        make(page)
+        expect(page.locator("#shown figure strong", has_text="Motion off")).to_be_visible()
+        clips.nth(1).check()
+        expect(page.locator("#found")).to_have_text("You keep 1 of at most 8.")
+        page.get_by_label("Search the memory", exact=True).fill("")
+        page.get_by_label("Prompt", exact=True).fill(PROMPT)
+        page.get_by_role("button", name="Use the best").click()
+        expect(page.locator("#found")).to_contain_text("The 4 best of 192 clips are used.")
 
 
 @pytest.mark.browser
