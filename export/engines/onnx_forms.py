@@ -141,7 +141,7 @@ def _left(bundle: Bundle, name: str, options: Options) -> tuple[str, ...]:
 def _quantise(model: ir.Model, skip: Collection[str], *, options: Options, scales: Scales | None) -> int:
     if options.flavor == FLAVOR:
         return dynamic(model, skip)
-    return static(model, scales.of("int8") if scales is not None else {}, "int8", skip)
+    return static(model, scales.of("int8") if scales is not None else {}, "int8", skip, "int7")
 
 
 def _one(

@@ -1,13 +1,15 @@
 """A graph's matrix products in 8 bits: the last pass over an engine graph (graph.py), in three forms.
 
 `dynamic`: int8 for ONNX Runtime on a CPU. Each activation is measured when it is there (`DynamicQuantizeLinear`, u8 with a
-zero point), so nothing has to be known of it beforehand; weights are s8, with a scale for each output channel, and use 7 of the
-8 bits: on x86 without VNNI, ONNX Runtime adds two products u8 x s8 in 16 bits, which hold 2 x 255 x 64 and not 2 x 255 x 127.
+zero point), so nothing has to be known of it beforehand; weights are s8, with a scale for each output channel.
 
 `static`, "int8" or "fp8": a pair of `QuantizeLinear` and `DequantizeLinear` before each product (QDQ), which OpenVINO and
 TensorRT fuse into 8-bit kernels. Activations have one scale that was measured before (calibration.py), weights one for each
 output channel, and zero points are 0: OpenVINO refuses u8 with another, TensorRT refuses any other. Scales have the dtype of
 the network around them: a cast in between would stop the fusion. fp8 is E4M3, whose largest number is 448.
+
+On processors weights use 7 of their 8 bits, in both forms: on x86 without VNNI, ONNX Runtime and OpenVINO add two products
+u8 x s8 in 16 bits, which hold 2 x 255 x 64 and not 2 x 255 x 127.
 
 Which products are taken (`products`): those of a weight with two dimensions that are large enough to pay. What a step has of a
 system's motion (motion_cross_attention and the like) multiplies what a request computed, not weights, and so stays as it is; so
@@ -114,8 +116,11 @@ def dynamic(model: ir.Model, skip: Collection[str] = ()) -> int:
     return made.finish(len(chosen))
 
 
-def static(model: ir.Model, amax: Mapping[str, float], kind: str, skip: Collection[str] = ()) -> int:
-    """Put QDQ before the products that `amax` names, in place; how many they are. kind: "int8" or "fp8".
+def static(
+    model: ir.Model, amax: Mapping[str, float], kind: str, skip: Collection[str] = (), weights: str | None = None
+) -> int:
+    """Put QDQ before the products that `amax` names, in place; how many they are. kind: "int8" or "fp8"; weights: theirs, where
+    it is another: "int7" on processors.
 
     amax: for each weight's name the largest absolute value of what is multiplied by it. The network may be in any dtype.
     Raises `NothingToQuantise`, and ValueError for names that the graph has not got.
@@ -138,7 +143,7 @@ def static(model: ir.Model, amax: Mapping[str, float], kind: str, skip: Collecti
         data = node.inputs[0]
         assert data is not None and data.dtype is not None
         left = made.rounded(data, shared[data], kind, node)
-        weight, scale = made.weight(product, kind, data.dtype)
+        weight, scale = made.weight(product, weights or kind, data.dtype)
         zero = made.zeros(kind, scale)
         right = made.add(node, "DequantizeLinear", [weight, scale, zero], f"{weight.name}.number", data.dtype, axis=1)
         made.replace(product, "MatMul", [left, right])

@@ -320,11 +320,11 @@ def test_int8_runs_forms_where_there_are_and_the_rest_beside_them(bundle: Bundle
 
 
 def test_a_product_between_quantised_values_is_computed_in_int8(tmp_path: Path) -> None:
-    """Signed, with no zero points, a scale for each column of the weights: what forms hold."""
+    """Signed, with no zero points, a scale for each column of the weights, which use 7 bits: what forms hold."""
     from onnx import TensorProto, helper, numpy_helper, save_model
 
     rng = np.random.default_rng(0)
-    x, weights = rng.standard_normal((4, 64)).astype(np.float32), rng.integers(-127, 128, (64, 32)).astype(np.int8)
+    x, weights = rng.standard_normal((4, 64)).astype(np.float32), rng.integers(-64, 65, (64, 32)).astype(np.int8)
     scale, scales = np.float32(0.02), rng.uniform(0.001, 0.01, 32).astype(np.float32)
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
