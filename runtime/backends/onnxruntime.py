@@ -21,6 +21,9 @@ from motionrt.runtime.dtypes import DTYPES, PORTS, QUANTISED
 from motionrt.runtime.errors import BackendError, InputError
 
 _NO_FALLBACK = "session.disable_cpu_ep_fallback"
+# Each graph has threads of its own. Unless told not to, they look for more work for a while after a call, and take the
+# processors from those of the next graph.
+_QUIET = ("session.force_spinning_stop", "1")
 # What stands between QuantizeLinear and DequantizeLinear is computed as it is written. What ONNX Runtime would fuse it to adds
 # in 16 bits on x86 without VNNI, which two products of 8 bits leave. Such graphs are for others, and run here to be measured.
 AS_WRITTEN = ("session.disable_quant_qdq", "1")
@@ -87,6 +90,7 @@ class OnnxRuntimeBackend:
         options.log_severity_level = 4  # nothing but the end of the process: errors come back as exceptions
         options.inter_op_num_threads = 1
         options.add_session_config_entry(*AS_WRITTEN)
+        options.add_session_config_entry(*_QUIET)
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
         providers = self._providers(onnxruntime)
