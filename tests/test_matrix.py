@@ -261,14 +261,6 @@ def as_near_as_diffusers(made: Cell) -> None:
         made.shows(column)
 
 
-def test_one_cell_in_every_run_of_the_tests(
-    tmp_path: Path, run: Run, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    made = _written(tmp_path, "cogvideox-5b-i2v", "bfloat16")
-    from_files_to_a_video(made, run, shared.store(tmp_path_factory))
-    hold_to_the_law(made, RunOptions(threads=1), made.kind)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "kind"), CELLS)
 def test_commands_with_their_defaults_go_from_released_files_to_a_video(

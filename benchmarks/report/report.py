@@ -113,8 +113,10 @@ SECTIONS = (
     ),
     Section(
         "Approximations: what they cost",
-        "The demo with every recipe, against the exact loop of as many steps (dB of all pixels) and against the target (path "
-        "error EPE, its change paired by target), 48 targets of each split. `docs/approximations.md` says what recipes are.",
+        "The demo with every recipe that the machine has, against the exact loop of as many steps (dB of all pixels) and "
+        "against the target (path error EPE, its change paired by target), 48 targets of each split. "
+        "`docs/approximations.md` says what recipes are. A processor without bfloat16 has no rows of it here; the file has "
+        "those of an earlier run.",
         approximate.quality, "benchmarks/approximate/bench_quality.py",
     ),
     Section(
