@@ -1,4 +1,5 @@
-# Every target makes what it needs. `.venv` is the run side and has no PyTorch in it; `.venv-dev` has what the tests need, but for `.venv-ray`.
+# Every target makes what it needs. `.venv` is the run side and has no PyTorch in it; `.venv-dev` has what builds and tests.
+# Engines and tools that some slow tests drive, and the site, have environments of their own.
 PYTHON ?= python3
 TORCH ?= 2.13.0
 SYSTEM ?= motionrag

@@ -16,7 +16,7 @@ from motionrt.runtime.backends.open import RunOptions
 from motionrt.runtime.cli.common import LowMemory, with_run_options
 from motionrt.runtime.cli.service.serve import named
 from motionrt.runtime.cli.terminal import echo
-from motionrt.runtime.errors import InputError, MemoryStoreError, MotionRTError, install
+from motionrt.runtime.errors import InputError, MotionRTError, install
 from motionrt.runtime.files import replacing
 
 _HEAD = """\
@@ -124,21 +124,15 @@ def _with_memories(bundles: dict[str, Path], memories: dict[str, Path]) -> dict[
     """The directory of each bundle, and of the memories that were made for it. InputError for one that was made for none."""
     from motionrt.runtime.bundle.bundle import Bundle
     from motionrt.runtime.memory.memory import MotionMemory
+    from motionrt.runtime.serve.work.engine import fits
 
     found: dict[str, tuple[Path, dict[str, str]]] = {name: (path, {}) for name, path in bundles.items()}
     specs = {name: Bundle.open(path).manifest.memory for name, path in bundles.items()}
     for memory, path in memories.items():
-        fits = []
         with MotionMemory.open(path, readonly=True) as opened:
-            for name, spec in specs.items():
-                try:
-                    if spec is not None:
-                        opened.check(spec.fingerprint)
-                        fits.append(name)
-                except MemoryStoreError:
-                    continue
-        if not fits:
+            owners = [name for name, spec in specs.items() if spec is not None and fits(opened, spec.fingerprint)]
+        if not owners:
             raise InputError(f"the memory '{memory}' was made for none of the bundles {', '.join(bundles)}.")
-        for name in fits:
+        for name in owners:
             found[name][1][memory] = str(path)
     return found

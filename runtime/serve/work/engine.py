@@ -107,10 +107,10 @@ class Engine:
             bundle = Bundle.open(path)
             pipeline = MotionPipeline.from_bundle(path, backend=backend_for(bundle, options), low_memory=opening.low_memory)
             spec = bundle.manifest.memory
-            fits = [] if spec is None else [m for m, memory in self.memories.items() if _fits(memory, spec.fingerprint)]
-            lost -= {*fits}
+            suited = [] if spec is None else [m for m, memory in self.memories.items() if fits(memory, spec.fingerprint)]
+            lost -= {*suited}
             scheduler = Scheduler(pipeline, opening.batch, inexact=opening.inexact, gain=0 if opening.inexact else PAYS)
-            self.models[name] = _Model(pipeline, scheduler, fits, sha256_of(bundle.path / "bundle.json"))
+            self.models[name] = _Model(pipeline, scheduler, suited, sha256_of(bundle.path / "bundle.json"))
         if lost:
             raise InputError(f"the memory '{min(lost)}' was made for none of the bundles {', '.join(self.models)}.")
         for name in opening.bundles if opening.self_test else ():
@@ -434,7 +434,8 @@ def _by_field(text: str, order: Order) -> str:
     return text
 
 
-def _fits(memory: MotionMemory, fingerprint: str) -> bool:
+def fits(memory: MotionMemory, fingerprint: str) -> bool:
+    """Whether a memory was made for a bundle that has this fingerprint."""
     try:
         memory.check(fingerprint)
     except MemoryStoreError:

@@ -46,10 +46,14 @@ def work(line: Line) -> None:
 def _open(line: Line) -> Engine | None:
     opening, start = line.opening(), time.monotonic()
     try:
-        from motionrt.runtime.serve.replicas.relay import Relay
         from motionrt.runtime.serve.work.engine import Engine
 
-        engine = (Relay if opening.replicas else Engine)(opening, lambda message: _say(line, message))
+        kind = Engine
+        if opening.replicas:
+            from motionrt.runtime.serve.replicas.relay import Relay
+
+            kind = Relay
+        engine = kind(opening, lambda message: _say(line, message))
     except Exception as error:
         if not isinstance(error, MotionRTError):
             _log.exception("a worker cannot start")
