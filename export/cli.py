@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 # The published models, and how many frames a video has unless told otherwise; options that are for some of them alone.
 DYNAMICRAFTERS = ("dynamicrafter-1024", "dynamicrafter-512", "dynamicrafter-256")
 FRAMES = {"cogvideox-5b-i2v": 17, "svd": 16, **dict.fromkeys(DYNAMICRAFTERS, 16), "motionclone": 16, "motion-i2v": 16}
-MOTIONRAG = ("motionrag", "videomae", "dinov2", "fusion", "sos_token", "target_range", "positions", "ending", "decode_tiles")
+STEPS = ("target_range", "positions", "ending", "split_guidance")  # of MotionRAG's, not for DynamiCrafter
+MOTIONRAG = ("motionrag", "videomae", "dinov2", "fusion", "sos_token", *STEPS, "decode_tiles")
 DYNAMICRAFTER = ("tokenizer", "adapter_queries", "frame_tokens", "passes")
 MOTIONCLONE = ("motion", "domain_adapter", "sparsectrl", "group_norm", "record", "semantic")
 MOTION_I2V = ("models", "unet", "vae", "form")
@@ -98,6 +99,9 @@ def export(
     ending: Annotated[
         str, typer.Option(help="CogVideoX's last step: x0, or released, which at 6, 7, 11, 13 and other counts leaves noise.")
     ] = "x0",
+    split_guidance: Annotated[
+        bool, typer.Option("--split-guidance", help="A call of the network for each branch of guidance: see docs/scale.md.")
+    ] = False,
     decode_tiles: Annotated[int, typer.Option(help="Tiles along either side in which latents are decoded.")] = 1,
     group_norm: Annotated[
         str, typer.Option(help="Statistics of MotionClone's motion modules: per_frame as trained, or shared as in diffusers.")
@@ -131,7 +135,7 @@ def export(
     if model not in FRAMES:
         raise InputError(f"model is {model!r}; it must be one of {', '.join(FRAMES)}. See docs/models.md.")
     own_options = {"motionclone": (*MOTIONCLONE, "base", "text_query"), "motion-i2v": MOTION_I2V}
-    rag = [name for name in MOTIONRAG if name not in ("target_range", "positions", "ending")]
+    rag = [name for name in MOTIONRAG if name not in STEPS]
     own_options |= dict.fromkeys(DYNAMICRAFTERS, (*rag, *DYNAMICRAFTER, "base", "text_query"))
     taken = own_options.get(model, (*MOTIONRAG, "base", "text_query"))
     others = {*MOTIONRAG, *DYNAMICRAFTER, *MOTIONCLONE, *MOTION_I2V, "base", "text_query"} - {*taken}
@@ -198,6 +202,7 @@ def export(
             text_query=text_query,
             tiles=decode_tiles,
             fusion=fusion,
+            split=split_guidance,
         )
         system = _motionrag(model, sources, frames, height, width)
     lines = export_system(system, out, programs=not without_torch, say=echo)

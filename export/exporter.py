@@ -30,9 +30,9 @@ from motionrt.export.compiler.weightless import fake_partition, weights_by_class
 from motionrt.export.onnx.from_torch import Example
 from motionrt.export.onnx.streamed import stream_module, stream_program, stream_real
 from motionrt.export.onnx.torch_programs import FOLDER as PROGRAMS
-from motionrt.export.systems.system import Graph, Step, System
+from motionrt.export.systems.system import ALL, Graph, Step, System
 from motionrt.runtime.bundle.bundle import Bundle
-from motionrt.runtime.bundle.manifest import FORMAT, MemorySpec
+from motionrt.runtime.bundle.manifest import FORMAT, MemorySpec, Node
 from motionrt.runtime.files import STAMPS, replacing_folder, sealed, sha256_of
 
 Say = Callable[[str], None]
@@ -173,18 +173,22 @@ class Writer:
         if system.reports:
             keys = json.dumps([asdict(report) for report in system.reports], indent=1)
             (self.folder / "keys.json").write_text(f"{keys}\n", encoding="utf-8")
+        nodes = [node if isinstance(node, Node) else Node(node) for node in system.plan]
+        plan = [self._spelt(node) for node in nodes if node.graph not in self.empty]
+        ended = {node.writes[ALL]: self._given(node) for node in nodes if ALL in node.writes}
         loops = {
             name: msgspec.structs.replace(
-                loop, tables=(*loop.tables, *(t for graph in loop.graphs for t in self.tables.get(graph, ())))
+                loop, tables=(*loop.tables, *(t for graph in loop.run for t in self.tables.get(graph, ()))),
+                ahead={step: tuple(self._reading(node, ended) for node in ahead) for step, ahead in loop.ahead.items()},
             )
             for name, loop in system.loops.items()
-        }
+        }  # fmt: skip
         manifest = {
             "format": FORMAT,
             "name": system.name,
             "motionrt": motionrt.__version__,
             "inputs": _sparse(system.inputs),
-            "plan": [_sparse(node) for node in system.plan if getattr(node, "graph", node) not in self.empty],
+            "plan": [_sparse(node if node.reads or node.writes else node.graph) for node in plan],
             "loops": _sparse(loops),
             "graphs": self.graphs,
             "tables": self._file(_TABLES),
@@ -201,6 +205,24 @@ class Writer:
         (self.folder / "bundle.json").write_text(json.dumps(sealed(manifest), indent=1) + "\n", encoding="utf-8")
         Bundle.open(self.folder)  # what the run side would not open is not published
         (self.folder / STAMPS).unlink(missing_ok=True)
+
+    def _given(self, node: Node) -> list[str]:
+        """What the graph of a node gives; nothing where a cut left nothing for it."""
+        return [port["name"] for port in self.graphs[node.graph]["outputs"]] if node.graph in self.graphs else []
+
+    def _spelt(self, node: Node) -> Node:
+        """A node of the plan with every name that `ALL` stands for."""
+        if (end := node.writes.get(ALL)) is None:
+            return node
+        return msgspec.structs.replace(node, writes={name: f"{name}_{end}" for name in self._given(node)})
+
+    def _reading(self, node: Node, ended: Mapping[str, Sequence[str]]) -> Node:
+        """A call ahead of a step with every name that `ALL` stands for; `ended`: end -> names that the plan gives with it."""
+        if (end := node.reads.get(ALL)) is None:
+            return node
+        own, there = {port["name"] for port in self.graphs[node.graph]["inputs"]}, ended[end]
+        reads = {port: value for port, value in node.reads.items() if port in own}
+        return msgspec.structs.replace(node, reads=reads | {name: f"{name}_{end}" for name in there if name in own})
 
     def _counted(self, system: System, partitions: list[dict[str, Any]]) -> dict[str, Any]:
         """Lines about the keys; bytes that each graph keeps resident, of a request's state, and of a row of the tables."""

@@ -199,7 +199,8 @@ class Job:
 
     def calls(self, seeds: int = 1) -> dict[str, int]:
         """How many calls of each graph the whole answer takes, as far as it can be said before the memory was searched, and
-        where no other job ran before (tables of a loop are kept); with `fork`s for so many seeds in all."""
+        where no other job ran before (tables of a loop are kept); with `fork`s for so many seeds in all. What is called ahead
+        of a step is a part of it."""
         manifest, count = self.bundle.manifest, Counter[str]()
         if manifest.memory is not None:
             count.update([manifest.memory.query] if self._query is not None else [])
@@ -380,6 +381,8 @@ class Job:
             if isinstance(entry, ColumnInput) and entry.loop == loop and inputs.get(name) is not None:
                 rows = rows.copy()
                 rows[:, spec.columns.index(entry.column)] = column(name, inputs[name], schedule.steps)
+        for graph, other in spec.where.items():
+            rows = _instead(spec, rows, {graph: other.runs}, rows[:, spec.columns.index(other.column)] == other.value)
         return replace(schedule, rows=rows)
 
     def _of(self, loop: str, what: str) -> Any:
@@ -549,10 +552,14 @@ def _stills(manifest: Manifest) -> list[str]:
     return [name for one in stills for name, span in one.gives.items() if tuple(span) == (-1.0, 1.0)][:1]
 
 
-def _instead(loop: Loop, rows: NDArray[np.float32], other: Mapping[str, str]) -> NDArray[np.float32]:
-    """Rows of `loop` with graphs in the place of others."""
+def _instead(
+    loop: Loop, rows: NDArray[np.float32], other: Mapping[str, str], there: NDArray[np.bool_] | None = None
+) -> NDArray[np.float32]:
+    """Rows of `loop` with graphs in the place of others, in all rows or those of `there`."""
     rows, at = rows.copy(), loop.columns.index("graph")
-    rows[:, at] = [loop.graphs.index(other.get(graph, graph)) for graph in (loop.graphs[int(run)] for run in rows[:, at])]
+    names = [loop.graphs[int(run)] for run in rows[:, at]]
+    runs = np.array([loop.graphs.index(other.get(graph, graph)) for graph in names])
+    rows[:, at] = runs if there is None else np.where(there, runs, rows[:, at])
     return rows
 
 

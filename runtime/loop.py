@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from motionrt.runtime.bundle.manifest import NOISE, Collect, GraphSpec, Loop, Port, tables_of
+from motionrt.runtime.bundle.manifest import NOISE, Collect, GraphSpec, Loop, Node, Port, made_ahead, tables_of
 from motionrt.runtime.errors import InputError
 
 Array = NDArray[Any]
@@ -59,6 +59,8 @@ class Call:
 
     `fixed`: ports whose value is the same object in every step of a loop: worth placing on a device once. `key`: equal keys,
     equal results, whatever the request (a schedule's tables). `step` of `steps`, counted from 1, where it is a step of `loop`.
+    `ahead`: calls that are made before it, and may be made at the same time, each with the ports of this one that its outputs
+    are for.
     """
 
     graph: str
@@ -68,6 +70,7 @@ class Call:
     loop: str = ""
     step: int = 0
     steps: int = 0
+    ahead: tuple[tuple[Call, Mapping[str, str]], ...] = ()
 
 
 @dataclass
@@ -108,7 +111,7 @@ def run_loop(
         )
     at = {column: index for index, column in enumerate(loop.columns)}
     steps = [loop.graphs[int(graph)] for graph in rows[:, at["graph"]]]
-    ports = {graph: {port.name: port for port in graphs[graph].inputs} for graph in (*loop.graphs, *loop.tables)}
+    ports = {graph: {port.name: port for port in graphs[graph].inputs} for graph in (*loop.run, *loop.tables)}
     feeds = {
         port.name: _feed(rows[:, [at[column] for column in loop.feeds[port.name]]], port)
         for taken in ports.values() for port in taken.values() if port.name in loop.feeds
@@ -146,8 +149,36 @@ def run_loop(
     remembered: dict[str, Any] = {port: np.zeros(spec.shape, spec.dtype) for port, spec in first.items()}
     sliced = {port: np.asarray(values[part.value]) for port, part in loop.slices.items()}
     sums = {output: _Sum(part) for output, part in loop.collect.items()}
+
+    def given(node: Node, t: int, where: Mapping[str, int], made: set[str]) -> tuple[dict[str, Any], frozenset[str]]:
+        """The inputs of a call in step t, but for the ports `made`, and the names of those that stay the same."""
+        inputs, fixed = dict[str, Any](), set[str]()
+        for port, spec in ports[node.graph].items():
+            source = node.reads.get(port, port)
+            if source in carried:
+                inputs[port] = carried[source]
+            elif source in remembered:
+                inputs[port] = remembered[source]
+            elif source in feeds:
+                inputs[port] = Row(feeds[source], t, len(rows))
+            elif source in tables:
+                table, span = tables[source]
+                inputs[port] = Row(table, span.index(t), len(span))
+            elif source == NOISE and loop.noise is not None:
+                silent = rows[t, at[loop.noise]] == 0
+                inputs[port] = zeros[NOISE] if silent else draw(t + 1, spec.shape)
+            elif source in sliced:
+                cut = [slice(None)] * len(spec.dims)
+                for axis, column in loop.slices[source].axes.items():
+                    cut[axis] = slice(where[column], where[column] + spec.dims[axis].opt)
+                inputs[port] = np.ascontiguousarray(sliced[source][tuple(cut)])
+            elif source not in made:
+                inputs[port] = values[source]
+                fixed.add(port)
+        return inputs, frozenset(fixed)
+
     for t, row in enumerate(rows):
-        graph, inputs, fixed = steps[t], dict[str, Any](), set[str]()
+        graph = steps[t]
         for table in loop.windows:
             if (window := next((span for span in spans.get(table, ()) if span[0] == t), None)) is not None:
                 for made in graphs[table].outputs:
@@ -155,28 +186,9 @@ def run_loop(
                 outputs = yield table_call(table, window)
                 tables |= {port: (value, window) for port, value in outputs.items()}
         where = {column: int(row[index]) for column, index in at.items()} if sliced or sums else {}
-        for port, spec in ports[graph].items():
-            if port in carried:
-                inputs[port] = carried[port]
-            elif port in remembered:
-                inputs[port] = remembered[port]
-            elif port in feeds:
-                inputs[port] = Row(feeds[port], t, len(rows))
-            elif port in tables:
-                table, span = tables[port]
-                inputs[port] = Row(table, span.index(t), len(span))
-            elif port == NOISE and loop.noise is not None:
-                silent = row[at[loop.noise]] == 0
-                inputs[port] = zeros[NOISE] if silent else draw(t + 1, spec.shape)
-            elif port in sliced:
-                cut = [slice(None)] * len(spec.dims)
-                for axis, column in loop.slices[port].axes.items():
-                    cut[axis] = slice(where[column], where[column] + spec.dims[axis].opt)
-                inputs[port] = np.ascontiguousarray(sliced[port][tuple(cut)])
-            else:
-                inputs[port] = values[port]
-                fixed.add(port)
-        outputs = yield Call(graph, inputs, frozenset(fixed), loop=name, step=t + 1, steps=len(rows))
+        ahead = [(Call(node.graph, *given(node, t, where, set())), node.writes) for node in loop.ahead.get(graph, ())]
+        inputs, fixed = given(Node(graph), t, where, made_ahead(loop, graphs, graph))
+        outputs = yield Call(graph, inputs, fixed, loop=name, step=t + 1, steps=len(rows), ahead=tuple(ahead))
         if loop.history and not remembered.keys() & inputs.keys():
             for value, kept in loop.history.items():
                 now = outputs[value] if value in outputs else inputs[value]

@@ -52,6 +52,13 @@ class MotionPipeline:
         self._limits, self._folder = limits, here()
         self.bundle, self.backend, self.memory, self.low_memory = bundle, backend, memory, low_memory
         self._graphs: dict[str, Checked] = {}
+        self._beside: Sequence[Backend] = getattr(backend, "beside", ())
+        self._elsewhere: dict[tuple[int, str], Checked] = {}  # by the place of their backend in these, counted from 1
+        if self._beside and not any(loop.ahead for loop in bundle.manifest.loops.values()):
+            raise InputError(
+                f"{len(self._beside) + 1} devices are given for one request, and a step of bundle '{bundle.name}' is one call. "
+                "Export it with --split-guidance, or name one device."
+            )
         self._kept: dict[Hashable, dict[str, Any]] = {}
         self._owns_memory = False
         self.choice: str | None = None  # why this backend, where it was left to "auto"
@@ -217,35 +224,61 @@ class MotionPipeline:
         graph and port, and is kept by whoever makes the calls."""
         if call.key is not None and call.key in self._kept:
             return self._kept[call.key]
-        graph, inputs = self.graph(call.graph), dict(call.inputs)
+        made = self._ahead(call, placed) if call.ahead else {}
+        graph = self.graph(call.graph)
         if not call.loop:  # a table that is made anew, window by window: the one before makes room
-            made = {port.name for port in graph.spec.outputs}
-            for place in [place for place in placed if place[1] in made]:
+            anew = {port.name for port in graph.spec.outputs}
+            for place in [place for place in placed if place[1] in anew]:
                 del placed[place]
-        for port, value in inputs.items():
-            if isinstance(value, Row) or port in call.fixed:
-                whole = value.table if isinstance(value, Row) else value
-                before, there = placed.get((call.graph, port), (None, None))
-                if before is not whole:
-                    there = graph.put(port, whole)
-                    placed[call.graph, port] = whole, there
-                inputs[port] = value.of(there) if isinstance(value, Row) else there
-        outputs = graph.run(inputs)
+        outputs = graph.run({**_placed(graph, call, placed, call.graph), **made})
         if call.key is not None:
             while len(self._kept) >= _KEPT:
                 del self._kept[next(iter(self._kept))]
             self._kept[call.key] = outputs
         return outputs
 
+    def _ahead(self, call: Call, placed: Placed) -> dict[str, Any]:
+        """What the calls ahead of `call` give it: one after the other, or shared out among the devices, which work at the same
+        time."""
+        devices = range(len(self._beside) + 1)
+
+        def run(device: int) -> dict[str, Any]:
+            given = dict[str, Any]()
+            for place, (one, names) in enumerate(call.ahead):
+                if place % len(devices) == device:
+                    graph = self._on(device, one.graph)
+                    made = graph.run(_placed(graph, one, placed, f"{one.graph} {place}"))
+                    given |= {names.get(port, port): value for port, value in made.items()}
+            return given
+
+        if len(devices) == 1:
+            return run(0)
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(len(self._beside), "motionrt-beside") as pool:
+            others = [pool.submit(run, device) for device in devices[1:]]
+            given = run(0)
+            return given | {port: value for other in others for port, value in other.result().items()}
+
+    def _on(self, device: int, name: str) -> Checked:
+        """Graph `name` on a device, loaded once: the first, or one beside it."""
+        if device == 0:
+            return self.graph(name)
+        if (device, name) not in self._elsewhere:
+            self._elsewhere[device, name] = self._beside[device - 1].load(self.bundle, name)
+        return self._elsewhere[device, name]
+
     # --- graphs -------------------------------------------------------------------------------------------------------
 
     def graph(self, name: str) -> Checked:
-        """Graph `name` of the bundle, loaded once; with `low_memory` in the place of the one before it. Raises `BundleError`
-        for a name that is none, and `BackendError`."""
+        """Graph `name` of the bundle, loaded once; with `low_memory` in the place of the one before it, but for those that
+        it takes turns with in a step. Raises `BundleError` for a name that is none, and `BackendError`."""
         self.bundle.graph(name)
         if name not in self._graphs:
             if self.low_memory:
-                self._graphs.clear()
+                every = [call for loop in self.bundle.manifest.loops.values() for call in map(loop.calls, loop.ahead)]
+                turns = {one.graph for calls in every if name in {one.graph for one in calls} for one in calls}
+                self._graphs = {other: graph for other, graph in self._graphs.items() if other in turns}
             self._graphs[name] = self.backend.load(self.bundle, name)
         return self._graphs[name]
 
@@ -256,7 +289,7 @@ class MotionPipeline:
             names.add(manifest.memory.query)
         for node in manifest.nodes:
             loop = manifest.loops.get(node.graph)
-            names |= {node.graph} if loop is None else {*loop.graphs, *loop.tables}
+            names |= {node.graph} if loop is None else {*loop.run, *loop.tables}
         return sorted(names, key=lambda name: -(self.bundle.path / self.bundle.graph(name).file).stat().st_size)
 
     def load(self, workers: int | None = None) -> None:
@@ -279,6 +312,10 @@ class MotionPipeline:
                 self._graphs.update(zip(small, loaded, strict=True))
         for name in names:
             self.graph(name)
+        ahead = {node.graph for loop in self.bundle.manifest.loops.values() for nodes in loop.ahead.values() for node in nodes}
+        for device in range(1, len(self._beside) + 1):
+            for name in sorted(ahead):
+                self._on(device, name)
 
     def warm(self) -> None:
         """Load what a request needs, so that the first is as fast as the next: graphs, tokenizers, the memory's index.
@@ -304,6 +341,21 @@ class MotionPipeline:
         (found,) = graph({port.name: tokens[port.name] for port in graph.spec.inputs}).values()
         vector: NDArray[np.float32] = found[0]
         return vector
+
+
+def _placed(graph: Checked, call: Call, placed: Placed, where: str) -> dict[str, Any]:
+    """The inputs of a call of `graph`, those that many calls read put on its device once; `where` tells them apart in
+    `placed`."""
+    inputs = dict(call.inputs)
+    for port, value in inputs.items():
+        if isinstance(value, Row) or port in call.fixed:
+            whole = value.table if isinstance(value, Row) else value
+            before, there = placed.get((where, port), (None, None))
+            if before is not whole:
+                there = graph.put(port, whole)
+                placed[where, port] = whole, there
+            inputs[port] = value.of(there) if isinstance(value, Row) else there
+    return inputs
 
 
 def _stops(answer: object) -> bool:

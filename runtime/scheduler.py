@@ -105,7 +105,7 @@ class Scheduler:
         assert call is not None
         spec, group = self.pipeline.bundle.graph(call.graph), [first]
         most = min([self.batch, *(port.dims[0].max // port.dims[0].min for port in spec.inputs if port.shared)])
-        if call.key is not None or not self._shares(call.graph):
+        if call.key is not None or call.ahead or not self._shares(call.graph):
             return group
         for job in list(self._line)[1:]:
             other = self.waiting(job)

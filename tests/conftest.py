@@ -66,6 +66,14 @@ def guided_bundle(guided: ModuleType, fake: ModuleType, tmp_path_factory: pytest
 
 
 @pytest.fixture(scope="session")
+def split_bundle(fake: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fake bundle with a call for each branch of guidance. Shared."""
+    system = load_by_path(HERE / "helpers" / "split_system.py")
+    path: Path = system.write_bundle(fake, tmp_path_factory.mktemp("split") / "bundle")
+    return path
+
+
+@pytest.fixture(scope="session")
 def drawn_bundle(fake: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle that moves a picture as is drawn on it: drags, a brush, a field. Shared."""
     system = load_by_path(HERE / "helpers" / "drawn_system.py")

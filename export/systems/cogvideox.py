@@ -20,7 +20,7 @@ from motionrt.export.checkpoints.encoders import text_encoder, weights_of
 from motionrt.export.checkpoints.files import CheckpointError, check_pipeline, open_component, read_json
 from motionrt.export.checkpoints.tokenizers import tokenizer_json
 from motionrt.export.compiler.weightless import meta
-from motionrt.export.systems.cogvideox_step import INPUTS, solver_rows
+from motionrt.export.systems.cogvideox_step import BRANCH, INPUTS, CogVideoXStep, solver_rows
 from motionrt.export.systems.decoding import Decoding, decoding, tile_size
 from motionrt.export.systems.motionrag_system import (
     BATCH,
@@ -32,6 +32,7 @@ from motionrt.export.systems.motionrag_system import (
     solver_table,
     unconditional_tokens,
 )
+from motionrt.export.systems.split import Branch
 from motionrt.export.systems.steps import Latents, cogvideox_step, plain, step_inputs
 from motionrt.export.systems.system import Array, Graph, Network, System, TokenizerText
 
@@ -178,7 +179,7 @@ def cogvideox_system(sources: Sources, *, frames: int = 17, say: Callable[[str],
     overlay = frames != config["sample_frames"]
     files = sources.files(blocks, overlay=overlay)
     tokens = files.tokens
-    step = cogvideox_step(config, latents=latents, motion=tokens, positions=sources.positions)
+    step = cogvideox_step(config, latents=latents, motion=tokens, positions=sources.positions, branch=sources.split)
     weights, report = weights_of(step.transformer, transformer, "transformer", "transformer.", added=".processor.")
     weights = {**weights, **files.overlay, **files.adapter}
     solvers = {
@@ -198,6 +199,7 @@ def cogvideox_system(sources: Sources, *, frames: int = 17, say: Callable[[str],
     say("unconditional tokens")
     step.unconditional_motion = unconditional_tokens(networks["motion"], frames, size)
     still = {"image": Array(("batch", 3, *size)), "noise": Array(("batch", *latents[1:]))}
+    network, inputs = Network(step, sources.kept(weights)), step_inputs(INPUTS, config, latents, tokens)
     return motionrag_system(
         Base(
             name="cogvideox-5b-i2v",
@@ -205,9 +207,10 @@ def cogvideox_system(sources: Sources, *, frames: int = 17, say: Callable[[str],
             fps=FPS,
             encode=Graph(encode, still, ("image_latents",), {"batch": BATCH}),
             decoding=decoder(vae, vae_network, latents, sources.tiles),
-            step=Network(step, sources.kept(weights)),
+            step=network,
             changes=INPUTS,
-            inputs=step_inputs(INPUTS, config, latents, tokens),
+            inputs=inputs,
+            branch=branch_of(network, step, inputs) if sources.split else None,
             solvers=solvers,
             text=Graph(text, {"input_ids": Array(("batch", length), torch.int64)}, ("text",), {"batch": BATCH}),
             tokenizer=TokenizerText(words, length, pad),
@@ -222,6 +225,13 @@ def cogvideox_system(sources: Sources, *, frames: int = 17, say: Callable[[str],
         },
         reports=(*files.reports, report),
     )  # fmt: skip
+
+
+def branch_of(network: Network, step: CogVideoXStep, inputs: Mapping[str, Array]) -> Branch:
+    """CogVideoX's step for one branch of guidance: without conditions it reads the negative prompt, and no motion."""
+    tokens: Any = step.unconditional_motion
+    own = {name: inputs[name] for name in BRANCH}
+    return Branch(network, BRANCH, own, {"text": "negative_text", "motion": "no_motion"}, {"no_motion": "motion"}, tokens)
 
 
 def _schedulers(base: Path) -> Mapping[str, Any]:

@@ -119,18 +119,40 @@ class CogVideoXStep(nn.Module):
         -> (next latents, x0), both `[B, F, C, H, W]`. Row b is of request b, which may be at a step of its own.
         """
         unconditional: Tensor = self.unconditional_motion  # type: ignore[assignment]
-        kind = unconditional.dtype  # of the weights; guidance and solver keep what came in, fp32 in a bundle
         sample = repeated(torch.cat([latents, image_latents], dim=2), 2)
-        tokens = paired(unconditional.expand(latents.shape[0], -1, -1), motion.to(kind))
-        output = self.transformer(
-            hidden_states=sample.to(kind),
-            encoder_hidden_states=paired(negative_text, text).to(kind),
-            timestep=repeated(timestep, 2),
-            image_rotary_emb=(self.rope_cos, self.rope_sin) if self.rotary else None,
-            attention_kwargs={"motion": tokens, "motion_scale": like(repeated(motion_scale.to(kind), 2), tokens)},
-            return_dict=False,
-        )[0].to(latents.dtype)
+        tokens = paired(unconditional.expand(latents.shape[0], -1, -1), motion.to(unconditional.dtype))
+        output = self.network(sample, repeated(timestep, 2), paired(negative_text, text), tokens, repeated(motion_scale, 2))
         return solved(coefficients, latents, guided(output, like(guidance, latents)), previous_x0, noise)
+
+    def network(self, sample: Tensor, timestep: Tensor, text: Tensor, motion: Tensor, scale: Tensor) -> Tensor:
+        """The transformer on rows of `sample [n, F, 2 C, H, W]` -> v, `[n, F, C, H, W]` in the dtype of `sample`."""
+        unconditional: Tensor = self.unconditional_motion  # type: ignore[assignment]
+        kind = unconditional.dtype  # of the weights; guidance and solver keep what came in, fp32 in a bundle
+        tokens = motion.to(kind)
+        output: Tensor = self.transformer(
+            hidden_states=sample.to(kind),
+            encoder_hidden_states=text.to(kind),
+            timestep=timestep,
+            image_rotary_emb=(self.rope_cos, self.rope_sin) if self.rotary else None,
+            attention_kwargs={"motion": tokens, "motion_scale": like(scale.to(kind), tokens)},
+            return_dict=False,
+        )[0]
+        return output.to(sample.dtype)
+
+
+BRANCH: Mapping[str, str] = MappingProxyType(
+    {name: INPUTS[name] for name in ("latents", "timestep", "text", "motion", "image_latents", "motion_scale")}
+)
+
+
+class CogVideoXBranch(CogVideoXStep):
+    """The network of the step for one branch of guidance."""
+
+    def forward(  # type: ignore[override]
+        self, latents: Tensor, timestep: Tensor, text: Tensor, motion: Tensor, image_latents: Tensor, motion_scale: Tensor
+    ) -> Tensor:
+        """As of the step, for the conditions of one branch -> v, `[B, F, C, H, W]`."""
+        return self.network(torch.cat([latents, image_latents], dim=2), timestep, text, motion, motion_scale)
 
 
 ENDS_ON_X0 = (0.0, 1.0, 0.0, 0.0)  # c0 to c3 of a last step whose result is x0

@@ -28,6 +28,7 @@ from motionrt.export.systems.cogvideox_step import ENDINGS
 from motionrt.export.systems.decoding import Decoding
 from motionrt.export.systems.extrapolated import HISTORY, KEPT, NAME, extrapolated_step
 from motionrt.export.systems.fusion import RULES, Fusion
+from motionrt.export.systems.split import UNCONDITIONAL, WHERE, Branch
 from motionrt.export.systems.system import Array, Graph, Network, Schedules, Step, System, TokenizerText, lengths
 from motionrt.runtime.bundle.manifest import (
     ClipSize,
@@ -61,8 +62,8 @@ class Sources(Keeping):
     clips become motion, "cama" or one of `fusion.RULES` (A10), which need no `dinov2`. `target_range`: what DINOv2 sees of the
     still, "correct" [-1, 1] or as CogVideoX was "released" [0, 1] (quirk A14.1). `positions`: see
     `cogvideox_step.fix_positions` (A7). `ending`: of CogVideoX's solvers, see `cogvideox_step.solver_rows`. `text_query`,
-    `dtype`: see `Keeping`. `tiles` along either side of the picture in which latents are decoded: an approximation, for small
-    devices. `steps`: numbers of steps that there are rows for.
+    `dtype`: see `Keeping`. `split`: guidance in parts (split.py). `tiles` along either side of the picture in which latents are
+    decoded: an approximation, for small devices. `steps`: numbers of steps that there are rows for.
     """
 
     base: Path
@@ -78,6 +79,7 @@ class Sources(Keeping):
     steps: tuple[int, ...] = tuple(range(2, 51))
     tiles: int = 1
     fusion: str = CAMA
+    split: bool = False
 
     def __post_init__(self) -> None:
         self.check(
@@ -98,7 +100,7 @@ class Sources(Keeping):
     def provenance(self, files: MotionRAG) -> dict[str, Any]:
         """What a bundle tells of these choices."""
         own = {"sos_token": dict(files.sos), "target_range": self.target_range} if self.fusion == CAMA else {}
-        return {"dtype": self.dtype, "fusion": self.fusion, **own}
+        return {"dtype": self.dtype, "fusion": self.fusion, "split_guidance": self.split, **own}
 
 
 def motionrag_networks(sources: Sources, files: MotionRAG, frames: int, size: tuple[int, int]) -> dict[str, Network]:
@@ -132,7 +134,7 @@ def unconditional_tokens(motion: Network, frames: int, size: tuple[int, int]) ->
 class Base:
     """What a base model brings. `clip`: F, H, W of its videos, at `fps`; `encode`: the graph of the still; `changes`, `inputs`:
     of its `step`, see `Step`; `solvers`: their rows, the default's first; `text`, `tokenizer`: where it reads the prompt, and
-    `negative`: another text beside it; `numbers`: what else a request gives."""
+    `negative`: another text beside it; `numbers`: what else a request gives; `branch`: where guidance is split."""
 
     name: str
     clip: tuple[int, int, int]
@@ -147,14 +149,17 @@ class Base:
     tokenizer: TokenizerText | None = None
     negative: bool = True
     numbers: Mapping[str, Input] = field(default_factory=dict)
+    branch: Branch | None = None
 
     def loop(self, steps: int, plain: bool = False) -> Loop:
         """The loop that denoises, of `steps` unless a request says otherwise, or the most that there are rows for."""
         name, rows = next(iter(self.solvers.items()))
-        return motionrag_loop(self.solvers, (name, steps if steps in rows else max(rows)), plain)
+        return motionrag_loop(self.solvers, (name, steps if steps in rows else max(rows)), plain, self.branch)
 
-    def steps(self, sizes: Mapping[str, Range], plain: bool = False) -> tuple[Step, Step]:
+    def steps(self, sizes: Mapping[str, Range], plain: bool = False) -> tuple[Step, ...]:
         """The graphs of the loop's steps, before they are cut; `plain`: with that of the step as it was."""
+        if self.branch is not None:
+            return *self.branch.steps(self.inputs, sizes), extrapolated_step(self.inputs, sizes)
         step = Step(self.step, self.changes, self.inputs, ("next_latents", "x0"), sizes, plain=plain)
         return step, extrapolated_step(self.inputs, sizes)
 
@@ -211,7 +216,11 @@ def motionrag_system(
             plan.append(Node("text", {"input_ids": "negative_prompt.input_ids"}, {"text": "negative_text"}))
     if fusion == CAMA:
         plan.append(Node("appearance", {"image": "appearance_image"}) if released_range else "appearance")
-    plan += [fusion, "encode", "request", VIDEO, base.decoding.name]
+    asked: list[str | Node] = ["request"]
+    if base.branch is not None:
+        graphs |= {UNCONDITIONAL: base.branch.unconditional(BATCH)}
+        asked = base.branch.plan()
+    plan += [fusion, "encode", *asked, VIDEO, base.decoding.name]
     memory = MemorySpec(
         text="prompt",
         query="text_query",
@@ -243,10 +252,13 @@ def motionrag_system(
     )
 
 
-def motionrag_loop(solvers: Schedules, default: tuple[str, int], plain: bool = False) -> Loop:
+def motionrag_loop(solvers: Schedules, default: tuple[str, int], plain: bool = False, branch: Branch | None = None) -> Loop:
     """The loop around `step` and the step that does without its network; `default`: a solver and a number of steps."""
+    apart = {} if branch is None else branch.ahead()
     return Loop(
-        graphs=("step", NAME),
+        graphs=tuple(dict.fromkeys(("step", *apart, NAME))),
+        ahead=apart,
+        where=WHERE if apart else {},
         columns=COLUMNS,
         schedules=lengths(solvers),
         default=default,

@@ -22,8 +22,13 @@ def paired(*parts: Tensor) -> Tensor:
 
 def guided(output: Tensor, guidance: Tensor) -> Tensor:
     """Classifier-free guidance v_u + g (v_c - v_u): rows (u, c) in turn, `[2 B, ...]`, g `[B, ...]` -> `[B, ...]`."""
-    without, with_conditions = output.unflatten(0, (-1, 2)).unbind(1)
-    return without + guidance * (with_conditions - without)
+    without, conditioned = output.unflatten(0, (-1, 2)).unbind(1)
+    return mixed(without, conditioned, guidance)
+
+
+def mixed(without: Tensor, conditioned: Tensor, guidance: Tensor) -> Tensor:
+    """v_u + g (v_c - v_u), `[B, ...]` each."""
+    return without + guidance * (conditioned - without)
 
 
 def like(x: Tensor, other: Tensor) -> Tensor:

@@ -36,10 +36,12 @@ def cogvideox_step(
     dtype: torch.dtype = torch.float32,
     unconditional: Tensor | None = None,
     positions: str = "released",
+    branch: bool = False,
 ) -> cogvideox.CogVideoXStep:
     """The CogVideoX step with an adapter in every block; parameters on the meta device, small tables real.
 
-    `latents` F, C, H, W; `motion` M, D; `unconditional [1, M, D]`, zeros if not given; `positions`: `fix_positions`.
+    `latents` F, C, H, W; `motion` M, D; `unconditional [1, M, D]`, zeros if not given; `positions`: `fix_positions`; `branch`:
+    its network alone, for one branch of guidance.
     """
     from diffusers import CogVideoXTransformer3DModel
 
@@ -47,7 +49,8 @@ def cogvideox_step(
         transformer = CogVideoXTransformer3DModel(**plain(config))
         install_cogvideox_adapter(transformer, motion[1])
     tokens = torch.zeros(1, *motion) if unconditional is None else unconditional
-    return cogvideox.CogVideoXStep(transformer, tokens.to(dtype), latents, positions).eval()
+    kind = cogvideox.CogVideoXBranch if branch else cogvideox.CogVideoXStep
+    return kind(transformer, tokens.to(dtype), latents, positions).eval()
 
 
 def svd_step(
@@ -59,6 +62,7 @@ def svd_step(
     unconditional: Tensor | None = None,
     time_ids: tuple[float, float, float] = (6.0, 127.0, 0.02),
     first_guidance: float = 1.0,
+    branch: bool = False,
 ) -> svd.SvdStep:
     """The SVD step with adapters in the spatial cross-attentions; arguments as in `cogvideox_step` and `SvdStep`."""
     from diffusers import UNetSpatioTemporalConditionModel
@@ -67,7 +71,8 @@ def svd_step(
         unet = UNetSpatioTemporalConditionModel(**plain(config))
         svd.install_svd_adapter(unet, motion[1])
     tokens = torch.zeros(1, *motion) if unconditional is None else unconditional
-    return svd.SvdStep(unet, tokens.to(dtype), latents[0], time_ids, first_guidance).eval()
+    kind = svd.SvdBranch if branch else svd.SvdStep
+    return kind(unet, tokens.to(dtype), latents[0], time_ids, first_guidance).eval()
 
 
 def step_args(

@@ -8,7 +8,7 @@ little noise on it. A prompt is for the search alone. Guidance rises over the fr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ from motionrt.export.systems.motionrag_system import (
     solver_table,
     unconditional_tokens,
 )
+from motionrt.export.systems.split import Branch
 from motionrt.export.systems.steps import plain, step_inputs, svd_step
-from motionrt.export.systems.svd_step import INPUTS, euler_rows, spatial_attentions
+from motionrt.export.systems.svd_step import BRANCH, INPUTS, SvdStep, euler_rows, spatial_attentions
 from motionrt.export.systems.system import Array, Graph, Network, System
 
 FIRST_GUIDANCE, FPS = 1.0, 7
@@ -148,13 +149,16 @@ def svd_system(
     networks = motionrag_networks(sources, files, frames, size)
     encode = sources.keeping(still_encoder(base, vae, vae_network, size))
     ids = (FPS - 1.0, MOTION_BUCKET, NOISE_LEVEL)
-    step = svd_step(config, latents=latents, motion=tokens, time_ids=ids, first_guidance=FIRST_GUIDANCE)
+    step = svd_step(
+        config, latents=latents, motion=tokens, time_ids=ids, first_guidance=FIRST_GUIDANCE, branch=sources.split
+    )
     weights, report = weights_of(step.unet, unet, "unet", "unet.", added=".processor.")
     scheduler = _scheduler(base)
     query = sources.sentence_encoder()
     say("unconditional tokens")
     step.unconditional_motion = unconditional_tokens(networks["motion"], frames, size)
 
+    network, inputs = Network(step, sources.kept({**weights, **files.adapter})), step_inputs(INPUTS, config, latents, tokens)
     picture = Array(("batch", 3, *size))
     # chunks of one size are one graph, run for each; a rest is a chunk inside the graph
     count = frames if frames % DECODED else DECODED
@@ -172,9 +176,10 @@ def svd_system(
                 encode, {"image": picture, "noise": picture}, ("image_context", "image_latents"), {"batch": BATCH}
             ),
             decoding=decoding({"decode": decode}, [(count, count)] * (frames // count), latents, factor),
-            step=Network(step, sources.kept({**weights, **files.adapter})),
+            step=network,
             changes=INPUTS,
-            inputs=step_inputs(INPUTS, config, latents, tokens),
+            inputs=inputs,
+            branch=branch_of(network, step, inputs) if sources.split else None,
             solvers={"euler": {n: solver_table(*euler_rows(scheduler, n), GUIDANCE) for n in sources.steps}},
         ),
         networks,
@@ -184,6 +189,14 @@ def svd_system(
         provenance={**sources.provenance(files), "first_guidance": FIRST_GUIDANCE, "time_ids": list(ids)},
         reports=(*files.reports, report),
     )  # fmt: skip
+
+
+def branch_of(network: Network, step: SvdStep, inputs: Mapping[str, Array]) -> Branch:
+    """SVD's step for one branch of guidance: without conditions there is neither still nor motion."""
+    makes = {f"no_{name}": name for name in ("image_context", "image_latents", "motion")}
+    reads = {name: made for made, name in makes.items()}
+    own = {name: inputs[name] for name in BRANCH}
+    return Branch(network, BRANCH, own, reads, makes, step.unconditional_motion, step.strength)
 
 
 def _scheduler(base: Path) -> Any:

@@ -110,6 +110,20 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(hidden_states, size=output_size or doubled, mode="nearest"))
 
 
+class RisingGuidance(nn.Module):
+    """Guidance that rises over the frames of a video, from `first` to that of the request."""
+
+    def __init__(self, frames: int, first: float) -> None:
+        super().__init__()
+        self.first = first
+        self.ramp: Tensor
+        self.register_buffer("ramp", torch.linspace(0, 1, frames)[None, :, None, None, None], persistent=False)
+
+    def forward(self, guidance: Tensor, latents: Tensor) -> Tensor:
+        """`guidance [B]`, of the last frame; `latents [B, F, C, H, W]` -> `[B, F, 1, 1, 1]`."""
+        return self.first + (like(guidance, latents) - self.first) * self.ramp.to(latents.dtype)
+
+
 class SvdStep(nn.Module):
     """One denoising step of SVD's image-to-video UNet with Motion-Adapters.
 
@@ -136,13 +150,11 @@ class SvdStep(nn.Module):
         for block in unet.up_blocks:
             if block.upsamplers is not None:
                 block.upsamplers = nn.ModuleList(Upsample(upsampler.conv) for upsampler in block.upsamplers)
-        self.first_guidance = first_guidance
+        self.strength = RisingGuidance(frames, first_guidance)
         self.unconditional_motion: Tensor
         self.time_ids: Tensor
-        self.ramp: Tensor
         self.register_buffer("unconditional_motion", unconditional_motion)
         self.register_buffer("time_ids", torch.tensor(time_ids), persistent=False)
-        self.register_buffer("ramp", torch.linspace(0, 1, frames)[None, :, None, None, None], persistent=False)
 
     def forward(
         self,
@@ -173,18 +185,17 @@ class SvdStep(nn.Module):
         self.conditions.scale = like(repeated(motion_scale.to(kind), 2), unconditional)
         output = self.network(sample, timestep).to(latents.dtype)
         self.conditions.context = self.conditions.motion = None
-        scale = self.first_guidance + (like(guidance, latents) - self.first_guidance) * self.ramp.to(output.dtype)
-        return solved(coefficients, latents, guided(output, scale), previous_x0, noise)
+        return solved(coefficients, latents, guided(output, self.strength(guidance, latents)), previous_x0, noise)
 
-    def network(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        """The UNet on `[2 B, F, 8, H, W]` -> `[2 B, F, 4, H, W]`: as diffusers' forward, with one row of time embedding for
-        each request (the release repeats it for samples and frames before the embedding)."""
+    def network(self, sample: Tensor, timestep: Tensor, branches: int = 2) -> Tensor:
+        """The UNet on `[branches B, F, 8, H, W]` -> `[branches B, F, 4, H, W]`: as diffusers' forward, with one row of time
+        embedding for each request (the release repeats it for samples and frames before the embedding)."""
         unet: Any = self.unet
         batch, frames = sample.shape[:2]
         x = sample.flatten(0, 1)
         time = unet.time_embedding(unet.time_proj(timestep).to(x.dtype))
         ids = unet.add_time_proj(self.time_ids).reshape(1, -1).to(x.dtype)
-        embedding = repeated(time + unet.add_embedding(ids), 2 * frames)
+        embedding = repeated(time + unet.add_embedding(ids), branches * frames)
         images = torch.zeros(batch, frames, dtype=x.dtype, device=x.device)  # 0: every row is a frame of a video
         context = self.conditions.context
         assert context is not None
@@ -206,6 +217,28 @@ class SvdStep(nn.Module):
             )
         x = unet.conv_out(unet.conv_act(unet.conv_norm_out(x)))
         return x.unflatten(0, (batch, frames))
+
+
+BRANCH: Mapping[str, str] = MappingProxyType(
+    {name: INPUTS[name] for name in ("latents", "timestep", "image_context", "motion", "image_latents", "motion_scale")}
+)
+
+
+class SvdBranch(SvdStep):
+    """The network of the step for one branch of guidance."""
+
+    def forward(  # type: ignore[override]
+        self, latents: Tensor, timestep: Tensor, image_context: Tensor, motion: Tensor, image_latents: Tensor,
+        motion_scale: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """As of the step, for the conditions of one branch -> v, `[B, F, 4, H, W]`."""
+        still = image_latents[:, None].expand(-1, latents.shape[1], -1, -1, -1)
+        kind = self.unconditional_motion.dtype
+        self.conditions.context, self.conditions.motion = image_context.to(kind), motion.to(kind)
+        self.conditions.scale = like(motion_scale.to(kind), motion)
+        output = self.network(torch.cat([latents, still], dim=2).to(kind), timestep, branches=1).to(latents.dtype)
+        self.conditions.context = self.conditions.motion = None
+        return output
 
 
 def euler_rows(scheduler: Any, steps: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

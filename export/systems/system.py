@@ -28,6 +28,7 @@ _EXAMPLES = {
     "batch": (2, 3, 1, 1), "references": (4, 8, 1, 2), "tokens": (12, 7, 40, 1), "steps": (5, 8, 1, 2), "window": (2, 1, 1),
 }  # fmt: skip
 
+ALL = "*"  # see `System`
 Schedules = Mapping[str, Mapping[int, NDArray[np.float32]]]  # name -> number of steps -> rows [T, R]
 
 
@@ -166,6 +167,8 @@ class TokenizerText:
 @dataclass(frozen=True)
 class System:
     """One system. A plan may name graphs that a cut turns out not to have (nothing depends on the request): they are left out.
+    What a cut hands over has names that are not known before: a node of the plan whose `writes` are {"*": end} gives all that
+    its graph does, each name with _end behind it, and {"*": end} in the `reads` of a call ahead of a step reads these.
 
     `schedules`: loop -> its rows, which fill in the loop's own `schedules`. The `fingerprint` of `memory` is the exporter's to
     fill in. `provenance`: what a bundle tells people of where it came from; `reports`: of the files' keys.

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from motionrt.runtime.arguments import instance, listed
+from motionrt.runtime.backends.beside import JOINT
 from motionrt.runtime.backends.kinds import BACKENDS, ONNXRUNTIME, OPENVINO, TENSORRT, BackendKind
 from motionrt.runtime.backends.machine import Gpu, find_gpus
 from motionrt.runtime.backends.open import RunOptions, open_backend
@@ -56,7 +57,8 @@ def choose(
     With "cuda" the CPU is no answer: `BackendError` says what was tried.
     """
     instance("the bundle", bundle, Bundle, "what Bundle.open gives")
-    if device is not None and not (isinstance(device, str) and (device == "cpu" or device.startswith("cuda"))):
+    one = isinstance(device, str) and JOINT not in device and (device == "cpu" or device.startswith("cuda"))
+    if device is not None and not one:
         raise InputError(f"device is {shown(device)}; with the backend auto it must be cpu, cuda, or not given.")
     graphs = bundle.steps if graphs is None else listed("graphs", graphs, "names of graphs")
     for name in graphs:

@@ -6,10 +6,11 @@ Each backend's module is imported only when it is asked for.
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from motionrt.runtime.arguments import flag, instance
+from motionrt.runtime.backends.beside import JOINT, SideBySide
 from motionrt.runtime.backends.kinds import BACKENDS, ONNXRUNTIME, OPENVINO, TENSORRT, TORCH
 from motionrt.runtime.backends.seam import Backend
 from motionrt.runtime.dtypes import QUANTISED, WEIGHTS
@@ -37,7 +38,7 @@ class RunOptions:
     device: str | None = _option(
         None,
         f"{'; '.join(f'{kind.name}: {kind.places}' for kind in BACKENDS.values())}. The first of them unless given; "
-        "cuda:1 (gpu:1 of OpenVINO) is the second GPU.",
+        "cuda:1 (gpu:1 of OpenVINO) is the second GPU. cuda:0+cuda:1: both for one request, of a bundle with split guidance.",
     )
     threads: int | None = _option(None, "Threads of the backend; all cores if not given.")
     allow_onnxruntime: bool = _option(
@@ -72,6 +73,8 @@ def open_backend(options: RunOptions = RunOptions()) -> Backend:
     if options.precision is not None and options.precision not in allowed:
         raise InputError(f"precision is {shown(options.precision)}; it must be one of {', '.join(allowed)}.")
     kind = BACKENDS[name]
+    if isinstance(options.device, str) and JOINT in options.device:
+        return SideBySide([open_backend(replace(options, device=device)) for device in options.device.split(JOINT)])
     fallback = open_backend(RunOptions(threads=options.threads)) if options.allow_onnxruntime else None
     return _OPENS[name](kind.devices[0] if options.device is None else options.device, options, fallback)
 

@@ -93,16 +93,18 @@ class Bundle:
 
     @property
     def steps(self) -> list[str]:
-        """The graphs that the steps of denoising loops run: worth a CUDA graph, and never to be slow without a word.
+        """The graphs that the steps of denoising loops run, and those called ahead of them: worth a CUDA graph, and never to be
+        slow without a word.
 
         A loop that is fed no numbers puts something together (the pictures of a decoder), and is none of these.
         """
-        return list(dict.fromkeys(graph for loop in self.manifest.loops.values() if loop.feeds for graph in loop.graphs))
+        return list(dict.fromkeys(graph for loop in self.manifest.loops.values() if loop.feeds for graph in loop.run))
 
     @property
     def networks(self) -> list[str]:
-        """The `steps` that run a network: those that extrapolate run none."""
-        left_out = {loop.extrapolates for loop in self.manifest.loops.values()}
+        """The `steps` that run a network: those that extrapolate run none, and those with calls ahead leave it to these."""
+        loops = self.manifest.loops.values()
+        left_out = {loop.extrapolates for loop in loops} | {step for loop in loops for step in loop.ahead}
         return [graph for graph in self.steps if graph not in left_out]
 
     def in_loop(self, graph: str) -> bool:

@@ -56,7 +56,7 @@ def roles(manifest: Manifest) -> Roles:
     for node in manifest.nodes:
         loop = manifest.loops.get(node.graph)
         if loop is not None and loop.feeds:
-            when |= dict.fromkeys(loop.tables, "before") | dict.fromkeys(loop.graphs, "loop")
+            when |= dict.fromkeys(loop.tables, "before") | dict.fromkeys(loop.run, "loop")
             state |= manifest.reads(node) & made
             rows |= {port.name for table in loop.tables for port in manifest.graphs[table].outputs}
             windows |= {port.name: most for table, most in loop.windows.items() for port in manifest.graphs[table].outputs}

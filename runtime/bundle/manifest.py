@@ -366,6 +366,14 @@ class Without(_Strict, frozen=True):
     inputs: tuple[str, ...]
 
 
+class Where(_Strict, frozen=True):
+    """What `runs` in the place of a step graph in rows whose `column` is `value`: the same result for less."""
+
+    runs: str
+    column: str
+    value: float
+
+
 class Preview(_Strict, frozen=True):
     """A cheap look at the video while a loop runs: output `value` of a step, float `[1, F, C, h, w]`, through a linear map.
 
@@ -398,6 +406,10 @@ class Loop(_Strict, frozen=True):
     on, of those that read no such port themselves; zeros before there was one. `extrapolates`: the step graph that takes the
     place of the network by that (`runtime/schedules.py` makes rows of it). `preview`: how a step is looked at, where that was
     calibrated.
+
+    `ahead`: step graph -> calls that are made before it in each of its steps, none of which reads what another one gives: they
+    may run at the same time, on devices of their own. Their ports are given values as those of a step, and what they give is
+    given to the step. `where`: step graph -> the one that runs in its place in some rows.
     """
 
     graphs: tuple[str, ...]
@@ -419,6 +431,8 @@ class Loop(_Strict, frozen=True):
     history: Mapping[str, tuple[str, ...]] = {}
     extrapolates: str | None = None
     preview: Preview | None = None
+    ahead: Mapping[str, tuple[Node, ...]] = {}
+    where: Mapping[str, Where] = {}
 
     @property
     def as_written(self) -> Loop:
@@ -430,6 +444,15 @@ class Loop(_Strict, frozen=True):
     def remembered(self) -> set[str]:
         """The ports that are given what a value was in earlier steps."""
         return {port for ports in self.history.values() for port in ports}
+
+    def calls(self, step: str) -> tuple[Node, ...]:
+        """The graphs that a step which runs `step` calls: those ahead of it, and itself."""
+        return (*self.ahead.get(step, ()), Node(step))
+
+    @property
+    def run(self) -> tuple[str, ...]:
+        """The graphs that steps may call, each once: the step graphs first."""
+        return tuple(dict.fromkeys((*self.graphs, *(node.graph for nodes in self.ahead.values() for node in nodes))))
 
 
 class Output(_Strict, frozen=True):
@@ -501,7 +524,9 @@ class Manifest(_Strict, frozen=True, kw_only=True):
         made = {port.name for table in loop.tables for port in self.graphs[table].outputs}
         inner = {*loop.feeds, *loop.start, *loop.carry.values(), *loop.slices, *loop.remembered, *made, NOISE}
         run = loop.graphs if steps is None else steps
-        ports = {port.name for graph in (*run, *tables_of(loop, self.graphs, run)) for port in self.graphs[graph].inputs}
+        ports = {port.name for graph in tables_of(loop, self.graphs, run) for port in self.graphs[graph].inputs}
+        for step in run:
+            ports |= read_by(loop, self.graphs, step) - made_ahead(loop, self.graphs, step)
         starts = {value for value in loop.start.values() if value not in (NOISE, "zeros")}
         read = (ports - inner) | {part.value for part in loop.slices.values()}
         return starts | {node.reads.get(name, name) for name in read}
@@ -570,9 +595,11 @@ class Manifest(_Strict, frozen=True, kw_only=True):
         """The first input of the plan's graphs that reads `value`; None where none does."""
         for node in self.nodes:
             loop = self.loops.get(node.graph)
-            for graph in (node.graph,) if loop is None else (*loop.graphs, *loop.tables):
-                for port in self.graphs[graph].inputs:
-                    if node.reads.get(port.name, port.name) == value:
+            calls = [Node(node.graph)] if loop is None else [one for step in loop.graphs for one in loop.calls(step)]
+            for call in (*calls, *map(Node, () if loop is None else loop.tables)):
+                for port in self.graphs[call.graph].inputs:
+                    name = call.reads.get(port.name, port.name)
+                    if node.reads.get(name, name) == value:
                         return port
         return None
 
@@ -583,9 +610,20 @@ def started(loop: Loop, node: Node) -> Loop:
     return loop if own == loop.start else msgspec.structs.replace(loop, start=own)
 
 
+def read_by(loop: Loop, graphs: Mapping[str, GraphSpec], step: str) -> set[str]:
+    """What step graph `step` and the calls ahead of it are given, by the names that the loop knows."""
+    return {call.reads.get(port.name, port.name) for call in loop.calls(step) for port in graphs[call.graph].inputs}
+
+
+def made_ahead(loop: Loop, graphs: Mapping[str, GraphSpec], step: str) -> set[str]:
+    """The ports of step graph `step` that calls ahead of it give."""
+    nodes = loop.ahead.get(step, ())
+    return {node.writes.get(port.name, port.name) for node in nodes for port in graphs[node.graph].outputs}
+
+
 def tables_of(loop: Loop, graphs: Mapping[str, GraphSpec], steps: Iterable[str]) -> list[str]:
     """The graphs of a loop's tables that are read by the step graphs `steps`, or by others of these, in order."""
-    read = {port.name for graph in steps for port in graphs[graph].inputs}
+    read = {name for step in steps for name in read_by(loop, graphs, step)}
     found = list[str]()
     for table in reversed(loop.tables):
         if any(port.name in read for port in graphs[table].outputs):
@@ -625,9 +663,21 @@ def _faults(manifest: Manifest) -> Iterator[str]:
     """What does not fit together, a sentence each: names of nothing, and values that are read before they are there."""
     graphs, loops, memory = manifest.graphs, manifest.loops, manifest.memory
     for name, loop in loops.items():
-        for graph in (*loop.graphs, *loop.tables, *([loop.plain] if loop.plain else [])):
+        for graph in (*loop.run, *loop.tables, *([loop.plain] if loop.plain else [])):
             if graph not in graphs:
                 yield f"loop '{name}' runs '{graph}', which is no graph of the bundle"
+        for step in loop.ahead:
+            if step not in loop.graphs:
+                yield f"loop '{name}' makes calls ahead of '{step}', which is none of its step graphs"
+            given = made_ahead(loop, graphs, step)
+            if unread := given - {port.name for port in graphs[step].inputs}:
+                yield f"loop '{name}' makes `{min(unread)}` ahead of '{step}', which does not read it"
+        for step, at in loop.where.items():
+            if not {step, at.runs} <= {*loop.graphs} or at.runs in loop.where or at.column not in loop.columns:
+                yield (
+                    f"loop '{name}' runs '{at.runs}' in place of '{step}' where `{at.column}` is {at.value:g}; both must be"
+                    " graphs of it, that one stay, and this be a column of it"
+                )
         columns = [column for feed in loop.feeds.values() for column in feed] + [loop.noise or "graph"]
         columns += [column for part in loop.slices.values() for column in part.axes.values()]
         for collected in loop.collect.values():

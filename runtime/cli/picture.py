@@ -133,6 +133,9 @@ def _node(bundle: Bundle, node: Node) -> Iterator[tuple[list[str], str, list[str
     for table in loop.tables:
         gives = [port.name for port in manifest.graphs[table].outputs]
         yield [f"{loop.windows[table]} rows at a time" if table in loop.windows else "all rows at once"], table, gives
+    for step, calls in loop.ahead.items():
+        for call in calls:
+            yield [f"ahead of {step}"], call.graph, sorted(call.writes.values())
     for graph in loop.graphs:
         yield _step_reads(manifest, loop, graph), graph, [port.name for port in manifest.graphs[graph].outputs]
     carried = ", ".join(f"{out} → {into}" for out, into in loop.carry.items() if "." not in into)
@@ -141,6 +144,8 @@ def _node(bundle: Bundle, node: Node) -> Iterator[tuple[list[str], str, list[str
     yield [f"│  carried: {carried}" if carried else "│  nothing is carried"], "", []
     for graph, other in loop.without.items():
         yield [f"│  without {' and '.join(other.inputs)}: {other.runs} in place of {graph}"], "", []
+    for graph, at in loop.where.items():
+        yield [f"│  where {at.column} is {at.value:g}: {at.runs} in place of {graph}"], "", []
     yield [f"└─ gives {_names(sorted(manifest.gives(node)))}"], "", []
 
 
@@ -152,7 +157,8 @@ def _step_reads(manifest: Manifest, loop: Loop, graph: str) -> list[str]:
         ("what is carried", carried), ("earlier steps", loop.remembered), ("its row", {*loop.feeds}), ("tables", made),
         ("a part", cut),
     )  # fmt: skip
-    inner = {NOISE}.union(*(names for _, names in kinds))
+    ahead = {value for call in loop.ahead.get(graph, ()) for value in call.writes.values()}
+    inner = {NOISE, *ahead}.union(*(names for _, names in kinds))
     values = [port for port in ports if port not in inner]
     told = [what for what, names in kinds if names & {*ports}] + ["noise"] * (NOISE in ports)
     return [", ".join([*told, _names(values)] if values else told)]

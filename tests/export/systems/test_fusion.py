@@ -166,7 +166,8 @@ def command(*arguments: object) -> None:
 
 @pytest.fixture(scope="module")
 def world(downloads: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """SVD bundles of every fusion, memories for them, three clips and a still. One bundle is written by the commands."""
+    """SVD bundles of every fusion, memories for them, three clips and a still. One bundle is written by the commands, with a
+    call for each branch of guidance."""
     folder: Path = downloads["folder"]
     draw = np.random.default_rng(3)
     still = draw.integers(0, 256, (*SIZE, 3), np.uint8)
@@ -181,7 +182,7 @@ def world(downloads: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
         command(
             "export", "svd", "--base", folder / "svd/base", "--motionrag", folder / "svd/rag", "--videomae",
             folder / "videomae", "--fusion", "weight", "--frames", FRAMES, "--height", SIZE[0], "--width", SIZE[1],
-            "--without-torch", "-o", folder / "weight",
+            "--without-torch", "--split-guidance", "-o", folder / "weight",
         )  # fmt: skip
         for fusion in ("mean", "concat", "top1"):
             system = svd_system(sources(folder, "svd", fusion), frames=FRAMES, height=SIZE[0], width=SIZE[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ pytest.importorskip("diffusers")
 from by_path import load_by_path  # noqa: E402
 
 from motionrt.export.compiler.partition import Partition, partition  # noqa: E402
+from motionrt.export.systems import cogvideox as cogvideox_system  # noqa: E402
 from motionrt.export.systems import cogvideox_step as cogvideox  # noqa: E402
+from motionrt.export.systems import svd as svd_system  # noqa: E402
 from motionrt.export.systems import svd_step as svd  # noqa: E402
-from motionrt.export.systems.steps import OUTPUTS, Latents, cogvideox_step, step_args, svd_step  # noqa: E402
+from motionrt.export.systems.split import PARTS, Combined, Conditional  # noqa: E402
+from motionrt.export.systems.steps import OUTPUTS, Latents, cogvideox_step, step_args, step_inputs, svd_step  # noqa: E402
+from motionrt.export.systems.system import Network, Range  # noqa: E402
 
 models = load_by_path(Path(__file__).resolve().parents[3] / "tests/helpers/tiny_models.py")
 MOTION = (5, 64)
@@ -79,3 +84,27 @@ def test_the_rewritten_step_loses_no_more_than_the_plain_one(model: str, dtype: 
         print(f"{model} {dtype} {name}: plain {plain_error:.2e}, rewritten {own_error:.2e}")
         record_property(f"{name}: plain, rewritten", (plain_error, own_error))
         assert plain_error > 0 and own_error <= ALLOWED * plain_error
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("model", MODELS)
+@torch.no_grad()
+def test_the_parts_of_a_step_give_what_the_whole_gives(model: str, dtype: Any) -> None:
+    """Two calls for the branches and one that puts them together; with guidance 1 one call is enough."""
+    make, inputs, config, latents = MODELS[model]
+    branch_of = {"cogvideox": cogvideox_system.branch_of, "svd": svd_system.branch_of}[model]
+    part, whole = (drawn(partial(make, branch=branch), config, latents, dtype) for branch in (True, False))
+    exact = drawn(make, config, latents, torch.float32)
+    branch = branch_of(Network(part), part, step_inputs(inputs, config, latents, MOTION))
+    makes, combined = branch.unconditional(Range(1, 1, 4)).network.module, Combined(branch.strength)
+    for guidance in (3.0, 1.0):
+        values = {**request(inputs, config, latents), "guidance": torch.tensor([guidance])}
+        made = values | dict(zip(branch.makes, makes(*(values[name] for name in branch.makes.values())), strict=True))
+        vs = [part(**{name: made[reads.get(name, name)] for name in branch.inputs}) for reads in (branch.reads, {})]
+        solver = {name: values[name] for name in ("latents", "previous_x0", "noise", "coefficients")}
+        ours = combined(**solver, guidance=values["guidance"], **dict(zip(PARTS, vs, strict=True)))
+        alone = Conditional()(**solver, conditioned=vs[1])
+        for index, (plain, want) in enumerate(zip(whole(**values), exact(**values), strict=True)):
+            lost = (plain - want).abs().max()
+            for got in (ours[index], *([alone[index]] if guidance == 1 else [])):
+                assert got.dtype == plain.dtype and (got - want).abs().max() <= ALLOWED * lost + 1e-5 * want.abs().max()
