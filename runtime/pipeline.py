@@ -240,23 +240,23 @@ class MotionPipeline:
     def _ahead(self, call: Call, placed: Placed) -> dict[str, Any]:
         """What the calls ahead of `call` give it: one after the other, or shared out among the devices, which work at the same
         time."""
-        devices = range(len(self._beside) + 1)
+        count = min(len(self._beside) + 1, len(call.ahead))
+        loaded = [self._on(place % count, one.graph) for place, (one, _) in enumerate(call.ahead)]  # by one thread
 
         def run(device: int) -> dict[str, Any]:
             given = dict[str, Any]()
-            for place, (one, names) in enumerate(call.ahead):
-                if place % len(devices) == device:
-                    graph = self._on(device, one.graph)
-                    made = graph.run(_placed(graph, one, placed, f"{one.graph} {place}"))
-                    given |= {names.get(port, port): value for port, value in made.items()}
+            for place in range(device, len(loaded), count):
+                (one, names), graph = call.ahead[place], loaded[place]
+                made = graph.run(_placed(graph, one, placed, f"{one.graph} {place}"))
+                given |= {names.get(port, port): value for port, value in made.items()}
             return given
 
-        if len(devices) == 1:
+        if count == 1:
             return run(0)
         from concurrent.futures import ThreadPoolExecutor
 
-        with ThreadPoolExecutor(len(self._beside), "motionrt-beside") as pool:
-            others = [pool.submit(run, device) for device in devices[1:]]
+        with ThreadPoolExecutor(count - 1, "motionrt-beside") as pool:
+            others = [pool.submit(run, device) for device in range(1, count)]
             given = run(0)
             return given | {port: value for other in others for port, value in other.result().items()}
 

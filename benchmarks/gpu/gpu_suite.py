@@ -156,6 +156,19 @@ def guided_step(options: argparse.Namespace, toy: bool) -> None:
         raise SystemExit(1)
 
 
+def branches(options: argparse.Namespace, toy: bool) -> None:
+    """CogVideoX's step, both branches of guidance in one call, in two, and on two GPUs where there are two; rows of
+    bench_branches."""
+    import torch
+
+    from motionrt.benchmarks.guided import bench_branches
+
+    if toy:
+        return bench_branches.main([*_common(options), "--size", "toy"])
+    second = f"cuda:{min(1, torch.cuda.device_count() - 1)}"
+    return bench_branches.main([*_common(options), "--size", "full", "--dtype", "bfloat16", "--devices", "cuda:0", second])
+
+
 def tensorrt(options: argparse.Namespace, toy: bool) -> None:
     """Engines of the demo, by gpu_engines; without PyTorch. On a GPU that the library has no target for it says so."""
     if _engines(options):
@@ -186,6 +199,7 @@ STAGES = (
     Stage("request", 150, _request("request", 3), ("torch", "transformers", "diffusers", "networkx")),
     Stage("torch_programs", 60, torch_programs, ("torch", "onnxruntime", "usearch")),
     Stage("mid_steps", 180, mid_steps, ("torch", "diffusers", "networkx")),
+    Stage("branches", 90, branches, ("torch", "diffusers")),
     Stage("guided_step", 120, guided_step, ("torch", "onnxruntime", "usearch", "av")),
     Stage(
         "cogvideox_more", 400, _cogvideox("cogvideox_more", MORE, MORE_TOY), ("torch", "diffusers", "networkx"), optional=True

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from motionrt.benchmarks import harness
 from motionrt.benchmarks.models.full_step import OUTPUTS, SIZES, Size, build_step, feed
-from motionrt.export.systems.cogvideox_step import CogVideoXStep
-from motionrt.export.systems.rows import like, solved
+from motionrt.export.systems.cogvideox_step import BRANCH, CogVideoXBranch, CogVideoXStep
+from motionrt.export.systems.split import Combined
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # of the largest value
 Values = Mapping[str, Tensor]
@@ -32,33 +32,21 @@ Arrays = dict[str, NDArray[Any]]
 
 def branch(step: CogVideoXStep, values: Values) -> Tensor:
     """v of one branch, `[1, F, C, H, W]`: the network on one row, with this branch's `text` and `motion`."""
-    network: Any = step.transformer
-    motion: Tensor = values["motion"]
-    output: Tensor = network(
-        hidden_states=torch.cat([values["latents"], values["image_latents"]], dim=2),
-        encoder_hidden_states=values["text"],
-        timestep=values["timestep"],
-        image_rotary_emb=(step.rope_cos, step.rope_sin) if step.rotary else None,
-        attention_kwargs={"motion": motion, "motion_scale": like(values["motion_scale"], motion)},
-        return_dict=False,
-    )[0]
+    output: Tensor = CogVideoXBranch.forward(step, **values)  # type: ignore[arg-type]  # the weights are the step's
     return output
 
 
 def branches(step: CogVideoXStep, values: Values) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What the branch without conditions reads, and the other."""
-    shared = {name: values[name] for name in ("latents", "image_latents", "timestep", "motion_scale")}
+    conditioned = {name: values[name] for name in BRANCH}
     unconditional: Any = step.unconditional_motion
-    without = shared | {"text": values["negative_text"], "motion": unconditional}
-    return without, shared | {"text": values["text"], "motion": values["motion"]}
+    return conditioned | {"text": values["negative_text"], "motion": unconditional}, conditioned
 
 
 def combine(without: Tensor, conditioned: Tensor, values: Values) -> Arrays:
     """Guidance and the solver's update, as host arrays."""
-    latents = values["latents"]
-    output = without + like(values["guidance"], latents) * (conditioned - without)
-    made = solved(values["coefficients"], latents, output, values["previous_x0"], values["noise"])
-    return named(made)
+    solver = {name: values[name] for name in ("latents", "previous_x0", "noise", "coefficients", "guidance")}
+    return named(Combined()(**solver, without=without, conditioned=conditioned))
 
 
 def named(made: tuple[Tensor, ...]) -> Arrays:
@@ -121,14 +109,14 @@ def measure(options: argparse.Namespace, size: Size) -> None:
         print(f"{size.name} {options.dtype}, {name}: {harness.times(row)}; {ratio} as fast as the pair")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure one size."""
     parser = argparse.ArgumentParser(description="Both branches of guidance: one call, two, or two devices.")
     parser.add_argument("--size", choices=SIZES, default="mid")
     parser.add_argument("--dtype", choices=TOLERANCE, default="float32")
     parser.add_argument("--devices", nargs=2, default=["cpu", "cpu"], metavar=("FIRST", "SECOND"))
     harness.add_options(parser, rounds=10, warmups=1, threads=2)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     measure(options, SIZES[options.size])
 
 

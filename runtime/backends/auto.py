@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 
 from motionrt.runtime.arguments import instance, listed
-from motionrt.runtime.backends.beside import JOINT
 from motionrt.runtime.backends.kinds import BACKENDS, ONNXRUNTIME, OPENVINO, TENSORRT, BackendKind
 from motionrt.runtime.backends.machine import Gpu, find_gpus
-from motionrt.runtime.backends.open import RunOptions, open_backend
+from motionrt.runtime.backends.open import JOINT, RunOptions, open_backend
 from motionrt.runtime.backends.seam import Backend, Checked
 from motionrt.runtime.bundle.bundle import Bundle, GraphSpec
 from motionrt.runtime.errors import BackendError, InputError, shown

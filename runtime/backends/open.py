@@ -6,16 +6,18 @@ Each backend's module is imported only when it is asked for.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from motionrt.runtime.arguments import flag, instance
-from motionrt.runtime.backends.beside import JOINT, SideBySide
 from motionrt.runtime.backends.kinds import BACKENDS, ONNXRUNTIME, OPENVINO, TENSORRT, TORCH
-from motionrt.runtime.backends.seam import Backend
+from motionrt.runtime.backends.seam import Backend, Checked
+from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.dtypes import QUANTISED, WEIGHTS
 from motionrt.runtime.errors import InputError, shown
 
+JOINT = "+"  # between the devices of one request
 EIGHT_BITS = {  # what a backend takes besides `WEIGHTS`
     ONNXRUNTIME.name: ("int8",), OPENVINO.name: ("int8",), TENSORRT.name: QUANTISED,
 }  # fmt: skip
@@ -52,6 +54,20 @@ class RunOptions:
         f"{', '.join(f'{kind} ({name})' for name, kinds in EIGHT_BITS.items() for kind in kinds)}.",
     )
     engines: str | None = _option(None, "Which engines, such as rtx-sm_89-float16; else the first that fits.")
+
+
+class SideBySide:
+    """Several devices for one request: the first of `backends` for everything, and `beside`, the others, for their share of the
+    calls ahead of a step (`Loop.ahead`), which run at the same time."""
+
+    def __init__(self, backends: Sequence[Backend]) -> None:
+        self.first, self.beside = backends[0], tuple(backends[1:])
+        self.label = " + ".join(one.label for one in backends)
+        self.precision, self.parallel_load = self.first.precision, self.first.parallel_load
+
+    def load(self, bundle: Bundle, name: str) -> Checked:
+        """Graph `name` on the first device; `BackendError` or `BundleError` where that fails."""
+        return self.first.load(bundle, name)
 
 
 def open_backend(options: RunOptions = RunOptions()) -> Backend:

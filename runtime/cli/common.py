@@ -163,9 +163,11 @@ def input_options(manifest: Manifest, taken: set[str]) -> list[Any]:
         if spec.default is None and not isinstance(spec, ColumnInput | DRAWN) and (short := f"-{name[0]}") not in taken:
             flags.append(short)
             taken.add(short)
-        kind: Any = float if isinstance(spec, NumberInput | ColumnInput) else str
+        kind: Any = float if isinstance(spec, NumberInput) else str
         more, said = dict[str, Any](), "" if spec.default in (None, "") else f" [default: {spec.default}]"
-        if isinstance(spec, TracksInput):
+        if isinstance(spec, ColumnInput):
+            more = {"parser": _numbers, "metavar": "NUMBER[,NUMBER ...]"}
+        elif isinstance(spec, TracksInput):
             kind, more, said = list[str], {"metavar": '"X,Y X,Y ..."'}, f" Pixels of the {spec.image}; again for more."
         elif isinstance(spec, MaskInput | FieldInput):
             more = {"metavar": "FILE"}
@@ -181,6 +183,15 @@ def input_options(manifest: Manifest, taken: set[str]) -> list[Any]:
     app = typer.Typer(add_completion=False)
     app.command()(command)
     return [option for option in typer.main.get_command(app).params if option.name in manifest.inputs]
+
+
+def _numbers(text: str) -> float | list[float]:
+    """A number, or one for each step with commas between them."""
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no number, and no list of one for each step, such as 3,3,1.") from None
+    return numbers if "," in text else numbers[0]
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from motionrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from motionrt.runtime.backends.open import RunOptions, open_backend
@@ -79,6 +80,18 @@ def test_a_branch_is_left_out_where_guidance_is_1(split_bundle: Path, picture: A
     backend.calls.clear()
     pipeline(picture, **ASKED, guidance=1)
     assert backend.calls["step_branch"] == backend.calls["step_conditional"] == 5 and not backend.calls["step"]
+
+
+def test_the_command_takes_guidance_and_devices_as_they_are_written(
+    split_bundle: Path, picture: Any, tmp_path: Path, run: Run
+) -> None:
+    Image.fromarray(picture).save(still := tmp_path / "still.png")
+    asked = ("generate", "-b", split_bundle, "-i", still, "-p", "a red ball", "--motion-scale", 0, "-o", tmp_path / "a.mp4")
+    code, out, err = run(*asked, "--steps", 3, "--guidance", "3,1,1", "--device", "cpu+cpu")
+    assert code == 0 and "step_conditional" in out, err
+    for wrong, says in (("3,x", "'3,x' is no number, and no list of one for each step"), ("3,1", "has 2 numbers for 3 steps")):
+        code, _, err = run(*asked, "--steps", 3, "--guidance", wrong)
+        assert code == 2 and says in err
 
 
 def test_branches_run_at_the_same_time_each_on_its_device(split_bundle: Path, picture: Any, whole: Callable[..., Any]) -> None:
