@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -151,6 +152,10 @@ class TorchExecutor(Executor):
 
     def prepare(self, mode: str) -> None:
         """Compile and capture as `mode` says, falling back with a `BackendWarning`, and run once at the declared sizes."""
+        with self._current():
+            self._prepare(mode)
+
+    def _prepare(self, mode: str) -> None:
         inputs = [
             self._laid_out(name, torch.zeros(self._shapes[name], dtype=dtype, device=self.device))
             for name, dtype in self.dtypes.items()
@@ -184,12 +189,13 @@ class TorchExecutor(Executor):
             for name, value in ((name, inputs[name]) for name in self.dtypes)
         }
         fits = all(value.shape == self._shapes[name] for name, value in values.items())
-        if self._static is not None and fits:
-            results = self._static.run(list(values.values()))
-        else:  # other sizes than those prepared for: nothing is compiled in the middle of a request
-            tensors = [value.converted(self.dtypes[name]) for name, value in values.items()]
-            results = self._compute(self._call if fits else self._eager, tensors)
-        self._synchronize()
+        with self._current():
+            if self._static is not None and fits:
+                results = self._static.run(list(values.values()))
+            else:  # other sizes than those prepared for: nothing is compiled in the middle of a request
+                tensors = [value.converted(self.dtypes[name]) for name, value in values.items()]
+                results = self._compute(self._call if fits else self._eager, tensors)
+            self._synchronize()
         named = zip(self.outputs, results, self._kinds, strict=True)
         return {name: TorchValue(result, kind) for name, result, kind in named}
 
@@ -212,6 +218,10 @@ class TorchExecutor(Executor):
             warnings.warn(message, BackendWarning, stacklevel=4)
             return False
         return True
+
+    def _current(self) -> AbstractContextManager[object]:
+        """Make the GPU the thread's current one, which captures and Triton's launches go to, whatever device tensors are on."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
