@@ -15,6 +15,7 @@ import errno
 import json
 import logging
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,13 @@ class Base:
             return self.file is None or stamp_of(self.file) == self.stamp
         except OSError:
             return False
+
+    def key(self, number: int) -> int | None:
+        """The key of the clip of this id, if it is there: ids rise by 1 and, where clips were removed, by more."""
+        top = self.count - 1
+        low, high = max(top - int(self.ids[top]) + number, 0), min(number - int(self.ids[0]), top)
+        key = bisect_left(self.ids, number, low, high + 1) if low <= high else self.count
+        return key if key <= high and self.ids[key] == number else None
 
     def nearest(self, query: NDArray[np.float32], count: int) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
         """Ids [n] and, if they were stored, unit vectors [n,E] of about the `count` nearest clips, removed ones among them."""

@@ -204,7 +204,8 @@ class MotionMemory(MemoryFile, Searchable):
         def fetch(best: Ranked) -> list[Found]:
             more = {} if best.words is None else {"words": best.words.tolist()}
             more |= {} if best.chances is None else {"probability": best.chances.tolist()}
-            references, vectors = store.read(view.db, self.path, self.layout, best.ids.tolist(), best.scores.tolist(), more)
+            ids, scores = best.ids.tolist(), best.scores.tolist()
+            references, vectors = store.read(view.db, self.path, self.layout, ids, scores, more, best.told)
             if part is not None and references:
                 vectors = ranking.directions(np.stack([reference.record[part] for reference in references]))
             if moves is None or not references:
@@ -217,7 +218,8 @@ class MotionMemory(MemoryFile, Searchable):
             ranked = self._nearest(view, query, search, without)
             if text is not None:
                 words = self._words_of(view)
-                ranked = words.ranked(view.db, self.layout, ranked, query, search, without, text)
+                vectors_of = lambda ids: self._vectors_of(view, ids)  # noqa: E731
+                ranked = words.ranked(view.db, self.layout, ranked, vectors_of, query, search, without, text)
         else:
             every = ranking.rank_all(view.db, self.layout, part, query, search, without)
             ranked = lambda want: Ranked(*every, True)  # noqa: E731
@@ -270,6 +272,16 @@ class MotionMemory(MemoryFile, Searchable):
             return Ranked(*ranking.rank_all(db, self.layout, None, query, search, without), True)
 
         return ranked
+
+    def _vectors_of(self, view: _View, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Unit vectors [n,E] of clips that are there, by ids [n] rising: of the index, else of their rows. DamagedRow."""
+        base, known = view.base, dict[int, NDArray[np.float32]]()
+        if base is not None and base.vectors is not None:
+            known = {number: base.vectors[key] for number in ids.tolist() if (key := base.key(number)) is not None}
+        others = [number for number in ids.tolist() if number not in known]
+        for some, vectors in ranking.scan(view.db, self.layout, ids=others):
+            known |= zip(some.tolist(), vectors, strict=True)
+        return np.array([known[number] for number in ids.tolist()], np.float32).reshape(len(ids), self.layout.embedding)
 
     def _words_of(self, view: _View) -> Words:
         if self._words is None or self._words[0] != view.state:

@@ -76,6 +76,13 @@ class Reference:
     unlike: int = 0
 
 
+def reference(fields: Mapping[str, Any], **more: Any) -> Reference:
+    """`Reference(**fields, **more)` for a fifth of the time: a search makes two dozen."""
+    made: Reference = object.__new__(Reference)
+    vars(made).update(fields, **more)
+    return made
+
+
 @dataclass(frozen=True)
 class MemoryStats:
     """What `MotionMemory.stats` says.
