@@ -62,7 +62,9 @@ def tags_of(number: int, told: tuple[Any, ...], words: bool) -> list[Tag]:
 
 def insert(db: sqlite3.Connection, tags: Iterable[Tag]) -> int:
     """Add tags, and count them; return by how much the sum of the checksums of words' tallies grows."""
-    return _count(db, [tag for tag in tags if db.execute("INSERT INTO tags VALUES (?, ?, ?)", tag)], 1)
+    rows = sorted(tags)  # as they lie in the table: each of its pages is written once
+    db.executemany("INSERT INTO tags VALUES (?, ?, ?)", rows)
+    return _count(db, rows, 1)
 
 
 def delete(db: sqlite3.Connection, tags: Iterable[Tag]) -> int:
