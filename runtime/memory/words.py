@@ -23,6 +23,11 @@ MOTION = 3.0  # how much more a word counts that names a motion; chosen as `sear
 _K1, _B = 1.2, 0.75  # BM25's usual ones; a caption has a word or has it not, however often
 _NEGATIONS = frozenset("not no never without nor instead nicht kein keine ohne statt pas sans jamais ne sin nunca".split())
 _GO_ON = frozenset("but then sondern mais sino".split())  # as a comma does: what follows is meant again
+_SHAPES = frozenset("@circle @straight @arc @eight @zigzag @spiral @loop".split())
+_SUBJECT = re.compile(  # what stands between an article and the first word that may be a verb: "a green circle takes ..."
+    r"(?:an?|the|one)(?: [a-z]+){0,2}? ([a-z]+) (?!(?:as|its|his|this|[a-z]*(?:ss|us|wards|ways))\b)[a-z]+s\b"
+)
+_INSIDE = re.compile(r"\bin (?=(?:an?|the|its|his|her|their|this|one|place)\b)")  # a place, not a direction as in "zooms in"
 _JOINED = re.compile(r"\b(counter|anti|zig)s?[\s-]+(?=clockwise|zag)")
 _WORD = re.compile(r"(?<![^\W_])(?!\d{5,}(?![^\W_]))[^\W_]{1,64}")  # no numbers of five digits and more
 _TOKEN = re.compile(rf"{_WORD.pattern}|[^\w\s'’-]")
@@ -106,15 +111,23 @@ class Asked:
 
 @lru_cache(1024)
 def terms_of(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The terms that a prompt asks for, and those that it rules out: what follows a negation up to the next comma or "but"."""
+    """The terms that a prompt asks for, and those that it rules out: what follows a negation up to the next comma or "but".
+
+    A shape that is what moves is no motion, and neither is "in" before a place.
+    """
     wanted, unwanted, ruled_out = dict[str, None](), dict[str, None](), False
-    for token in _TOKEN.findall(_plain(text)):
+    plain = _INSIDE.sub("", _plain(text))
+    subject = _SUBJECT.match(plain)
+    for match in _TOKEN.finditer(plain):
+        token = match.group()
         if token in _NEGATIONS:
             ruled_out = True
         elif not token[0].isalnum() or token in _GO_ON:
             ruled_out = False
         else:
-            (unwanted if ruled_out else wanted)[term_of(_mended(token))] = None
+            term = term_of(_mended(token))
+            if subject is None or match.start() != subject.start(1) or term not in _SHAPES:
+                (unwanted if ruled_out else wanted)[term] = None
     return tuple(wanted), tuple(term for term in unwanted if term not in wanted and term.startswith("@"))
 
 

@@ -59,6 +59,21 @@ def test_what_a_prompt_rules_out_ends_with_its_clause() -> None:
     assert terms_of("without a dog")[1] == ()  # only motions are ruled out
 
 
+@pytest.mark.parametrize("text, has, has_not", [
+    ("a green circle glides left", "@left", "@circle"), ("the circle is moving up", "@up", "@circle"),
+    ("a small red arc bounces", "@bounce", "@arc"),
+    ("a dog runs circles around a tree", "@circle", "@none"), ("circles to the left", "@circle", "@none"),
+    ("a circle to the left", "@circle", "@none"), ("a star makes a circle", "@circle", "@none"),
+    ("a camera pans left", "@camera", "@none"), ("a bird flaps its wings", "@flutter", "@none"),
+    ("a spiral towards us", "@spiral", "@none"), ("a wave rolls in", "@wave", "@none"),
+    ("glides left in a line", "@straight", "@in"), ("spins in place", "@place", "@in"),
+    ("zooms in on the face", "@in", "@none"),
+])  # fmt: skip
+def test_what_moves_and_where_is_no_motion(text: str, has: str, has_not: str) -> None:
+    wanted, _ = terms_of(text)
+    assert has in wanted and has_not not in wanted
+
+
 @pytest.mark.parametrize("typed, term", [
     ("clokwise", "@clockwise"), ("zigzgas", "@zigzag"), ("bouunces", "@bounce"), ("lfet", "lfet"),
 ])  # fmt: skip
