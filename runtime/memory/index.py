@@ -18,6 +18,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,14 @@ class Base:
 
     def key(self, number: int) -> int | None:
         """The key of the clip of this id, if it is there: ids rise by 1 and, where clips were removed, by more."""
-        top = self.count - 1
-        low, high = max(top - int(self.ids[top]) + number, 0), min(number - int(self.ids[0]), top)
-        key = bisect_left(self.ids, number, low, high + 1) if low <= high else self.count
+        first, last = self._ends
+        low, high = max(self.count - 1 - last + number, 0), min(number - first, self.count - 1)
+        key = bisect_left(self.ids, number, low, high) if low < high else low
         return key if key <= high and self.ids[key] == number else None
+
+    @cached_property
+    def _ends(self) -> tuple[int, int]:
+        return (int(self.ids[0]), int(self.ids[-1])) if self.count else (1, 0)
 
     def nearest(self, query: NDArray[np.float32], count: int) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
         """Ids [n] and, if they were stored, unit vectors [n,E] of about the `count` nearest clips, removed ones among them."""

@@ -205,13 +205,17 @@ class MotionMemory(MemoryFile, Searchable):
             more = {} if best.words is None else {"words": best.words.tolist()}
             more |= {} if best.chances is None else {"probability": best.chances.tolist()}
             ids, scores = best.ids.tolist(), best.scores.tolist()
-            references, vectors = store.read(view.db, self.path, self.layout, ids, scores, more, best.told)
-            if part is not None and references:
+            references, embeddings = store.read(view.db, self.path, self.layout, ids, scores, more, best.told)
+            vectors: Any = [None] * len(ids)
+            motions: Any = vectors
+            if part is None and search.diversity:
+                vectors = self.layout.embeddings(ids, embeddings)
+            elif part is not None and search.diversity and ids:
                 vectors = ranking.directions(np.stack([reference.record[part] for reference in references]))
-            if moves is None or not references:
-                return list(map(Found, references, vectors))
-            name, mean = moves
-            motions = ranking.directions(np.stack([reference.record[name].reshape(-1) for reference in references]) - mean)
+            if moves is not None and ids:
+                name, mean = moves
+                records = np.stack([reference.record[name] for reference in references])
+                motions = ranking.directions(records.reshape(len(ids), -1) - mean)
             return list(map(Found, references, vectors, motions))
 
         if part is None:
@@ -275,13 +279,16 @@ class MotionMemory(MemoryFile, Searchable):
 
     def _vectors_of(self, view: _View, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Unit vectors [n,E] of clips that are there, by ids [n] rising: of the index, else of their rows. DamagedRow."""
-        base, known = view.base, dict[int, NDArray[np.float32]]()
-        if base is not None and base.vectors is not None:
-            known = {number: base.vectors[key] for number in ids.tolist() if (key := base.key(number)) is not None}
-        others = [number for number in ids.tolist() if number not in known]
-        for some, vectors in ranking.scan(view.db, self.layout, ids=others):
-            known |= zip(some.tolist(), vectors, strict=True)
-        return np.array([known[number] for number in ids.tolist()], np.float32).reshape(len(ids), self.layout.embedding)
+        found, base, others = np.empty((len(ids), self.layout.embedding), np.float32), view.base, dict[int, int]()
+        for at, number in enumerate(ids.tolist()):
+            key = None if base is None or base.vectors is None else base.key(number)
+            if base is None or base.vectors is None or key is None:
+                others[number] = at
+            else:
+                found[at] = base.vectors[key]
+        for some, vectors in ranking.scan(view.db, self.layout, ids=[*others]) if others else ():
+            found[[others[number] for number in some.tolist()]] = vectors
+        return found
 
     def _words_of(self, view: _View) -> Words:
         if self._words is None or self._words[0] != view.state:

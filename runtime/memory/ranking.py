@@ -46,13 +46,14 @@ class Ranked(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A clip that may be chosen: the reference, and its unit vector in the space that was searched.
+    """A clip that may be chosen: the reference.
 
-    motion: where agreement counts, the unit vector of its motion about the memory's mean; agreement, unlike: as of `Reference`.
+    vector: where diversity counts, its unit vector in the space that was searched. motion: where agreement counts, the unit
+    vector of its motion about the memory's mean; agreement, unlike: as of `Reference`.
     """
 
     reference: Reference
-    vector: NDArray[np.float32]
+    vector: NDArray[np.float32] | None
     motion: NDArray[np.float32] | None = None
     agreement: float = math.nan
     unlike: int = 0
@@ -306,7 +307,7 @@ def diverse(pool: Sequence[Found], k: int, search: Search) -> list[Reference]:
     diversity = search.diversity
     if not diversity or not pool:
         return list(map(_told, pool[:k]))
-    vectors = np.stack([found.vector for found in pool])
+    vectors = np.array([found.vector for found in pool])
     ranks = np.array([relevance(found, search) for found in pool])
     nearest, chosen = np.zeros(len(pool)), list[int]()
     while len(chosen) < min(k, len(pool)):

@@ -180,8 +180,8 @@ def delete(db: sqlite3.Connection, path: Path, ids: Iterable[int], words: bool) 
 def read(
     db: sqlite3.Connection, path: Path, layout: Layout, ids: list[int], scores: list[float],
     more: Mapping[str, list[float]] = MappingProxyType({}), told: Mapping[int, tuple[Any, ...]] | None = None,
-) -> tuple[list[Reference], Any]:  # fmt: skip
-    """The clips of these ids, in this order, with these scores and more fields of references, and their unit vectors [N,E].
+) -> tuple[list[Reference], list[bytes]]:  # fmt: skip
+    """The clips of these ids, in this order, with these scores and more fields of references, and their embeddings as stored.
 
     told: what `tags.told` gave, if it was asked. Each row was checked. MemoryStoreError for an id that is not there,
     DamagedRow for a row that is not what was written.
@@ -196,13 +196,13 @@ def read(
                 _check(number, layout, row, sums)
             except DamagedRow as error:
                 wrong |= error.wrong
-    missing = [number for number in ids if number not in rows]
-    wrong |= dict.fromkeys(still_there(db, {*missing}), "is there in part")
-    if unknown := [number for number in missing if number not in wrong]:
-        raise UnknownClip(f"the motion memory {path} has no clip {unknown[0]}; use an id that search gave.")
+    if missing := [number for number in ids if number not in rows]:
+        wrong |= dict.fromkeys(still_there(db, {*missing}), "is there in part")
+        if unknown := [number for number in missing if number not in wrong]:
+            raise UnknownClip(f"the motion memory {path} has no clip {unknown[0]}; use an id that search gave.")
     if wrong:
         raise DamagedRow(wrong)
-    vectors, clips = layout.embeddings(ids, [rows[number].embedding for number in ids]), []
+    clips = list[Reference]()
     parts = {} if layout.on_demand else layout.unpack(ids, [rows[number].record for number in ids])
     for at, (number, score) in enumerate(zip(ids, scores, strict=True)):
         row, record = rows[number], {name: values[at, ...] for name, values in parts.items()}
@@ -213,7 +213,7 @@ def read(
             "source_sha256": sha256,
         }  # fmt: skip
         clips.append(reference(facts, **{name: values[at] for name, values in more.items()}))
-    return clips, vectors
+    return clips, [rows[number].embedding for number in ids]
 
 
 def still_there(db: sqlite3.Connection, ids: Set[int]) -> set[int]:

@@ -14,7 +14,7 @@ import pytest
 from motionrt.runtime.errors import InputError, MemoryStoreError
 from motionrt.runtime.memory.memory import MotionMemory, Search
 from motionrt.runtime.memory.set import MemorySet
-from motionrt.runtime.memory.words import Asked, Vocabulary, term_of, terms_of, words_of
+from motionrt.runtime.memory.words import Asked, Vocabulary, sets_of, term_of, terms_of, words_of
 
 CAPTIONS = (
     "slides straight to the left", "slides straight to the right", "circles around clockwise",
@@ -42,6 +42,14 @@ def test_words_are_folded_and_joined_and_cut() -> None:
     assert words_of("x" * 100) == ["x" * 64]
     assert words_of("clip 12345 of 1234 a" + "1" * 5) == ["clip", "of", "1234", "a11111"]
     assert words_of("…—") == []
+
+
+@pytest.mark.parametrize("texts", [
+    ["A red star; moves left!", "x" * 100], ["clip 12345", "12345a of 1234"], ["a zig", "zag, anti", "clockwise"],
+    ["one\ntwo", "three"], ["", "\0a_b's"], ["Stra\u00dfe", "l'\u00e9t\u00e9"], [],
+])  # fmt: skip
+def test_words_of_some_texts_are_those_of_each(texts: list[str]) -> None:
+    assert sets_of(texts) == [{*words_of(text)} for text in texts]
 
 
 @pytest.mark.parametrize("one, other", [
