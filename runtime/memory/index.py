@@ -15,8 +15,10 @@ import errno
 import json
 import logging
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,17 @@ class Base:
             return self.file is None or stamp_of(self.file) == self.stamp
         except OSError:
             return False
+
+    def key(self, number: int) -> int | None:
+        """The key of the clip of this id, if it is there: ids rise by 1 and, where clips were removed, by more."""
+        first, last = self._ends
+        low, high = max(self.count - 1 - last + number, 0), min(number - first, self.count - 1)
+        key = bisect_left(self.ids, number, low, high) if low < high else low
+        return key if key <= high and self.ids[key] == number else None
+
+    @cached_property
+    def _ends(self) -> tuple[int, int]:
+        return (int(self.ids[0]), int(self.ids[-1])) if self.count else (1, 0)
 
     def nearest(self, query: NDArray[np.float32], count: int) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
         """Ids [n] and, if they were stored, unit vectors [n,E] of about the `count` nearest clips, removed ones among them."""

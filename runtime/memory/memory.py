@@ -204,20 +204,26 @@ class MotionMemory(MemoryFile, Searchable):
         def fetch(best: Ranked) -> list[Found]:
             more = {} if best.words is None else {"words": best.words.tolist()}
             more |= {} if best.chances is None else {"probability": best.chances.tolist()}
-            references, vectors = store.read(view.db, self.path, self.layout, best.ids.tolist(), best.scores.tolist(), more)
-            if part is not None and references:
+            ids, scores = best.ids.tolist(), best.scores.tolist()
+            references, embeddings = store.read(view.db, self.path, self.layout, ids, scores, more, best.told)
+            vectors: Any = [None] * len(ids)
+            motions: Any = vectors
+            if part is None and search.diversity:
+                vectors = self.layout.embeddings(ids, embeddings)
+            elif part is not None and search.diversity and ids:
                 vectors = ranking.directions(np.stack([reference.record[part] for reference in references]))
-            if moves is None or not references:
-                return list(map(Found, references, vectors))
-            name, mean = moves
-            motions = ranking.directions(np.stack([reference.record[name].reshape(-1) for reference in references]) - mean)
+            if moves is not None and ids:
+                name, mean = moves
+                records = np.stack([reference.record[name] for reference in references])
+                motions = ranking.directions(records.reshape(len(ids), -1) - mean)
             return list(map(Found, references, vectors, motions))
 
         if part is None:
             ranked = self._nearest(view, query, search, without)
             if text is not None:
                 words = self._words_of(view)
-                ranked = words.ranked(view.db, self.layout, ranked, query, search, without, text)
+                vectors_of = lambda ids: self._vectors_of(view, ids)  # noqa: E731
+                ranked = words.ranked(view.db, self.layout, ranked, vectors_of, query, search, without, text)
         else:
             every = ranking.rank_all(view.db, self.layout, part, query, search, without)
             ranked = lambda want: Ranked(*every, True)  # noqa: E731
@@ -270,6 +276,19 @@ class MotionMemory(MemoryFile, Searchable):
             return Ranked(*ranking.rank_all(db, self.layout, None, query, search, without), True)
 
         return ranked
+
+    def _vectors_of(self, view: _View, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Unit vectors [n,E] of clips that are there, by ids [n] rising: of the index, else of their rows. DamagedRow."""
+        found, base, others = np.empty((len(ids), self.layout.embedding), np.float32), view.base, dict[int, int]()
+        for at, number in enumerate(ids.tolist()):
+            key = None if base is None or base.vectors is None else base.key(number)
+            if base is None or base.vectors is None or key is None:
+                others[number] = at
+            else:
+                found[at] = base.vectors[key]
+        for some, vectors in ranking.scan(view.db, self.layout, ids=[*others]) if others else ():
+            found[[others[number] for number in some.tolist()]] = vectors
+        return found
 
     def _words_of(self, view: _View) -> Words:
         if self._words is None or self._words[0] != view.state:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sqlite3
 import zlib
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from motionrt.runtime.arguments import LAST_ID, instance, text_of, whole
 from motionrt.runtime.errors import InputError, MemoryStoreError
 from motionrt.runtime.memory import tags
-from motionrt.runtime.memory.rows import Damaged, DamagedRow, Layout, Reference
+from motionrt.runtime.memory.rows import Damaged, DamagedRow, Layout, Reference, reference
 from motionrt.runtime.memory.search import EVERYTHING, Search, marks
 
 CHUNK = 4096  # rows read and scored at once by a scan
@@ -27,28 +27,33 @@ _SHARPNESS = 10.0  # a candidate that ranks 0.1 lower has 1/e of the say in what
 
 
 class Ranked(NamedTuple):
-    """Clips, best first: ids, cosines, whether these are all; where words were looked at, their shares, and probabilities."""
+    """Clips, best first: ids, cosines, whether these are all; where words were looked at, their shares, and probabilities.
+
+    told: what the clips say of themselves, where it was read (`tags.told`).
+    """
 
     ids: NDArray[np.int64]
     scores: NDArray[np.float32]
     complete: bool
     words: NDArray[np.float32] | None = None
     chances: NDArray[np.float64] | None = None
+    told: Mapping[int, tuple[Any, ...]] | None = None
 
     def some(self, which: Any) -> Ranked:
         """Those of a slice or a mask."""
         words, chances = (None if values is None else values[which] for values in (self.words, self.chances))
-        return Ranked(self.ids[which], self.scores[which], self.complete, words, chances)
+        return Ranked(self.ids[which], self.scores[which], self.complete, words, chances, self.told)
 
 
 class Found(NamedTuple):
-    """A clip that may be chosen: the reference, and its unit vector in the space that was searched.
+    """A clip that may be chosen: the reference.
 
-    motion: where agreement counts, the unit vector of its motion about the memory's mean; agreement, unlike: as of `Reference`.
+    vector: where diversity counts, its unit vector in the space that was searched. motion: where agreement counts, the unit
+    vector of its motion about the memory's mean; agreement, unlike: as of `Reference`.
     """
 
     reference: Reference
-    vector: NDArray[np.float32]
+    vector: NDArray[np.float32] | None
     motion: NDArray[np.float32] | None = None
     agreement: float = math.nan
     unlike: int = 0
@@ -56,8 +61,12 @@ class Found(NamedTuple):
 
 def relevance(found: Found, search: Search) -> float:
     """What candidates are ordered by: the cosine, and words and agreement with their weights."""
-    parts = ((search.words, found.reference.words), (search.agreement, found.agreement))
-    return found.reference.score + sum(weight * value for weight, value in parts if weight and not math.isnan(value))
+    words, agreement, more = found.reference.words, found.agreement, 0.0
+    if search.words and not math.isnan(words):
+        more += search.words * words
+    if search.agreement and not math.isnan(agreement):
+        more += search.agreement * agreement
+    return found.reference.score + more
 
 
 class Searchable:
@@ -273,18 +282,21 @@ def agreeing(pool: Sequence[Found], search: Search) -> list[Found]:
         return list(pool)
     ranks = np.array([relevance(found, search) for found in pool])
     say = np.exp(_SHARPNESS * (ranks - ranks.max()))
-    vectors = np.stack(motions).astype(np.float64)
+    vectors = np.array(motions, np.float64)
     cosines = vectors @ vectors.T
     np.fill_diagonal(cosines, 0)
     others = say.sum() - say
     agreement = cosines @ say / np.where(others > 0, others, 1)
     order = np.argsort(-(ranks + search.agreement * agreement), kind="stable")
-    told = []
-    for place, at in enumerate(order.tolist()):
-        behind = order[place + 1 :]
-        unlike = (ranks[behind] >= ranks[at] - 1e-6) & (agreement[behind] < _UNLIKE)
-        told.append(pool[at]._replace(agreement=float(agreement[at]), unlike=int(unlike.sum())))
-    return told
+    ranks, agreement = ranks[order], agreement[order]
+    behind, unlike = np.zeros(len(pool), np.int64), agreement < _UNLIKE
+    if unlike.any():
+        later = ~np.tri(len(pool), dtype=bool)
+        behind = (later & (ranks >= ranks[:, None] - 1e-6) & unlike).sum(axis=1)
+    return [
+        pool[at]._replace(agreement=own, unlike=after)
+        for at, own, after in zip(order.tolist(), agreement.tolist(), behind.tolist(), strict=True)
+    ]
 
 
 def diverse(pool: Sequence[Found], k: int, search: Search) -> list[Reference]:
@@ -295,7 +307,7 @@ def diverse(pool: Sequence[Found], k: int, search: Search) -> list[Reference]:
     diversity = search.diversity
     if not diversity or not pool:
         return list(map(_told, pool[:k]))
-    vectors = np.stack([found.vector for found in pool])
+    vectors = np.array([found.vector for found in pool])
     ranks = np.array([relevance(found, search) for found in pool])
     nearest, chosen = np.zeros(len(pool)), list[int]()
     while len(chosen) < min(k, len(pool)):
@@ -331,7 +343,7 @@ def looking_like(pool: Sequence[Found], k: int, part: str, still: NDArray[Any]) 
 def _told(found: Found) -> Reference:
     if math.isnan(found.agreement):
         return found.reference
-    return replace(found.reference, agreement=found.agreement, unlike=found.unlike)
+    return reference(vars(found.reference), agreement=found.agreement, unlike=found.unlike)
 
 
 def directions(values: NDArray[np.float32]) -> NDArray[np.float32]:

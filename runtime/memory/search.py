@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence, Sized
+from copy import copy
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
@@ -124,10 +125,10 @@ class Search:
 
     def with_text(self) -> Search:
         """The same, with what is usual for a search with a text where nothing else was said."""
-        words, agreement = (
-            usual if given is None else given for given, usual in ((self.words, WORDS), (self.agreement, AGREEMENT))
-        )
-        return replace(self, words=words, agreement=agreement)
+        search = copy(self)  # not `replace`, which checks everything again
+        object.__setattr__(search, "words", WORDS if self.words is None else self.words)
+        object.__setattr__(search, "agreement", AGREEMENT if self.agreement is None else self.agreement)
+        return search
 
     def leaves_few(self, db: sqlite3.Connection) -> bool:
         """Whether `where` leaves so few clips that scanning them is cheapest; reads no more than that many tags."""

@@ -29,7 +29,7 @@ import msgspec
 
 from motionrt.runtime.errors import MemoryStoreError, UnknownClip
 from motionrt.runtime.memory import tags
-from motionrt.runtime.memory.rows import Damaged, DamagedRow, Layout, Reference, Row, checksum
+from motionrt.runtime.memory.rows import Damaged, DamagedRow, Layout, Reference, Row, checksum, reference
 from motionrt.runtime.memory.search import marks
 from motionrt.runtime.memory.state import SCHEMA, State, check_log, identity_of
 
@@ -179,37 +179,41 @@ def delete(db: sqlite3.Connection, path: Path, ids: Iterable[int], words: bool) 
 
 def read(
     db: sqlite3.Connection, path: Path, layout: Layout, ids: list[int], scores: list[float],
-    more: Mapping[str, list[float]] = MappingProxyType({}),
-) -> tuple[list[Reference], Any]:  # fmt: skip
-    """The clips of these ids, in this order, with these scores and more fields of references, and their unit vectors [N,E].
+    more: Mapping[str, list[float]] = MappingProxyType({}), told: Mapping[int, tuple[Any, ...]] | None = None,
+) -> tuple[list[Reference], list[bytes]]:  # fmt: skip
+    """The clips of these ids, in this order, with these scores and more fields of references, and their embeddings as stored.
 
-    Each row was checked. MemoryStoreError for an id that is not there, DamagedRow for a row that is not what was written.
+    told: what `tags.told` gave, if it was asked. Each row was checked. MemoryStoreError for an id that is not there,
+    DamagedRow for a row that is not what was written.
     """
     rows: dict[int, Row] = {}
     wrong: dict[int, str] = {}
     for start in range(0, len(ids), _AT_ONCE):
         some = ids[start : start + _AT_ONCE]
-        for number, row, sums in _rows(db, f"WHERE id IN ({marks(some)})", some):
+        for number, row, sums in _rows(db, f"WHERE id IN ({marks(some)})", some, told):
             rows[number] = row
             try:
                 _check(number, layout, row, sums)
             except DamagedRow as error:
                 wrong |= error.wrong
-    missing = [number for number in ids if number not in rows]
-    wrong |= dict.fromkeys(still_there(db, {*missing}), "is there in part")
-    if unknown := [number for number in missing if number not in wrong]:
-        raise UnknownClip(f"the motion memory {path} has no clip {unknown[0]}; use an id that search gave.")
+    if missing := [number for number in ids if number not in rows]:
+        wrong |= dict.fromkeys(still_there(db, {*missing}), "is there in part")
+        if unknown := [number for number in missing if number not in wrong]:
+            raise UnknownClip(f"the motion memory {path} has no clip {unknown[0]}; use an id that search gave.")
     if wrong:
         raise DamagedRow(wrong)
-    vectors, clips = layout.embeddings(ids, [rows[number].embedding for number in ids]), []
+    clips = list[Reference]()
     parts = {} if layout.on_demand else layout.unpack(ids, [rows[number].record for number in ids])
     for at, (number, score) in enumerate(zip(ids, scores, strict=True)):
         row, record = rows[number], {name: values[at, ...] for name, values in parts.items()}
         caption, source, start, duration, fps, sha256, dataset, metadata = row.told
-        facts = {"dataset": dataset, "metadata": msgspec.json.decode(metadata), "fps": fps, "source_sha256": sha256}
-        facts |= {name: values[at] for name, values in more.items()}
-        clips.append(Reference(number, score, caption, source, start, duration, record, **facts))
-    return clips, vectors
+        facts = {
+            "id": number, "score": score, "caption": caption, "source": source, "start": start, "duration": duration,
+            "record": record, "dataset": dataset, "metadata": msgspec.json.decode(metadata), "fps": fps,
+            "source_sha256": sha256,
+        }  # fmt: skip
+        clips.append(reference(facts, **{name: values[at] for name, values in more.items()}))
+    return clips, [rows[number].embedding for number in ids]
 
 
 def still_there(db: sqlite3.Connection, ids: Set[int]) -> set[int]:
@@ -304,8 +308,15 @@ _PARTS = ("clips", "vectors", "records")  # tables with a row for each clip
 _JOINED = "FROM clips c JOIN vectors v USING (id) JOIN records r USING (id)"
 
 
-def _rows(db: sqlite3.Connection, condition: str, parameters: Sequence[int]) -> Iterator[tuple[int, Row, tuple[int, ...]]]:
-    """Ids, rows and their checksums as they are stored."""
+def _rows(
+    db: sqlite3.Connection, condition: str, parameters: Sequence[int], known: Mapping[int, tuple[Any, ...]] | None = None
+) -> Iterator[tuple[int, Row, tuple[int, ...]]]:
+    """Ids, rows and their checksums as they are stored; of clips whose own row is known, the others."""
+    if known is not None:
+        question = f"SELECT id, embedding, record, v.checksum, r.checksum FROM vectors v JOIN records r USING (id) {condition}"
+        for number, embedding, record, *sums in db.execute(question, parameters):
+            yield number, Row(known[number], embedding, record), tuple(sums)
+        return
     columns = f"id, {tags.TOLD}, embedding, record, c.checksum, v.checksum, r.checksum"
     for number, *told, embedding, record, one, two, three in db.execute(f"SELECT {columns} {_JOINED} {condition}", parameters):
         yield number, Row(tuple(told), embedding, record), (one, two, three)
@@ -315,5 +326,6 @@ def _check(number: int, layout: Layout, row: Row, checksums: tuple[int, ...]) ->
     """DamagedRow unless a row is what was written."""
     if layout.on_demand != (row.record is None):
         raise DamagedRow({number: f"has {'no' if row.record is None else 'a'} record, as no clip of this memory"})
-    if row.checksums(number) != checksums:
-        raise DamagedRow({number: "is not what was written: its checksum differs"})
+    for part, expected in zip(row[-len(checksums) :], checksums, strict=True):  # what was read of it
+        if (zlib.crc32(part, number & 0xFFFFFFFF) if type(part) is bytes else checksum(number, part)) != expected:
+            raise DamagedRow({number: "is not what was written: its checksum differs"})

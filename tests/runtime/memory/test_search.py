@@ -346,3 +346,12 @@ def test_impossible_weights_are_refused(tmp_path: Path, weights: dict[str, float
 def test_a_reference_can_be_made_by_hand() -> None:
     tokens = np.zeros((M, D), np.float32)
     assert Reference(1, 0.5, "c", "s", 0.0, 1.0, {"motion": tokens}).memory == ""
+
+
+def test_an_index_knows_where_a_clip_is_whatever_was_removed() -> None:
+    rng = np.random.default_rng(5)
+    for count in (1, 2, 40, 60):
+        ids = np.sort(rng.choice(np.arange(3, 63), count, replace=False))
+        base = memory_index.Base(None, None, (), ids, None, 1, "", 70, count)
+        keys = {number: base.key(number) for number in range(75)}
+        assert {number: key for number, key in keys.items() if key is not None} == {int(n): at for at, n in enumerate(ids)}

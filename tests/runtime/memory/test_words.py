@@ -14,7 +14,7 @@ import pytest
 from motionrt.runtime.errors import InputError, MemoryStoreError
 from motionrt.runtime.memory.memory import MotionMemory, Search
 from motionrt.runtime.memory.set import MemorySet
-from motionrt.runtime.memory.words import Asked, Vocabulary, term_of, terms_of, words_of
+from motionrt.runtime.memory.words import Asked, Vocabulary, sets_of, term_of, terms_of, words_of
 
 CAPTIONS = (
     "slides straight to the left", "slides straight to the right", "circles around clockwise",
@@ -44,6 +44,14 @@ def test_words_are_folded_and_joined_and_cut() -> None:
     assert words_of("…—") == []
 
 
+@pytest.mark.parametrize("texts", [
+    ["A red star; moves left!", "x" * 100], ["clip 12345", "12345a of 1234"], ["a zig", "zag, anti", "clockwise"],
+    ["one\ntwo", "three"], ["", "\0a_b's"], ["Stra\u00dfe", "l'\u00e9t\u00e9"], [],
+])  # fmt: skip
+def test_words_of_some_texts_are_those_of_each(texts: list[str]) -> None:
+    assert sets_of(texts) == [{*words_of(text)} for text in texts]
+
+
 @pytest.mark.parametrize("one, other", [
     ("left", "leftward"), ("bouncing", "bounces"), ("izquierda", "links"), ("anticlockwise", "counterclockwise"),
     ("houses", "house"), ("Rises".casefold(), "ascending"),
@@ -57,6 +65,21 @@ def test_what_a_prompt_rules_out_ends_with_its_clause() -> None:
     assert {"@left", "@up"} <= {*wanted} and unwanted == ("@right",)
     assert terms_of("goes left and not left")[1] == ()  # said both ways: asked for
     assert terms_of("without a dog")[1] == ()  # only motions are ruled out
+
+
+@pytest.mark.parametrize("text, has, has_not", [
+    ("a green circle glides left", "@left", "@circle"), ("the circle is moving up", "@up", "@circle"),
+    ("a small red arc bounces", "@bounce", "@arc"),
+    ("a dog runs circles around a tree", "@circle", "@none"), ("circles to the left", "@circle", "@none"),
+    ("a circle to the left", "@circle", "@none"), ("a star makes a circle", "@circle", "@none"),
+    ("a camera pans left", "@camera", "@none"), ("a bird flaps its wings", "@flutter", "@none"),
+    ("a spiral towards us", "@spiral", "@none"), ("a wave rolls in", "@wave", "@none"),
+    ("glides left in a line", "@straight", "@in"), ("spins in place", "@place", "@in"),
+    ("zooms in on the face", "@in", "@none"),
+])  # fmt: skip
+def test_what_moves_and_where_is_no_motion(text: str, has: str, has_not: str) -> None:
+    wanted, _ = terms_of(text)
+    assert has in wanted and has_not not in wanted
 
 
 @pytest.mark.parametrize("typed, term", [
