@@ -128,7 +128,9 @@ def _said(value: Any) -> str:
     """A setting in words that are the same in every process: an object is its class and its own plain settings."""
     if isinstance(value, list | tuple):
         return repr([_said(entry) for entry in value])
-    if isinstance(value, str | int | float | dict | torch.dtype | type(None)) or is_dataclass(value):
+    if isinstance(value, dict):  # diffusers lists what was left out in the order of a set, another in each process
+        return repr({name: held for name, held in value.items() if name != "_use_default_values"})
+    if isinstance(value, str | int | float | torch.dtype | type(None)) or is_dataclass(value):
         return repr(value)
     if callable(value) and hasattr(value, "__qualname__"):
         return str(value.__qualname__)
