@@ -215,7 +215,12 @@ def write_video(path: File, frames: Pixels, fps: Rate) -> None:
         except av.error.FFmpegError as error:
             if isinstance(error, OSError | MemoryError):  # a full disk, no permission: said by `replacing`
                 raise
-            raise MediaError(f"cannot write {file}: {reason(error)}. Nothing was written; use another format.") from error
+            if isinstance(error, av.error.ExternalError):  # all that libx264 returns, also where an allocation failed
+                why = f"its encoder failed and does not say why ({reason(error)}): there may be too little memory"
+                fix = "Free some memory, or use another format"
+            else:
+                why, fix = reason(error), "Use another format"
+            raise MediaError(f"cannot write {file}: {why}. Nothing was written. {fix}.") from error
 
 
 def _write_mp4(path: Path, frames: Pixels, rate: Fraction) -> None:

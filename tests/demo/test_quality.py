@@ -14,7 +14,7 @@ from motionrt.runtime.files import sha256_of
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "demo"
-TARGETS = 24
+TARGETS = 16
 evaluation: Any = load_by_path(DEMO / "evaluate.py")
 
 

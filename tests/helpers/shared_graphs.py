@@ -8,6 +8,7 @@ Loaded by path: the tests are not a package.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -68,9 +69,17 @@ def _once(kept: Path, writer: Any, name: str, what: Any, write: Callable[[], Any
         repr(writer.graphs.get(what.weights_of or "", {}).get("data")), *_settings(what.network.module),
     ]  # fmt: skip
     key = hashlib.sha256("\n".join((what.network.digest(), repr(what.network.wide), *about)).encode()).hexdigest()[:24]
-    found = kept / f"{name}-{key}-programs"
+    kept.mkdir(parents=True, exist_ok=True)
+    with (kept / f"{name}-{key}.lock").open("w") as lock:  # another process that traces this very graph is waited for
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _found_or_made(kept, f"{name}-{key}", writer, write)
+
+
+def _found_or_made(kept: Path, name: str, writer: Any, write: Callable[[], Any]) -> Any:
+    """What `_once` returns of the graph that is kept as `name`."""
+    found = kept / f"{name}-programs"
     if not writer.programs and not found.is_dir():
-        found = kept / f"{name}-{key}"
+        found = kept / name
     if not found.is_dir():
         notes = {"graphs": dict(writer.graphs), "tables": dict(writer.tables), "empty": set(writer.empty)}
         before = {path for path in writer.folder.rglob("*") if path.is_file()}
@@ -80,15 +89,13 @@ def _once(kept: Path, writer: Any, name: str, what: Any, write: Callable[[], Any
             "tables": {graph: tables for graph, tables in writer.tables.items() if graph not in notes["tables"]},
             "empty": sorted(writer.empty - notes["empty"]), "result": result,
         }  # fmt: skip
-        kept.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=kept))
         for path in writer.folder.rglob("*"):
             if path.is_file() and path not in before:
                 (made / path.relative_to(writer.folder)).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(path, made / path.relative_to(writer.folder))
         (made / "entries.json").write_text(json.dumps(entries))
-        if not found.is_dir():  # another process may have been quicker
-            made.rename(found)
+        made.rename(found)
         return result
     entries = json.loads((found / "entries.json").read_text())
     if not writer.programs:
@@ -111,12 +118,24 @@ def _settings(module: nn.Module) -> Iterator[str]:
                 continue
             if isinstance(value, torch.Tensor):
                 yield f"{path}.{name} {_digest(value)}"
-            elif isinstance(value, str | int | float | list | tuple | dict | torch.dtype | type(None)) or is_dataclass(value):
-                yield f"{path}.{name} {value!r}"
-            elif callable(value):
-                yield f"{path}.{name} {getattr(value, '__qualname__', type(value))}"
+            elif not isinstance(value, nn.Module):
+                yield f"{path}.{name} {_said(value)}"
     for name, table in module.named_buffers():
         yield f"{name} {_digest(table)}"
+
+
+def _said(value: Any) -> str:
+    """A setting in words that are the same in every process: an object is its class and its own plain settings."""
+    if isinstance(value, list | tuple):
+        return repr([_said(entry) for entry in value])
+    if isinstance(value, dict):  # diffusers lists what was left out in the order of a set, another in each process
+        return repr({name: held for name, held in value.items() if name != "_use_default_values"})
+    if isinstance(value, str | int | float | torch.dtype | type(None)) or is_dataclass(value):
+        return repr(value)
+    if callable(value) and hasattr(value, "__qualname__"):
+        return str(value.__qualname__)
+    plain = {name: held for name, held in getattr(value, "__dict__", {}).items() if isinstance(held, str | int | float)}
+    return f"{type(value).__qualname__} {sorted(plain.items())}"
 
 
 def _digest(value: torch.Tensor) -> str:

@@ -99,9 +99,11 @@ class Plain:
 
 
 def described(folder: Path, mode: str) -> tuple[MotionCloneSources, Any]:
-    """Released files (`text`: without SparseCtrl), and their system."""
+    """Released files (`text`: without SparseCtrl), and their system. With SparseCtrl there is a domain adapter, as in
+    docs/models.md: the steps are the same then, and traced once."""
     files = models.small_animatediff(folder, mode)
-    sources = MotionCloneSources(files.base, files.motion, sparsectrl=None if mode == "text" else files.sparsectrl)
+    more = {} if mode == "text" else {"sparsectrl": files.sparsectrl, "domain_adapter": files.adapter}
+    sources = MotionCloneSources(files.base, files.motion, **more)
     return sources, motionclone_system(sources, frames=FRAMES, height=SIZE, width=SIZE)
 
 
