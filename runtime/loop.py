@@ -197,6 +197,7 @@ def run_loop(
         carried |= {port: outputs[output] for output, port in loop.carry.items() if output in outputs}
         for output, total in sums.items():
             total.add(np.asarray(outputs[output]), where)
+        del inputs, ahead  # the table that they read makes room for the next window's
     return {loop.gives[port]: carried[port] for port in loop.gives} | {s.spec.value: s.total for s in sums.values()}
 
 
