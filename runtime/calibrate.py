@@ -4,8 +4,9 @@
     keep(Path("my-bundle"), found, "quick")            # from now on: solver="quick"
 
 Quality is that of the frames against those of the same request with the network in every step: the peak signal-to-noise ratio
-of a video over all of its pixels, in dB. The budget holds for the worst of the requests. What is kept is rows of numbers and
-the figures, so that every run of it is the same.
+of a video over all of its pixels, in dB, and the structural similarity (SSIM: Wang et al. 2004), which sees blur and lost
+outlines where few pixels change. The budget holds for the worst of the requests. What is kept is rows of numbers and the
+figures, so that every run of it is the same.
 """
 
 from __future__ import annotations
@@ -43,13 +44,14 @@ Say = Callable[[str], object]
 @dataclass(frozen=True)
 class Found:
     """A schedule of `loop`: `rows` `[T, R]`, made of those of `solver`, which run the network where `runs` is true; `decibels`
-    of each request that it was tried with."""
+    and `similarities` (SSIM) of each request that it was tried with."""
 
     loop: str
     solver: str
     runs: tuple[bool, ...]
     rows: NDArray[np.float32]
     decibels: tuple[float, ...]
+    similarities: tuple[float, ...]
 
     @property
     def quality(self) -> dict[str, Any]:
@@ -57,15 +59,17 @@ class Found:
         return {
             "of": self.solver, "steps": len(self.runs), "network_runs": sum(self.runs), "pattern": pattern(self.runs),
             "db_lowest": round(min(self.decibels), 2), "db_mean": round(float(np.mean(self.decibels)), 2),
+            "ssim_lowest": round(min(self.similarities), 4), "ssim_mean": round(float(np.mean(self.similarities)), 4),
             "requests": len(self.decibels),
         }  # fmt: skip
 
 
 def calibrate(
     pipeline: MotionPipeline, requests: Sequence[Request], *, solver: str | None = None, steps: int | None = None,
-    least: float = 50.0, say: Say = lambda text: None,
+    least: float = 50.0, least_ssim: float = 0.0, say: Say = lambda text: None,
 ) -> Found:  # fmt: skip
-    """The schedule with the fewest runs of the network whose frames come within `least` dB of the exact ones, in every request.
+    """The schedule with the fewest runs of the network whose frames come within `least` dB of the exact ones, and within
+    `least_ssim` (0 to 1, of equal frames 1) of them, in every request.
 
     solver, steps: the schedule that steps are left out of, the bundle's default if not given. say: told what was tried. Raises
     `InputError` for a bundle that cannot leave out steps, no requests, and a budget that no schedule meets.
@@ -74,6 +78,8 @@ def calibrate(
         raise InputError("there are no requests to calibrate with; give one or more.")
     if not 0 < least <= EQUAL:
         raise InputError(f"at least {shown(least)} dB is asked for; allowed are 0 to {EQUAL} (equal frames), such as 50.")
+    if not 0 <= least_ssim <= 1:
+        raise InputError(f"an SSIM of {shown(least_ssim)} is asked for; allowed are 0 (any) to 1 (equal frames), such as 0.98.")
     bundle = pipeline.bundle
     loop = extrapolating(bundle)
     schedule = bundle.schedule(loop, solver, steps)
@@ -85,20 +91,24 @@ def calibrate(
     for runs in patterns(schedule.steps):
         rows = extrapolated(bundle.manifest.loops[loop], schedule.rows, runs)
         pipeline.bundle = with_schedule(bundle, loop, _TRIED, rows)
-        got = list[float]()
+        got, alike = list[float](), list[float]()
         try:
             for request, frames in zip(requests, exact, strict=True):
                 made = pipeline.result(pipeline.start(replace(request, solver={loop: _TRIED}, steps={loop: len(rows)})))
                 got.append(decibels(made.frames, frames))
-                if got[-1] < least:
-                    break
+                alike.append(similarity(made.frames, frames))
+                if enough := got[-1] >= least and alike[-1] >= least_ssim:
+                    continue
+                break
         finally:
             pipeline.bundle = bundle
-        say(f"{pattern(runs)}  {sum(runs)} of {len(runs)}: {min(got):.1f} dB{'' if min(got) >= least else ', too little'}")
-        if min(got) >= least:
-            return Found(loop, schedule.name, runs, rows, tuple(got))
+        told = f"{pattern(runs)}  {sum(runs)} of {len(runs)}: {min(got):.1f} dB, SSIM {min(alike):.4f}"
+        say(told if enough else f"{told}, too little")
+        if enough:
+            return Found(loop, schedule.name, runs, rows, tuple(got), tuple(alike))
+    budget = f"{least:g} dB" + (f" and an SSIM of {least_ssim:g}" if least_ssim else "")
     raise InputError(
-        f"no schedule of {schedule.steps} steps of {schedule.name} that leaves out any comes within {least:g} dB of the exact"
+        f"no schedule of {schedule.steps} steps of {schedule.name} that leaves out any comes within {budget} of the exact"
         " frames. Ask for less, or for more steps."
     )
 
@@ -115,6 +125,30 @@ def decibels(frames: NDArray[np.uint8], exact: NDArray[np.uint8]) -> float:
     """The peak signal-to-noise ratio of uint8 frames, in dB; of equal ones `EQUAL`."""
     error = float(np.mean((frames.astype(np.float64) - exact) ** 2))
     return 10 * math.log10(255**2 / max(error, _LEAST_ERROR))
+
+
+def similarity(frames: NDArray[np.uint8], exact: NDArray[np.uint8]) -> float:
+    """The mean structural similarity of uint8 frames `[F, H, W, 3]`, 1 where they are equal.
+
+    Wang, Bovik, Sheikh and Simoncelli, "Image quality assessment", 2004, equation 13, in square windows of 7 pixels (less in
+    smaller frames), channel by channel, with their constants 0.01 and 0.03.
+    """
+    window = min(7, *exact.shape[1:3])
+    unbiased = window**2 / max(window**2 - 1, 1)
+    first, second = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+
+    def mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        for axis in (0, 1):
+            values = np.lib.stride_tricks.sliding_window_view(values, window, axis).mean(axis=-1)
+        return values
+
+    alike = []
+    for one, other in zip(frames.astype(np.float64), exact, strict=True):
+        x, y = mean(one), mean(wanted := other.astype(np.float64))
+        var_x, var_y = (unbiased * (mean(v * v) - m * m) for v, m in ((one, x), (wanted, y)))
+        both = unbiased * (mean(one * wanted) - x * y)
+        alike.append(np.mean((2 * x * y + first) * (2 * both + second) / ((x * x + y * y + first) * (var_x + var_y + second))))
+    return float(np.mean(alike))
 
 
 def some_clips(memory: MotionMemory, count: int, first: int = 0) -> list[int]:

@@ -41,6 +41,9 @@ def schedule_calibrate(
     at_least: Annotated[
         float, typer.Option("--at-least", metavar="DB", help="How near to the exact frames the worst request stays, in dB.")
     ] = 50.0,
+    ssim: Annotated[
+        float, typer.Option("--at-least-ssim", metavar="SSIM", help="The same as structural similarity: 1 equal, 0 any.")
+    ] = 0.0,
     clips: Annotated[int, typer.Option(min=1, help="Requests that are made of clips of the memory.")] = 8,
     requests: Requests = None,
     steps: Steps = None,
@@ -63,13 +66,14 @@ def schedule_calibrate(
 
     with open_pipeline(bundle, memory or [], run_options) as pipeline:
         asked = _asked(pipeline, requests, clips)
-        found = calibrate(pipeline, asked, solver=solver, steps=steps, least=at_least, say=echo)
+        found = calibrate(pipeline, asked, solver=solver, steps=steps, least=at_least, least_ssim=ssim, say=echo)
     quality = found.quality
     if not dry_run:
         keep(bundle, found, name)
     echo(
         f"{name}: {quality['network_runs']} of {quality['steps']} steps of {found.solver} run the network; of {len(asked)}"
-        f" requests the worst is {quality['db_lowest']:.1f} dB from the exact frames, the mean {quality['db_mean']:.1f}"
+        f" requests the worst is {quality['db_lowest']:.1f} dB from the exact frames, the mean {quality['db_mean']:.1f},"
+        f" and their SSIM is {quality['ssim_lowest']:.4f} and {quality['ssim_mean']:.4f}"
     )
     echo("the bundle was left as it is" if dry_run else f"kept in {bundle}: use it with --solver {name}")
 

@@ -15,10 +15,22 @@ import msgspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from skimage.metrics import structural_similarity
 
 from motionrt.runtime.bundle.bundle import Bundle
 from motionrt.runtime.bundle.manifest import Dim, GraphSpec, Loop, Port
-from motionrt.runtime.calibrate import EQUAL, Found, calibrate, decibels, keep, remove, requests_in, requests_of, some_clips
+from motionrt.runtime.calibrate import (
+    EQUAL,
+    Found,
+    calibrate,
+    decibels,
+    keep,
+    remove,
+    requests_in,
+    requests_of,
+    similarity,
+    some_clips,
+)
 from motionrt.runtime.errors import BundleError, InputError
 from motionrt.runtime.loop import run_loop
 from motionrt.runtime.memory.memory import MotionMemory
@@ -176,8 +188,22 @@ def test_the_budget_holds_and_a_dearer_one_costs_more(pipeline: MotionPipeline, 
     assert "calibrated" not in pipeline.bundle.manifest.loops["video"].schedules  # what was tried is gone
     again = calibrate(pipeline, requests, steps=25, least=40)
     assert again.runs == found.runs and again.decibels == found.decibels
+    alike = min(found.similarities)
+    assert 0.5 < alike < min(dearer.similarities) < 1 and found.quality["ssim_lowest"] == round(alike, 4)
+    strict = calibrate(pipeline, requests, steps=25, least=40, least_ssim=(alike + 1) / 2)
+    assert min(strict.similarities) >= (alike + 1) / 2 and sum(found.runs) < sum(strict.runs)
     with pytest.raises(InputError, match="Ask for less"):
         calibrate(pipeline, requests[:1], steps=3, least=61)
+
+
+@pytest.mark.parametrize("size", [(1, 9, 12, 3), (2, 5, 6, 3), (3, 16, 16, 3)])
+def test_similarity_is_that_of_the_paper(size: tuple[int, ...]) -> None:
+    random = np.random.default_rng(1)
+    exact = random.integers(0, 256, size, np.uint8)
+    frames = np.clip(exact + random.normal(0, 20, size), 0, 255).astype(np.uint8)
+    window = min(7, size[1] - 1 + size[1] % 2)
+    theirs = [structural_similarity(*pair, channel_axis=-1, win_size=window) for pair in zip(frames, exact, strict=True)]
+    assert similarity(frames, exact) == pytest.approx(np.mean(theirs), abs=1e-9) and similarity(exact, exact) == 1
 
 
 def test_a_kept_schedule_is_a_solver_with_its_figures_and_the_others_are_what_they_were(
@@ -246,6 +272,8 @@ def test_requests_of_a_file_are_read_and_what_is_none_is_refused(pipeline: Motio
     for least in (0, float("nan")):
         with pytest.raises(InputError, match="0 to 61.14"):
             calibrate(pipeline, [request], least=least)
+    with pytest.raises(InputError, match="allowed are 0 .any. to 1"):
+        calibrate(pipeline, [request], least_ssim=1.5)
 
 
 @pytest.mark.slow
