@@ -83,6 +83,7 @@ def test_report_finds_fault_with_spills_and_shared_memory() -> None:
     assert "sm_86 has 101376" in dataclasses.replace(good, target=86, shared=101377).faults[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("inner", "wide"), [(64, True), (37, False)])
 def test_loads_are_only_as_wide_as_the_sizes_are_aligned(inner: int, wide: bool) -> None:
     """Rows of 37 16-bit numbers begin anywhere: a copy of 16 bytes at once would end the program on a GPU."""

@@ -67,6 +67,7 @@ def modulated(
     return module, partition(module, tuple(feed.values()), INPUTS, outputs=("y",)), feed
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     batch=st.integers(1, 3),

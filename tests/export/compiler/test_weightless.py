@@ -60,7 +60,7 @@ def equal(got: list[Tensor], want: Any) -> None:
     "frames",
     [
         pytest.param(2, id="another grid: sine-cosine table", marks=pytest.mark.slow),
-        pytest.param(3, id="native grid: learned table"),
+        pytest.param(3, id="native grid: learned table", marks=pytest.mark.slow),
     ],
 )
 def test_cogvideox_programs_without_weights_equal_the_step_once_they_are_read(

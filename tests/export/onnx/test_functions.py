@@ -53,32 +53,35 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Assigned(nn.Module):
-    """Columns start to end of x, doubled in place."""
+    """Columns of x, doubled in place: an output for each slice."""
 
-    def __init__(self, start: int, end: int | None, step: int) -> None:
+    def __init__(self, slices: list[slice]) -> None:
         super().__init__()
-        self.columns = slice(start, end, step)
+        self.slices = slices
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + 1
-        x[:, self.columns] = 2 * x[:, self.columns]
-        return x
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        made = []
+        for columns in self.slices:
+            y = x + 1
+            y[:, columns] = 2 * y[:, columns]
+            made.append(y)
+        return tuple(made)
 
 
 @pytest.mark.parametrize(
-    ("start", "end", "step", "joined"),
+    ("slices", "joined"),
     [
-        (2, None, 1, True), (0, 3, 1, True), (1, 4, 1, True), (2, 100, 1, True), (0, None, 1, True),
-        (4, 2, 1, False), (-2, None, 1, False), (1, -1, 1, False), (0, None, 2, False),
+        ([slice(2, None), slice(0, 3), slice(1, 4), slice(2, 100), slice(None)], True),
+        ([slice(4, 2), slice(-2, None), slice(1, -1), slice(0, None, 2)], False),
     ],
-)  # fmt: skip
-def test_an_assignment_to_a_slice_is_a_join_where_it_can_be(
-    start: int, end: int | None, step: int, joined: bool, tmp_path: Path
-) -> None:
+    ids=["can be", "cannot"],
+)
+def test_an_assignment_to_a_slice_is_a_join_where_it_can_be(slices: list[slice], joined: bool, tmp_path: Path) -> None:
     examples = [Example({"batch": n}, {"x": torch.arange(6.0 * n).reshape(n, 6)}) for n in (2, 3)]
-    module = Assigned(start, end, step)
-    stream_real(tmp_path / "graph.onnx", module, examples, ("y",), {"batch": Range(1, 2, 4)})  # raises where numbers differ
-    kinds = {node.op_type for node in onnx.load(tmp_path / "graph.onnx").graph.node}
+    names = tuple(f"y{index}" for index in range(len(slices)))
+    path = tmp_path / "graph.onnx"
+    stream_real(path, Assigned(slices), examples, names, {"batch": Range(1, 2, 4)})  # raises where numbers differ
+    kinds = {node.op_type for node in onnx.load(path).graph.node}
     assert not joined or "ScatterND" not in kinds
 
 

@@ -16,7 +16,7 @@ from motionrt.export.systems.extrapolated import KEPT, NAME, Extrapolated, extra
 from motionrt.export.systems.system import Array
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_graph_gives_the_update_of_the_weighted_sum(tmp_path: Path, batch: int) -> None:
     import onnxruntime
 

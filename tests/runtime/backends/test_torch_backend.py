@@ -167,7 +167,7 @@ def test_the_demos_video_is_that_of_onnxruntime(demo_bundle: Path) -> None:
         assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 1
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_the_command_line_reaches_the_kernels_op(precision: str, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     """From `generate` to the op that is the Triton kernel on CUDA and its reference on the CPU: once a block and step."""
     calls: list[str] = []
@@ -203,7 +203,7 @@ def demo_feed(name: str, seed: int = 0) -> dict[str, NDArray[Any]]:
     return {port.name: feed[port.name].reshape(port.shape) for port in bundle.graph(name).inputs}
 
 
-@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+@pytest.mark.parametrize("precision", [pytest.param("float16", marks=pytest.mark.slow), "bfloat16"])
 @pytest.mark.parametrize("name", ["schedule", "request", "step"])
 def test_a_lower_precision_loses_no_more_than_plain_torch_in_it(name: str, precision: str, demo_bundle: Path) -> None:
     """Against the float32 graph; the yardstick is the same program with every weight and value in that dtype."""

@@ -112,7 +112,10 @@ def test_video_size_is_of_the_right_order(fake_bundle: Path, tmp_path: Path) -> 
         assert pixels // 8 <= video_size(Path(name), spec) <= 3 * pixels
 
 
-@pytest.mark.parametrize("way", ["-", "/dev/stdin", "file", "fifo", "substitution"])
+MORE_WAYS = [pytest.param(way, marks=pytest.mark.slow) for way in ("/dev/stdin", "file", "substitution")]
+
+
+@pytest.mark.parametrize("way", ["-", "fifo", *MORE_WAYS])
 def test_a_still_comes_through_a_pipe(fake_bundle: Path, picture: Path, tmp_path: Path, way: str) -> None:
     out, fifo = tmp_path / "x.gif", tmp_path / "fifo"
     os.mkfifo(fifo)

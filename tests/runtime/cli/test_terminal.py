@@ -83,7 +83,10 @@ def test_interrupted_in_the_background_it_goes_on() -> None:
     assert process("typer", "--version", code=code).returncode == 0
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "utf-8"])
+MORE_ENCODINGS = [pytest.param(name, marks=pytest.mark.slow) for name in ("cp1252", "latin-1")]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8", *MORE_ENCODINGS])
 def test_output_in_any_encoding(fake_bundle: Path, still: Path, tmp_path: Path, encoding: str) -> None:
     out = tmp_path / "星é.gif"
     asked = ["-b", fake_bundle, "-i", still, "-p", "a", "--motion-scale", 0, "--steps", 1, "-o", out]

@@ -112,10 +112,11 @@ def kill_rounds(directory: Path, kind: str, rounds: int) -> None:
     assert left <= {"memory.sqlite", "index.json", "index.usearch", "said"}, left
 
 
+SLOW = pytest.mark.slow
 KINDS = ("add", "remove", "fold", "compact", "rebuild")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["add", *(pytest.param(kind, marks=SLOW) for kind in KINDS[1:])])
 def test_kills_lose_nothing_and_make_no_wrong_answer(tmp_path: Path, kind: str) -> None:
     kill_rounds(tmp_path, kind, ROUNDS)
 
@@ -239,7 +240,7 @@ except Exception as error:
 """
 
 
-@pytest.mark.parametrize("what", ["add", "refresh", "compact", "export"])
+@pytest.mark.parametrize("what", ["add", *(pytest.param(what, marks=SLOW) for what in ("refresh", "compact", "export"))])
 def test_a_full_disk_loses_nothing(tmp_path: Path, what: str) -> None:
     """The kernel refuses to let any file grow beyond a size, as a full disk does."""
     path = filled(tmp_path / "m", 150)
