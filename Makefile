@@ -34,8 +34,7 @@ serve: .venv/.installed
 
 # Never `python -m pytest`: it puts the repository root on sys.path, where `kernels` hides a package of Hugging Face.
 # Two processes, each with whole files of tests, and one thread each: what the smallest machine of CI has.
-PYTEST := OMP_NUM_THREADS=1 .venv-dev/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder \
-	tests/test_matrix.py tests/test_models_page.py tests/test_readme.py tests # the longest first: none is left over at the end
+PYTEST := OMP_NUM_THREADS=1 .venv-dev/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder tests
 
 # What a newcomer gets by default, and something of every part: at most 6 minutes.
 test: .venv-dev/.installed

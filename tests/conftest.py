@@ -28,8 +28,10 @@ CAPTIONS = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes longest goes first: at the end one of two processes would run it alone."""
-    items.sort(key=lambda item: item.path.name != "test_matrix.py")
+    """Files that take longest go first: at the end one of two processes would run them alone. They export what users do, with
+    torch programs; others, which need none, find those graphs then (`shared_graphs`)."""
+    first = ["test_matrix.py", "test_models_page.py", "test_readme.py"]
+    items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
 
 
 @pytest.fixture(scope="session")

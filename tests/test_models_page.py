@@ -63,7 +63,7 @@ with shared_graphs(Path({store!r}), packaged=True):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the downloads of section 1 (bfloat16 but for SVD's, as released), videos and a still."""
+    """A folder with the downloads of section 1 (CogVideoX's in bfloat16, all others in float32), videos and a still."""
     folder = tmp_path_factory.mktemp("newcomer")
     models.write_cogvideox(folder / "CogVideoX-5b-I2V", models.cogvideox_config(2), torch.bfloat16)
     parts = models.write_svd(folder / "svd")
@@ -72,7 +72,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "SVD": {f"unet.{path}": a.to_q.in_features for path, a in svd.spatial_attentions(parts["unet"])},
     }
     for name, blocks in adapted.items():
-        models.release.save(folder / "motionrag" / name, models.release.motionrag_states(blocks, overlay=name != "SVD"))
+        states = models.release.motionrag_states(blocks, overlay=name != "SVD")
+        kept = models.release.rounded(states, torch.bfloat16) if name == "CogVideoX" else states
+        models.release.save(folder / "motionrag" / name, kept)
     models.write_encoders(folder)
     (folder / "videomae").rename(folder / "videomae-base-ssv2")
     (folder / "dinov2").rename(folder / "dinov2-large")

@@ -83,13 +83,14 @@ def flow_vae() -> nn.Module:
 
 
 # The smallest that a step can be traced of in seconds: two levels, three fields
+FRAMES, SIZE, TOKENS = 4, 16, animatediff.TOKENS
 SMALL: dict[str, Any] = {
-    "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": 12,
-    "num_attention_heads": 2, "motion_num_attention_heads": 2, "motion_max_seq_length": 32,
+    "sample_size": SIZE,
+    "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": animatediff.WIDTH,
+    "num_attention_heads": 4, "motion_num_attention_heads": 4, "motion_max_seq_length": 32,
     "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
     "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"),
 }  # fmt: skip
-FRAMES, SIZE, TOKENS = 4, 16, 5
 STEPS = 3
 
 
@@ -168,13 +169,12 @@ class Released:
 
 def released_files(folder: Path, form: str = "own") -> Released:
     """Files of two levels; text and Stable Diffusion are those of `animatediff_models.SMALL`."""
-    sizes = {**SMALL, "cross_attention_dim": animatediff.WIDTH, "num_attention_heads": 4, "motion_num_attention_heads": 4}
     vae, flow_vae = small_vae(3, 1), small_vae(2, 2)
     made = Released(
         folder / "models",
-        tiny.randomise(FlowUNet({**sizes, "in_channels": 8}), 3),
-        tiny.randomise(Trajectories({**sizes, "in_channels": 8, "conditioning_hidden_channels": 6}), 5),
-        tiny.randomise(VideoUNet({**sizes, "in_channels": 4}, form), 4),
+        tiny.randomise(FlowUNet({**SMALL, "in_channels": 8}), 3),
+        tiny.randomise(Trajectories({**SMALL, "in_channels": 8, "conditioning_hidden_channels": 6}), 5),
+        tiny.randomise(VideoUNet({**SMALL, "in_channels": 4}, form), 4),
         vae,
         flow_vae,
     )

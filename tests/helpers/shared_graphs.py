@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,6 +24,8 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import nn
+
+from motionrt.export.checkpoints.files import InMemory
 
 DEMO = Path(__file__).resolve().parents[2] / "demo" / "bundle"
 
@@ -68,7 +70,7 @@ def _once(kept: Path, writer: Any, name: str, what: Any, write: Callable[[], Any
         *(repr(getattr(what, part.name)) for part in fields(what) if part.name != "network"),
         repr(writer.graphs.get(what.weights_of or "", {}).get("data")), *_settings(what.network.module),
     ]  # fmt: skip
-    key = hashlib.sha256("\n".join((what.network.digest(), repr(what.network.wide), *about)).encode()).hexdigest()[:24]
+    key = hashlib.sha256("\n".join((_weights(what.network), repr(what.network.wide), *about)).encode()).hexdigest()[:24]
     kept.mkdir(parents=True, exist_ok=True)
     with (kept / f"{name}-{key}.lock").open("w") as lock:  # another process that traces this very graph is waited for
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -109,6 +111,15 @@ def _found_or_made(kept: Path, name: str, writer: Any, write: Callable[[], Any])
     return entries["result"]
 
 
+def _weights(network: Any) -> str:
+    """The digest of a network's weights without tables, which `_settings` tells of and files may have or not."""
+    if network.package is not None:
+        return str(network.digest())
+    held = network.weights or {name: InMemory(value) for name, value in network.module.state_dict().items()}
+    tables = {name for name, _ in network.module.named_buffers()}
+    return str(replace(network, weights={name: value for name, value in held.items() if name not in tables}).digest())
+
+
 def _settings(module: nn.Module) -> Iterator[str]:
     """All that a module is but its weights, a line each: classes, numbers and choices of its parts, and tables."""
     yield repr(module)
@@ -129,7 +140,7 @@ def _said(value: Any) -> str:
     if isinstance(value, list | tuple):
         return repr([_said(entry) for entry in value])
     if isinstance(value, dict):  # diffusers lists what was left out in the order of a set, another in each process
-        return repr({name: held for name, held in value.items() if name != "_use_default_values"})
+        return repr({name: _said(held) for name, held in value.items() if name != "_use_default_values"})
     if isinstance(value, str | int | float | torch.dtype | type(None)) or is_dataclass(value):
         return repr(value)
     if callable(value) and hasattr(value, "__qualname__"):

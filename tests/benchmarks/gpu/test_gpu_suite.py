@@ -56,7 +56,8 @@ def test_every_stage_runs_on_the_cpu_or_says_why_not(
     guided = {row["what"].split()[1].rstrip(","): row["over_plain"] for row in rows if row["question"] == "gpu_guided"}
     assert guided.keys() == {"step_guided", "step_plain"} and guided["step_plain"] == 1 != guided["step_guided"]
     assert {"torch_cpu", "onnxruntime_cpu"} <= {backend for question, backend in found if question == "gpu_demo"}
-    assert {row["question"] for row in rows} == {"gpu_ceilings", "gpu_step", "gpu_request", "gpu_demo", "gpu_guided"}
+    asked = {"gpu_ceilings", "gpu_step", "gpu_request", "gpu_demo", "gpu_guided", "bench_branches"}
+    assert {row["question"] for row in rows} == asked
     for row in rows:
         assert row.get("device", "cpu") == "cpu" and row["p50_ms"] > 0
     svd = {row["backend"]: row["flops"] for row in rows if row.get("what") == "svd toy step"}

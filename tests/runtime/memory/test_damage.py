@@ -180,4 +180,4 @@ def test_damage_anywhere_is_an_error_or_means_nothing(tmp_path: Path, threshold:
 @pytest.mark.slow
 @pytest.mark.parametrize("threshold", [1000, 20], ids=["exact", "index"])
 def test_much_damage_anywhere_is_an_error_or_means_nothing(tmp_path: Path, threshold: int) -> None:
-    damaged(tmp_path, 5000, 1, threshold)
+    damaged(tmp_path, 1500, 1, threshold)

@@ -427,7 +427,7 @@ def test_whatever_arrives_is_read_or_refused(sent: tuple[str, bytes], cuts: list
 
 
 @pytest.mark.slow
-@settings(max_examples=5000, deadline=None)
+@settings(max_examples=1500, deadline=None)
 @given(*SENT)
 def test_whatever_arrives_is_read_or_refused_at_length(
     sent: tuple[str, bytes], cuts: list[int], damage: tuple[int, bytes]
