@@ -205,10 +205,11 @@ class MotionMemory(MemoryFile, Searchable):
             more = {} if best.words is None else {"words": best.words.tolist()}
             more |= {} if best.chances is None else {"probability": best.chances.tolist()}
             ids, scores = best.ids.tolist(), best.scores.tolist()
-            references, embeddings = store.read(view.db, self.path, self.layout, ids, scores, more, best.told)
+            embedded = part is None and bool(search.diversity)
+            references, embeddings = store.read(view.db, self.path, self.layout, ids, scores, more, best.told, embedded)
             vectors: Any = [None] * len(ids)
             motions: Any = vectors
-            if part is None and search.diversity:
+            if embedded:
                 vectors = self.layout.embeddings(ids, embeddings)
             elif part is not None and search.diversity and ids:
                 vectors = ranking.directions(np.stack([reference.record[part] for reference in references]))

@@ -180,17 +180,18 @@ def delete(db: sqlite3.Connection, path: Path, ids: Iterable[int], words: bool) 
 def read(
     db: sqlite3.Connection, path: Path, layout: Layout, ids: list[int], scores: list[float],
     more: Mapping[str, list[float]] = MappingProxyType({}), told: Mapping[int, tuple[Any, ...]] | None = None,
+    embedded: bool = True,
 ) -> tuple[list[Reference], list[bytes]]:  # fmt: skip
     """The clips of these ids, in this order, with these scores and more fields of references, and their embeddings as stored.
 
-    told: what `tags.told` gave, if it was asked. Each row was checked. MemoryStoreError for an id that is not there,
-    DamagedRow for a row that is not what was written.
+    told: what `tags.told` gave, if it was asked; embedded: whether embeddings are read, else they are empty. Each row that is
+    read was checked. MemoryStoreError for an id that is not there, DamagedRow for a row that is not what was written.
     """
     rows: dict[int, Row] = {}
     wrong: dict[int, str] = {}
     for start in range(0, len(ids), _AT_ONCE):
         some = ids[start : start + _AT_ONCE]
-        for number, row, sums in _rows(db, f"WHERE id IN ({marks(some)})", some, told):
+        for number, row, sums in _rows(db, f"WHERE id IN ({marks(some)})", some, told, embedded):
             rows[number] = row
             try:
                 _check(number, layout, row, sums)
@@ -309,9 +310,14 @@ _JOINED = "FROM clips c JOIN vectors v USING (id) JOIN records r USING (id)"
 
 
 def _rows(
-    db: sqlite3.Connection, condition: str, parameters: Sequence[int], known: Mapping[int, tuple[Any, ...]] | None = None
-) -> Iterator[tuple[int, Row, tuple[int, ...]]]:
-    """Ids, rows and their checksums as they are stored; of clips whose own row is known, the others."""
+    db: sqlite3.Connection, condition: str, parameters: Sequence[int], known: Mapping[int, tuple[Any, ...]] | None = None,
+    embedded: bool = True,
+) -> Iterator[tuple[int, Row, tuple[int, ...]]]:  # fmt: skip
+    """Ids, rows and their checksums as they are stored; of clips whose own row is known, the others, or the records alone."""
+    if known is not None and not embedded:
+        for number, record, total in db.execute(f"SELECT id, record, checksum FROM records {condition}", parameters):
+            yield number, Row(known[number], b"", record), (total,)
+        return
     if known is not None:
         question = f"SELECT id, embedding, record, v.checksum, r.checksum FROM vectors v JOIN records r USING (id) {condition}"
         for number, embedding, record, *sums in db.execute(question, parameters):
