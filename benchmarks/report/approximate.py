@@ -48,6 +48,23 @@ def _change(row: Row) -> str:
     return "{:.2f} ({:+.3f} [{:+.3f}, {:+.3f}])".format(row.get("epe_px")[0], *row.get("epe_change_px"))
 
 
+def precision(report: Report) -> list[str]:
+    """A table for each of the other demos and what says there how things move."""
+    parts: list[str] = []
+    for name, rows in groups(report.rows("bench_precision"), "model", "way").items():
+        body = [
+            [
+                str(row.get("what")), f"{row.get('db_mean'):.1f} (lowest {row.get('db_lowest'):.1f})",
+                "{:.2f} ({:+.3f} [{:+.3f}, {:+.3f}])".format(row.get("path_px")[0], *row.get("path_change_px")),
+                *("{:.2f} [{:.2f}, {:.2f}]".format(*row.get(key)) for key in ("colour", "shape")), str(row.get("targets")),
+            ]
+            for row in rows
+        ]  # fmt: skip
+        head = ["computed in", "dB", "path px", "colour", "shape", "n"]
+        parts += [f"### {name}", "", *text.table(head, body), "", text.source(rows), ""]
+    return parts + report.unclean("bench_precision", "model")
+
+
 def loop(report: Report) -> list[str]:
     """Whole loops in turns: ours by recipe, and diffusers compiled."""
     parts: list[str] = []

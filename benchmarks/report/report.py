@@ -120,6 +120,12 @@ SECTIONS = (
         approximate.quality, "benchmarks/approximate/bench_quality.py",
     ),
     Section(
+        "Precisions of MotionClone and Motion-I2V: what they cost",
+        "Their demos in 8 and 16 bits, every step of them, against the exact video (dB of all pixels) and what was asked for "
+        "(path error, its change paired by target), on targets that no training saw.",
+        approximate.precision, "benchmarks/approximate/bench_precision.py motionclone",
+    ),
+    Section(
         "Approximations: the whole loop",
         "The same recipes as whole loops, in turns with the exact one and with diffusers compiled in bfloat16. The mid models "
         "have random weights: they say speed, and nothing of quality.",

@@ -99,10 +99,10 @@ ROWS = (
 Clip = tuple[Frames, Floats, Frames]  # frames, the field that they were made along, the picture's round trip
 
 
-def made(place: Path, row: int, scenes: Sequence[Scene], indices: Sequence[int]) -> list[Clip]:
-    """The clips of a row, by its place in ROWS, for the scenes at `indices`."""
+def made(place: Path, row: int, scenes: Sequence[Scene], indices: Sequence[int], **numerics: Any) -> list[Clip]:
+    """The clips of a row, by its place in ROWS, for the scenes at `indices`; numerics: of the pipeline."""
     found = []
-    with MotionPipeline.from_bundle(place / "bundle", str(place / "memory"), threads=1) as pipeline:
+    with MotionPipeline.from_bundle(place / "bundle", str(place / "memory"), threads=1, **numerics) as pipeline:
         for scene in (scenes[index] for index in indices):
             result = pipeline(scene.picture, seed=scene.seed, **ROWS[row].given(scene))
             assert result.field is not None

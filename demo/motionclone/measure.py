@@ -48,10 +48,10 @@ ROWS = (
 SHOWN = ((ROWS[2], "guided"), (ROWS[0], "unguided"))
 
 
-def made(bundle: Path, row: Row, wanted: Sequence[Target], indices: Sequence[int]) -> list[Frames]:
-    """The clips of `row` for the targets at `indices`."""
+def made(bundle: Path, row: Row, wanted: Sequence[Target], indices: Sequence[int], **numerics: Any) -> list[Frames]:
+    """The clips of `row` for the targets at `indices`; numerics: of the pipeline, such as backend and precision."""
     found = []
-    with MotionPipeline.from_bundle(bundle, threads=1) as pipeline, tempfile.TemporaryDirectory() as folder:
+    with MotionPipeline.from_bundle(bundle, threads=1, **numerics) as pipeline, tempfile.TemporaryDirectory() as folder:
         for index in indices:
             target = wanted[index]
             source = wanted[(index + SHIFT) % len(wanted)] if row.wrong else target

@@ -132,20 +132,18 @@ def static(
         raise ValueError(f"there are scales of {len(lacking)} products that the graph has not got, such as '{lacking[0]}'")
     if not chosen:
         raise NothingToQuantise(_NOTHING)
-    shared: dict[ir.Value, float] = {}  # one scale for all products that read a value
+    shared: dict[ir.Value | None, float] = {}  # one scale for all products that read a value
     for product in chosen:
         data = product.node.inputs[0]
-        assert data is not None
         shared[data] = max(shared.get(data, 0.0), amax[product.weight])
+    largest = [shared[product.node.inputs[0]] for product in chosen]  # now: a product may read another one's, to be replaced
     made = _Maker(model.graph)
-    for product in chosen:
+    for product, most in zip(chosen, largest, strict=True):
         node = product.node
         data = node.inputs[0]
         assert data is not None and data.dtype is not None
-        left = made.rounded(data, shared[data], kind, node)
-        weight, scale = made.weight(product, weights or kind, data.dtype)
-        zero = made.zeros(kind, scale)
-        right = made.add(node, "DequantizeLinear", [weight, scale, zero], f"{weight.name}.number", data.dtype, axis=1)
+        left = made.rounded(data, most, kind, node)
+        right = made.numbers(product, weights or kind, kind, data.dtype)
         made.replace(product, "MatMul", [left, right])
     return made.finish(len(chosen))
 
@@ -187,6 +185,7 @@ class _Maker:
         self._measured: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
         self._rounded: dict[ir.Value, ir.Value] = {}
         self._weights: dict[tuple[ir.Value, bool, ir.DataType], tuple[ir.Value, ir.Value]] = {}
+        self._numbers: dict[ir.Value, ir.Value] = {}
         self._constants: dict[str, ir.Value] = {}
 
     def add(
@@ -253,6 +252,14 @@ class _Maker:
             units = self._lazy(f"{name}.unit", scales, dtype, ir.Shape([columns]))
             self._weights[key] = self._lazy(name, codes, KINDS[kind][1], shape), units
         return self._weights[key]
+
+    def numbers(self, product: Product, kind: str, grid: str, dtype: ir.DataType) -> ir.Value:
+        """A weight [K, N] as numbers again; `grid`: the kind whose zero point it has."""
+        codes, scale = self.weight(product, kind, dtype)
+        if codes not in self._numbers:  # where it is read first, and read by all after it
+            inputs = [codes, scale, self.zeros(grid, scale)]
+            self._numbers[codes] = self.add(product.node, "DequantizeLinear", inputs, f"{codes.name}.number", dtype, axis=1)
+        return self._numbers[codes]
 
     def zeros(self, kind: str, like: ir.Value | None) -> ir.Value:
         """The zero point 0, as many as `like` has scales; one if None."""

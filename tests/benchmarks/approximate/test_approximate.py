@@ -57,3 +57,16 @@ def test_loops_take_turns_and_say_how_many_runs_they_made(tmp_path: Path) -> Non
     assert left_out["network_runs"] < rows["exact"]["network_runs"] and left_out["over_exact"] > 0  # a toy on a busy machine
     page = "\n".join(approximate.loop(clean(tmp_path)))
     assert "### cogvideox-toy, 25 steps, 2 threads" in page and "x exact | x eager" in page
+
+
+@pytest.mark.slow
+def test_other_demos_have_a_row_for_each_precision(tmp_path: Path) -> None:
+    rows = run("bench_precision", tmp_path, "motion-i2v", "--targets", "2")
+    for way in ("true field", "prompt, seen kinds of motion", "1 drag"):
+        every = {row["what"]: row for row in rows if row["way"] == way}
+        assert {"exact", "onnxruntime int8", "openvino int8"} <= set(every)
+        assert every["exact"]["db_lowest"] == 61.14 and every["exact"]["path_change_px"] == [0, 0, 0]
+        for name in ("onnxruntime int8", "openvino int8"):
+            assert 35 < every[name]["db_lowest"] < 61 and 0 < abs(every[name]["path_change_px"][0]) < 0.5
+    page = "\n".join(approximate.precision(clean(tmp_path)))
+    assert page.count("### motion-i2v, ") == 3 and "| openvino int8 |" in page

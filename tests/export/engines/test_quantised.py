@@ -122,6 +122,26 @@ def test_static_int8_is_near_with_scales_that_were_seen(tmp_path: Path) -> None:
     assert 1e-5 < far({name: want[name] for name in got}, got) < STATIC_BOUND
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["of two weights", "of one weight, used twice"])
+def test_a_product_that_reads_another_ones_is_rounded_too(again: bool, tmp_path: Path) -> None:
+    """As in a gradient, which multiplies by the transposes of two layers with nothing between them."""
+    feed = {"x": random(2, 32, 80, seed=9)}
+
+    def chain() -> ir.Model:
+        model = made([random(80, 80, seed=seed) for seed in range(4)])
+        first, second = (product.node for product in products(model))
+        if again:
+            second.replace_input_with(1, first.inputs[1])
+        return model
+
+    plain, model = chain(), chain()
+    amax = {product.weight: 4.0 for product in products(plain)}
+    assert static(model, amax, "int8") == 2
+    counts = Counter(node.op_type for node in model.graph)
+    assert counts["QuantizeLinear"] == 2 and counts["DequantizeLinear"] == 2 + len(amax)
+    assert 1e-5 < far(run(plain, tmp_path / "exact.onnx", feed), run(model, tmp_path / "ours.onnx", feed)) < 0.05
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_scales_have_the_dtype_of_the_network_and_no_cast_stands_between(kind: str, dtype: str) -> None:
