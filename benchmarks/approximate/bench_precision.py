@@ -83,9 +83,8 @@ def measure(options: argparse.Namespace, demo: Demo, place: Path) -> None:
     for row in demo.rows:
         exact: Clips = []
         for recipe in (Recipe(backend, precision) for backend, precision in NUMERICS):
-            numerics = {} if recipe.backend is None else {"backend": recipe.backend, "precision": recipe.precision}
             try:
-                clips = demo.clips(script, place, row, options.targets, numerics)
+                clips = demo.clips(script, place, row, options.targets, recipe.numerics)
             except MotionRTError as error:
                 print(f"{recipe.name}: not run: {error}", flush=True)
                 continue

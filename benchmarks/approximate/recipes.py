@@ -32,10 +32,14 @@ class Recipe:
         numerics = "float32" if self.backend is None else f"{self.backend} {self.precision}"
         return numerics if self.budget is None else f"{numerics}, steps left out for {self.budget:g} dB"
 
+    @property
+    def numerics(self) -> dict[str, Any]:
+        """Options of a pipeline that computes so."""
+        return {} if self.backend is None else {"backend": self.backend, "precision": self.precision}
+
     def opened(self, bundle: Path, memory: Path | None, threads: int) -> MotionPipeline:
         """A pipeline that computes in this recipe's numerics."""
-        options: dict[str, Any] = {} if self.backend is None else {"backend": self.backend, "precision": self.precision}
-        return MotionPipeline.from_bundle(bundle, memory, threads=threads, **options)
+        return MotionPipeline.from_bundle(bundle, memory, threads=threads, **self.numerics)
 
 
 def told_of(runs: Sequence[bool]) -> dict[str, Any]:

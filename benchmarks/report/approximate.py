@@ -25,7 +25,7 @@ def quality(report: Report) -> list[str]:
             [
                 name, f"{rows[0].get('network_runs')} of {steps}",
                 *(f"{row.get('db_mean'):.1f} (lowest {row.get('db_lowest'):.1f})" for row in rows),
-                *(_change(row) for row in rows),
+                *(_change(row, "epe") for row in rows),
             ]
             for name, rows in recipes.items()
         ]  # fmt: skip
@@ -44,8 +44,8 @@ def quality(report: Report) -> list[str]:
     return parts + report.unclean("bench_quality", "model")
 
 
-def _change(row: Row) -> str:
-    return "{:.2f} ({:+.3f} [{:+.3f}, {:+.3f}])".format(row.get("epe_px")[0], *row.get("epe_change_px"))
+def _change(row: Row, error: str) -> str:
+    return "{:.2f} ({:+.3f} [{:+.3f}, {:+.3f}])".format(row.get(f"{error}_px")[0], *row.get(f"{error}_change_px"))
 
 
 def precision(report: Report) -> list[str]:
@@ -55,7 +55,7 @@ def precision(report: Report) -> list[str]:
         body = [
             [
                 str(row.get("what")), f"{row.get('db_mean'):.1f} (lowest {row.get('db_lowest'):.1f})",
-                "{:.2f} ({:+.3f} [{:+.3f}, {:+.3f}])".format(row.get("path_px")[0], *row.get("path_change_px")),
+                _change(row, "path"),
                 *("{:.2f} [{:.2f}, {:.2f}]".format(*row.get(key)) for key in ("colour", "shape")), str(row.get("targets")),
             ]
             for row in rows

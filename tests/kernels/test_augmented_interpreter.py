@@ -43,8 +43,8 @@ def lines() -> dict[str, dict[str, Any]]:
 def lawful(line: dict[str, Any]) -> bool:
     return bool(line["error"] <= 2 * line["torch"] + 1e-6)  # NaN, of a poisoned output, is not
 
-@pytest.mark.slow
 
+@pytest.mark.slow
 def test_the_kernel_obeys_the_tolerance_law_with_chunks_and_without() -> None:
     found = lines_of("--only", QUICK)
     assert len(found) == 3 and all(map(lawful, found.values())), found

@@ -179,8 +179,8 @@ def test_mean_pooling_is_exported_with_sizes_that_change(tmp_path: Path) -> None
         with torch.no_grad():
             np.testing.assert_allclose(call(ids, mask), module(ids, mask).numpy(), atol=2e-5)
 
-@pytest.mark.slow
 
+@pytest.mark.slow
 def test_gte_as_released_embeds_as_its_description_says(tmp_path: Path) -> None:
     weights = write_gte(tmp_path / "gte")
     call, entry, tokenizer = exported(tmp_path / "gte", tmp_path / "out")

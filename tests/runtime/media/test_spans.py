@@ -121,8 +121,8 @@ small = peak(sys.argv[1])
 print(peak(sys.argv[2]) - small)
 """
 
-@pytest.mark.slow
 
+@pytest.mark.slow
 def test_decode_clip_of_4k_keeps_only_the_frames_it_needs(tmp_path: Path) -> None:
     """48 frames of 2160p are 1.2 GB as RGB; the clip needs five small ones."""
     with av.open(str(tmp_path / "large.mp4"), "w") as container:

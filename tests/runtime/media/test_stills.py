@@ -389,8 +389,8 @@ read = read_image(sys.argv[1], 64, 64)
 print(peak() - before, *((read[:, 32, 32] + 1) * 127.5).round().astype(int).tolist())
 """
 
-@pytest.mark.slow
 
+@pytest.mark.slow
 def test_a_photo_of_200_million_pixels_is_read_small(tmp_path: Path) -> None:
     """Without a warning (errors here), in a fraction of the 800 MB that its pixels take."""
     made = "import sys; from PIL import Image; Image.new('RGB', (16320, 12240), (10, 200, 30)).save(sys.argv[1], quality=50)"
